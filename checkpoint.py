@@ -1,0 +1,181 @@
+"""
+Checkpoints: written beside their place, flushed, renamed; verified before they are used; pruned only behind newer ones.
+
+runs/<run_id>/checkpoints/step_000500/
+    checkpoint.pt    format, step, tokens, config, tokenizer, model: all that using the model needs
+    trainer.pt       optimizer, best, counters: all that resuming needs besides
+    manifest.json    bytes and sha256 of each file, written last: without it the folder is no checkpoint
+
+A checkpoint is usable when checkpoint.pt agrees with the manifest, resumable when trainer.pt does too. torch.load itself
+notices a truncated file but not a flipped bit, which would load as one wrong weight: hence the sums.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+
+import torch
+
+from config import fail
+from data import write_json
+
+FORMAT = 1
+MODEL, TRAINER = "checkpoint.pt", "trainer.pt"
+
+
+class HashedFile:
+    """what torch.save writes into: counts and hashes the bytes on their way to the disk"""
+
+    def __init__(self, path):
+        self.file, self.sha, self.bytes = open(path, "wb"), hashlib.sha256(), 0
+
+    def write(self, data):
+        self.sha.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+def flush_to_disk(path):
+    """fsync a file or, so that a rename in it lasts, a folder"""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def step_dir(run_dir, step):
+    return os.path.join(run_dir, "checkpoints", f"step_{step:06d}")
+
+
+def steps(run_dir):
+    """steps of a run that have a manifest, newest first"""
+    folder = os.path.join(run_dir, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = [int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name)]
+    return sorted((s for s in found if os.path.exists(os.path.join(step_dir(run_dir, s), "manifest.json"))), reverse=True)
+
+
+def save(run_dir, step, model_part, trainer_part):
+    """write both parts (dicts of tensors and plain values) as the checkpoint of `step`; returns its folder.
+
+    On any failure (OSError, or RuntimeError from inside torch.save) the partial is removed, and what was there stays.
+    """
+    final = step_dir(run_dir, step)
+    partial = f"{final}.tmp-{os.getpid()}"
+    try:
+        os.makedirs(partial)
+        manifest = {"format": FORMAT, "step": step, "files": {}}
+        for name, part in ((MODEL, model_part), (TRAINER, trainer_part)):
+            out = HashedFile(os.path.join(partial, name))
+            with out.file:
+                torch.save(part, out)
+                out.file.flush()
+                os.fsync(out.file.fileno())
+            manifest["files"][name] = {"bytes": out.bytes, "sha256": out.sha.hexdigest()}
+        write_json(os.path.join(partial, "manifest.json"), manifest)
+        flush_to_disk(os.path.join(partial, "manifest.json"))
+        flush_to_disk(partial)
+        if os.path.isdir(final):  # remains without a manifest: no checkpoint
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        flush_to_disk(os.path.dirname(final))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def fault(folder, name):
+    """what is wrong with one file of a checkpoint, or None: it agrees with the manifest"""
+    try:
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+            want = json.load(file)["files"][name]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        return "manifest.json is missing or damaged"
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return f"{name} is missing"
+    if os.path.getsize(path) != want["bytes"]:
+        return f"{name} has {os.path.getsize(path):,} bytes, the manifest says {want['bytes']:,}"
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != want["sha256"]:
+            return f"{name} does not have the sha256 of the manifest: its content changed on disk"
+    return None
+
+
+def newest(run_dir, resumable):
+    """(folder or None, [(step, fault)] of the newer ones passed over): the newest checkpoint that verifies"""
+    passed = []
+    for step in steps(run_dir):
+        folder = step_dir(run_dir, step)
+        wrong = fault(folder, MODEL) or (resumable and fault(folder, TRAINER)) or None
+        if not wrong:
+            return folder, passed
+        passed.append((step, wrong))
+    return None, passed
+
+
+def locate(path, resumable=False, setting="ckpt"):
+    """the verified step folder that a run folder, step folder or checkpoint.pt stands for. Exits with 2 where there is
+    none; says on stderr which newer ones of a run were passed over."""
+    if not os.path.exists(path):
+        fail(f"{setting} = {path!r} does not exist; it is a run folder, a step folder or a checkpoint.pt")
+    if os.path.isfile(path):
+        path = os.path.dirname(path) or "."
+    if os.path.isdir(os.path.join(path, "checkpoints")):
+        folder, passed = newest(path, resumable)
+        for step, wrong in passed:
+            print(f"passed over step {step}: {wrong}", file=sys.stderr)
+        if folder is None:
+            fail(f"{setting} = {path!r} is a run without a {'resumable' if resumable else 'usable'} checkpoint")
+        return folder
+    wrong = fault(path, MODEL) or (resumable and fault(path, TRAINER)) or None
+    if wrong:
+        fail(f"{setting} = {path!r} is no {'resumable' if resumable else 'usable'} checkpoint: {wrong}")
+    return path
+
+
+def load(folder, name=MODEL):
+    """one file of a verified checkpoint, on the CPU"""
+    found = torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True)
+    if found["format"] != FORMAT:
+        fail(f"{folder} has checkpoint format {found['format']}, this version reads {FORMAT}")
+    return found
+
+
+def remove(folder):
+    """delete a checkpoint, its manifest first: a folder half gone is no checkpoint"""
+    manifest = os.path.join(folder, "manifest.json")
+    if os.path.exists(manifest):
+        os.remove(manifest)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(run_dir, keep_last, keep_steps):
+    """delete trainer.pt beyond the newest keep_last (0 = all) resumable checkpoints, but of none in keep_steps"""
+    held = [s for s in steps(run_dir) if os.path.exists(os.path.join(step_dir(run_dir, s), TRAINER))]
+    for step in held[keep_last:] if keep_last else []:
+        if step not in keep_steps:
+            os.remove(os.path.join(step_dir(run_dir, step), TRAINER))
+
+
+def clean(run_dir, after):
+    """make room for a run that goes on from step `after`: partial checkpoints of killed processes are deleted, whole
+    ones of later steps, which belong to another course of the run, are set aside under another name and returned"""
+    folder, aside = os.path.join(run_dir, "checkpoints"), []
+    for name in os.listdir(folder):
+        if ".tmp-" in name:
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    for step in steps(run_dir):
+        if step > after:
+            target = step_dir(run_dir, step) + ".aside"
+            while os.path.exists(target):
+                target += "x"
+            os.rename(step_dir(run_dir, step), target)
+            aside.append(target)
+    return aside

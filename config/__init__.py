@@ -1,0 +1,245 @@
+"""
+The checked loader of settings: config/default.py, then the config files, then the flags, wherever they stand.
+
+    cfg = config.load(sys.argv[1:])      one object with attributes; cfg.origin[name] says where a value came from
+
+All faults of a command line are reported at once, one `error:` line each, and end the program with exit code 2.
+"""
+
+import ast
+import difflib
+import glob
+import os
+import re
+import runpy
+import sys
+import textwrap
+from types import ModuleType, SimpleNamespace
+
+DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "default.py")
+SCHEDULES = ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def fail(*faults, code=2):
+    """print each fault as an `error:` line on stderr and exit, with 2 for a user's mistake"""
+    print(*(f"error: {fault}" for fault in faults), sep="\n", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def assignments(path):
+    """the plain assignments of a config file; a name that starts with _ is scratch"""
+    return {
+        key: value
+        for key, value in runpy.run_path(path).items()
+        if not (key.startswith("_") or callable(value) or isinstance(value, ModuleType))
+    }
+
+
+def comments():
+    """[(section, [(name, comment)])] of default.py, in its order"""
+    sections = []
+    for line in open(DEFAULT, encoding="utf-8").read().split("\n\n", 1)[1].splitlines():
+        if line.startswith("# "):
+            sections.append((line[2:], []))
+        elif " = " in line:
+            sections[-1][1].append((line.split(" = ")[0], line.rsplit("  # ", 1)[1]))
+    return sections
+
+
+def print_help(doc, flags, defaults, takes_files):
+    """the script's docstring, its own flags, then the settings, each with default and comment"""
+    width = min(100, max(50, os.get_terminal_size().columns if sys.stdout.isatty() else 100))
+    print(doc.strip())
+    rows = [("options", [(name, comment) for name, (_, comment) in flags.items()])]
+    rows += [(section, [row for row in rows if row[0] in defaults and row[0] not in flags]) for section, rows in comments()]
+    for section, rows in rows:
+        if rows:
+            print(f"\n{section}:")
+        for name, comment in rows:
+            print(f"  --{name}={defaults[name]!r}")
+            print(textwrap.fill(comment, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    print("\n--key=value and --key value are the same, and so are - and _ in names; --flag and --no-flag set a boolean.")
+    if takes_files:
+        print("Flags override config files, which override config/default.py.")
+
+
+def coerce(key, value, want):
+    """value as the type of the default, or TypeError that names both types"""
+    if want is float and type(value) is int:  # --learning_rate=1
+        value = float(value)
+    if want is int and type(value) is float and value.is_integer():  # --max_steps=1e5
+        value = int(value)
+    if type(value) is tuple:
+        value = list(value)
+    if type(value) is not want or (want is list and not all(type(item) is str for item in value)):
+        shown = {"list": "a list of strings"}.get(want.__name__, want.__name__)
+        raise TypeError(f"{key} is {shown}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def parse(text, want):
+    """the value that a flag's text stands for"""
+    if want is str:  # --run_id=123 is a name
+        return text
+    if want is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def unknown(key, known):
+    """the fault of a name that is no setting, with the nearest one that is"""
+    if key.startswith("no_") and key[3:] + "_every" in known:  # --no-eval
+        return f"no setting named {key}; to switch it off: --{key[3:]}_every=0"
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"no setting named {key}" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
+
+
+def load(argv, doc="", flags=None, only=None, check_run=True):
+    """the settings of a command line, as an object with attributes and `origin` {name: where the value came from}.
+
+    flags: {name: (default, comment)} of the script's own; they shadow a setting of the same name.
+    only: names of the settings this script takes, none of them from config files; None = all, and config files.
+    check_run: also check that the settings agree with each other, as a run needs it.
+    Exits with 2 and one `error:` line per fault; --help prints `doc` and everything that can be set, and exits with 0.
+    """
+    flags = flags or {}
+    values = assignments(DEFAULT)
+    if only is not None:
+        values = {key: values[key] for key in only}
+    values |= {key: default for key, (default, _) in flags.items()}
+    if "--help" in argv or "-h" in argv:
+        print_help(doc, flags, values, takes_files=only is None)
+        raise SystemExit(0)
+    types = {key: type(value) for key, value in values.items()}
+    origin, faults = dict.fromkeys(values, "default"), []
+
+    def put(key, value, source):
+        try:
+            values[key], origin[key] = coerce(key, value, types[key]), source
+        except TypeError as error:
+            faults.append(f"{source}: {error}")
+
+    files, given, args = [], [], list(argv)
+    while args:
+        arg = args.pop(0)
+        if not arg.startswith("-"):
+            files.append(arg)
+            continue
+        key, eq, text = arg.lstrip("-").partition("=")
+        key = key.replace("-", "_")
+        if not eq and types.get(key) is bool:
+            text = args.pop(0) if args and args[0].lower() in ("true", "false") else "True"
+        elif not eq and types.get(key.removeprefix("no_")) is bool:
+            key, text = key[3:], "False"
+        elif not eq and key in types:
+            if not args:
+                faults.append(f"{arg} needs a value: {arg}=...")
+                continue
+            text = args.pop(0)
+        given.append((key, text, arg))
+
+    if files and only is not None:
+        faults.append(f"{files[0]}: this script takes no file, only flags; --help lists them")
+        files = []
+    for path in files:
+        if not os.path.isfile(path):
+            near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.4)
+            faults.append(f"config file {path} does not exist" + (f"; did you mean {near[0]}?" if near else ""))
+            continue
+        try:
+            found = assignments(path)
+        except Exception as error:  # a config file is the user's own code: whatever it raises is a fault of the file
+            faults.append(f"config file {path}: {type(error).__name__}: {error}")
+            continue
+        for key, value in found.items():
+            put(key, value, path) if key in types else faults.append(f"{path}: {unknown(key, types)}")
+    for key, text, arg in given:
+        put(key, parse(text, types[key]), arg) if key in types else faults.append(f"{arg}: {unknown(key, types)}")
+
+    cfg = SimpleNamespace(**values, origin=origin)
+    if only is None and not cfg.run_id:
+        names = [os.path.splitext(os.path.basename(path))[0] for path in files]
+        cfg.run_id = names[-1] if names else "default"
+    if not faults and check_run:
+        faults = check(cfg)
+    if faults:
+        fail(*faults)
+    return cfg
+
+
+def need_flags(cfg, *names):
+    """exit with 2 where a flag that a script cannot do without is missing"""
+    missing = [name for name in names if not getattr(cfg, name)]
+    if missing:
+        fail(*(f"--{name}=... is missing; --help says what it is" for name in missing))
+
+
+def check(cfg):
+    """all contradictions among the settings of a run, as texts; derives max_steps, total_batch_size and accumulation.
+
+    Sets cfg.max_steps, cfg.total_batch_size (tokens), cfg.accumulation (micro-steps per step).
+    """
+    faults = []
+
+    def need(ok, text):
+        if not ok:
+            faults.append(text)
+        return ok
+
+    positive = "batch_size seq_len n_layer n_head n_kv_head n_embd ffn_dim rope_theta norm_eps adam_eps log_every".split()
+    for key in positive:
+        need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)} must be more than 0")
+    for key in (
+        "total_batch_size max_steps total_tokens max_minutes vocab_size learning_rate weight_decay grad_clip warmup_steps "
+        "stage2_lr stage2_weight_decay min_lr eval_every sample_every save_every keep_last patience seed sample_tokens"
+    ).split():
+        need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)} must not be negative")
+    for key in ("beta1", "beta2", "dropout"):
+        need(0 <= getattr(cfg, key) < 1, f"{key} = {getattr(cfg, key)} must be at least 0 and less than 1")
+    for key in ("stage_boundary", "decay_fraction"):
+        need(0 < getattr(cfg, key) <= 1, f"{key} = {getattr(cfg, key)} is a fraction of max_steps: more than 0, at most 1")
+    if not faults:
+        need(cfg.n_embd % cfg.n_head == 0, f"n_embd = {cfg.n_embd} is not divisible by n_head = {cfg.n_head}") and need(
+            cfg.n_embd // cfg.n_head % 2 == 0,
+            f"n_embd / n_head = {cfg.n_embd // cfg.n_head} is odd; rotary positions need an even head size",
+        )
+        need(cfg.n_head % cfg.n_kv_head == 0, f"n_head = {cfg.n_head} is not divisible by n_kv_head = {cfg.n_kv_head}")
+        need(
+            not cfg.ternary or max(cfg.n_embd, cfg.ffn_dim) * 127 < 2**24,
+            f"n_embd = {cfg.n_embd}, ffn_dim = {cfg.ffn_dim}: integer sums over more than 132,103 inputs are not exact",
+        )
+        micro = cfg.batch_size * cfg.seq_len
+        total = cfg.total_batch_size or micro
+        nearest = max(1, round(total / micro)) * micro
+        need(
+            total % micro == 0,
+            f"total_batch_size = {total:,} is not a multiple of batch_size {cfg.batch_size} x seq_len {cfg.seq_len} = "
+            f"{micro:,} tokens; use {nearest}",
+        )
+        cfg.total_batch_size, cfg.accumulation = total, total // micro
+    need(cfg.schedule in SCHEDULES, f"schedule = {cfg.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+    need(cfg.dtype in DTYPES, f"dtype = {cfg.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    need(
+        re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device),
+        f"device = {cfg.device!r} is unknown; choose one of auto, cpu, cuda, cuda:1, mps",
+    )
+    need(cfg.optimizer == "adamw", f"optimizer = {cfg.optimizer!r} is unknown; choose adamw")
+    need(
+        cfg.run_id not in (".", "..") and not set(cfg.run_id) & set("/\\"),
+        f"run_id = {cfg.run_id!r} is not a folder name; put the folder into out_dir",
+    )
+    if need(
+        bool(cfg.max_steps) != bool(cfg.total_tokens),
+        f"set one of max_steps = {cfg.max_steps} ({cfg.origin['max_steps']}) and total_tokens = {cfg.total_tokens} "
+        f"({cfg.origin['total_tokens']}), and the other to 0: each gives the length of the run",
+    ) and not faults:
+        cfg.max_steps = cfg.max_steps or -(-cfg.total_tokens // cfg.total_batch_size)
+    if cfg.resume and cfg.init_from:
+        need(cfg.resume == "auto", "resume and init_from exclude each other: resume goes on, init_from begins at step 0")
+    if cfg.patience:
+        need(cfg.eval_every > 0, f"patience = {cfg.patience} needs evaluations: set eval_every")
+    return faults

@@ -1,0 +1,70 @@
+# every setting, its default and its unit. a config file overrides what it needs, --key=value overrides both.
+# a path is relative to the folder the command runs in; '', 0 and 0.0 mean off where the comment says so.
+
+# run
+run_id = ""  # name of the run's folder; '' = the name of the config file
+out_dir = "runs"  # folder of all runs
+seed = 1337  # initial weights, order of the data, dropout; another seed is another run
+resume = ""  # '' = a new run | auto = newest checkpoint, if any | a run folder, step folder or checkpoint.pt
+init_from = ""  # '' = random weights | a run folder, step folder or checkpoint.pt: its weights, from step 0
+
+# data
+dataset = "arithmetic"  # name of the folder in data_dir, made by prepare/<name>.py
+data_dir = "data"  # folder of all data sets
+prepare = ""  # the command that makes the data set, shown where it is missing; '' = python prepare/<dataset>.py
+batch_size = 16  # sequences per device and micro-step; out of memory: halve it, the result does not change
+seq_len = 256  # tokens per sequence, the longest context of the model
+total_batch_size = 0  # TOKENS per optimizer step over all devices; the rest is accumulated. 0 = one micro-step
+
+# length
+max_steps = 0  # optimizer steps; 0 = from total_tokens
+total_tokens = 0  # tokens; 0 = from max_steps
+max_minutes = 0.0  # minutes of training in one go; then the run ends as if finished. 0 = off
+
+# model
+n_layer = 8  # transformer blocks
+n_head = 12  # query heads; the head size is n_embd / n_head
+n_kv_head = 6  # key and value heads, each shared by n_head / n_kv_head query heads
+n_embd = 768  # width
+ffn_dim = 3072  # inner width of the feed-forward network
+vocab_size = 0  # token ids; 0 = the data set's
+rope_theta = 10000.0  # base of the rotary positions
+norm_eps = 1e-5  # added to the mean square in RMSNorm
+dropout = 0.0  # chance of dropping an activation while training
+tie_embeddings = True  # the head shares the embedding's matrix
+ternary = True  # BitNet b1.58; False trains the float twin: the same shape, data order and schedule
+
+# optimizer
+optimizer = "adamw"  # adamw
+learning_rate = 1.5e-3  # peak, reached at the end of the warm-up
+beta1 = 0.9  # decay of the gradient's running mean
+beta2 = 0.95  # decay of its running square
+adam_eps = 1e-8  # added to the root of the running square
+weight_decay = 0.1  # of the matrices in the blocks; norms, embedding and head have none
+grad_clip = 1.0  # largest norm of the gradient; 0 = off
+
+# schedule
+schedule = "two_stage"  # two_stage | bitnet | wsd | cosine | linear | constant
+warmup_steps = 375  # steps of linear warm-up; may exceed max_steps
+stage_boundary = 0.5  # two_stage, bitnet: where stage 2 begins, as a fraction of max_steps
+stage2_lr = 1e-3  # two_stage, bitnet: learning rate at the boundary (bitnet: the peak of the second line)
+stage2_weight_decay = 0.0  # two_stage, bitnet: weight decay of stage 2
+decay_fraction = 0.33  # wsd: the last part of the run, in which the learning rate falls to min_lr
+min_lr = 1.5e-5  # learning rate at max_steps
+
+# machine
+device = "auto"  # auto | cpu | cuda | cuda:1 | mps
+dtype = "auto"  # auto | float32 | bfloat16: what the matrix products compute in; weights stay float32
+compile = True  # torch.compile; switched off, with the reason, where it cannot run or cannot pay
+deterministic = True  # bit for bit the same run, and exact resume, on the same machine and torch
+
+# what is logged, and how often (in steps; 0 = off)
+log_every = 100  # a line of losses, rates and speed, and one of ternary health; at least 1
+eval_every = 5000  # loss on the validation set; also at step 0 and at the end
+eval_tokens = 262144  # validation tokens per evaluation, at most; the same ones each time
+sample_every = 5000  # generated text: each prompt greedy, top-k and nucleus; also at the end
+sample_tokens = 64  # new tokens per sample
+sample_prompts = ["\n"]  # prompts of the samples
+save_every = 10000  # checkpoints; one at the end and, in two stages, at the boundary come anyway
+keep_last = 3  # checkpoints to keep resumable, beside best and boundary; weights are kept of all. 0 = all
+patience = 0  # evaluations without a new best before the run ends; 0 = off

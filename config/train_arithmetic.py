@@ -1,0 +1,26 @@
+# additions, subtractions and products of one to three digits, 5M parameters.
+# data: python prepare/arithmetic.py --ops=+-x --digits=3 --name=arithmetic3
+
+dataset = "arithmetic3"
+prepare = "python prepare/arithmetic.py --ops=+-x --digits=3 --name=arithmetic3"
+seq_len = 128
+batch_size = 32
+max_steps = 30000
+
+n_layer = 6
+n_head = 8
+n_kv_head = 8
+n_embd = 256
+ffn_dim = 768
+
+learning_rate = 2e-3
+stage2_lr = 1.3e-3
+warmup_steps = 200
+
+log_every = 100
+eval_every = 2500
+eval_tokens = 16384
+sample_every = 2500
+sample_tokens = 8
+sample_prompts = ["12+34=", "123+456=", "345-678=", "12x34=", "7x8="]
+save_every = 2500

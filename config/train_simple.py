@@ -1,0 +1,27 @@
+# a ternary model that learns to add: under 1M parameters, minutes on two CPU cores.
+# data: python prepare/arithmetic.py
+
+dataset = "arithmetic"
+seq_len = 64  # about eight problems
+batch_size = 12
+max_steps = 6000  # many small steps beat few large ones here: 6,000 x 768 tokens
+
+n_layer = 2
+n_head = 4
+n_kv_head = 4
+n_embd = 128
+ffn_dim = 512
+
+learning_rate = 3e-3
+stage2_lr = 2e-3
+warmup_steps = 50
+
+compile = False  # compiling takes longer than it saves in a run this short
+
+log_every = 100
+eval_every = 1000
+eval_tokens = 16384
+sample_every = 1000
+sample_tokens = 8
+sample_prompts = ["12+34=", "7+5=", "99+99=", "60+40=", "81+19="]
+save_every = 1000

@@ -1,0 +1,183 @@
+"""
+Token files, the order of batches, tokenizers.
+
+data/<name>/ holds train_00000.bin, train_00001.bin, ..., val_00000.bin (little-endian token ids) and meta.json, which
+describes them. Window i of a shard is its tokens [i * seq_len, i * seq_len + seq_len], one more than seq_len, so that
+each but the first is a target once.
+
+The batch is a pure function of (seed, step): sample number step * sequences_per_step + slot counts through epochs, an
+epoch through the shards in order, and inside a shard through a keyed permutation of its windows that needs no memory.
+So resuming needs the step alone, any number of devices sees the same tokens, and every window comes once an epoch.
+"""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import torch
+
+from config import fail
+
+
+def meta(cfg):
+    """meta.json of cfg.dataset, its shards checked: size, dtype, every id < vocab_size. Exits with 2 where not."""
+    folder = os.path.join(cfg.data_dir, cfg.dataset)
+    path = os.path.join(folder, "meta.json")
+    if not os.path.exists(path):
+        fail(f"data set {folder} is not there (no meta.json); make it: {cfg.prepare or default_command(cfg)}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        complete, shards, dtype = found["complete"], found["shards"], np.dtype(found["dtype"]).newbyteorder("<")
+        vocab_size = found["vocab_size"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        fail(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
+    if not complete:
+        fail(f"data set {folder} is not complete; run its preparation again: it goes on where it stopped")
+    if cfg.vocab_size and cfg.vocab_size < vocab_size:
+        fail(f"vocab_size = {cfg.vocab_size} is less than the {vocab_size} token ids of {folder}; raise it or set it to 0")
+    checked = os.path.join(folder, ".checked.json")  # {shard: what was checked}, so that ids are scanned once per file
+    seen = json.load(open(checked, encoding="utf-8")) if os.path.exists(checked) else {}
+    now = {}
+    for name, shard in shards.items():
+        file = os.path.join(folder, name)
+        size, want = os.path.getsize(file) if os.path.exists(file) else -1, shard["tokens"] * dtype.itemsize
+        if size != want:
+            state = "is missing" if size < 0 else "is empty" if size == 0 else f"has {size:,} bytes"
+            fail(f"shard {file} {state}, meta.json says {want:,}; make the data set again")
+        now[name] = [size, os.stat(file).st_mtime_ns, vocab_size]
+        if seen.get(name) != now[name]:
+            largest = int(np.memmap(file, dtype, "r").max())
+            if largest >= vocab_size:
+                fail(
+                    f"shard {file} holds token id {largest}, vocab_size is {vocab_size}: ids must be below it; "
+                    "make the data set again with the tokenizer that meta.json names"
+                )
+    if now != seen and os.access(folder, os.W_OK):  # a read-only data set is scanned each time
+        write_json(checked, now)
+    return found
+
+
+def default_command(cfg):
+    """the command that makes cfg.dataset, as far as its name tells"""
+    script = f"prepare/{cfg.dataset}.py"
+    return f"python {script}" if os.path.exists(script) else f"there is no {script}; see the scripts in prepare/"
+
+
+def write_json(path, value):
+    """value as json under a temporary name, renamed when whole"""
+    with open(f"{path}.tmp-{os.getpid()}", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+    os.replace(file.name, path)
+
+
+def permute(i, n, key):
+    """where a keyed permutation of range(n) sends i (uint64 array, all < n); key: 4 uint64.
+
+    A Feistel network over the next power of 4, walked until it lands below n (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002, section 3): under 4 walks on average, no memory, the same on every machine.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    i = np.asarray(i, dtype=np.uint64).copy()
+    todo = np.ones(i.shape, bool)
+    while todo.any():
+        left, right = i[todo] >> half, i[todo] & mask
+        for k in key:
+            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)  # wraps modulo 2^64
+            mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ (mixed >> np.uint64(32) & mask)
+        i[todo] = left << half | right
+        todo = i >= n
+    return i
+
+
+class Windows:
+    """the windows of one split, for sequences of seq_len tokens. Exits with 2 where the split holds not even one."""
+
+    def __init__(self, cfg, meta, split):
+        folder = os.path.join(cfg.data_dir, cfg.dataset)
+        self.seed, self.seq_len, self.dtype = cfg.seed, cfg.seq_len, np.dtype(meta["dtype"]).newbyteorder("<")
+        shards = {name: shard["tokens"] for name, shard in sorted(meta["shards"].items()) if name.startswith(split + "_")}
+        if not shards:
+            fail(f"data set {folder} has no split {split!r}; it has {', '.join(meta['tokens'])}")
+        self.counts = [max(0, n - 1) // self.seq_len for n in shards.values()]  # windows per shard
+        self.ends = np.cumsum(self.counts)
+        self.total = int(self.ends[-1])
+        if self.total == 0:
+            most = max(shards.values())
+            fail(
+                f"seq_len = {self.seq_len} is over the data: the largest {split} shard of {folder} has {most:,} tokens, "
+                f"so seq_len can be at most {most - 1}"
+            )
+        self.files = [open(os.path.join(folder, name), "rb", buffering=0) for name in shards]
+
+    def read(self, shard, i):
+        """window i of a shard: seq_len + 1 token ids"""
+        self.files[shard].seek(i * self.seq_len * self.dtype.itemsize)
+        raw = self.files[shard].read((self.seq_len + 1) * self.dtype.itemsize)
+        return np.frombuffer(raw, self.dtype)
+
+    def tensor(self, places, device):
+        """the windows at (shard, i) places as inputs and targets (B, T), both views of one tensor on the device"""
+        rows = torch.from_numpy(np.stack([self.read(shard, i) for shard, i in places]).astype(np.int64))
+        if device.type == "cuda":
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True)
+        return rows[:, :-1], rows[:, 1:]
+
+    def places(self, samples):
+        """the (shard, window) of each training sample number"""
+        result = []
+        for g in samples:
+            epoch, position = divmod(g, self.total)
+            shard = int(np.searchsorted(self.ends, position, "right"))
+            i = position - (int(self.ends[shard - 1]) if shard else 0)
+            key = hashlib.blake2b(f"{self.seed}/{epoch}/{shard}".encode(), digest_size=32).digest()
+            window = permute(np.array([i], np.uint64), self.counts[shard], np.frombuffer(key, "<u8"))
+            result.append((shard, int(window[0])))
+        return result
+
+    def batch(self, first, n, device):
+        """training samples first ... first + n - 1 as (inputs, targets), each (n, T) int64"""
+        return self.tensor(self.places(range(first, first + n)), device)
+
+    def fixed(self, tokens, batch_size, device):
+        """yield batches (inputs, targets) of at most `tokens` tokens (0 = all), spread evenly and always the same"""
+        n = min(self.total, max(1, tokens // self.seq_len)) if tokens else self.total
+        spread = [j * self.total // n for j in range(n)]
+        shards = np.searchsorted(self.ends, spread, "right")
+        places = [(s, p - (int(self.ends[s - 1]) if s else 0)) for s, p in zip(shards.tolist(), spread)]
+        for j in range(0, n, batch_size):
+            yield self.tensor(places[j : j + batch_size], device)
+
+
+class CharTokenizer:
+    """one token per character; `spec` is meta.json's tokenizer entry, with the characters in the order of their ids"""
+
+    def __init__(self, spec):
+        self.chars = spec["chars"]
+        self.ids = {char: i for i, char in enumerate(self.chars)}
+
+    def encode(self, text):
+        """token ids of text; ValueError for a character that the training text did not have"""
+        for char in text:
+            if char not in self.ids:
+                raise ValueError(f"the tokenizer has no character {char!r}; it has {self.chars!r}")
+        return [self.ids[char] for char in text]
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids)
+
+
+def tokenizer(spec):
+    """the tokenizer of a meta.json or checkpoint entry {kind, ...}"""
+    if spec["kind"] != "char":
+        fail(f"tokenizer kind {spec['kind']!r} is unknown; this version reads: char")
+    return CharTokenizer(spec)
+
+
+def encode_prompt(tokens, eot, text):
+    """ids of a prompt: the end-of-text token first, since every document in training followed one"""
+    return [eot, *tokens.encode(text)]

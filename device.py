@@ -1,0 +1,127 @@
+"""
+Where a run computes: the device, the dtype of its matrix products, compilation, determinism, memory, known speeds.
+
+What is asked for and cannot be had is either an error (a device) or replaced with one printed line (dtype, compile).
+"""
+
+import contextlib
+import os
+import platform
+import resource
+import shutil
+
+# deterministic cuBLAS needs this before the first CUDA call; it is no setting
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+
+from config import fail
+
+# dense bf16 matrix FLOP/s of a card, from its data sheet; a card that is not here has no MFU rather than a wrong one
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def pick(name):
+    """the torch.device of a setting: auto takes cuda, then mps, then cpu. Exits with 2 where it is not there."""
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        fail(f"device = {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        fail(f"device = {name!r} is not there: this torch has no MPS; use auto or cpu")
+    return device
+
+
+def pick_dtype(name, device):
+    """the torch dtype that matrix products compute in: auto takes bfloat16 where the device has units for it. A CPU
+    without them emulates it several times slower than float32."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = device.type == "mps" or torch.cpu._is_avx512_bf16_supported()
+    if name == "bfloat16" and not has_bf16:
+        print(f"dtype: {describe(device)} has no bfloat16 units; computing in float32")
+    return torch.bfloat16 if has_bf16 and name in ("auto", "bfloat16") else torch.float32
+
+
+def autocast(device, dtype):
+    """the context of a forward: bfloat16 products where dtype is bfloat16"""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def make_deterministic():
+    """the same bits from the same run; the price on CUDA is in docs/results.md once it has been measured"""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # guards a bug that we do not have, at a cost
+    torch.backends.cudnn.benchmark = False
+
+
+def compiled(model, wanted, device):
+    """(model or its compiled form, whether it is compiled); prints why where it was wanted and cannot be had"""
+    if not wanted:
+        return model, False
+    reason = ""
+    if device.type == "mps":
+        reason = "torch.compile does not cover MPS yet"
+    elif device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))):
+        reason = "torch.compile needs a C++ compiler (g++) on CPU"
+    elif platform.system() == "Windows" and device.type == "cuda":
+        reason = "Triton, which torch.compile needs on CUDA, is not shipped for Windows"
+    if reason:
+        print(f"compile: off, {reason}")
+        return model, False
+    return torch.compile(model, dynamic=False), True
+
+
+def describe(device):
+    """the device in words"""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def peak_flops(device, dtype):
+    """known peak FLOP/s of the device in this dtype, or None"""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+def synchronize(device):
+    """wait for the device, so that a clock read next is true"""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_gb(device):
+    """most memory held so far, in 1e9 bytes: allocated on the device, or resident in the process on CPU"""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def utilization(device):
+    """the share of time a CUDA device was busy of late, 0 to 1, or None where that cannot be read"""
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.utilization(device) / 100
+    except (ModuleNotFoundError, RuntimeError):  # needs the optional nvidia-ml-py
+        return None

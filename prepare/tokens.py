@@ -1,0 +1,81 @@
+"""What the preparations share: writing token files and their meta.json, so that half a data set never looks whole."""
+
+import hashlib
+import os
+import shutil
+import sys
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from config import fail
+from data import write_json
+
+SHARD_TOKENS = 2**27  # 256 MiB of uint16
+
+
+def char_tokenizer(chars):
+    """meta.json's entry of a tokenizer with one token per character, in this order"""
+    return {"kind": "char", "chars": chars, "sha256": hashlib.sha256(chars.encode()).hexdigest()}
+
+
+def open_data_set(data_dir, name):
+    """make data_dir/name without a meta.json, so that no training starts on it before it is whole; returns the folder.
+    Exits with 2 where it cannot be written."""
+    folder = os.path.join(data_dir, name)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        meta = os.path.join(folder, "meta.json")
+        if os.path.exists(meta):
+            os.remove(meta)
+    except OSError as error:
+        fail(f"data_dir = {data_dir!r}: cannot write {folder} ({error.strerror}); choose another with --data_dir=")
+    return folder
+
+
+def write_split(folder, split, ids, vocab_size):
+    """write the ids (array) of a split as shards, each under a temporary name first; returns {file: {tokens, sha256}}"""
+    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    free = shutil.disk_usage(folder).free
+    if ids.size * dtype.itemsize > free:
+        fail(f"{folder}: {split} needs {ids.size * dtype.itemsize:,} bytes, the disk has {free:,} free")
+    shards = {}
+    for number, start in enumerate(range(0, ids.size, SHARD_TOKENS)):
+        part = ids[start : start + SHARD_TOKENS].astype(dtype)
+        name = f"{split}_{number:05d}.bin"
+        write_file(os.path.join(folder, name), part.tobytes())
+        shards[name] = {"tokens": part.size, "sha256": hashlib.sha256(part.tobytes()).hexdigest()}
+    return shards
+
+
+def write_file(path, content):
+    """content (bytes) under a temporary name, renamed when whole. Exits with 2 where the disk has no room."""
+    partial = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if os.path.exists(partial):
+            os.remove(partial)
+        fail(f"cannot write {path}: {error.strerror}; nothing half-written was left in place")
+
+
+def write_meta(folder, tokenizer, eot, vocab_size, splits, shards, source, **extra):
+    """meta.json, last: splits is {split: (tokens, bytes of text)}"""
+    meta = {
+        "dataset": os.path.basename(folder),
+        "dtype": "uint16" if vocab_size <= 2**16 else "uint32",
+        "vocab_size": vocab_size,
+        "tokens": {split: tokens for split, (tokens, _) in splits.items()},
+        "bytes": {split: size for split, (_, size) in splits.items()},
+        "shards": shards,
+        "tokenizer": tokenizer,
+        "eot": eot,
+        "source": source,
+        "complete": True,
+    }
+    write_json(os.path.join(folder, "meta.json"), meta | extra)
