@@ -1,13 +1,15 @@
 """
-Checkpoints: written beside their place, flushed, renamed; verified before they are used; pruned only behind newer ones.
+Checkpoints: written beside their place, flushed, renamed; verified before they are used; pruned only behind
+newer ones.
 
 runs/<run_id>/checkpoints/step_000500/
     checkpoint.pt    format, step, tokens, config, tokenizer, model: all that using the model needs
     trainer.pt       optimizer, best, counters: all that resuming needs besides
     manifest.json    bytes and sha256 of each file, written last: without it the folder is no checkpoint
 
-A checkpoint is usable when checkpoint.pt agrees with the manifest, resumable when trainer.pt does too. torch.load itself
-notices a truncated file but not a flipped bit, which would load as one wrong weight: hence the sums.
+A checkpoint is usable when checkpoint.pt agrees with the manifest, resumable when trainer.pt does too.
+torch.load itself notices a truncated file but not a flipped bit, which would load as one wrong weight: hence
+the sums.
 """
 
 import hashlib
@@ -24,6 +26,10 @@ from data import write_json
 
 FORMAT = 1
 MODEL, TRAINER = "checkpoint.pt", "trainer.pt"
+SHAPE = "n_layer n_head n_kv_head n_embd ffn_dim vocab_size rope_theta norm_eps tie_embeddings".split()
+RUN = (
+    SHAPE + "ternary dataset seed seq_len total_batch_size".split()
+)  # what a resumed run must share with its origin
 
 
 class HashedFile:
@@ -56,14 +62,15 @@ def steps(run_dir):
     """steps of a run that have a manifest, newest first"""
     folder = os.path.join(run_dir, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    found = [int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name)]
-    return sorted((s for s in found if os.path.exists(os.path.join(step_dir(run_dir, s), "manifest.json"))), reverse=True)
+    whole = [name for name in names if os.path.exists(os.path.join(folder, name, "manifest.json"))]
+    return sorted((int(name[5:]) for name in whole if re.fullmatch(r"step_\d{6,}", name)), reverse=True)
 
 
 def save(run_dir, step, model_part, trainer_part):
     """write both parts (dicts of tensors and plain values) as the checkpoint of `step`; returns its folder.
 
-    On any failure (OSError, or RuntimeError from inside torch.save) the partial is removed, and what was there stays.
+    On any failure (OSError, or RuntimeError from inside torch.save) the partial is removed, and what was
+    there stays.
     """
     final = step_dir(run_dir, step)
     partial = f"{final}.tmp-{os.getpid()}"
@@ -121,8 +128,8 @@ def newest(run_dir, resumable):
 
 
 def locate(path, resumable=False, setting="ckpt"):
-    """the verified step folder that a run folder, step folder or checkpoint.pt stands for. Exits with 2 where there is
-    none; says on stderr which newer ones of a run were passed over."""
+    """the verified step folder that a run folder, step folder or checkpoint.pt stands for. Exits with 2 where
+    there is none; says on stderr which newer ones of a run were passed over."""
     if not os.path.exists(path):
         fail(f"{setting} = {path!r} does not exist; it is a run folder, a step folder or a checkpoint.pt")
     if os.path.isfile(path):
@@ -132,12 +139,69 @@ def locate(path, resumable=False, setting="ckpt"):
         for step, wrong in passed:
             print(f"passed over step {step}: {wrong}", file=sys.stderr)
         if folder is None:
-            fail(f"{setting} = {path!r} is a run without a {'resumable' if resumable else 'usable'} checkpoint")
+            fail(f"{setting} = {path!r} has no {'resumable' if resumable else 'usable'} checkpoint")
         return folder
     wrong = fault(path, MODEL) or (resumable and fault(path, TRAINER)) or None
     if wrong:
         fail(f"{setting} = {path!r} is no {'resumable' if resumable else 'usable'} checkpoint: {wrong}")
     return path
+
+
+def origin(cfg, run_dir):
+    """(step folder that a run goes on from or None, whether it is this run's own, what was passed over), by
+    cfg.resume. Exits with 2 where the run folder already holds a run that this one would overwrite."""
+    if cfg.resume == "auto":
+        folder, passed = newest(run_dir, resumable=True)
+        for step, wrong in passed:
+            print(f"resume: passed over step {step}: {wrong}")
+        return folder, True, passed
+    folder = locate(cfg.resume, resumable=True, setting="resume") if cfg.resume else None
+    same_run = bool(folder) and os.path.realpath(folder).startswith(os.path.realpath(run_dir) + os.sep)
+    if steps(run_dir) and not same_run:
+        fail(
+            f"run_id = {cfg.run_id!r}: {run_dir} already holds a run, up to step {steps(run_dir)[0]}; "
+            "go on with --resume=auto, or choose another --run_id="
+        )
+    return folder, same_run, []
+
+
+def must_agree(cfg, part, tokenizer, names, what):
+    """exit with 2 where a setting among names, or the tokenizer, is not the checkpoint's; print what else
+    changed"""
+    saved = part["config"]
+    differs = {key: saved[key] for key in saved if key in vars(cfg) and getattr(cfg, key) != saved[key]}
+    faults = [
+        f"{key} = {getattr(cfg, key)!r}, the checkpoint has {differs[key]!r}"
+        for key in names
+        if key in differs
+    ]
+    if part["tokenizer"]["sha256"] != tokenizer["sha256"]:
+        faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
+    if faults:
+        fail(*(f"{what}: {text}; these must agree" for text in faults))
+    for key in differs.keys() - {"run_id", "out_dir", "resume", "init_from"}:
+        print(f"changed: {key} = {getattr(cfg, key)!r}, the checkpoint has {differs[key]!r}")
+
+
+def check_disk(cfg, run_dir, params, steps_left):
+    """exit with 2 where the disk has no room for two checkpoints; print where it has none for all that will
+    be kept"""
+    weights, trainer = 4 * params, 8 * params  # bytes: fp32, and AdamW holds two numbers for each
+    free = shutil.disk_usage(run_dir).free
+    if free < 2.2 * (weights + trainer):
+        fail(
+            f"out_dir = {cfg.out_dir!r}: {free / 1e9:.2f} GB are free, two checkpoints of this model need "
+            f"{2.2 * (weights + trainer) / 1e9:.2f} GB; free some, or choose another with --out_dir="
+        )
+    saves = steps_left // cfg.save_every if cfg.save_every else 0
+    need = (saves + 4) * weights + (
+        min(saves, cfg.keep_last or saves) + 4
+    ) * trainer  # 4: boundary, best, end
+    if need > free:
+        print(
+            f"warning: the checkpoints of this run take about {need / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free; raise save_every"
+        )
 
 
 def load(folder, name=MODEL):
@@ -157,7 +221,8 @@ def remove(folder):
 
 
 def prune(run_dir, keep_last, keep_steps):
-    """delete trainer.pt beyond the newest keep_last (0 = all) resumable checkpoints, but of none in keep_steps"""
+    """delete trainer.pt beyond the newest keep_last (0 = all) resumable checkpoints, but of none in
+    keep_steps"""
     held = [s for s in steps(run_dir) if os.path.exists(os.path.join(step_dir(run_dir, s), TRAINER))]
     for step in held[keep_last:] if keep_last else []:
         if step not in keep_steps:
@@ -165,8 +230,9 @@ def prune(run_dir, keep_last, keep_steps):
 
 
 def clean(run_dir, after):
-    """make room for a run that goes on from step `after`: partial checkpoints of killed processes are deleted, whole
-    ones of later steps, which belong to another course of the run, are set aside under another name and returned"""
+    """make room for a run that goes on from step `after`: partial checkpoints of killed processes are
+    deleted, whole ones of later steps, which belong to another course of the run, are set aside under another
+    name and returned"""
     folder, aside = os.path.join(run_dir, "checkpoints"), []
     for name in os.listdir(folder):
         if ".tmp-" in name:

@@ -1,13 +1,14 @@
 """
 Token files, the order of batches, tokenizers.
 
-data/<name>/ holds train_00000.bin, train_00001.bin, ..., val_00000.bin (little-endian token ids) and meta.json, which
-describes them. Window i of a shard is its tokens [i * seq_len, i * seq_len + seq_len], one more than seq_len, so that
-each but the first is a target once.
+data/<name>/ holds train_00000.bin, train_00001.bin, ..., val_00000.bin (little-endian token ids) and
+meta.json, which describes them. Window i of a shard is its tokens [i * seq_len, i * seq_len + seq_len], one
+more than seq_len, so that each but the first is a target once.
 
-The batch is a pure function of (seed, step): sample number step * sequences_per_step + slot counts through epochs, an
-epoch through the shards in order, and inside a shard through a keyed permutation of its windows that needs no memory.
-So resuming needs the step alone, any number of devices sees the same tokens, and every window comes once an epoch.
+The batch is a pure function of (seed, step): sample number step * sequences_per_step + slot counts through
+epochs, an epoch through the shards in order, and inside a shard through a keyed permutation of its windows
+that needs no memory. So resuming needs the step alone, any number of devices sees the same tokens, and every
+window comes once an epoch.
 """
 
 import hashlib
@@ -21,7 +22,8 @@ from config import fail
 
 
 def meta(cfg):
-    """meta.json of cfg.dataset, its shards checked: size, dtype, every id < vocab_size. Exits with 2 where not."""
+    """meta.json of cfg.dataset, its shards checked: size, dtype, every id < vocab_size. Exits with 2 where
+    not."""
     folder = os.path.join(cfg.data_dir, cfg.dataset)
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
@@ -29,15 +31,23 @@ def meta(cfg):
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-        complete, shards, dtype = found["complete"], found["shards"], np.dtype(found["dtype"]).newbyteorder("<")
+        complete, shards, dtype = (
+            found["complete"],
+            found["shards"],
+            np.dtype(found["dtype"]).newbyteorder("<"),
+        )
         vocab_size = found["vocab_size"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         fail(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
     if not complete:
         fail(f"data set {folder} is not complete; run its preparation again: it goes on where it stopped")
     if cfg.vocab_size and cfg.vocab_size < vocab_size:
-        fail(f"vocab_size = {cfg.vocab_size} is less than the {vocab_size} token ids of {folder}; raise it or set it to 0")
-    checked = os.path.join(folder, ".checked.json")  # {shard: what was checked}, so that ids are scanned once per file
+        fail(
+            f"vocab_size = {cfg.vocab_size} is less than the {vocab_size} token ids of {folder}; set it to 0"
+        )
+    checked = os.path.join(
+        folder, ".checked.json"
+    )  # {shard: what was checked}, so that ids are scanned once per file
     seen = json.load(open(checked, encoding="utf-8")) if os.path.exists(checked) else {}
     now = {}
     for name, shard in shards.items():
@@ -51,8 +61,8 @@ def meta(cfg):
             largest = int(np.memmap(file, dtype, "r").max())
             if largest >= vocab_size:
                 fail(
-                    f"shard {file} holds token id {largest}, vocab_size is {vocab_size}: ids must be below it; "
-                    "make the data set again with the tokenizer that meta.json names"
+                    f"shard {file} holds token id {largest}, but vocab_size is {vocab_size} and ids must be "
+                    "below it; make the data set again with the tokenizer that meta.json names"
                 )
     if now != seen and os.access(folder, os.W_OK):  # a read-only data set is scanned each time
         write_json(checked, now)
@@ -62,7 +72,9 @@ def meta(cfg):
 def default_command(cfg):
     """the command that makes cfg.dataset, as far as its name tells"""
     script = f"prepare/{cfg.dataset}.py"
-    return f"python {script}" if os.path.exists(script) else f"there is no {script}; see the scripts in prepare/"
+    return (
+        f"python {script}" if os.path.exists(script) else f"there is no {script}; see the scripts in prepare/"
+    )
 
 
 def write_json(path, value):
@@ -75,8 +87,9 @@ def write_json(path, value):
 def permute(i, n, key):
     """where a keyed permutation of range(n) sends i (uint64 array, all < n); key: 4 uint64.
 
-    A Feistel network over the next power of 4, walked until it lands below n (Black and Rogaway, "Ciphers with
-    arbitrary finite domains", 2002, section 3): under 4 walks on average, no memory, the same on every machine.
+    A Feistel network over the next power of 4, walked until it lands below n (Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002, section 3): under 4 walks on average, no memory, the same on every
+    machine.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -94,12 +107,17 @@ def permute(i, n, key):
 
 
 class Windows:
-    """the windows of one split, for sequences of seq_len tokens. Exits with 2 where the split holds not even one."""
+    """the windows of one split, for sequences of seq_len tokens. Exits with 2 where the split holds not even
+    one."""
 
     def __init__(self, cfg, meta, split):
         folder = os.path.join(cfg.data_dir, cfg.dataset)
         self.seed, self.seq_len, self.dtype = cfg.seed, cfg.seq_len, np.dtype(meta["dtype"]).newbyteorder("<")
-        shards = {name: shard["tokens"] for name, shard in sorted(meta["shards"].items()) if name.startswith(split + "_")}
+        shards = {
+            name: shard["tokens"]
+            for name, shard in sorted(meta["shards"].items())
+            if name.startswith(split + "_")
+        }
         if not shards:
             fail(f"data set {folder} has no split {split!r}; it has {', '.join(meta['tokens'])}")
         self.counts = [max(0, n - 1) // self.seq_len for n in shards.values()]  # windows per shard
@@ -108,8 +126,8 @@ class Windows:
         if self.total == 0:
             most = max(shards.values())
             fail(
-                f"seq_len = {self.seq_len} is over the data: the largest {split} shard of {folder} has {most:,} tokens, "
-                f"so seq_len can be at most {most - 1}"
+                f"seq_len = {self.seq_len} is over the data: the largest {split} shard of {folder} has "
+                f"{most:,} tokens, so seq_len can be at most {most - 1}"
             )
         self.files = [open(os.path.join(folder, name), "rb", buffering=0) for name in shards]
 
@@ -120,7 +138,8 @@ class Windows:
         return np.frombuffer(raw, self.dtype)
 
     def tensor(self, places, device):
-        """the windows at (shard, i) places as inputs and targets (B, T), both views of one tensor on the device"""
+        """the windows at (shard, i) places as inputs and targets (B, T), both views of one tensor on the
+        device"""
         rows = torch.from_numpy(np.stack([self.read(shard, i) for shard, i in places]).astype(np.int64))
         if device.type == "cuda":
             rows = rows.pin_memory()
@@ -144,7 +163,8 @@ class Windows:
         return self.tensor(self.places(range(first, first + n)), device)
 
     def fixed(self, tokens, batch_size, device):
-        """yield batches (inputs, targets) of at most `tokens` tokens (0 = all), spread evenly and always the same"""
+        """yield batches (inputs, targets) of at most `tokens` tokens (0 = all), spread evenly and always the
+        same"""
         n = min(self.total, max(1, tokens // self.seq_len)) if tokens else self.total
         spread = [j * self.total // n for j in range(n)]
         shards = np.searchsorted(self.ends, spread, "right")
@@ -154,7 +174,8 @@ class Windows:
 
 
 class CharTokenizer:
-    """one token per character; `spec` is meta.json's tokenizer entry, with the characters in the order of their ids"""
+    """one token per character; `spec` is meta.json's tokenizer entry, with the characters in the order of
+    their ids"""
 
     def __init__(self, spec):
         self.chars = spec["chars"]

@@ -1,7 +1,9 @@
 """
-Where a run computes: the device, the dtype of its matrix products, compilation, determinism, memory, known speeds.
+Where a run computes: the device, the dtype of its matrix products, compilation, determinism, memory, known
+speeds.
 
-What is asked for and cannot be had is either an error (a device) or replaced with one printed line (dtype, compile).
+What is asked for and cannot be had is either an error (a device) or replaced with one printed line (dtype,
+compile).
 """
 
 import contextlib
@@ -9,6 +11,7 @@ import os
 import platform
 import resource
 import shutil
+import time
 
 # deterministic cuBLAS needs this before the first CUDA call; it is no setting
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -17,7 +20,8 @@ import torch
 
 from config import fail
 
-# dense bf16 matrix FLOP/s of a card, from its data sheet; a card that is not here has no MFU rather than a wrong one
+# dense bf16 matrix FLOP/s of a card, from its data sheet; a card that is not here has no MFU rather than a
+# wrong one
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -30,29 +34,36 @@ PEAK_FLOPS = {
 }
 
 
-def pick(name):
-    """the torch.device of a setting: auto takes cuda, then mps, then cpu. Exits with 2 where it is not there."""
-    if name == "auto":
+def pick(wanted):
+    """the torch.device of a setting: auto takes cuda, then mps, then cpu. Exits with 2 where it is not
+    there."""
+    if wanted == "auto":
         has_mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    device = torch.device(name)
+    device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        fail(f"device = {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+        found = torch.cuda.device_count()
+        fail(f"device = {wanted!r} is not there: torch sees {found} CUDA devices; use auto or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        fail(f"device = {name!r} is not there: this torch has no MPS; use auto or cpu")
+        fail(f"device = {wanted!r} is not there: this torch has no MPS; use auto or cpu")
     return device
 
 
-def pick_dtype(name, device):
-    """the torch dtype that matrix products compute in: auto takes bfloat16 where the device has units for it. A CPU
-    without them emulates it several times slower than float32."""
+def pick_dtype(wanted, device):
+    """the torch dtype that matrix products compute in: auto takes bfloat16 where the device has units for it.
+    A CPU without them emulates it several times slower than float32."""
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bf16 = device.type == "mps" or torch.cpu._is_avx512_bf16_supported()
-    if name == "bfloat16" and not has_bf16:
+    if wanted == "bfloat16" and not has_bf16:
         print(f"dtype: {describe(device)} has no bfloat16 units; computing in float32")
-    return torch.bfloat16 if has_bf16 and name in ("auto", "bfloat16") else torch.float32
+    return torch.bfloat16 if has_bf16 and wanted in ("auto", "bfloat16") else torch.float32
+
+
+def name(dtype):
+    """'float32' or 'bfloat16'"""
+    return str(dtype).removeprefix("torch.")
 
 
 def autocast(device, dtype):
@@ -61,20 +72,24 @@ def autocast(device, dtype):
 
 
 def make_deterministic():
-    """the same bits from the same run; the price on CUDA is in docs/results.md once it has been measured"""
+    """the same bits from the same run on the same machine: compiled embedding gradients use atomics
+    otherwise"""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # guards a bug that we do not have, at a cost
     torch.backends.cudnn.benchmark = False
 
 
 def compiled(model, wanted, device):
-    """(model or its compiled form, whether it is compiled); prints why where it was wanted and cannot be had"""
+    """(model or its compiled form, whether it is compiled); prints why where it was wanted and cannot be
+    had"""
     if not wanted:
         return model, False
     reason = ""
     if device.type == "mps":
         reason = "torch.compile does not cover MPS yet"
-    elif device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))):
+    elif device.type == "cpu" and not any(
+        map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))
+    ):
         reason = "torch.compile needs a C++ compiler (g++) on CPU"
     elif platform.system() == "Windows" and device.type == "cuda":
         reason = "Triton, which torch.compile needs on CUDA, is not shipped for Windows"
@@ -95,8 +110,9 @@ def peak_flops(device, dtype):
     """known peak FLOP/s of the device in this dtype, or None"""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+    return next(
+        (peak for card, peak in PEAK_FLOPS.items() if card in torch.cuda.get_device_name(device)), None
+    )
 
 
 def synchronize(device):
@@ -125,3 +141,48 @@ def utilization(device):
         return torch.cuda.utilization(device) / 100
     except (ModuleNotFoundError, RuntimeError):  # needs the optional nvidia-ml-py
         return None
+
+
+class Speedometer:
+    """time per step between log lines, without evaluations and saves, and without the first step of the
+    process, which compiles and warms up"""
+
+    def __init__(self, device):
+        self.device, self.began, self.warm = device, time.perf_counter(), False
+        self.steps, self.busy = 0, 0.0  # since the last log line
+        self.go_on()
+
+    def go_on(self):
+        self.clock = time.perf_counter()
+
+    def pause(self):
+        """wait for the device and stop the clock; go_on() starts it again"""
+        synchronize(self.device)
+        self.busy += time.perf_counter() - self.clock
+
+    def count(self):
+        """one more step is done, or under way on the device"""
+        self.steps += 1
+        if not self.warm:
+            self.pause()
+            self.steps, self.busy, self.warm = 0, 0.0, True
+            self.go_on()
+
+    def read(self, tokens_per_step, flops_per_token, dtype):
+        """the speed since the last reading, for a log line; stops the clock. None where nothing was timed."""
+        self.pause()
+        step_ms = 1e3 * self.busy / self.steps if self.steps else None
+        tokens_per_sec = 1e3 * tokens_per_step / step_ms if step_ms else None
+        peak = peak_flops(self.device, dtype)
+        self.steps, self.busy = 0, 0.0
+        return dict(
+            tokens_per_sec=tokens_per_sec,
+            step_ms=step_ms,
+            mfu=tokens_per_sec * flops_per_token / peak if peak and tokens_per_sec else None,
+            memory_gb=peak_memory_gb(self.device),
+            gpu_util=utilization(self.device),
+        )
+
+    def seconds(self):
+        """since the process began to train"""
+        return time.perf_counter() - self.began

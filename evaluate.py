@@ -4,9 +4,9 @@ Score a trained model: its loss on a prepared data set, and on a task its exact 
     python evaluate.py --ckpt=runs/demo
     python evaluate.py --ckpt=runs/demo --split=train --dtype=bfloat16
 
-Computes in float32 unless told otherwise, on the fixed windows of the split, all of them. The last line of stdout is one
-JSON object: step, dataset, split, dtype, tokens, val_loss (nats per token), perplexity, bits_per_byte where bytes are
-known, and for a task accuracy (0 to 1), n and its own scores.
+Computes in float32 unless told otherwise, on the fixed windows of the split, all of them. The last line of
+stdout is one JSON object: step, dataset, split, dtype, tokens, val_loss (nats per token), perplexity,
+bits_per_byte where bytes are known, and for a task accuracy (0 to 1), n and its own scores.
 """
 
 import math
@@ -37,8 +37,9 @@ from model import generate, mean_loss, restore
 
 
 def exact_answers(model, tokenizer, eot, problems, batch_size):
-    """the share of problems (question, answer) whose greedy answer is right to the last character, by kind of question:
-    {"": all, "+2": additions whose longer operand has 2 digits, ...}, and the wrong ones [(question, answer, right)]"""
+    """the share of problems (question, answer) whose greedy answer is right to the last character, by kind of
+    question: {"": all, "+2": additions whose longer operand has 2 digits, ...}, and the wrong ones
+    [(question, answer, right)]"""
     by_length = {}  # prompts of one length make a batch
     for question, answer in problems:
         by_length.setdefault(len(question), []).append((question, answer))
@@ -47,7 +48,9 @@ def exact_answers(model, tokenizer, eot, problems, batch_size):
     for group in by_length.values():
         for start in range(0, len(group), batch_size):
             some = group[start : start + batch_size]
-            idx = torch.tensor([data.encode_prompt(tokenizer, eot, q) for q, _ in some], device=model.embed.weight.device)
+            idx = torch.tensor(
+                [data.encode_prompt(tokenizer, eot, q) for q, _ in some], device=model.embed.weight.device
+            )
             longest = max(len(answer) for _, answer in some) + 1
             new = torch.cat(list(generate(model, idx, longest, temperature=0.0)), 1).tolist()
             for (question, answer), ids in zip(some, new):
@@ -74,17 +77,28 @@ folder = checkpoint.locate(cfg.ckpt)
 part = checkpoint.load(folder)
 trained = part["config"]
 cfg.dataset, cfg.origin["dataset"] = cfg.dataset or trained["dataset"], folder
-cfg.seed, cfg.seq_len, cfg.vocab_size, cfg.prepare = (trained[key] for key in ("seed", "seq_len", "vocab_size", "prepare"))
+cfg.seed, cfg.seq_len, cfg.vocab_size, cfg.prepare = (
+    trained[key] for key in ("seed", "seq_len", "vocab_size", "prepare")
+)
 meta = data.meta(cfg)
 if meta["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
-    config.fail(f"dataset = {cfg.dataset!r} was made with another tokenizer than {folder}; its token ids mean other text")
+    config.fail(
+        f"dataset = {cfg.dataset!r} has another tokenizer than {folder}: its token ids mean other text"
+    )
 windows = data.Windows(cfg, meta, cfg.split)
 model = restore(part, device)
 tokenizer = data.tokenizer(part["tokenizer"])
 n = min(windows.total, max(1, cfg.eval_tokens // cfg.seq_len)) if cfg.eval_tokens else windows.total
-print(f"{folder}: {cfg.dataset}/{cfg.split}, {n} windows of {cfg.seq_len} tokens, {machine.describe(device)}, {dtype}")
+print(f"{folder} on {cfg.dataset}/{cfg.split}: {n} windows of {cfg.seq_len} tokens")
+print(f"{machine.describe(device)}, {machine.name(dtype)}")
 
-result = dict(step=part["step"], dataset=cfg.dataset, split=cfg.split, dtype=str(dtype).removeprefix("torch."), tokens=n * cfg.seq_len)
+result = dict(
+    step=part["step"],
+    dataset=cfg.dataset,
+    split=cfg.split,
+    dtype=str(dtype).removeprefix("torch."),
+    tokens=n * cfg.seq_len,
+)
 batches = tqdm(
     windows.fixed(cfg.eval_tokens, cfg.batch_size, device),
     total=-(-n // cfg.batch_size),

@@ -1,9 +1,10 @@
 """
 The transformer: a plain Llama block, so that stock engines can run what is trained here.
 
-Pre-norm RMSNorm, rotary positions that rotate halves, grouped-query attention, SwiGLU, no biases, and a head that may
-share the embedding's matrix. With cfg.ternary every linear layer of attention and FFN is a BitLinear (quant.py);
-embedding, head and norms stay in full precision. Without it the same shape is an ordinary float model: the twin.
+Pre-norm RMSNorm, rotary positions that rotate halves, grouped-query attention, SwiGLU, no biases, and a head
+that may share the embedding's matrix. With cfg.ternary every linear layer of attention and FFN is a BitLinear
+(quant.py); embedding, head and norms stay in full precision. Without it the same shape is an ordinary float
+model: the twin.
 
 Shapes: B sequences, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V = vocab_size.
 """
@@ -19,8 +20,8 @@ from quant import BitLinear
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in fp32 (arXiv 1910.07467). Written out in the order of the Llama code in transformers, whose
-    forward of an export is to equal ours bit for bit."""
+    """x / rms(x) * weight, in fp32 (arXiv 1910.07467). Written out in the order of the Llama code in
+    transformers, whose forward of an export is to equal ours bit for bit."""
 
     def __init__(self, n_embd, eps):
         super().__init__()
@@ -34,7 +35,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(seq_len, head_dim, theta):
-    """cos, sin (T, D) of the rotary angles: position times theta^(-2i/D), each half of D the same (arXiv 2104.09864)"""
+    """cos, sin (T, D) of the rotary angles: position times theta^(-2i/D), each half of D the same (arXiv
+    2104.09864)"""
     inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), inv_freq).repeat(1, 2)
     return angles.cos(), angles.sin()
@@ -106,8 +108,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """cfg needs vocab_size, seq_len, n_layer, n_head, n_kv_head, n_embd, ffn_dim, rope_theta, norm_eps, dropout,
-    tie_embeddings and ternary (config/default.py says what each is)."""
+    """cfg needs vocab_size, seq_len, n_layer, n_head, n_kv_head, n_embd, ffn_dim, rope_theta, norm_eps,
+    dropout, tie_embeddings and ternary (config/default.py says what each is)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -126,16 +128,20 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """normal, std 0.02; what writes into the residual stream is divided by sqrt(2 n_layer), as in GPT-2.
-        A tied head then gives logits of std 0.02 sqrt(C), and the first loss is near ln(V)."""
+        """normal: std 0.02 for embedding and head; 1 / sqrt(inputs) for the matrices of the blocks, so that at
+        every width they keep the size of what goes through them, and 1 / sqrt(2 n_layer) of that for those that
+        write into the residual stream. The first loss is then near ln(V)."""
         for name, p in self.named_parameters():
-            if p.dim() >= 2:
+            if name.startswith("blocks.") and p.dim() == 2:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.cfg.n_layer) if into_residual else 0.02)
+                nn.init.normal_(p, std=(p.shape[1] * (2 * self.cfg.n_layer if into_residual else 1)) ** -0.5)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
 
     def forward(self, idx, targets=None, cache=None):
         """logits (B, T, V) in fp32 of idx (B, T); with targets (B, T) the mean cross entropy in nats instead.
-        With a cache, idx continues what the cache holds and only the last position's logits (B, 1, V) are made."""
+        With a cache, idx continues what the cache holds and only the last position's logits (B, 1, V) are
+        made."""
         start = cache.length if cache is not None else 0
         cos, sin = (table[start : start + idx.shape[1]] for table in (self.cos, self.sin))
         x = self.dropout(self.embed(idx))  # (B, T, C)
@@ -156,8 +162,8 @@ class Transformer(nn.Module):
         return dict(total=total, active=total, ternary=ternary, full_precision=total - ternary)
 
     def flops_per_token(self):
-        """model FLOPs of forward and backward: 6 for each weight that is multiplied plus 12 L C T for attention
-        (PaLM, arXiv 2204.02311, appendix B); an untied embedding is only looked up."""
+        """model FLOPs of forward and backward: 6 for each weight that is multiplied plus 12 L C T for
+        attention (PaLM, arXiv 2204.02311, appendix B); an untied embedding is only looked up."""
         cfg = self.cfg
         looked_up = 0 if cfg.tie_embeddings else self.embed.weight.numel()
         return 6 * (self.counts()["active"] - looked_up) + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
@@ -178,8 +184,8 @@ class KVCache:
         self.size, self.length, self.store = size, 0, {}
 
     def append(self, layer, k, v):
-        """store k, v (B, K, T, D) of the new tokens; return all of them (B, K, length + T, D) and the mask that T new
-        tokens need (None for one token, or where the cache was empty: plain causal attention)"""
+        """store k, v (B, K, T, D) of the new tokens; return all of them (B, K, length + T, D) and the mask
+        that T new tokens need (None for one token, or where the cache was empty: plain causal attention)"""
         B, K, T, D = k.shape
         start, end = self.length, self.length + T
         if layer not in self.store:
@@ -193,8 +199,8 @@ class KVCache:
 
 
 def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """one token id (B, 1) from logits (B, V): greedy at temperature 0, else drawn from the top_k (0 = all) likeliest
-    and from the least set of them whose chances reach top_p (nucleus, arXiv 1904.09751)"""
+    """one token id (B, 1) from logits (B, V): greedy at temperature 0, else drawn from the top_k (0 = all)
+    likeliest and from the least set of them whose chances reach top_p (nucleus, arXiv 1904.09751)"""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
@@ -211,8 +217,8 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """yield the next tokens (B, 1), one at a time, after the prompts idx (B, T). Where the context is full, the later
-    half of it is read again and generation goes on with that."""
+    """yield the next tokens (B, 1), one at a time, after the prompts idx (B, T). Where the context is full,
+    the later half of it is read again and generation goes on with that."""
     size = model.cfg.seq_len
     idx = idx[:, -size:]
     cache, fresh = KVCache(size), idx
@@ -227,8 +233,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
 
 @torch.no_grad()
 def mean_loss(model, batches, stop=lambda: False):
-    """mean cross entropy in nats per token over batches of (inputs, targets), summed in float64; None where stop()
-    turned true on the way"""
+    """mean cross entropy in nats per token over batches of (inputs, targets), summed in float64; None where
+    stop() turned true on the way"""
     was_training, total, tokens = model.training, 0.0, 0
     model.eval()
     for idx, targets in batches:

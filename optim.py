@@ -1,8 +1,9 @@
 """
-Parameter groups, the optimizer, and the schedules of learning rate and weight decay as pure functions of the step.
+Parameter groups, the optimizer, and the schedules of learning rate and weight decay as pure functions of the
+step.
 
-`step` counts updates already made: lr(cfg, 0) is the rate of the first one. Nothing of a schedule is saved, so a resumed
-run cannot disagree with an unbroken one.
+`step` counts updates already made: lr(cfg, 0) is the rate of the first one. Nothing of a schedule is saved,
+so a resumed run cannot disagree with an unbroken one.
 """
 
 import math
@@ -11,14 +12,24 @@ import torch
 
 
 def boundary(cfg):
-    """the step at which stage 2 begins (the state after that many updates is the last of stage 1); max_steps where the
-    schedule has one stage"""
-    return round(cfg.stage_boundary * cfg.max_steps) if cfg.schedule in ("two_stage", "bitnet") else cfg.max_steps
+    """the step at which stage 2 begins (the state after that many updates is the last of stage 1); max_steps
+    where the schedule has one stage"""
+    return (
+        round(cfg.stage_boundary * cfg.max_steps)
+        if cfg.schedule in ("two_stage", "bitnet")
+        else cfg.max_steps
+    )
 
 
 def stage(cfg, step):
     """1 or 2: the stage of the update made at `step`"""
     return 2 if step >= boundary(cfg) and boundary(cfg) < cfg.max_steps else 1
+
+
+def boundary_steps(cfg):
+    """the last step of stage 1 and the first of stage 2, whose checkpoints are kept; none where there is one
+    stage"""
+    return {boundary(cfg) - 1, boundary(cfg)} if 0 < boundary(cfg) < cfg.max_steps else set()
 
 
 def line(x, x0, x1, y0, y1):
@@ -30,8 +41,8 @@ def lr(cfg, step):
     """learning rate of the update made at `step`; warm-up is (step + 1) / warmup_steps, never zero.
 
     two_stage   to stage2_lr at the boundary, then to min_lr at max_steps: continuous
-    bitnet      min_lr + (P - min_lr) (1 - step / max_steps) with P = learning_rate before the boundary and stage2_lr
-                after it: two lines to min_lr and a drop ("The Era of 1-bit LLMs: Training Tips, Code and FAQ", fig. 1)
+    bitnet      min_lr + (P - min_lr) (1 - step / max_steps), P = learning_rate before the boundary
+                and stage2_lr after it: two lines and a drop ("The Era of 1-bit LLMs: Training Tips, Code and FAQ", fig. 1)
     wsd         constant, then to min_lr over the last decay_fraction (arXiv 2404.06395, section 4)
     cosine, linear, constant   as named, from the end of the warm-up to max_steps
     """
@@ -62,14 +73,17 @@ def weight_decay(cfg, step):
 
 
 def make_optimizer(cfg, model):
-    """fused AdamW (arXiv 1711.05101) over two groups: the matrices inside the blocks, which decay, and the rest
-    (embedding, head, norms), which does not. Decay of latent weights keeps codes flipping; the others have none."""
+    """fused AdamW (arXiv 1711.05101) over two groups: the matrices inside the blocks, which decay, and the
+    rest (embedding, head, norms), which does not. Decay of latent weights keeps codes flipping; the others
+    have none."""
     named = list(model.named_parameters())  # a tied matrix is named once
     decays = [p for name, p in named if name.startswith("blocks.") and p.dim() >= 2]
     rest = [p for name, p in named if not (name.startswith("blocks.") and p.dim() >= 2)]
     assert len(decays) + len(rest) == len(list(model.parameters())), "every parameter is in exactly one group"
     groups = [dict(params=decays, decays=True), dict(params=rest, decays=False, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True
+    )
 
 
 def set_rates(optimizer, cfg, step):

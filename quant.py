@@ -2,8 +2,8 @@
 BitLinear: the ternary linear layer of BitNet b1.58, trained with a straight-through gradient.
 
 A BitLinear holds float master weights W (out, in), which the optimizer updates. Each forward rounds them to
-{-1, 0, 1} with one scale per matrix, rounds its input to int8 with one scale per token, multiplies integers, and
-divides by the two scales ("The Era of 1-bit LLMs: Training Tips, Code and FAQ", figures 3 and 4):
+{-1, 0, 1} with one scale per matrix, rounds its input to int8 with one scale per token, multiplies integers,
+and divides by the two scales ("The Era of 1-bit LLMs: Training Tips, Code and FAQ", figures 3 and 4):
 
     weights      s = 1 / mean|W|      t = round(W * s) clipped to {-1, 0, 1}
     activations  a = 127 / max|x|     q = round(x * a) clipped to [-128, 127]
@@ -11,18 +11,21 @@ divides by the two scales ("The Era of 1-bit LLMs: Training Tips, Code and FAQ",
     backward     dx = dy @ (t / s)    dW = dy^T @ (q / a)
 
 Both divisors are clamped to at least 1e-5; round is half to even. The backward pretends that neither rounding
-happened (straight-through, no clip mask), so a latent weight goes on moving between its thresholds until it flips.
+happened (straight-through, no clip mask), so a latent weight goes on moving between its thresholds until it
+flips.
 
-The forward is the integer forward that an engine deploys, not "fake quantisation" in floats: the two differ by an
-ulp here and there, and one ulp can flip an int8 rounding further on. The integer product is exact in every form that
-computes it (int8 units, or fp32 while 127 * in_features < 2^24), so all of them give the same bits.
+The forward is the integer forward that an engine deploys, not "fake quantisation" in floats: the two differ
+by an ulp here and there, and one ulp can flip an int8 rounding further on. The integer product is exact in
+every form that computes it (int8 units, or fp32 while 127 * in_features < 2^24), so all of them give the same
+bits.
 
-Memory while training: the backward keeps t and q as int8 and makes the floats again when it needs them. Training
-takes no less memory than a float model all the same, since master weights and optimizer state stay fp32; it is the
-exported model that is small.
+Memory while training: the backward keeps t and q as int8 and makes the floats again when it needs them.
+Training takes no less memory than a float model all the same, since master weights and optimizer state stay
+fp32; it is the exported model that is small.
 
-What this file does not do: no norm inside the layer, no bias, no quantisation of embeddings, head or norms, no median
-or per-group scales, and no second ternarisation of weights that already are ternary (the scale would shrink).
+What this file does not do: no norm inside the layer, no bias, no quantisation of embeddings, head or norms,
+no median or per-group scales, and no second ternarisation of weights that already are ternary (the scale
+would shrink).
 """
 
 import torch
@@ -34,7 +37,8 @@ EPS = 1e-5  # the least mean|W| and max|x|: an all-zero matrix or token divides 
 def weight_scale(w):
     """s = 1 / mean|W| over the last two dimensions, fp32, shape (..., 1, 1).
 
-    The mean is summed in float64 and rounded once, so that it does not depend on the number of threads or the compiler.
+    The mean is summed in float64 and rounded once, so that it does not depend on the number of threads or the
+    compiler.
     """
     mean = w.detach().abs().mean((-2, -1), keepdim=True, dtype=torch.float64).float()
     return 1.0 / mean.clamp(min=EPS)
@@ -55,7 +59,8 @@ def quantize_activations(x):
 
 
 def int_matmul_pays(device, rows, n_in, n_out):
-    """whether torch._int_mm runs for these sizes on int8 units; without them it is slower than the fp32 product"""
+    """whether torch._int_mm runs for these sizes on int8 units; without them it is slower than the fp32
+    product"""
     if device.type == "cuda":  # cuBLAS: more than 16 rows, both widths multiples of 8
         return rows > 16 and n_in % 8 == 0 and n_out % 8 == 0
     return device.type == "cpu" and torch.cpu._is_vnni_supported()
@@ -88,7 +93,8 @@ class TernaryLinear(torch.autograd.Function):
         q, a, t, s = ctx.saved_tensors
         dx = dw = None
         with torch.autocast(dy.device.type, enabled=False):
-            # codes are exact in bf16, t / s is not: the scalar s goes outside of the product, a onto its smaller side
+            # codes are exact in bf16, t / s is not: the scalar s goes outside of the product, a onto its
+            # smaller side
             if ctx.needs_input_grad[0]:
                 dx = ((dy @ t.to(dy.dtype)) / s.to(dy.dtype)).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
@@ -97,7 +103,8 @@ class TernaryLinear(torch.autograd.Function):
 
 
 class BitLinear(nn.Linear):
-    """nn.Linear without a bias whose forward is ternary; `weight` (out, in) holds the float master weights."""
+    """nn.Linear without a bias whose forward is ternary; `weight` (out, in) holds the float master
+    weights."""
 
     def __init__(self, in_features, out_features, bias=False, device=None, dtype=None):
         if bias:
@@ -106,7 +113,8 @@ class BitLinear(nn.Linear):
         self.absmax = None  # set to a tensor by activation_absmax() for one forward
 
     def forward(self, x):
-        """y (..., out) for x (..., in), in the autocast dtype where autocast is on, as nn.Linear, else in x's"""
+        """y (..., out) for x (..., in), in the autocast dtype where autocast is on, as nn.Linear, else in
+        x's"""
         if self.absmax is not None:
             self.absmax = x.detach().abs().max().float()
         kind = x.device.type
@@ -116,8 +124,9 @@ class BitLinear(nn.Linear):
 
 
 def pack(t):
-    """codes {-1, 0, 1} (out, in) -> uint8 (out / 4, in), four to a byte in the layout that transformers reads:
-    byte row r holds rows r, r + R, r + 2R, r + 3R of t + 1, lowest bits first, R = out / 4. ValueError unless 4 | out."""
+    """codes {-1, 0, 1} (out, in) -> uint8 (out / 4, in), four to a byte in the layout that transformers
+    reads: byte row r holds rows r, r + R, r + 2R, r + 3R of t + 1, lowest bits first, R = out / 4. ValueError
+    unless 4 | out."""
     if t.shape[0] % 4:
         raise ValueError(f"pack: {t.shape[0]} output rows are not a multiple of 4")
     u = (t + 1).to(torch.uint8).view(4, t.shape[0] // 4, t.shape[1])
@@ -145,7 +154,8 @@ def codes(model):
 
 @torch.no_grad()
 def activation_absmax(model, idx):
-    """{name: max|x|} of the input of every BitLinear in one extra forward of idx (B, T); 0-dim device tensors"""
+    """{name: max|x|} of the input of every BitLinear in one extra forward of idx (B, T); 0-dim device
+    tensors"""
     layers = bit_layers(model)
     was_training = model.training
     model.eval()
@@ -166,15 +176,15 @@ HEALTH = ("zero", "plus", "minus", "scale", "near_threshold", "flip_rate", "act_
 def health(model, before, idx):
     """(record, codes): the ternary health of the model now.
 
-    before: the codes of the last record or None (flip_rate is then None); idx (B, T): tokens for the activations.
-    record: {"total": row, "layers": {name: row}}, a row of
+    before: the codes of the last record or None (flip_rate is then None); idx (B, T): tokens for the
+    activations. record: {"total": row, "layers": {name: row}}, a row of
         zero, plus, minus   fractions of the codes (Gaussian weights begin at 0.31 zeros)
         scale               mean|W|, what a code of 1 stands for
         near_threshold      fraction of |W| / mean|W| within 0.05 of 0.5, the border between 0 and 1
         flip_rate           fraction of codes that changed since `before`
         act_absmax          largest |x| that went into the layer
-    Fractions are averaged over weights in the total, scale and act_absmax are the mean and the maximum over layers.
-    One transfer from the device for all numbers.
+    Fractions are averaged over weights in the total, scale and act_absmax are the mean and the maximum over
+    layers. One transfer from the device for all numbers.
     """
     absmax = activation_absmax(model, idx)
     now, rows, sizes = {}, [], []

@@ -1,14 +1,18 @@
 """
 The record of a run: lines of JSON in runs/<run_id>/metrics and samples, plain lines in train.log.
 
-A line is appended and flushed whole. A run that resumes from step k drops what is made again, so that each training line
+A line is appended whole. A run that resumes from step k drops what is made again, so that each training line
 beyond k, and each evaluation, sample and best from k on, is there once, whatever was killed.
 """
 
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 import time
+from importlib import metadata
 
 try:
     import fcntl
@@ -24,7 +28,10 @@ EVENTS, SAMPLES = os.path.join("metrics", "events.jsonl"), os.path.join("samples
 
 def to_json(fields):
     """one line of JSON, floats to the last bit; JSON has no NaN and no infinity: they become null"""
-    plain = {key: None if type(value) is float and not math.isfinite(value) else value for key, value in fields.items()}
+    plain = {
+        key: None if type(value) is float and not math.isfinite(value) else value
+        for key, value in fields.items()
+    }
     return json.dumps(plain, allow_nan=False)
 
 
@@ -34,7 +41,13 @@ def append(run_dir, name, **fields):
 
 
 def event(run_dir, kind, **fields):
-    append(run_dir, EVENTS, event=kind, **fields, time=round(time.time(), 3))
+    append(run_dir, EVENTS, event=kind, **fields, time=time.time())
+
+
+def append_text(run_dir, text):
+    """a line of train.log"""
+    with open(os.path.join(run_dir, "train.log"), "a", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 def read(run_dir, name):
@@ -47,6 +60,12 @@ def read(run_dir, name):
     return [json.loads(line) for line in lines if is_whole(line)]
 
 
+def last(run_dir, name, has="step", **fields):
+    """the newest line of a JSONL file that has a key and these fields, or {}"""
+    found = (line for line in reversed(read(run_dir, name)) if has in line and fields.items() <= line.items())
+    return next(found, {})
+
+
 def is_whole(line):
     try:
         return isinstance(json.loads(line), dict)
@@ -55,33 +74,31 @@ def is_whole(line):
 
 
 def rewind(run_dir, step):
-    """drop what a run that goes on from `step` (None: from the start) makes again; half-written lines go too"""
+    """drop what a run that goes on from `step` (None: from the start) makes again; half-written lines go
+    too"""
 
-    def keep_json(name, line):
-        if not is_whole(line):
+    def is_kept(name, line):
+        if name == "train.log":  # "step 100/2000 ..." tells of an update, "eval 100/2000 ..." is made again
+            kind, _, rest = line.partition(" ")
+            number, again = rest.partition("/")[0], kind == "eval"
+            if kind not in ("step", "eval") or not number.isdigit():
+                return step is not None
+        elif not is_whole(line):
             return False
-        fields = json.loads(line)
-        if name == EVENTS:
+        elif name == EVENTS:
             return True
-        if step is None:
-            return False
-        made_at_step = name == SAMPLES or "val_loss" in fields  # before the update, so it is made again at `step` itself
-        return fields["step"] < step or (fields["step"] == step and not made_at_step)
+        else:
+            fields = json.loads(line)
+            number, again = fields["step"], name == SAMPLES or "val_loss" in fields
+        return step is not None and int(number) < step + (not again)
 
-    def keep_log(name, line):  # "step 100/2000 ..." describes an update, "eval 100/2000 ..." is made again
-        kind, _, rest = line.partition(" ")
-        number = rest.partition("/")[0]
-        if step is None or kind not in ("step", "eval") or not number.isdigit():
-            return step is not None
-        return int(number) < step or (int(number) == step and kind == "step")
-
-    for name, keep in ((SCALARS, keep_json), (BITNET, keep_json), (EVENTS, keep_json), (SAMPLES, keep_json), ("train.log", keep_log)):
+    for name in (SCALARS, BITNET, EVENTS, SAMPLES, "train.log"):
         path = os.path.join(run_dir, name)
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as file:
                 lines = file.read().split("\n")[:-1]
             with open(path + ".tmp", "w", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in lines if keep(name, line))
+                file.writelines(line + "\n" for line in lines if is_kept(name, line))
             os.replace(path + ".tmp", path)
 
 
@@ -94,9 +111,32 @@ def write_best(run_dir, best):
         os.remove(path)
 
 
+def write_config(run_dir, cfg, facts):
+    """config.json: every setting with where it came from, versions, git commit, pid, and the facts of
+    train.py"""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", here, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    settings = {key: value for key, value in vars(cfg).items() if key != "origin"}
+    found = {
+        "settings": {k: {"value": v, "origin": cfg.origin.get(k, "derived")} for k, v in settings.items()},
+        "versions": {name: metadata.version(name) for name in ("torch", "numpy")}
+        | {"python": sys.version.split()[0]},
+        "git_commit": commit or None,
+        "pid": os.getpid(),
+    }
+    write_json(os.path.join(run_dir, "config.json"), found | facts)
+
+
+def repetition(ids):
+    """share of the 4-grams of a text that it has had before; 0 for text that never repeats itself"""
+    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def open_run(run_dir):
-    """make the folders of a run and lock it for this process; returns the lock, to be held. Exits with 2 where the
-    folder cannot be written or another process trains this run."""
+    """make the folders of a run and lock it for this process; returns the lock, to be held. Exits with 2
+    where it cannot be written or another process trains this run."""
     try:
         for name in ("metrics", "samples", "checkpoints"):
             os.makedirs(os.path.join(run_dir, name), exist_ok=True)

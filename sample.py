@@ -35,10 +35,17 @@ import data
 import device as machine
 from model import generate, restore
 
-if cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.top_k < 0 or cfg.max_new_tokens < 1 or cfg.num_samples < 1:
+if (
+    cfg.temperature < 0
+    or not 0 < cfg.top_p <= 1
+    or cfg.top_k < 0
+    or cfg.max_new_tokens < 1
+    or cfg.num_samples < 1
+):
     config.fail(
-        f"temperature = {cfg.temperature} and top_k = {cfg.top_k} must not be negative, top_p = {cfg.top_p} must be more than "
-        f"0 and at most 1, max_new_tokens = {cfg.max_new_tokens} and num_samples = {cfg.num_samples} at least 1"
+        f"temperature = {cfg.temperature} and top_k = {cfg.top_k} must not be negative, top_p = {cfg.top_p} must "
+        f"be more than 0 and at most 1, max_new_tokens = {cfg.max_new_tokens} and num_samples = "
+        f"{cfg.num_samples} at least 1"
     )
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
@@ -52,7 +59,7 @@ except ValueError as error:
     config.fail(f"prompt = {text!r}: {error}")
 
 generator = torch.Generator(device).manual_seed(cfg.seed)
-for number in range(cfg.num_samples):
+for _ in range(cfg.num_samples):
     began, new, shown = time.perf_counter(), [], 0
     print(text, end="", flush=True)
     with machine.autocast(device, dtype):
@@ -65,4 +72,7 @@ for number in range(cfg.num_samples):
             print(whole[shown:], end="", flush=True)
             shown = len(whole)
     print(flush=True)
-    print(f"{len(new) + 1} tokens, {(len(new) + 1) / (time.perf_counter() - began):,.0f} tokens/s", file=sys.stderr)
+    print(
+        f"{len(new) + 1} tokens, {(len(new) + 1) / (time.perf_counter() - began):,.0f} tokens/s",
+        file=sys.stderr,
+    )

@@ -1,9 +1,10 @@
 """
 The checked loader of settings: config/default.py, then the config files, then the flags, wherever they stand.
 
-    cfg = config.load(sys.argv[1:])      one object with attributes; cfg.origin[name] says where a value came from
+    cfg = config.load(sys.argv[1:])      one object with attributes; cfg.origin[name]: where a value is from
 
-All faults of a command line are reported at once, one `error:` line each, and end the program with exit code 2.
+All faults of a command line are reported at once, one `error:` line each, and end the program with exit code
+2.
 """
 
 import ast
@@ -51,15 +52,18 @@ def print_help(doc, flags, defaults, takes_files):
     """the script's docstring, its own flags, then the settings, each with default and comment"""
     width = min(100, max(50, os.get_terminal_size().columns if sys.stdout.isatty() else 100))
     print(doc.strip())
-    rows = [("options", [(name, comment) for name, (_, comment) in flags.items()])]
-    rows += [(section, [row for row in rows if row[0] in defaults and row[0] not in flags]) for section, rows in comments()]
-    for section, rows in rows:
+    sections = [("options", [(name, comment) for name, (_, comment) in flags.items()])]
+    for section, rows in comments():
+        sections.append((section, [row for row in rows if row[0] in defaults and row[0] not in flags]))
+    for section, rows in sections:
         if rows:
             print(f"\n{section}:")
         for name, comment in rows:
             print(f"  --{name}={defaults[name]!r}")
             print(textwrap.fill(comment, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    print("\n--key=value and --key value are the same, and so are - and _ in names; --flag and --no-flag set a boolean.")
+    print(
+        "\n--key=value and --key value are the same, as are - and _ in names; --flag and --no-flag set bools."
+    )
     if takes_files:
         print("Flags override config files, which override config/default.py.")
 
@@ -99,12 +103,13 @@ def unknown(key, known):
 
 
 def load(argv, doc="", flags=None, only=None, check_run=True):
-    """the settings of a command line, as an object with attributes and `origin` {name: where the value came from}.
+    """the settings of a command line, as an object with attributes and `origin` {name: where the value came
+    from}.
 
-    flags: {name: (default, comment)} of the script's own; they shadow a setting of the same name.
-    only: names of the settings this script takes, none of them from config files; None = all, and config files.
-    check_run: also check that the settings agree with each other, as a run needs it.
-    Exits with 2 and one `error:` line per fault; --help prints `doc` and everything that can be set, and exits with 0.
+    flags: {name: (default, comment)} of the script's own; they shadow a setting of the same name. only: names
+    of the settings this script takes, none of them from config files; None = all, and config files.
+    check_run: also check that the settings agree with each other, as a run needs it. Exits with 2 and one
+    `error:` line per fault; --help prints `doc` and everything that can be set, and exits with 0.
     """
     flags = flags or {}
     values = assignments(DEFAULT)
@@ -148,17 +153,23 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     for path in files:
         if not os.path.isfile(path):
             near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.4)
-            faults.append(f"config file {path} does not exist" + (f"; did you mean {near[0]}?" if near else ""))
+            faults.append(
+                f"config file {path} does not exist" + (f"; did you mean {near[0]}?" if near else "")
+            )
             continue
         try:
             found = assignments(path)
-        except Exception as error:  # a config file is the user's own code: whatever it raises is a fault of the file
+        except (
+            Exception
+        ) as error:  # a config file is the user's own code: whatever it raises is a fault of the file
             faults.append(f"config file {path}: {type(error).__name__}: {error}")
             continue
         for key, value in found.items():
             put(key, value, path) if key in types else faults.append(f"{path}: {unknown(key, types)}")
     for key, text, arg in given:
-        put(key, parse(text, types[key]), arg) if key in types else faults.append(f"{arg}: {unknown(key, types)}")
+        put(key, parse(text, types[key]), arg) if key in types else faults.append(
+            f"{arg}: {unknown(key, types)}"
+        )
 
     cfg = SimpleNamespace(**values, origin=origin)
     if only is None and not cfg.run_id:
@@ -179,7 +190,8 @@ def need_flags(cfg, *names):
 
 
 def check(cfg):
-    """all contradictions among the settings of a run, as texts; derives max_steps, total_batch_size and accumulation.
+    """all contradictions among the settings of a run, as texts; derives max_steps, total_batch_size and
+    accumulation.
 
     Sets cfg.max_steps, cfg.total_batch_size (tokens), cfg.accumulation (micro-steps per step).
     """
@@ -190,38 +202,51 @@ def check(cfg):
             faults.append(text)
         return ok
 
-    positive = "batch_size seq_len n_layer n_head n_kv_head n_embd ffn_dim rope_theta norm_eps adam_eps log_every".split()
-    for key in positive:
+    for key in (
+        "batch_size seq_len n_layer n_head n_kv_head n_embd ffn_dim rope_theta norm_eps adam_eps log_every"
+    ).split():
         need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)} must be more than 0")
     for key in (
-        "total_batch_size max_steps total_tokens max_minutes vocab_size learning_rate weight_decay grad_clip warmup_steps "
-        "stage2_lr stage2_weight_decay min_lr eval_every sample_every save_every keep_last patience seed sample_tokens"
+        "total_batch_size max_steps total_tokens max_minutes vocab_size learning_rate weight_decay "
+        "grad_clip warmup_steps stage2_lr stage2_weight_decay min_lr eval_every sample_every save_every "
+        "keep_last patience seed sample_tokens eval_tokens"
     ).split():
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)} must not be negative")
     for key in ("beta1", "beta2", "dropout"):
         need(0 <= getattr(cfg, key) < 1, f"{key} = {getattr(cfg, key)} must be at least 0 and less than 1")
     for key in ("stage_boundary", "decay_fraction"):
-        need(0 < getattr(cfg, key) <= 1, f"{key} = {getattr(cfg, key)} is a fraction of max_steps: more than 0, at most 1")
+        need(
+            0 < getattr(cfg, key) <= 1,
+            f"{key} = {getattr(cfg, key)} is a fraction of max_steps: more than 0, at most 1",
+        )
     if not faults:
-        need(cfg.n_embd % cfg.n_head == 0, f"n_embd = {cfg.n_embd} is not divisible by n_head = {cfg.n_head}") and need(
+        need(
+            cfg.n_embd % cfg.n_head == 0, f"n_embd = {cfg.n_embd} is not divisible by n_head = {cfg.n_head}"
+        ) and need(
             cfg.n_embd // cfg.n_head % 2 == 0,
             f"n_embd / n_head = {cfg.n_embd // cfg.n_head} is odd; rotary positions need an even head size",
         )
-        need(cfg.n_head % cfg.n_kv_head == 0, f"n_head = {cfg.n_head} is not divisible by n_kv_head = {cfg.n_kv_head}")
+        need(
+            cfg.n_head % cfg.n_kv_head == 0,
+            f"n_head = {cfg.n_head} is not divisible by n_kv_head = {cfg.n_kv_head}",
+        )
         need(
             not cfg.ternary or max(cfg.n_embd, cfg.ffn_dim) * 127 < 2**24,
-            f"n_embd = {cfg.n_embd}, ffn_dim = {cfg.ffn_dim}: integer sums over more than 132,103 inputs are not exact",
+            f"n_embd = {cfg.n_embd}, ffn_dim = {cfg.ffn_dim}: sums over more than 132,103 are not exact",
         )
         micro = cfg.batch_size * cfg.seq_len
         total = cfg.total_batch_size or micro
         nearest = max(1, round(total / micro)) * micro
         need(
             total % micro == 0,
-            f"total_batch_size = {total:,} is not a multiple of batch_size {cfg.batch_size} x seq_len {cfg.seq_len} = "
-            f"{micro:,} tokens; use {nearest}",
+            f"total_batch_size = {total:,} is not a multiple of batch_size {cfg.batch_size} x seq_len "
+            f"{cfg.seq_len} = {micro:,} tokens; use {nearest}",
         )
         cfg.total_batch_size, cfg.accumulation = total, total // micro
-    need(cfg.schedule in SCHEDULES, f"schedule = {cfg.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+    need(
+        cfg.schedule in SCHEDULES,
+        f"schedule = {cfg.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}",
+    )
     need(cfg.dtype in DTYPES, f"dtype = {cfg.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     need(
         re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device),
@@ -232,14 +257,20 @@ def check(cfg):
         cfg.run_id not in (".", "..") and not set(cfg.run_id) & set("/\\"),
         f"run_id = {cfg.run_id!r} is not a folder name; put the folder into out_dir",
     )
-    if need(
-        bool(cfg.max_steps) != bool(cfg.total_tokens),
-        f"set one of max_steps = {cfg.max_steps} ({cfg.origin['max_steps']}) and total_tokens = {cfg.total_tokens} "
-        f"({cfg.origin['total_tokens']}), and the other to 0: each gives the length of the run",
-    ) and not faults:
+    if (
+        need(
+            bool(cfg.max_steps) != bool(cfg.total_tokens),
+            f"max_steps = {cfg.max_steps} ({cfg.origin['max_steps']}), total_tokens = {cfg.total_tokens} "
+            f"({cfg.origin['total_tokens']}): each gives the length of the run; set one, and the other to 0",
+        )
+        and not faults
+    ):
         cfg.max_steps = cfg.max_steps or -(-cfg.total_tokens // cfg.total_batch_size)
     if cfg.resume and cfg.init_from:
-        need(cfg.resume == "auto", "resume and init_from exclude each other: resume goes on, init_from begins at step 0")
+        need(
+            cfg.resume == "auto",
+            "resume and init_from exclude each other: resume goes on, init_from begins at step 0",
+        )
     if cfg.patience:
         need(cfg.eval_every > 0, f"patience = {cfg.patience} needs evaluations: set eval_every")
     return faults

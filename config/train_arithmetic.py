@@ -3,9 +3,10 @@
 
 dataset = "arithmetic3"
 prepare = "python prepare/arithmetic.py --ops=+-x --digits=3 --name=arithmetic3"
+vocab_size = 15  # the characters of a problem
 seq_len = 128
 batch_size = 32
-max_steps = 30000
+max_steps = 30_000
 
 n_layer = 6
 n_head = 8

@@ -1,5 +1,6 @@
 # the ternary baseline: 95,367,936 parameters, 70,778,880 of them ternary, 3.28B tokens in 400,000 steps.
-# its data, FineWeb-Edu in the LLaMA-2 tokenizer of 32,000 pieces, has no preparation yet; bench.py needs none.
+# its data, FineWeb-Edu in the LLaMA-2 tokenizer of 32,000 pieces, has no preparation yet; bench.py needs
+# none.
 
 dataset = "fineweb_edu"
 vocab_size = 32000

@@ -2,9 +2,10 @@
 # data: python prepare/arithmetic.py
 
 dataset = "arithmetic"
+vocab_size = 15  # the characters of an addition
 seq_len = 64  # about eight problems
 batch_size = 12
-max_steps = 6000  # many small steps beat few large ones here: 6,000 x 768 tokens
+max_steps = 4500  # many small steps beat few large ones here: 4,500 x 768 tokens
 
 n_layer = 2
 n_head = 4
@@ -12,16 +13,16 @@ n_kv_head = 4
 n_embd = 128
 ffn_dim = 512
 
-learning_rate = 3e-3
-stage2_lr = 2e-3
+learning_rate = 2e-3
+stage2_lr = 1.3e-3
 warmup_steps = 50
 
 compile = False  # compiling takes longer than it saves in a run this short
 
 log_every = 100
-eval_every = 1000
+eval_every = 500
 eval_tokens = 16384
-sample_every = 1000
+sample_every = 500
 sample_tokens = 8
 sample_prompts = ["12+34=", "7+5=", "99+99=", "60+40=", "81+19="]
-save_every = 1000
+save_every = 500

@@ -1,12 +1,12 @@
 """
 Write arithmetic problems as tokens: `12+34=46`, one a line, one token per character.
 
-    python prepare/arithmetic.py                                          data/arithmetic/: two-digit additions
+    python prepare/arithmetic.py                                          two-digit additions
     python prepare/arithmetic.py --ops=+-x --digits=3 --name=arithmetic3  data/arithmetic3/
 
-A problem is held out when a hash of it says so, about one in eight, and then so is the same problem with its operands
-exchanged: the model is scored on sums it has seen in neither order. The val split and problems.txt hold only such problems,
-the train split none. Takes a few seconds and 4 MB.
+A problem is held out when a hash of it says so, about one in eight, and then so is the same problem with its
+operands exchanged: the model is scored on sums it has seen in neither order. The val split and problems.txt
+hold only such problems, the train split none. Takes a few seconds and 4 MB.
 """
 
 import hashlib
@@ -14,9 +14,8 @@ import os
 import random
 import sys
 
-import tokens  # first: it puts the project's folder on the path
-
 import numpy as np
+import tokens  # first: it puts the project's folder on the path
 from tqdm import tqdm
 
 import config
@@ -26,21 +25,25 @@ FLAGS = {
     "digits": (2, "digits of an operand, at most; shorter ones come too, less often"),
     "name": ("arithmetic", "name of the data set"),
     "train_problems": (200000, "lines of the train split, drawn with replacement"),
-    "val_problems": (2000, "held-out problems of the val split, each once; fewer where there are not so many"),
+    "val_problems": (
+        2000,
+        "held-out problems of the val split, each once; fewer where there are not so many",
+    ),
 }
 RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "x": lambda a, b: a * b}
 CHARS = "\n+-x=0123456789"  # ids 0 to 14; the end of a line is the end of a text
 
 
 def is_held_out(a, op, b):
-    """whether a op b belongs to the val split: by a hash, the same for both orders of the operands"""
+    """whether a op b belongs to the val split: by a hash, the same for both orders of the operands. Never
+    where both have one digit: those are the facts that all else follows from."""
     low, high = sorted((a, b))
-    return hashlib.sha256(f"{low}{op}{high}".encode()).digest()[0] < 33  # of 256: 12.9 %
+    return high > 9 and hashlib.sha256(f"{low}{op}{high}".encode()).digest()[0] < 33  # of 256: 12.9 %
 
 
 def draw(rng, ops, digits):
-    """one problem: the operation evenly, the length d of the longer range with weight d * d (short problems are few, so
-    each of them comes more often than each long one), both operands evenly below 10^d"""
+    """one problem: the operation evenly, the length d of the longer range with weight d * d (short problems
+    are few, so each of them comes more often than each long one), both operands evenly below 10^d"""
     d = rng.choices(range(1, digits + 1), [n * n for n in range(1, digits + 1)])[0]
     return rng.randrange(10**d), rng.choice(ops), rng.randrange(10**d)
 
@@ -50,9 +53,12 @@ def line(a, op, b):
 
 
 def problems(rng, ops, digits, n, held_out, distinct):
-    """n problem lines, held out or not; where distinct, each at most once, and fewer where so many do not turn up"""
+    """n problem lines, held out or not; where distinct, each at most once, and fewer where so many do not
+    turn up"""
     found, seen, misses = [], set(), 0
-    with tqdm(total=n, desc="val" if held_out else "train", unit="line", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        total=n, desc="val" if held_out else "train", unit="line", disable=not sys.stderr.isatty()
+    ) as bar:
         while len(found) < n and misses < 100_000:
             problem = draw(rng, ops, digits)
             if is_held_out(*problem) == held_out and problem not in seen:
@@ -74,7 +80,9 @@ if __name__ == "__main__":
     if not 1 <= cfg.digits <= 9:
         faults.append(f"digits = {cfg.digits} must be from 1 to 9")
     if min(cfg.train_problems, cfg.val_problems) < 1:
-        faults.append(f"train_problems = {cfg.train_problems} and val_problems = {cfg.val_problems} must be at least 1")
+        faults.append(
+            f"train_problems = {cfg.train_problems} and val_problems = {cfg.val_problems} must be at least 1"
+        )
     if faults:
         config.fail(*faults)
     folder = tokens.open_data_set(cfg.data_dir, cfg.name)
@@ -94,6 +102,10 @@ if __name__ == "__main__":
         splits[split] = (len(text), len(text))
     tokens.write_file(os.path.join(folder, "problems.txt"), "".join(lines["val"]).encode())
     source = f"prepare/arithmetic.py --ops={cfg.ops} --digits={cfg.digits} --seed={cfg.seed}"
-    tokens.write_meta(folder, tokens.char_tokenizer(CHARS), 0, len(CHARS), splits, shards, source, task="arithmetic")
-    print(f"{folder}: {len(lines['train']):,} training problems, {len(lines['val']):,} held out, e.g. {lines['val'][0].strip()}")
-    print(f"{splits['train'][0]:,} training tokens, {splits['val'][0]:,} validation tokens, {len(CHARS)} characters")
+    tokens.write_meta(
+        folder, tokens.char_tokenizer(CHARS), 0, len(CHARS), splits, shards, source, task="arithmetic"
+    )
+    for split, found in lines.items():
+        print(
+            f"{folder}: {split}: {len(found):,} problems, {splits[split][0]:,} tokens, as {found[0].strip()}"
+        )

@@ -1,4 +1,5 @@
-"""What the preparations share: writing token files and their meta.json, so that half a data set never looks whole."""
+"""What the preparations share: writing token files and their meta.json, so that half a data set never looks
+whole."""
 
 import hashlib
 import os
@@ -21,8 +22,8 @@ def char_tokenizer(chars):
 
 
 def open_data_set(data_dir, name):
-    """make data_dir/name without a meta.json, so that no training starts on it before it is whole; returns the folder.
-    Exits with 2 where it cannot be written."""
+    """make data_dir/name without a meta.json, so that no training starts on it before it is whole; returns
+    the folder. Exits with 2 where it cannot be written."""
     folder = os.path.join(data_dir, name)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -30,12 +31,13 @@ def open_data_set(data_dir, name):
         if os.path.exists(meta):
             os.remove(meta)
     except OSError as error:
-        fail(f"data_dir = {data_dir!r}: cannot write {folder} ({error.strerror}); choose another with --data_dir=")
+        fail(f"data_dir = {data_dir!r}: cannot write {folder} ({error.strerror}); choose another --data_dir=")
     return folder
 
 
 def write_split(folder, split, ids, vocab_size):
-    """write the ids (array) of a split as shards, each under a temporary name first; returns {file: {tokens, sha256}}"""
+    """write the ids (array) of a split as shards, each under a temporary name first; returns {file: {tokens,
+    sha256}}"""
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     free = shutil.disk_usage(folder).free
     if ids.size * dtype.itemsize > free:

@@ -1,0 +1,32 @@
+# make demo: everything from nothing to a ternary model that adds.  make test ARGS="-k quant": some of the tests.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: setup demo test lint
+
+setup: .venv/ready
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: setup
+	@test -f data/arithmetic/meta.json || $(BIN)/python prepare/arithmetic.py
+	$(BIN)/python train.py config/train_simple.py --run_id=demo --resume=auto
+	$(BIN)/python evaluate.py --ckpt=runs/demo
+	@echo
+	@for sum in 12+34= 7+58= 99+99=; do \
+	  $(BIN)/python sample.py --ckpt=runs/demo --prompt=$$sum --temperature=0 2>/dev/null; done
+	@echo
+	@echo "that was a ternary model. next:"
+	@echo "  $(BIN)/python sample.py --ckpt=runs/demo --prompt=45+27= --temperature=0   ask it another"
+	@echo "  $(BIN)/python train.py --help                                              every setting"
+	@echo "  README.md                                                                how to change an experiment"
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
