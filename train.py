@@ -242,7 +242,7 @@ def hand_over():
 skips = torch.tensor([skipped, streak, worst_streak], dtype=torch.float32, device=device)
 told = skipped  # of the skipped steps, those already reported
 sequences_per_step = cfg.batch_size * cfg.accumulation
-speedometer = record.Speedometer(device)
+speedometer = machine.Speedometer(device)
 last = record.last(run_dir, record.SCALARS, "loss")  # the last training line
 codes = quant.codes(model) if cfg.ternary and step % cfg.log_every == 0 else None  # those of the last line
 val_loss, why = None, ""  # why: what ended the run

@@ -1,0 +1,87 @@
+"""What the tests share: a small data set of their own, a small model, and train.py run as a child process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "prepare")]
+
+import torch  # noqa: E402
+
+import config  # noqa: E402
+import tokens  # noqa: E402
+
+CHARS = "\nabcdefghijklmnopqrstuvwxyz "
+TINY = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=48, seq_len=16, batch_size=4, warmup_steps=3)
+RUN = TINY | dict(
+    max_steps=24, log_every=1, eval_every=6, eval_tokens=64, sample_every=12, sample_tokens=4, save_every=5, compile=False
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """the suite's models are so small that a second thread only waits, and the children want the other core"""
+    torch.set_num_threads(1)
+
+
+def write_data(folder, name="tiny", n_train=500, n_val=200, vocab_size=len(CHARS), top=None):
+    """a data set of random ids below `top`; returns data_dir. 500 tokens hold 31 windows of 16: an epoch in 8 steps"""
+    rng = np.random.default_rng(0)
+    target = tokens.open_data_set(str(folder), name)
+    shards, splits = {}, {}
+    for split, n in (("train", n_train), ("val", n_val)):
+        ids = rng.integers(0, top or vocab_size, n)
+        shards |= tokens.write_split(target, split, ids, vocab_size)
+        splits[split] = (n, n)
+    tokens.write_meta(target, tokens.char_tokenizer(CHARS), 0, vocab_size, splits, shards, "random ids")
+    return str(folder)
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+def settings(**changes):
+    """a checked cfg of a tiny run"""
+    values = dict(vocab_size=len(CHARS), dataset="tiny") | RUN | changes
+    return config.load([f"--{key}={value}" for key, value in values.items()])
+
+
+def flags(**changes):
+    return [f"--{key}={value}" for key, value in changes.items()]
+
+
+def start(script, *args, cwd=ROOT, patch=""):
+    """a script of the project as a child process; patch is Python that runs before it, inside that process"""
+    code = f"import sys, runpy; sys.argv = {[script, *args]!r}; sys.path.insert(0, {ROOT!r})\n{patch}\n"
+    code += f"runpy.run_path({os.path.join(ROOT, script)!r}, run_name='__main__')"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def run(script, *args, code=0, **how):
+    """(stdout, stderr) of a script that ends with this exit code, within two minutes"""
+    child = start(script, *args, **how)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == code, f"exit code {child.returncode}, expected {code}\n{out[-2000:]}\n{err[-4000:]}"
+    assert "Traceback" not in err or code < 0, err
+    return out, err
+
+
+def train(data_dir, out_dir, run_id, code=0, patch="", **changes):
+    """train a tiny run; (stdout, stderr)"""
+    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes
+    return run("train.py", *flags(**values), code=code, patch=patch)
+
+
+def lines(run_dir, name):
+    """the lines of a JSONL file of a run, each of which must be whole"""
+    with open(os.path.join(run_dir, name), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

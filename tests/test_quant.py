@@ -1,0 +1,170 @@
+"""quant.py against five-line references that are not its code."""
+
+import pytest
+import torch
+from torch import nn
+
+import quant
+from quant import BitLinear
+
+
+def reference(x, w):
+    """the forward of DESIGN in five lines, integer product in int64"""
+    s = 1 / w.double().abs().mean().float().clamp(min=1e-5)
+    t = (w * s).round().clamp(-1, 1)
+    a = 127 / x.abs().max(-1, keepdim=True).values.clamp(min=1e-5)
+    q = (x * a).round().clamp(-128, 127)
+    return (q.long() @ t.long().T).float() / (s * a)
+
+
+def layer(n_in=64, n_out=48, seed=0):
+    torch.manual_seed(seed)
+    return BitLinear(n_in, n_out)
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (1, 64), (2, 7, 64), (3, 1, 64)])
+def test_forward_equals_the_reference_bit_for_bit(shape):
+    """bugs guarded: scales applied before the product, sign form of b1, floor(x + 0.5), one scale for all tokens"""
+    bit, x = layer(), torch.randn(shape) * 3
+    assert torch.equal(bit(x), reference(x, bit.weight))
+
+
+def test_forward_is_exact_under_autocast():
+    """bug guarded: autocast turns the exact fp32 product into a bf16 one, which rounds sums above 256"""
+    bit, x = layer(512, 64), torch.randn(9, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bit(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, reference(x, bit.weight).bfloat16())
+
+
+def test_extreme_inputs_are_finite():
+    """bug guarded: division by a zero scale for an all-zero token or matrix"""
+    bit = layer()
+    x = torch.stack([torch.zeros(64), torch.full((64,), 1e30), torch.full((64,), 1e-30)])
+    assert torch.equal(bit(x), reference(x, bit.weight)) and bit(x).isfinite().all()
+    nn.init.zeros_(bit.weight)
+    assert torch.equal(bit(x), torch.zeros(3, 48))
+
+
+def test_rounding_is_half_to_even():
+    """bug guarded: kernels with floor(x + 0.5) make 0.5 a one"""
+    w = torch.tensor([[0.5, 1.5, -0.5, -1.5]])  # mean|W| = 1
+    assert quant.ternarize(w)[0].tolist() == [[0, 1, 0, -1]]
+    q, _ = quant.quantize_activations(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5]]))
+    assert q.tolist() == [[127, 0, 2, 2, 0]]
+
+
+def test_every_product_gives_the_same_bits(monkeypatch):
+    """bug guarded: the int8 and the fp32 product differing, so that a machine with VNNI trains another model"""
+    bit, x = layer(3072, 64), torch.randn(33, 3072)
+    results = []
+    for pays in (True, False):
+        monkeypatch.setattr(quant, "int_matmul_pays", lambda *sizes, pays=pays: pays)
+        results.append(bit(x))
+    assert torch.equal(*results)
+
+
+def test_scale_does_not_depend_on_threads():
+    """bug guarded: a mean summed in fp32 changes with the number of threads, and with it the export"""
+    w = torch.randn(512, 1024)
+    scales = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        scales.append(quant.weight_scale(w))
+    assert torch.equal(*scales)
+    assert quant.weight_scale(torch.randn(3, 8, 4)).shape == (3, 1, 1), "one scale per expert matrix"
+
+
+def test_gradients_are_straight_through():
+    """bugs guarded: a clip mask on either side, a lost scale, gradients of the latent instead of the rounded values"""
+    bit, x = layer(), (torch.randn(6, 64) * 5).requires_grad_()
+    with torch.no_grad():
+        bit.weight[0] *= 50  # far beyond the clip: still gets its gradient
+    dy = torch.randn(6, 48)
+    bit(x).backward(dy)
+    w = bit.weight.detach()
+    s, a = 1 / w.abs().mean(), 127 / x.detach().abs().amax(-1, keepdim=True)
+    want_x = dy @ ((w * s).round().clamp(-1, 1) / s)
+    want_w = dy.T @ ((x.detach() * a).round().clamp(-128, 127) / a)
+    torch.testing.assert_close(x.grad, want_x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bit.weight.grad, want_w, rtol=1e-5, atol=1e-5)
+    assert x.grad.abs().min() >= 0 and bit.weight.grad[0].abs().sum() > 0
+
+
+def test_gradient_dtypes_under_autocast():
+    """bug guarded: bf16 gradients on fp32 master weights, or an fp32 product in a bf16 backward"""
+    bit, x = layer(), torch.randn(6, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bit(x)
+    y.float().sum().backward()
+    assert bit.weight.grad.dtype == x.grad.dtype == torch.float32
+    whole = torch.randn(6, 64).copy_(x.detach()).requires_grad_()
+    other = layer()
+    other(whole).sum().backward()
+    torch.testing.assert_close(bit.weight.grad, other.weight.grad, rtol=2e-2, atol=2e-2)
+
+
+def test_compiled_equals_eager():
+    """bug guarded: a graph break, or a compiler that contracts the rounding"""
+    bit, x = layer(), torch.randn(4, 64, requires_grad=True)
+    compiled = torch.compile(bit, fullgraph=True, dynamic=False)
+    y = compiled(x)
+    y.sum().backward()
+    grads = x.grad.clone(), bit.weight.grad.clone()
+    x.grad = bit.weight.grad = None
+    z = bit(x)
+    z.sum().backward()
+    assert torch.equal(y, z)
+    torch.testing.assert_close(grads, (x.grad, bit.weight.grad))
+
+
+def test_is_a_drop_in_for_linear():
+    """bug guarded: another state dict than nn.Linear's, so that a float model cannot be made ternary"""
+    linear, bit = nn.Linear(64, 48, bias=False), layer()
+    bit.load_state_dict(linear.state_dict())
+    assert torch.equal(bit.weight, linear.weight)
+    with pytest.raises(ValueError, match="no bias"):
+        BitLinear(4, 4, bias=True)
+
+
+def test_pack_has_the_layout_of_transformers():
+    """bug guarded: packing along the inputs or neighbouring rows, which loads as garbage"""
+    t = torch.tensor([[-1], [0], [1], [1], [0], [-1], [1], [0]], dtype=torch.int8)  # R = 2: rows 0 2 4 6 share a byte
+    assert quant.pack(t).tolist() == [[0 | 2 << 2 | 1 << 4 | 2 << 6], [1 | 2 << 2 | 0 << 4 | 1 << 6]]
+    t = quant.ternarize(torch.randn(128, 40))[0]
+    assert quant.pack(t).shape == (32, 40) and quant.pack(t).dtype == torch.uint8
+    assert torch.equal(quant.unpack(quant.pack(t)), t.to(torch.int8))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        quant.pack(t[:6])
+
+
+def test_health_counts_what_is_there():
+    """bugs guarded: fractions of the latent weights, flips counted against the first codes, probes that stay on"""
+    from conftest import settings
+    from model import Transformer
+
+    torch.manual_seed(0)
+    model = Transformer(settings(n_layer=1))
+    idx = torch.randint(0, 28, (1, 16))
+    record, before = quant.health(model, None, idx)
+    total = record["total"]
+    assert total["flip_rate"] is None and abs(total["zero"] + total["plus"] + total["minus"] - 1) < 1e-5
+    assert abs(total["zero"] - 0.31) < 0.03, "Gaussian weights have 31.0 % zeros"
+    w = model.blocks[0].attn.q_proj.weight
+    assert record["layers"]["blocks.0.attn.q_proj"]["scale"] == pytest.approx(w.abs().mean().item(), rel=1e-5)
+    assert total["act_absmax"] > 0 and all(layer.absmax is None for layer in quant.bit_layers(model).values())
+    with torch.no_grad():
+        w.neg_()  # every code that is not zero flips
+    record, after = quant.health(model, before, idx)
+    row = record["layers"]["blocks.0.attn.q_proj"]
+    assert row["flip_rate"] == pytest.approx(1 - row["zero"], abs=1e-5)
+    assert record["layers"]["blocks.0.attn.k_proj"]["flip_rate"] == 0
+    assert total.keys() == set(quant.HEALTH) and model.training
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_the_reference():
+    bit, x = layer(512, 256).cuda(), torch.randn(64, 512).cuda()
+    assert torch.equal(bit(x).cpu(), reference(x.cpu(), bit.weight.cpu()))
+    assert torch.equal(bit(x[:1]).cpu(), reference(x[:1].cpu(), bit.weight.cpu()))
