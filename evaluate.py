@@ -114,7 +114,10 @@ if meta["bytes"].get(cfg.split):
     result["bits_per_byte"] = loss / math.log(2) * meta["tokens"][cfg.split] / meta["bytes"][cfg.split]
     print(f"{result['bits_per_byte']:.4f} bits per byte")
 if meta.get("task") == "arithmetic" and cfg.split == "val":
-    with open(os.path.join(cfg.data_dir, cfg.dataset, "problems.txt"), encoding="utf-8") as file:
+    path = os.path.join(cfg.data_dir, cfg.dataset, "problems.txt")
+    if not os.path.exists(path):
+        config.fail(f"{path} is missing; make the data set again")
+    with open(path, encoding="utf-8") as file:
         problems = [(q + "=", a) for q, _, a in (line.rstrip("\n").partition("=") for line in file)]
     with machine.autocast(device, dtype):
         shares, wrong = exact_answers(model, tokenizer, part["tokenizer"]["eot"], problems, cfg.batch_size)

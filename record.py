@@ -50,6 +50,15 @@ def append_text(run_dir, text):
         file.write(text + "\n")
 
 
+def flush(run_dir):
+    """put the record on the disk itself, so that a checkpoint that survives a power cut has its lines"""
+    for name in (SCALARS, BITNET, EVENTS, SAMPLES, "train.log"):
+        path = os.path.join(run_dir, name)
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
 def read(run_dir, name):
     """the whole lines of a JSONL file, oldest first; a half-written last line is left out"""
     path = os.path.join(run_dir, name)

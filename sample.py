@@ -60,11 +60,12 @@ except ValueError as error:
 
 generator = torch.Generator(device).manual_seed(cfg.seed)
 for _ in range(cfg.num_samples):
-    began, new, shown = time.perf_counter(), [], 0
+    began, made, new, shown = time.perf_counter(), 0, [], 0
     print(text, end="", flush=True)
     with machine.autocast(device, dtype):
         options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
         for token in generate(model, torch.tensor([prompt], device=device), cfg.max_new_tokens, **options):
+            made += 1
             if token.item() == eot:
                 break
             new.append(token.item())
@@ -72,7 +73,5 @@ for _ in range(cfg.num_samples):
             print(whole[shown:], end="", flush=True)
             shown = len(whole)
     print(flush=True)
-    print(
-        f"{len(new) + 1} tokens, {(len(new) + 1) / (time.perf_counter() - began):,.0f} tokens/s",
-        file=sys.stderr,
-    )
+    seconds = time.perf_counter() - began
+    print(f"{made} tokens, {made / seconds:,.0f} tokens/s", file=sys.stderr)

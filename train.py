@@ -155,6 +155,7 @@ def save(why):
     use = dict(tokens=step * cfg.total_batch_size, config=saved_config, tokenizer=tokenizer_spec)
     resume = dict(best=best, stale_evals=stale_evals, skipped=[int(n) for n in skips])
     try:
+        record.flush(run_dir)
         folder = checkpoint.save(
             run_dir,
             step,

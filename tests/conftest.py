@@ -11,15 +11,22 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "prepare")]
 
+import tokens  # noqa: E402
 import torch  # noqa: E402
 
 import config  # noqa: E402
-import tokens  # noqa: E402
 
 CHARS = "\nabcdefghijklmnopqrstuvwxyz "
 TINY = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=48, seq_len=16, batch_size=4, warmup_steps=3)
 RUN = TINY | dict(
-    max_steps=24, log_every=1, eval_every=6, eval_tokens=64, sample_every=12, sample_tokens=4, save_every=5, compile=False
+    max_steps=24,
+    log_every=1,
+    eval_every=6,
+    eval_tokens=64,
+    sample_every=12,
+    sample_tokens=4,
+    save_every=5,
+    compile=False,
 )
 
 
@@ -63,14 +70,18 @@ def start(script, *args, cwd=ROOT, patch=""):
     code += f"runpy.run_path({os.path.join(ROOT, script)!r}, run_name='__main__')"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def run(script, *args, code=0, **how):
     """(stdout, stderr) of a script that ends with this exit code, within two minutes"""
     child = start(script, *args, **how)
     out, err = child.communicate(timeout=120)
-    assert child.returncode == code, f"exit code {child.returncode}, expected {code}\n{out[-2000:]}\n{err[-4000:]}"
+    assert child.returncode == code, (
+        f"exit code {child.returncode}, expected {code}\n{out[-2000:]}\n{err[-4000:]}"
+    )
     assert "Traceback" not in err or code < 0, err
     return out, err
 

@@ -30,7 +30,11 @@ def plain_llama(p, idx, cfg):
     D, T = cfg.n_embd // cfg.n_head, len(idx)
     x = p["embed.weight"][idx]
     for n in range(cfg.n_layer):
-        w = {key.removeprefix(f"blocks.{n}."): value for key, value in p.items() if key.startswith(f"blocks.{n}.")}
+        w = {
+            key.removeprefix(f"blocks.{n}."): value
+            for key, value in p.items()
+            if key.startswith(f"blocks.{n}.")
+        }
         h, heads = norm(x, w["attn_norm.weight"]), []
         for head in range(cfg.n_head):
             kv = head // (cfg.n_head // cfg.n_kv_head)
@@ -41,11 +45,17 @@ def plain_llama(p, idx, cfg):
             heads.append(score.softmax(-1) @ v)
         x = x + torch.cat(heads, 1) @ w["attn.o_proj.weight"].T
         h = norm(x, w["ffn_norm.weight"])
-        x = x + (F.silu(h @ w["ffn.gate_proj.weight"].T) * (h @ w["ffn.up_proj.weight"].T)) @ w["ffn.down_proj.weight"].T
+        x = (
+            x
+            + (F.silu(h @ w["ffn.gate_proj.weight"].T) * (h @ w["ffn.up_proj.weight"].T))
+            @ w["ffn.down_proj.weight"].T
+        )
     return norm(x, p["norm.weight"]) @ p["head.weight"].T
 
 
-@pytest.mark.parametrize("changes", [{}, dict(n_head=4, n_kv_head=2), dict(tie_embeddings=False, rope_theta=500.0)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(n_head=4, n_kv_head=2), dict(tie_embeddings=False, rope_theta=500.0)]
+)
 def test_float_twin_is_a_plain_llama(changes):
     """bugs guarded: interleaved rotation, heads shared in the wrong order, norm after instead of before, eps outside"""
     model = make(ternary=False, **changes)
@@ -124,7 +134,9 @@ def test_generation_goes_on_past_the_context():
     """bug guarded: an index error at token seq_len + 1, or for a prompt longer than the context"""
     model = make()
     for length in (1, 16, 40):
-        new = torch.cat(list(generate(model, torch.zeros(1, length, dtype=torch.long), 40, temperature=0.0)), 1)
+        new = torch.cat(
+            list(generate(model, torch.zeros(1, length, dtype=torch.long), 40, temperature=0.0)), 1
+        )
         assert new.shape == (1, 40) and 0 <= new.min() and new.max() < 28
 
 

@@ -129,7 +129,9 @@ def test_is_a_drop_in_for_linear():
 
 def test_pack_has_the_layout_of_transformers():
     """bug guarded: packing along the inputs or neighbouring rows, which loads as garbage"""
-    t = torch.tensor([[-1], [0], [1], [1], [0], [-1], [1], [0]], dtype=torch.int8)  # R = 2: rows 0 2 4 6 share a byte
+    t = torch.tensor(
+        [[-1], [0], [1], [1], [0], [-1], [1], [0]], dtype=torch.int8
+    )  # R = 2: rows 0 2 4 6 share a byte
     assert quant.pack(t).tolist() == [[0 | 2 << 2 | 1 << 4 | 2 << 6], [1 | 2 << 2 | 0 << 4 | 1 << 6]]
     t = quant.ternarize(torch.randn(128, 40))[0]
     assert quant.pack(t).shape == (32, 40) and quant.pack(t).dtype == torch.uint8
@@ -141,6 +143,7 @@ def test_pack_has_the_layout_of_transformers():
 def test_health_counts_what_is_there():
     """bugs guarded: fractions of the latent weights, flips counted against the first codes, probes that stay on"""
     from conftest import settings
+
     from model import Transformer
 
     torch.manual_seed(0)

@@ -1,0 +1,161 @@
+"""checkpoint.py and record.py: nothing half-written counts, nothing damaged is used, nothing needed is pruned."""
+
+import os
+
+import pytest
+import torch
+
+import checkpoint
+import record
+from checkpoint import MODEL, TRAINER
+
+
+def save(run_dir, step):
+    part = dict(format=1, step=step, model={"w": torch.full((1000,), float(step))})
+    return checkpoint.save(str(run_dir), step, part, dict(format=1, step=step, optimizer={}))
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    record.open_run(str(tmp_path)).close()
+    return str(tmp_path)
+
+
+def flip(path, at=-200):
+    with open(path, "r+b") as file:
+        file.seek(at, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(at, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def truncate(path):
+    os.truncate(path, os.path.getsize(path) - 1)
+
+
+@pytest.mark.parametrize("name", [MODEL, TRAINER])
+@pytest.mark.parametrize("harm", [flip, truncate, os.remove])
+def test_a_damaged_checkpoint_is_passed_over(run_dir, name, harm):
+    """bug guarded: torch.load takes a flipped bit for a weight"""
+    save(run_dir, 5), save(run_dir, 10)
+    harm(os.path.join(checkpoint.step_dir(run_dir, 10), name))
+    folder, passed = checkpoint.newest(run_dir, resumable=True)
+    assert folder == checkpoint.step_dir(run_dir, 5) and passed[0][0] == 10 and name in passed[0][1]
+    folder, _ = checkpoint.newest(run_dir, resumable=False)
+    assert folder == checkpoint.step_dir(run_dir, 10 if name == TRAINER else 5), (
+        "using a model needs no trainer.pt"
+    )
+
+
+def test_without_a_manifest_there_is_no_checkpoint(run_dir):
+    """bug guarded: a folder of a killed save taken for the newest checkpoint"""
+    save(run_dir, 5), save(run_dir, 10)
+    os.remove(os.path.join(checkpoint.step_dir(run_dir, 10), "manifest.json"))
+    assert checkpoint.steps(run_dir) == [5]
+    save(run_dir, 10)  # and it does not stand in the way
+    assert (
+        checkpoint.steps(run_dir) == [10, 5]
+        and checkpoint.fault(checkpoint.step_dir(run_dir, 10), MODEL) is None
+    )
+
+
+@pytest.mark.parametrize("function", ["fsync", "rename"])
+def test_a_save_that_fails_leaves_what_was_there(run_dir, monkeypatch, function):
+    """bug guarded: a full disk destroys the last good checkpoint, or leaves its partial behind"""
+    save(run_dir, 5)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(OSError):
+        save(run_dir, 10)
+    assert os.listdir(os.path.join(run_dir, "checkpoints")) == ["step_000005"]
+    assert checkpoint.newest(run_dir, True)[0] == checkpoint.step_dir(run_dir, 5)
+
+
+def test_pruning_keeps_weights_and_what_is_named(run_dir):
+    """bug guarded: the best, the boundary, or the newest checkpoint pruned away"""
+    for step in range(1, 8):
+        save(run_dir, step)
+    checkpoint.prune(run_dir, 2, {3})
+    held = [
+        s
+        for s in checkpoint.steps(run_dir)
+        if checkpoint.fault(checkpoint.step_dir(run_dir, s), TRAINER) is None
+    ]
+    assert held == [7, 6, 3]
+    assert all(checkpoint.fault(checkpoint.step_dir(run_dir, s), MODEL) is None for s in range(1, 8))
+    checkpoint.prune(run_dir, 0, set())
+    assert os.path.exists(os.path.join(checkpoint.step_dir(run_dir, 3), TRAINER)), "0 keeps all"
+
+
+def test_locate_takes_a_run_a_step_or_a_file(run_dir, capsys):
+    save(run_dir, 5), save(run_dir, 10)
+    want = checkpoint.step_dir(run_dir, 10)
+    assert {checkpoint.locate(p) for p in (run_dir, want, os.path.join(want, MODEL))} == {want}
+    flip(os.path.join(want, MODEL))
+    assert checkpoint.locate(run_dir) == checkpoint.step_dir(run_dir, 5)
+    assert "passed over step 10" in capsys.readouterr().err
+    for path, says in (
+        (want, "sha256"),
+        (run_dir + "/nowhere", "does not exist"),
+        (os.path.dirname(want), "manifest"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            checkpoint.locate(path)
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_later_steps_are_set_aside_not_lost(run_dir):
+    """bug guarded: a run that goes on from step 5 finds step 10 of its former course and resumes from that"""
+    for step in (5, 10):
+        save(run_dir, step)
+    os.makedirs(os.path.join(run_dir, "checkpoints", "step_000015.tmp-1"))
+    aside = checkpoint.clean(run_dir, 5)
+    assert checkpoint.steps(run_dir) == [5] and checkpoint.fault(aside[0], MODEL) is None
+    save(run_dir, 10)
+    assert (
+        len(checkpoint.clean(run_dir, 5)) == 1 and len(os.listdir(os.path.join(run_dir, "checkpoints"))) == 3
+    )
+
+
+def test_rewind_drops_what_is_made_again(run_dir):
+    """bug guarded: lines that are there twice, or lost, after a resume; a half-written line that breaks readers"""
+    for step in (1, 2, 3):
+        record.append(run_dir, record.SCALARS, step=step, loss=0.5)
+        record.append(run_dir, record.BITNET, step=step)
+        record.append_text(run_dir, f"step {step}/9 ...")
+        if step > 1:
+            record.append(run_dir, record.SCALARS, step=step, val_loss=1.0)
+            record.append(run_dir, record.SAMPLES, step=step)
+            record.append_text(run_dir, f"eval {step}/9 ...")
+        record.event(run_dir, "save", step=step)
+    for name in (record.SCALARS, record.EVENTS):
+        with open(os.path.join(run_dir, name), "a", encoding="utf-8") as file:
+            file.write('{"step": 4, "lo')
+    record.rewind(run_dir, 2)
+    assert [(row["step"], "loss" in row) for row in record.read(run_dir, record.SCALARS)] == [
+        (1, True),
+        (2, True),
+    ]
+    assert [row["step"] for row in record.read(run_dir, record.BITNET)] == [1, 2]
+    assert record.read(run_dir, record.SAMPLES) == [] and len(record.read(run_dir, record.EVENTS)) == 3
+    with open(os.path.join(run_dir, "train.log"), encoding="utf-8") as file:
+        assert file.read().split("\n") == ["step 1/9 ...", "step 2/9 ...", ""]
+
+
+def test_json_lines_have_no_nan(run_dir):
+    """bug guarded: NaN in a JSON line, which other readers refuse"""
+    record.append(run_dir, record.SCALARS, step=1, loss=float("nan"), grad_norm=float("inf"))
+    assert record.read(run_dir, record.SCALARS) == [{"step": 1, "loss": None, "grad_norm": None}]
+
+
+def test_a_second_process_is_refused(run_dir, capsys):
+    """bug guarded: the same command twice writes two runs into one folder"""
+    lock = record.open_run(run_dir)
+    with pytest.raises(SystemExit):
+        record.open_run(run_dir)
+    assert "another process" in capsys.readouterr().err
+    lock.close()
+    record.open_run(run_dir).close()

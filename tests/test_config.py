@@ -1,0 +1,135 @@
+"""config/: what a command line may say, and what it is told when it is wrong."""
+
+import glob
+import os
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+import config
+from model import Transformer
+
+
+def faults(capsys, *argv):
+    """the error lines of a command line that must end with exit code 2"""
+    with pytest.raises(SystemExit) as stop:
+        config.load(list(argv))
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err.strip().split("\n")
+    assert all(line.startswith("error: ") for line in errors)
+    return errors
+
+
+def test_order_is_default_file_flag_wherever_it_stands():
+    """bug guarded: nanoGPT's flag before a config file loses to the file"""
+    cfg = config.load(["--n-layer=5", "config/train_simple.py", "--n_head", "8", "--n_kv_head=8"])
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.beta1) == (5, 8, 128, 0.9)
+    assert cfg.origin["n_layer"] == "--n-layer=5" and cfg.origin["n_embd"] == "config/train_simple.py"
+    assert cfg.origin["beta1"] == "default" and cfg.run_id == "train_simple"
+
+
+def test_values_take_the_type_of_the_default():
+    """bugs guarded: --learning_rate=1 and --max_steps=1e5 die, a run named 123 becomes a number"""
+    cfg = config.load(
+        ["--max_steps=1e5", "--learning_rate=1", "--run_id=123", "--sample_prompts=['a=b', 'c']"]
+    )
+    assert (cfg.max_steps, cfg.learning_rate, cfg.run_id) == (100000, 1.0, "123")
+    assert (
+        type(cfg.max_steps) is int and type(cfg.learning_rate) is float and cfg.sample_prompts == ["a=b", "c"]
+    )
+    for text, want in (("--no-ternary", False), ("--ternary", True), ("--ternary=false", False)):
+        assert config.load(["--max_steps=1", text]).ternary is want
+    assert config.load(["--max_steps=1", "--ternary", "False"]).ternary is False
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--learning_rat=1"], ["learning_rat", "did you mean learning_rate"]),
+        (["--no-eval"], ["no_eval", "--eval_every=0"]),
+        (["--n_layer=two"], ["n_layer is int, got str 'two'"]),
+        (["--ternary=3"], ["ternary is bool, got int 3"]),
+        (["--sample_prompts=[1]"], ["sample_prompts is a list of strings"]),
+        (["--batch_size=16", "--seq_len=256", "--total_batch_size=10000"], ["10,000", "4,096", "use 8192"]),
+        (["--n_embd=100", "--n_head=3", "--n_kv_head=3"], ["n_embd = 100", "n_head = 3"]),
+        (["--n_embd=12", "--n_head=4", "--n_kv_head=4"], ["= 3 is odd"]),
+        (["--n_head=12", "--n_kv_head=5"], ["n_head = 12", "n_kv_head = 5"]),
+        (["--schedule=step"], ["schedule = 'step'", "two_stage"]),
+        (["--dtype=int8"], ["dtype = 'int8'", "bfloat16"]),
+        (["--device=gpu"], ["device = 'gpu'", "cuda:1"]),
+        (["--optimizer=sgd"], ["optimizer = 'sgd'", "adamw"]),
+        (["--learning_rate=-1"], ["learning_rate = -1.0"]),
+        (["--min_lr", "-0.1"], ["min_lr = -0.1"]),
+        (["--dropout=1"], ["dropout = 1.0"]),
+        (["--total_tokens=100"], ["max_steps", "total_tokens"]),
+        (["--run_id=../x"], ["run_id = '../x'"]),
+        (["--patience=2", "--eval_every=0"], ["patience = 2", "eval_every"]),
+        (["--log_every"], ["--log_every needs a value"]),
+        (["config/train_simpel.py"], ["train_simpel.py does not exist", "train_simple.py"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value(capsys, argv, says):
+    """bug guarded: a bare AssertionError, or no word at all"""
+    errors = "\n".join(faults(capsys, "--max_steps=10", *argv))
+    for text in says:
+        assert text in errors, errors
+
+
+def test_all_faults_are_reported_at_once(capsys):
+    """bug guarded: one fault per attempt"""
+    assert len(faults(capsys, "--lr=1", "--n_layer=x", "nowhere.py")) == 3
+    errors = faults(capsys, "--max_steps=10", "--schedule=x", "--dtype=y", "--n_head=5", "--n_kv_head=2")
+    assert len(errors) == 4
+
+
+def test_a_config_file_is_checked_too(capsys, tmp_path):
+    """bug guarded: nanoGPT takes a mistyped name in a config file without a word"""
+    path = tmp_path / "mine.py"
+    path.write_text("n_layr = 2\n_scratch = 1\nimport math\nmax_steps = '5'\n")
+    errors = faults(capsys, str(path))
+    assert len(errors) == 2 and "did you mean n_layer" in errors[0] and "max_steps is int" in errors[1]
+    path.write_text("max_steps = = 5\n")
+    assert "SyntaxError" in faults(capsys, str(path))[0]
+
+
+def test_every_setting_is_documented_and_typed():
+    """bug guarded: a setting without a comment, which --help cannot explain, or with None for a default"""
+    values = config.assignments(config.DEFAULT)
+    rows = [row for _, rows in config.comments() for row in rows]
+    assert [name for name, _ in rows] == list(values) and all(comment for _, comment in rows)
+    assert None not in values.values()
+
+
+def test_help_names_every_setting():
+    """bug guarded: --help that needs torch, a terminal, or a valid command line"""
+    for script in ("train.py", "bench.py", "sample.py", "evaluate.py", "prepare/arithmetic.py"):
+        out, _ = run(script, "--help", "--nonsense")
+        assert "python " + script in out and "--seed=" in out or script == "evaluate.py"
+    out, _ = run("train.py", "--help")
+    assert all(f"--{name}=" in out for name in config.assignments(config.DEFAULT))
+
+
+STATED = {"train_simple": 526_848, "train_arithmetic": 5_118_976, "train_baseline_95m": 95_367_936}
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "config", "train_*.py"))))
+def test_every_shipped_config_builds(path):
+    """bug guarded: a config that no longer loads, or whose model is not the one that its text promises"""
+    cfg = config.load([path])
+    with torch.device("meta"):
+        assert Transformer(cfg).counts()["total"] == STATED[cfg.run_id]
+
+
+def test_baseline_is_the_plan():
+    """bug guarded: a number of the plan that drifts"""
+    import optim
+
+    cfg = config.load(["config/train_baseline_95m.py"])
+    plan = dict(max_steps=400_000, accumulation=2, total_batch_size=8192, warmup_steps=375, log_every=100)
+    plan |= dict(eval_every=5000, sample_every=5000, save_every=10_000, seq_len=256, batch_size=16)
+    assert {key: getattr(cfg, key) for key in plan} == plan
+    assert optim.boundary_steps(cfg) == {199_999, 200_000}
+    assert optim.lr(cfg, 374) == 1.5e-3 and optim.lr(cfg, 200_000) == 1e-3
+    assert abs(optim.lr(cfg, 399_999) - 1.5e-5) < 1e-8
+    assert optim.weight_decay(cfg, 199_999) == 0.1 and optim.weight_decay(cfg, 200_000) == 0

@@ -1,0 +1,178 @@
+"""data.py and prepare/: the order of batches, and files that are not what they should be."""
+
+import json
+import os
+
+import arithmetic
+import numpy as np
+import pytest
+import torch
+from conftest import CHARS, run, settings, write_data
+
+import data
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 31, 64, 1000, 4097])
+def test_permute_is_a_permutation(n):
+    """bug guarded: windows drawn with replacement, or a walk that leaves the range"""
+    i = np.arange(n, dtype=np.uint64)
+    a, b = (data.permute(i, n, np.array(key, np.uint64)) for key in ([1, 2, 3, 4], [1, 2, 3, 5]))
+    assert sorted(a.tolist()) == sorted(b.tolist()) == list(range(n))
+    if n >= 31:
+        assert a.tolist() != b.tolist() and a.tolist() != list(range(n))
+        near = np.abs(np.diff(a.astype(np.int64))) == 1  # neighbours that stay neighbours: 2 / n by chance
+        assert near.mean() < 4 / n + 0.05
+
+
+def windows(data_dir, split="train", **changes):
+    cfg = settings(data_dir=data_dir, **changes)
+    return data.Windows(cfg, data.meta(cfg), split)
+
+
+def test_every_window_comes_once_an_epoch_and_in_another_order_the_next(data_dir):
+    """bugs guarded: replacement, a lost last window, the same order each epoch, epochs that begin at a batch"""
+    w = windows(data_dir)
+    assert w.total == (500 - 1) // 16 == 31
+    first, second = ([place for place in w.places(range(e * 31, e * 31 + 31))] for e in (0, 1))
+    assert sorted(first) == sorted(second) == [(0, i) for i in range(31)] and first != second
+    assert windows(data_dir, seed=2).places(range(31)) != first
+
+
+def test_a_batch_depends_on_its_numbers_alone(data_dir):
+    """bugs guarded: hidden state in the loader; other tokens with another batch_size or number of devices"""
+    w = windows(data_dir)
+    x, y = w.batch(28, 8, CPU)  # across the end of the epoch
+    parts = [windows(data_dir).batch(28 + i, 2, CPU) for i in (0, 2, 4, 6)]
+    assert torch.equal(x, torch.cat([p[0] for p in parts])) and torch.equal(
+        y, torch.cat([p[1] for p in parts])
+    )
+    assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == (8, 16)
+
+
+def test_shards_come_in_order_and_hold_their_windows(tmp_path, monkeypatch):
+    """bugs guarded: a window across two shards, shards that are skipped, a permutation over all shards"""
+    import tokens
+
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 200)
+    data_dir = write_data(tmp_path / "d")  # shards of 200, 200, 100 tokens: 12, 12, 6 windows
+    w = windows(data_dir)
+    assert w.counts == [12, 12, 6] and w.total == 30
+    places = w.places(range(30))
+    assert [shard for shard, _ in places] == [0] * 12 + [1] * 12 + [2] * 6
+    ids = np.fromfile(os.path.join(data_dir, "tiny", "train_00001.bin"), "<u2")
+    x, y = w.batch(12, 12, CPU)
+    for (_, i), row, target in zip(places[12:24], x, y):
+        assert row.tolist() == ids[i * 16 : i * 16 + 16].tolist()
+        assert target.tolist() == ids[i * 16 + 1 : i * 16 + 17].tolist()
+
+
+def test_validation_is_fixed_and_spread(data_dir):
+    """bug guarded: fresh random validation batches, or only the beginning of the split"""
+    w = windows(data_dir, "val")
+    a, b = ([x.tolist() for x, _ in w.fixed(64, 3, CPU)] for _ in range(2))
+    assert a == b and [len(batch) for batch in a] == [3, 1]
+    assert sum(len(x) for x, _ in w.fixed(0, 5, CPU)) == w.total == 12
+    assert w.read(0, 9).tolist()[:16] == a[1][0], "4 of 12 windows: 0, 3, 6, 9"
+
+
+def damage(data_dir, name, change):
+    path = os.path.join(data_dir, "tiny", name)
+    with open(path, "rb") as file:
+        content = file.read()
+    with open(path, "wb") as file:
+        file.write(change(content))
+
+
+def meta_with(**changes):
+    return lambda content: json.dumps(json.loads(content) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    "name, change, says",
+    [
+        ("train_00000.bin", lambda b: b[:-2], ["train_00000.bin has 998 bytes", "1,000"]),
+        ("train_00000.bin", lambda b: b"", ["train_00000.bin is empty"]),
+        ("train_00000.bin", lambda b: b"\xff\xff" + b[2:], ["token id 65535", "vocab_size is 28"]),
+        ("meta.json", lambda b: b[:50], ["meta.json is damaged"]),
+        ("meta.json", meta_with(complete=False), ["is not complete"]),
+        ("meta.json", meta_with(shards={}), ["no split 'train'"]),
+    ],
+)
+def test_damaged_data_is_refused(data_dir, capsys, name, change, says):
+    """bug guarded: an id over the vocabulary ends in a CUDA assert, a short file in garbage"""
+    windows(data_dir)  # scans and caches what is right
+    damage(data_dir, name, change)
+    with pytest.raises(SystemExit) as stop:
+        windows(data_dir)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and all(text in error for text in says), error
+
+
+def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):
+    for changes, says in (
+        (dict(dataset="arithmetic", data_dir=str(tmp_path)), "python prepare/arithmetic.py"),
+        (dict(prepare="python prepare/x.py --y", dataset="x"), "make it: python prepare/x.py --y"),
+        (dict(seq_len=600), "seq_len can be at most 499"),
+        (dict(vocab_size=20), "vocab_size = 20 is less than the 28"),
+    ):
+        with pytest.raises(SystemExit):
+            windows(**dict(data_dir=data_dir) | changes)
+        assert says in capsys.readouterr().err
+
+
+def test_tokenizer_names_the_character_it_does_not_have():
+    """bug guarded: a KeyError for a prompt with another character"""
+    t = data.tokenizer({"kind": "char", "chars": CHARS})
+    assert t.decode(t.encode("to be\n")) == "to be\n"
+    with pytest.raises(ValueError, match="'É'"):
+        t.encode("É")
+
+
+def read_lines(folder, split):
+    meta = json.load(open(os.path.join(folder, "meta.json"), encoding="utf-8"))
+    ids = np.concatenate(
+        [np.fromfile(os.path.join(folder, n), "<u2") for n in meta["shards"] if n.startswith(split)]
+    )
+    assert meta["tokens"][split] == ids.size
+    return data.tokenizer(meta["tokenizer"]).decode(ids.tolist()).split("\n")
+
+
+@pytest.mark.parametrize("flags", [[], ["--ops=+-x", "--digits=3", "--train_problems=30000"]])
+def test_held_out_problems_never_appear_in_training(tmp_path, flags):
+    """bug guarded: a score on problems that were trained on, in this order or with the operands exchanged"""
+    run("prepare/arithmetic.py", f"--data_dir={tmp_path}", "--name=sums", *flags)
+    folder = str(tmp_path / "sums")
+    trained, held = (set(read_lines(folder, split)) - {""} for split in ("train", "val"))
+    for text in trained | held:
+        question, _, answer = text.partition("=")
+        assert str(eval(question.replace("x", "*"))) == answer
+    questions = {text.partition("=")[0] for text in trained}
+    for text in held:
+        question = text.partition("=")[0]
+        op = next(char for char in question if not char.isdigit())
+        a, _, b = question.partition(op)
+        assert not {question, f"{b}{op}{a}"} & questions
+    assert held == set(open(tmp_path / "sums" / "problems.txt", encoding="utf-8").read().split("\n")) - {""}
+    two_digits = [text for text in held if len(text.split("=")[0]) == 5]
+    assert flags or len(two_digits) >= 1000 and len(held) < 0.15 * 10_000
+    assert all(
+        arithmetic.is_held_out(b, "+", a) == arithmetic.is_held_out(a, "+", b) for a, b in ((3, 14), (27, 8))
+    )
+
+
+def test_preparation_is_repeatable_and_refuses_nonsense(tmp_path):
+    """bug guarded: another data set at every call, half a data set that looks whole"""
+    for name in ("a", "b"):
+        run("prepare/arithmetic.py", f"--data_dir={tmp_path}", f"--name={name}", "--train_problems=100")
+    shards = [
+        json.load(open(tmp_path / name / "meta.json", encoding="utf-8"))["shards"] for name in ("a", "b")
+    ]
+    assert shards[0] == shards[1]
+    for flag in ("--ops=/", "--digits=0", "--train_problems=0", "--op=+"):
+        _, err = run("prepare/arithmetic.py", f"--data_dir={tmp_path}", flag, code=2)
+        assert err.startswith("error: ")
+    (tmp_path / "file").write_text("")
+    _, err = run("prepare/arithmetic.py", f"--data_dir={tmp_path}/file", code=2)
+    assert "cannot write" in err

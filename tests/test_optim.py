@@ -1,0 +1,94 @@
+"""optim.py: schedules against hand-computed points, groups, and a first update that is not lost."""
+
+import math
+
+import pytest
+import torch
+from conftest import settings
+
+import optim
+from model import Transformer
+
+BASE = dict(max_steps=1000, warmup_steps=10, learning_rate=1.0, stage2_lr=0.5, min_lr=0.1, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    "schedule, points",
+    [
+        # two lines that meet at the boundary; the update after step 500 is the first of stage 2
+        ("two_stage", {10: 1.0, 255: 0.75, 500: 0.5, 750: 0.3, 1000: 0.1}),
+        # min_lr + (P - min_lr)(1 - t/T): a drop at the boundary from 0.55 to 0.3
+        ("bitnet", {10: 0.1 + 0.9 * 0.99, 499: 0.1 + 0.9 * 0.501, 500: 0.1 + 0.4 * 0.5, 1000: 0.1}),
+        ("wsd", {10: 1.0, 669: 1.0, 670: 1.0, 835: 0.55, 1000: 0.1}),
+        ("cosine", {10: 1.0, 505: 0.55, 1000: 0.1}),
+        ("linear", {10: 1.0, 505: 0.55, 1000: 0.1}),
+        ("constant", {10: 1.0, 999: 1.0}),
+    ],
+)
+def test_schedules_hit_their_points(schedule, points):
+    """bugs guarded: an off-by-one at the end of warm-up, at the boundary, at the end"""
+    cfg = settings(schedule=schedule, **BASE)
+    assert optim.lr(cfg, 0) == pytest.approx(0.1), "a first update with rate zero is a lost batch"
+    assert optim.lr(cfg, 9) == pytest.approx(1.0)
+    assert {step: optim.lr(cfg, step) for step in points} == pytest.approx(points)
+
+
+def test_weight_decay_ends_with_stage_1():
+    """bug guarded: decay that ends one step off the boundary, or in schedules of one stage"""
+    cfg = settings(schedule="two_stage", **BASE)
+    assert [optim.weight_decay(cfg, step) for step in (0, 499, 500, 999)] == [0.1, 0.1, 0.0, 0.0]
+    assert [optim.stage(cfg, step) for step in (499, 500)] == [1, 2]
+    assert optim.boundary_steps(cfg) == {499, 500}
+    cfg = settings(schedule="cosine", **BASE)
+    assert (
+        optim.weight_decay(cfg, 999) == 0.1 and optim.stage(cfg, 999) == 1 and not optim.boundary_steps(cfg)
+    )
+
+
+def test_warm_up_may_exceed_the_run():
+    """bug guarded: a short trial of a long recipe divides by zero"""
+    for schedule in ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant"):
+        cfg = settings(schedule=schedule, **BASE | dict(max_steps=5, warmup_steps=20))
+        assert [optim.lr(cfg, step) for step in range(5)] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
+        assert all(
+            math.isfinite(optim.lr(settings(schedule=schedule, **BASE | dict(max_steps=1)), s))
+            for s in (0, 1)
+        )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_decay_touches_only_the_matrices_of_the_blocks(tied):
+    """bug guarded: weight decay on norms and embeddings; a parameter in no group is never trained"""
+    cfg = settings(tie_embeddings=tied)
+    model = Transformer(cfg)
+    optimizer = optim.make_optimizer(cfg, model)
+    assert optim.set_rates(optimizer, cfg, 0) == (optim.lr(cfg, 0), cfg.weight_decay)
+    decays = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decays == {id(p) for name, p in model.named_parameters() if "proj" in name}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    """bug guarded: one NaN in a gradient poisons weights and optimizer state for ever"""
+    cfg = settings()
+    torch.manual_seed(0)
+    model = Transformer(cfg)
+    optimizer = optim.make_optimizer(cfg, model)
+
+    def update(bad):
+        idx = torch.zeros(1, 16, dtype=torch.long)
+        model(idx, idx).backward()
+        if bad:
+            model.norm.weight.grad[0] = float("nan")
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    update(False)
+    before = (
+        [p.clone() for p in model.parameters()],
+        [s.clone() for v in optimizer.state.values() for s in v.values()],
+    )
+    update(True)
+    after = list(model.parameters()), [s for v in optimizer.state.values() for s in v.values()]
+    assert all(torch.equal(a, b) for x, y in zip(before, after) for a, b in zip(x, y))
