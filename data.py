@@ -85,7 +85,7 @@ def write_json(path, value):
 
 
 def permute(i, n, key):
-    """where a keyed permutation of range(n) sends i (uint64 array, all < n); key: 4 uint64.
+    """where a keyed permutation of range(n) sends i (uint64 array, all < n); key: 8 uint64, a round each.
 
     A Feistel network over the next power of 4, walked until it lands below n (Black and Rogaway, "Ciphers
     with arbitrary finite domains", 2002, section 3): under 4 walks on average, no memory, the same on every
@@ -147,16 +147,16 @@ class Windows:
         return rows[:, :-1], rows[:, 1:]
 
     def places(self, samples):
-        """the (shard, window) of each training sample number"""
-        result = []
-        for g in samples:
-            epoch, position = divmod(g, self.total)
-            shard = int(np.searchsorted(self.ends, position, "right"))
-            i = position - (int(self.ends[shard - 1]) if shard else 0)
-            key = hashlib.blake2b(f"{self.seed}/{epoch}/{shard}".encode(), digest_size=32).digest()
-            window = permute(np.array([i], np.uint64), self.counts[shard], np.frombuffer(key, "<u8"))
-            result.append((shard, int(window[0])))
-        return result
+        """the (shard, window) of each training sample number, as a list"""
+        epochs, positions = np.divmod(np.asarray(samples, np.int64), self.total)
+        shards = np.searchsorted(self.ends, positions, "right")
+        inside = positions - (self.ends - self.counts)[shards]
+        for epoch, shard in {*zip(epochs.tolist(), shards.tolist())}:
+            text = f"{self.seed}/{epoch}/{shard}".encode()
+            key = np.frombuffer(hashlib.blake2b(text, digest_size=64).digest(), "<u8")
+            here = (epochs == epoch) & (shards == shard)
+            inside[here] = permute(inside[here], self.counts[shard], key)
+        return list(zip(shards.tolist(), inside.tolist()))
 
     def batch(self, first, n, device):
         """training samples first ... first + n - 1 as (inputs, targets), each (n, T) int64"""
@@ -166,9 +166,9 @@ class Windows:
         """yield batches (inputs, targets) of at most `tokens` tokens (0 = all), spread evenly and always the
         same"""
         n = min(self.total, max(1, tokens // self.seq_len)) if tokens else self.total
-        spread = [j * self.total // n for j in range(n)]
+        spread = np.arange(n) * self.total // n
         shards = np.searchsorted(self.ends, spread, "right")
-        places = [(s, p - (int(self.ends[s - 1]) if s else 0)) for s, p in zip(shards.tolist(), spread)]
+        places = list(zip(shards.tolist(), (spread - (self.ends - self.counts)[shards]).tolist()))
         for j in range(0, n, batch_size):
             yield self.tensor(places[j : j + batch_size], device)
 

@@ -128,9 +128,9 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """normal: std 0.02 for embedding and head; 1 / sqrt(inputs) for the matrices of the blocks, so that at
-        every width they keep the size of what goes through them, and 1 / sqrt(2 n_layer) of that for those that
-        write into the residual stream. The first loss is then near ln(V)."""
+        """normal: std 0.02 for embedding and head; 1 / sqrt(inputs) for the matrices of the blocks, so that
+        at every width they keep the size of what goes through them, and 1 / sqrt(2 n_layer) of that for
+        those that write into the residual stream. The first loss is then near ln(V)."""
         for name, p in self.named_parameters():
             if name.startswith("blocks.") and p.dim() == 2:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))

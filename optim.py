@@ -41,8 +41,9 @@ def lr(cfg, step):
     """learning rate of the update made at `step`; warm-up is (step + 1) / warmup_steps, never zero.
 
     two_stage   to stage2_lr at the boundary, then to min_lr at max_steps: continuous
-    bitnet      min_lr + (P - min_lr) (1 - step / max_steps), P = learning_rate before the boundary
-                and stage2_lr after it: two lines and a drop ("The Era of 1-bit LLMs: Training Tips, Code and FAQ", fig. 1)
+    bitnet      min_lr + (P - min_lr) (1 - step / max_steps), where P is learning_rate before the boundary and
+                stage2_lr after it: two lines and a drop (figure 1 of "The Era of 1-bit LLMs: Training Tips,
+                Code and FAQ")
     wsd         constant, then to min_lr over the last decay_fraction (arXiv 2404.06395, section 4)
     cosine, linear, constant   as named, from the end of the warm-up to max_steps
     """

@@ -31,6 +31,7 @@ would shrink).
 import torch
 from torch import nn
 
+HAS_VNNI = torch.cpu._is_vnni_supported()  # int8 units of the CPU
 EPS = 1e-5  # the least mean|W| and max|x|: an all-zero matrix or token divides by this, not by zero
 
 
@@ -63,7 +64,7 @@ def int_matmul_pays(device, rows, n_in, n_out):
     product"""
     if device.type == "cuda":  # cuBLAS: more than 16 rows, both widths multiples of 8
         return rows > 16 and n_in % 8 == 0 and n_out % 8 == 0
-    return device.type == "cpu" and torch.cpu._is_vnni_supported()
+    return device.type == "cpu" and HAS_VNNI
 
 
 def exact_matmul(q, t):

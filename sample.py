@@ -43,9 +43,8 @@ if (
     or cfg.num_samples < 1
 ):
     config.fail(
-        f"temperature = {cfg.temperature} and top_k = {cfg.top_k} must not be negative, top_p = {cfg.top_p} must "
-        f"be more than 0 and at most 1, max_new_tokens = {cfg.max_new_tokens} and num_samples = "
-        f"{cfg.num_samples} at least 1"
+        f"temperature = {cfg.temperature} and top_k = {cfg.top_k} must not be negative, top_p = {cfg.top_p} "
+        f"from above 0 to 1, max_new_tokens = {cfg.max_new_tokens}, num_samples = {cfg.num_samples} from 1"
     )
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)

@@ -11,14 +11,10 @@ init_from = ""  # '' = random weights | a run folder, step folder or checkpoint.
 # data
 dataset = "arithmetic"  # name of the folder in data_dir, made by prepare/<name>.py
 data_dir = "data"  # folder of all data sets
-prepare = (
-    ""  # the command that makes the data set, shown where it is missing; '' = python prepare/<dataset>.py
-)
+prepare = ""  # the command that makes it, shown where it is missing; '' = python prepare/<dataset>.py
 batch_size = 16  # sequences per device and micro-step; out of memory: halve it, the result does not change
 seq_len = 256  # tokens per sequence, the longest context of the model
-total_batch_size = (
-    0  # TOKENS per optimizer step over all devices; the rest is accumulated. 0 = one micro-step
-)
+total_batch_size = 0  # TOKENS per optimizer step, over all devices and micro-steps; 0 = one micro-step
 
 # length
 max_steps = 0  # optimizer steps; 0 = from total_tokens

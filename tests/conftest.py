@@ -32,12 +32,14 @@ RUN = TINY | dict(
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """the suite's models are so small that a second thread only waits, and the children want the other core"""
+    """the suite's models are so small that a second thread only waits, and the children want the other
+    core"""
     torch.set_num_threads(1)
 
 
-def write_data(folder, name="tiny", n_train=500, n_val=200, vocab_size=len(CHARS), top=None):
-    """a data set of random ids below `top`; returns data_dir. 500 tokens hold 31 windows of 16: an epoch in 8 steps"""
+def write_data(folder, name="tiny", n_train=500, n_val=200, vocab_size=28, top=None):
+    """a data set of random ids below `top`; returns data_dir. 500 tokens hold 31 windows of 16: an epoch in
+    8 steps"""
     rng = np.random.default_rng(0)
     target = tokens.open_data_set(str(folder), name)
     shards, splits = {}, {}
@@ -66,8 +68,10 @@ def flags(**changes):
 
 def start(script, *args, cwd=ROOT, patch=""):
     """a script of the project as a child process; patch is Python that runs before it, inside that process"""
-    code = f"import sys, runpy; sys.argv = {[script, *args]!r}; sys.path.insert(0, {ROOT!r})\n{patch}\n"
-    code += f"runpy.run_path({os.path.join(ROOT, script)!r}, run_name='__main__')"
+    path = os.path.join(ROOT, script)
+    code = f"import sys, runpy; sys.argv = {[script, *args]!r}\n"
+    code += f"sys.path[:0] = {[os.path.dirname(path), ROOT]!r}\n{patch}\n"
+    code += f"runpy.run_path({path!r}, run_name='__main__')"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(

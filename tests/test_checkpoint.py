@@ -1,4 +1,5 @@
-"""checkpoint.py and record.py: nothing half-written counts, nothing damaged is used, nothing needed is pruned."""
+"""checkpoint.py and record.py: nothing half-written counts, nothing damaged is used, nothing needed is
+pruned."""
 
 import os
 
@@ -121,7 +122,8 @@ def test_later_steps_are_set_aside_not_lost(run_dir):
 
 
 def test_rewind_drops_what_is_made_again(run_dir):
-    """bug guarded: lines that are there twice, or lost, after a resume; a half-written line that breaks readers"""
+    """bug guarded: lines that are there twice, or lost, after a resume; a half-written line that breaks
+    readers"""
     for step in (1, 2, 3):
         record.append(run_dir, record.SCALARS, step=step, loss=0.5)
         record.append(run_dir, record.BITNET, step=step)

@@ -17,13 +17,12 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 31, 64, 1000, 4097])
 def test_permute_is_a_permutation(n):
     """bug guarded: windows drawn with replacement, or a walk that leaves the range"""
-    i = np.arange(n, dtype=np.uint64)
-    a, b = (data.permute(i, n, np.array(key, np.uint64)) for key in ([1, 2, 3, 4], [1, 2, 3, 5]))
+    a, b = (data.permute(np.arange(n), n, np.arange(start, start + 8, dtype=np.uint64)) for start in (1, 2))
     assert sorted(a.tolist()) == sorted(b.tolist()) == list(range(n))
     if n >= 31:
         assert a.tolist() != b.tolist() and a.tolist() != list(range(n))
-        near = np.abs(np.diff(a.astype(np.int64))) == 1  # neighbours that stay neighbours: 2 / n by chance
-        assert near.mean() < 4 / n + 0.05
+    if n >= 1000:  # neighbours that stay neighbours: 2 / n by chance
+        assert (np.abs(np.diff(a.astype(np.int64))) == 1).mean() < 6 / n
 
 
 def windows(data_dir, split="train", **changes):
@@ -32,7 +31,8 @@ def windows(data_dir, split="train", **changes):
 
 
 def test_every_window_comes_once_an_epoch_and_in_another_order_the_next(data_dir):
-    """bugs guarded: replacement, a lost last window, the same order each epoch, epochs that begin at a batch"""
+    """bugs guarded: replacement, a lost last window, the same order each epoch, epochs that begin at a
+    batch"""
     w = windows(data_dir)
     assert w.total == (500 - 1) // 16 == 31
     first, second = ([place for place in w.places(range(e * 31, e * 31 + 31))] for e in (0, 1))
@@ -165,7 +165,13 @@ def test_held_out_problems_never_appear_in_training(tmp_path, flags):
 def test_preparation_is_repeatable_and_refuses_nonsense(tmp_path):
     """bug guarded: another data set at every call, half a data set that looks whole"""
     for name in ("a", "b"):
-        run("prepare/arithmetic.py", f"--data_dir={tmp_path}", f"--name={name}", "--train_problems=100")
+        run(
+            "prepare/arithmetic.py",
+            f"--data_dir={tmp_path}",
+            f"--name={name}",
+            "--train_problems=100",
+            "--val_problems=9",
+        )
     shards = [
         json.load(open(tmp_path / name / "meta.json", encoding="utf-8"))["shards"] for name in ("a", "b")
     ]

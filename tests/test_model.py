@@ -16,7 +16,8 @@ def make(seed=0, **changes):
 
 
 def plain_llama(p, idx, cfg):
-    """logits of a float Llama from its state dict, with explicit loops over heads and a written-out softmax"""
+    """logits of a float Llama from its state dict, with explicit loops over heads and a written-out
+    softmax"""
 
     def norm(x, w):
         return x / (x.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * w
@@ -57,7 +58,8 @@ def plain_llama(p, idx, cfg):
     "changes", [{}, dict(n_head=4, n_kv_head=2), dict(tie_embeddings=False, rope_theta=500.0)]
 )
 def test_float_twin_is_a_plain_llama(changes):
-    """bugs guarded: interleaved rotation, heads shared in the wrong order, norm after instead of before, eps outside"""
+    """bugs guarded: interleaved rotation, heads shared in the wrong order, norm after instead of before,
+    eps outside"""
     model = make(ternary=False, **changes)
     idx = torch.randint(0, 28, (16,))
     with torch.no_grad():
@@ -141,7 +143,8 @@ def test_generation_goes_on_past_the_context():
 
 
 def test_pick_draws_from_the_right_set():
-    """bugs guarded: top_p that drops the token which crosses it, top_k off by one, temperature 0 dividing by zero"""
+    """bugs guarded: top_p that drops the token which crosses it, top_k off by one, temperature 0 dividing
+    by zero"""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
 
     def drawn(**options):
@@ -155,7 +158,8 @@ def test_pick_draws_from_the_right_set():
 
 
 def test_mean_loss_weighs_tokens_and_can_be_stopped():
-    """bugs guarded: a mean over batches when the last is smaller, dropout while evaluating, a deaf evaluation"""
+    """bugs guarded: a mean over batches when the last is smaller, dropout while evaluating, a deaf
+    evaluation"""
     model = make(dropout=0.5).train()
     batches = [(torch.randint(0, 28, (n, 16)), torch.randint(0, 28, (n, 16))) for n in (4, 1)]
     loss = mean_loss(model, batches)

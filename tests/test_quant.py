@@ -24,7 +24,8 @@ def layer(n_in=64, n_out=48, seed=0):
 
 @pytest.mark.parametrize("shape", [(5, 64), (1, 64), (2, 7, 64), (3, 1, 64)])
 def test_forward_equals_the_reference_bit_for_bit(shape):
-    """bugs guarded: scales applied before the product, sign form of b1, floor(x + 0.5), one scale for all tokens"""
+    """bugs guarded: scales applied before the product, sign form of b1, floor(x + 0.5), one scale for all
+    tokens"""
     bit, x = layer(), torch.randn(shape) * 3
     assert torch.equal(bit(x), reference(x, bit.weight))
 
@@ -55,7 +56,8 @@ def test_rounding_is_half_to_even():
 
 
 def test_every_product_gives_the_same_bits(monkeypatch):
-    """bug guarded: the int8 and the fp32 product differing, so that a machine with VNNI trains another model"""
+    """bug guarded: the int8 and the fp32 product differing, so that a machine with VNNI trains another
+    model"""
     bit, x = layer(3072, 64), torch.randn(33, 3072)
     results = []
     for pays in (True, False):
@@ -76,7 +78,8 @@ def test_scale_does_not_depend_on_threads():
 
 
 def test_gradients_are_straight_through():
-    """bugs guarded: a clip mask on either side, a lost scale, gradients of the latent instead of the rounded values"""
+    """bugs guarded: a clip mask on either side, a lost scale, gradients of the latent instead of the
+    rounded values"""
     bit, x = layer(), (torch.randn(6, 64) * 5).requires_grad_()
     with torch.no_grad():
         bit.weight[0] *= 50  # far beyond the clip: still gets its gradient
@@ -104,8 +107,11 @@ def test_gradient_dtypes_under_autocast():
     torch.testing.assert_close(bit.weight.grad, other.weight.grad, rtol=2e-2, atol=2e-2)
 
 
-def test_compiled_equals_eager():
+@pytest.mark.parametrize("int8", [True, False])
+def test_compiled_equals_eager(monkeypatch, int8):
     """bug guarded: a graph break, or a compiler that contracts the rounding"""
+    monkeypatch.setattr(quant, "HAS_VNNI", int8)
+    torch._dynamo.reset()
     bit, x = layer(), torch.randn(4, 64, requires_grad=True)
     compiled = torch.compile(bit, fullgraph=True, dynamic=False)
     y = compiled(x)
@@ -141,7 +147,8 @@ def test_pack_has_the_layout_of_transformers():
 
 
 def test_health_counts_what_is_there():
-    """bugs guarded: fractions of the latent weights, flips counted against the first codes, probes that stay on"""
+    """bugs guarded: fractions of the latent weights, flips counted against the first codes, probes that
+    stay on"""
     from conftest import settings
 
     from model import Transformer

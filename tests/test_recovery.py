@@ -58,8 +58,8 @@ def kill_at(data_dir, out_dir, step, how=signal.SIGKILL, run_id="broken", **chan
 
 
 def test_kill_9_and_resume_is_the_unbroken_run(data_dir, out_dir):
-    """bugs guarded: data that starts over, random state, optimizer state, best or log lines lost; across the epoch
-    edge at step 7.75, with dropout, killed twice and once interrupted"""
+    """bugs guarded: data that starts over, random state, optimizer state, best or log lines lost; across
+    the epoch edge at step 7.75, with dropout, killed twice and once interrupted"""
     how = dict(dropout=0.2)
     train(data_dir, out_dir, "whole", **how)
     assert kill_at(data_dir, out_dir, 7, **how)[0] == -signal.SIGKILL
@@ -98,7 +98,8 @@ checkpoint.os = type(os)('os'); checkpoint.os.__dict__.update(os.__dict__); chec
 
 @pytest.mark.parametrize("function, nth", [("fsync", 8), ("rename", 2)])
 def test_a_kill_during_a_save_costs_nothing(data_dir, out_dir, function, nth):
-    """bug guarded: a checkpoint written in place: killed in the second save, the first must be there, whole"""
+    """bug guarded: a checkpoint written in place: killed in the second save, the first must be there,
+    whole"""
     patch = KILL_IN_SAVE.format(function=function, nth=nth)
     train(data_dir, out_dir, "r", code=-signal.SIGKILL, patch=patch, eval_every=0)
     run_dir = f"{out_dir}/r"
@@ -125,7 +126,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data_dir, out_dir, name):
 
 
 def test_starting_and_resuming_follow_their_rules(data_dir, out_dir):
-    """bugs guarded: a run overwritten by the same command, a resume into another model, a branch that eats its origin"""
+    """bugs guarded: a run overwritten by the same command, a resume into another model, a branch that eats
+    its origin"""
     train(data_dir, out_dir, "a", max_steps=10, resume="auto", sample_every=0)  # nothing there: starts
     _, err = train(data_dir, out_dir, "a", code=2, sample_every=0)
     assert "already holds a run, up to step 10" in err and "--resume=auto" in err and "--run_id=" in err
@@ -156,7 +158,8 @@ def test_starting_and_resuming_follow_their_rules(data_dir, out_dir):
 
 
 def test_init_from_takes_weights_only(data_dir, out_dir):
-    """bug guarded: init_from that continues the step, or resumes the optimizer; and float weights made ternary"""
+    """bug guarded: init_from that continues the step, or resumes the optimizer; and float weights made
+    ternary"""
     train(data_dir, out_dir, "float", max_steps=6, ternary=False, sample_every=0)
     train(
         data_dir,
@@ -176,7 +179,8 @@ def test_init_from_takes_weights_only(data_dir, out_dir):
 
 
 def test_retention_keeps_boundary_best_and_newest(data_dir, out_dir):
-    """bugs guarded: the boundary's or the best checkpoint's trainer.pt pruned; the former best kept for ever"""
+    """bugs guarded: the boundary's or the best checkpoint's trainer.pt pruned; the former best kept for
+    ever"""
     train(data_dir, out_dir, "r", save_every=4, keep_last=2, eval_every=3)
     run_dir = f"{out_dir}/r"
     best = json.load(open(f"{run_dir}/best.json"))
@@ -218,7 +222,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(data_dir, out_dir):
 
 
 def test_five_in_a_row_end_the_run(data_dir, out_dir):
-    """bug guarded: a run that skips for days; the fifth in a row is found although the log comes every 6 steps"""
+    """bug guarded: a run that skips for days; the fifth in a row is found although the log comes every 6
+    steps"""
     patch = NAN.format(bad="7 <= count[0] <= 11")
     _, err = train(data_dir, out_dir, "r", patch=patch, code=1, log_every=6, sample_every=0, eval_every=0)
     assert "5 steps in a row" in err and "step_000010" in err
@@ -317,7 +322,8 @@ def test_max_minutes_and_patience_end_as_if_finished(data_dir, out_dir):
 
 
 def test_accumulation_does_not_change_the_result(data_dir, out_dir):
-    """bug guarded: a gradient summed instead of averaged over micro-steps; other tokens with another batch_size"""
+    """bug guarded: a gradient summed instead of averaged over micro-steps; other tokens with another
+    batch_size"""
     how = dict(ternary=False, total_batch_size=64, max_steps=8, sample_every=0)
     train(data_dir, out_dir, "one", batch_size=4, **how)
     train(data_dir, out_dir, "four", batch_size=1, **how)
@@ -349,7 +355,8 @@ def test_output_goes_where_programs_look(data_dir, out_dir):
     out, err = train(data_dir, out_dir, "r", max_steps=6)
     result = json.loads(out.strip().split("\n")[-1])
     assert set(result) == set(
-        "run_id step tokens loss val_loss val_bits_per_byte seconds tokens_per_sec peak_memory_gb checkpoint".split()
+        "run_id step tokens loss val_loss val_bits_per_byte seconds tokens_per_sec "
+        "peak_memory_gb checkpoint".split()
     )
     log = open(f"{out_dir}/r/train.log", encoding="utf-8").read()
     assert log == err and "\r" not in err and log.count("\nstep ") == 6
