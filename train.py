@@ -60,18 +60,13 @@ with torch.device(device):
     model = Transformer(cfg)
 optimizer = optim.make_optimizer(cfg, model)
 step, best, stale_evals = 0, {}, 0  # best: {step, val_loss}; stale_evals: evaluations since then
-skipped, streak, worst_streak = (
-    0,
-    0,
-    0,
-)  # steps that were not finite: all, in a row now, most in a row since a log line
+skipped = 0  # steps whose loss or gradient was not finite
 if origin:
     part, trainer = checkpoint.load(origin), checkpoint.load(origin, checkpoint.TRAINER)
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.RUN, f"resume from {origin}")
     model.load_state_dict(part["model"])
     optimizer.load_state_dict(trainer["optimizer"])
-    step, best, stale_evals = trainer["step"], trainer["best"], trainer["stale_evals"]
-    skipped, streak, worst_streak = trainer["skipped"]
+    step, best, stale_evals, skipped = (trainer[key] for key in ("step", "best", "stale_evals", "skipped"))
     finish = record.last(run_dir, record.EVENTS, event="finish") if same_run else {}
     if finish.get("step") == step and (step >= cfg.max_steps or finish["why"] == "patience"):
         print(f"run {cfg.run_id} is finished: step {step} of {cfg.max_steps}; to lengthen it raise max_steps")
@@ -153,7 +148,7 @@ def save(why):
         return True
     common = dict(format=checkpoint.FORMAT, step=step)
     use = dict(tokens=step * cfg.total_batch_size, config=saved_config, tokenizer=tokenizer_spec)
-    resume = dict(best=best, stale_evals=stale_evals, skipped=[int(n) for n in skips])
+    resume = dict(best=best, stale_evals=stale_evals, skipped=int(skips[0]))
     try:
         record.flush(run_dir)
         folder = checkpoint.save(
@@ -240,7 +235,8 @@ def hand_over():
 
 # the loop
 
-skips = torch.tensor([skipped, streak, worst_streak], dtype=torch.float32, device=device)
+# steps skipped: in all, in a row up to now, the most in a row since a log line; a resumed run begins a new row
+skips = torch.tensor([skipped, 0, 0], dtype=torch.float32, device=device)
 told = skipped  # of the skipped steps, those already reported
 sequences_per_step = cfg.batch_size * cfg.accumulation
 speedometer = machine.Speedometer(device)
