@@ -27,9 +27,8 @@ from data import write_json
 FORMAT = 1
 MODEL, TRAINER = "checkpoint.pt", "trainer.pt"
 SHAPE = "n_layer n_head n_kv_head n_embd ffn_dim vocab_size rope_theta norm_eps tie_embeddings".split()
-RUN = (
-    SHAPE + "ternary dataset seed seq_len total_batch_size".split()
-)  # what a resumed run must share with its origin
+# what a resumed run must share with its origin
+RUN = SHAPE + "ternary dataset seed seq_len total_batch_size".split()
 
 
 class HashedFile:
@@ -179,7 +178,7 @@ def must_agree(cfg, part, tokenizer, names, what):
         faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
     if faults:
         fail(*(f"{what}: {text}; these must agree" for text in faults))
-    for key in differs.keys() - {"run_id", "out_dir", "resume", "init_from"}:
+    for key in sorted(differs.keys() - {"run_id", "out_dir", "resume", "init_from", *names}):
         print(f"changed: {key} = {getattr(cfg, key)!r}, the checkpoint has {differs[key]!r}")
 
 
@@ -194,9 +193,8 @@ def check_disk(cfg, run_dir, params, steps_left):
             f"{2.2 * (weights + trainer) / 1e9:.2f} GB; free some, or choose another with --out_dir="
         )
     saves = steps_left // cfg.save_every if cfg.save_every else 0
-    need = (saves + 4) * weights + (
-        min(saves, cfg.keep_last or saves) + 4
-    ) * trainer  # 4: boundary, best, end
+    extra = 4  # two at the boundary, the best, the end
+    need = (saves + extra) * weights + (min(saves, cfg.keep_last or saves) + extra) * trainer
     if need > free:
         print(
             f"warning: the checkpoints of this run take about {need / 1e9:.1f} GB, "

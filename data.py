@@ -31,29 +31,24 @@ def meta(cfg):
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-        complete, shards, dtype = (
-            found["complete"],
-            found["shards"],
-            np.dtype(found["dtype"]).newbyteorder("<"),
-        )
-        vocab_size = found["vocab_size"]
+        need = ("complete", "shards", "dtype", "vocab_size", "tokens", "bytes", "tokenizer", "eot")
+        complete, shards, dtype, vocab_size = [found[key] for key in need][:4]
+        dtype = np.dtype(dtype).newbyteorder("<")
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         fail(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
     if not complete:
-        fail(f"data set {folder} is not complete; run its preparation again: it goes on where it stopped")
+        fail(f"data set {folder} is not complete; run its preparation again")
     if cfg.vocab_size and cfg.vocab_size < vocab_size:
-        fail(
-            f"vocab_size = {cfg.vocab_size} is less than the {vocab_size} token ids of {folder}; set it to 0"
-        )
+        fail(f"vocab_size = {cfg.vocab_size} is less than the {vocab_size} ids of {folder}; set it to 0")
     checked = os.path.join(
         folder, ".checked.json"
-    )  # {shard: what was checked}, so that ids are scanned once per file
+    )  # {shard: size, time, vocab_size}: ids are scanned once a file
     seen = json.load(open(checked, encoding="utf-8")) if os.path.exists(checked) else {}
     now = {}
     for name, shard in shards.items():
         file = os.path.join(folder, name)
         size, want = os.path.getsize(file) if os.path.exists(file) else -1, shard["tokens"] * dtype.itemsize
-        if size != want:
+        if size != want or size == 0:
             state = "is missing" if size < 0 else "is empty" if size == 0 else f"has {size:,} bytes"
             fail(f"shard {file} {state}, meta.json says {want:,}; make the data set again")
         now[name] = [size, os.stat(file).st_mtime_ns, vocab_size]
@@ -72,9 +67,9 @@ def meta(cfg):
 def default_command(cfg):
     """the command that makes cfg.dataset, as far as its name tells"""
     script = f"prepare/{cfg.dataset}.py"
-    return (
-        f"python {script}" if os.path.exists(script) else f"there is no {script}; see the scripts in prepare/"
-    )
+    if os.path.exists(script):
+        return f"python {script}"
+    return f"there is no {script}; the scripts in prepare/ say in their --help what they make"
 
 
 def write_json(path, value):

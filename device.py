@@ -91,8 +91,6 @@ def compiled(model, wanted, device):
         map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))
     ):
         reason = "torch.compile needs a C++ compiler (g++) on CPU"
-    elif platform.system() == "Windows" and device.type == "cuda":
-        reason = "Triton, which torch.compile needs on CUDA, is not shipped for Windows"
     if reason:
         print(f"compile: off, {reason}")
         return model, False

@@ -235,12 +235,13 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
 def mean_loss(model, batches, stop=lambda: False):
     """mean cross entropy in nats per token over batches of (inputs, targets), summed in float64; None where
     stop() turned true on the way"""
-    was_training, total, tokens = model.training, 0.0, 0
+    was_training, losses, sizes = model.training, [], []
     model.eval()
     for idx, targets in batches:
-        total += model(idx, targets).double() * targets.numel()
-        tokens += targets.numel()
+        losses.append(model(idx, targets))
+        sizes.append(targets.numel())
         if stop():
             break
     model.train(was_training)
-    return None if stop() else (total / tokens).item()
+    sizes = torch.tensor(sizes, dtype=torch.float64)
+    return None if stop() else (torch.stack(losses).cpu().double() @ sizes / sizes.sum()).item()

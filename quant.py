@@ -41,7 +41,8 @@ def weight_scale(w):
     The mean is summed in float64 and rounded once, so that it does not depend on the number of threads or the
     compiler.
     """
-    mean = w.detach().abs().mean((-2, -1), keepdim=True, dtype=torch.float64).float()
+    exact = torch.float32 if w.device.type == "mps" else torch.float64  # MPS has no float64
+    mean = w.detach().abs().mean((-2, -1), keepdim=True, dtype=exact).float()
     return 1.0 / mean.clamp(min=EPS)
 
 

@@ -5,6 +5,7 @@ A line is appended whole. A run that resumes from step k drops what is made agai
 beyond k, and each evaluation, sample and best from k on, is there once, whatever was killed.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -13,11 +14,6 @@ import subprocess
 import sys
 import time
 from importlib import metadata
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes on one run are not noticed there
-    fcntl = None
 
 from config import fail
 from data import write_json
@@ -152,9 +148,8 @@ def open_run(run_dir):
         lock = open(os.path.join(run_dir, ".lock"), "w")
     except OSError as error:
         fail(f"out_dir: cannot write {run_dir} ({error.strerror}); choose another folder with --out_dir=")
-    if fcntl:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"{run_dir} is being trained by another process; wait for it, or choose another --run_id=")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{run_dir} is being trained by another process; wait for it, or choose another --run_id=")
     return lock

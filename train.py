@@ -47,9 +47,10 @@ tokenizer = data.tokenizer(tokenizer_spec)
 train_windows = data.Windows(cfg, meta, "train")
 val_windows = data.Windows(cfg, meta, "val") if cfg.eval_every else None
 try:
-    prompts = [data.encode_prompt(tokenizer, meta["eot"], text) for text in cfg.sample_prompts]
+    texts = cfg.sample_prompts if cfg.sample_every else []
+    prompts = [data.encode_prompt(tokenizer, meta["eot"], text) for text in texts]
 except ValueError as error:
-    fail(f"sample_prompts: {error}; set prompts for this data set, or none with --sample_prompts=[]")
+    fail(f"sample_prompts: {error}; set prompts for this data set, or --sample_every=0")
 
 # model, optimizer, and where the run starts
 
@@ -66,7 +67,9 @@ if origin:
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.RUN, f"resume from {origin}")
     model.load_state_dict(part["model"])
     optimizer.load_state_dict(trainer["optimizer"])
-    step, best, stale_evals, skipped = (trainer[key] for key in ("step", "best", "stale_evals", "skipped"))
+    step, skipped = trainer["step"], trainer["skipped"]
+    if same_run:  # a branch has a best of its own
+        best, stale_evals = trainer["best"], trainer["stale_evals"]
     finish = record.last(run_dir, record.EVENTS, event="finish") if same_run else {}
     if finish.get("step") == step and (step >= cfg.max_steps or finish["why"] == "patience"):
         print(f"run {cfg.run_id} is finished: step {step} of {cfg.max_steps}; to lengthen it raise max_steps")
@@ -104,7 +107,7 @@ if origin:
     record.event(run_dir, "resume", step=step, path=origin, passed_over=passed_over)
     print(f"resume: from step {step}, {origin}")
 else:
-    record.event(run_dir, "start", step=0, init_from=cfg.init_from)
+    record.event(run_dir, "start", step=0, init_from=cfg.init_from, passed_over=passed_over)
 
 # signals, logging, saving, evaluating, sampling
 
@@ -235,7 +238,7 @@ def hand_over():
 
 # the loop
 
-# steps skipped: in all, in a row up to now, the most in a row since a log line; a resumed run begins a new row
+# steps skipped: in all, in a row up to now, most in a row since a log line; a resumed run begins a new row
 skips = torch.tensor([skipped, 0, 0], dtype=torch.float32, device=device)
 told = skipped  # of the skipped steps, those already reported
 sequences_per_step = cfg.batch_size * cfg.accumulation

@@ -175,8 +175,8 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     if only is None and not cfg.run_id:
         names = [os.path.splitext(os.path.basename(path))[0] for path in files]
         cfg.run_id = names[-1] if names else "default"
-    if not faults and check_run:
-        faults = check(cfg)
+    if check_run and all(map(os.path.isfile, files)):
+        check(cfg, faults)
     if faults:
         fail(*faults)
     return cfg
@@ -189,13 +189,10 @@ def need_flags(cfg, *names):
         fail(*(f"--{name}=... is missing; --help says what it is" for name in missing))
 
 
-def check(cfg):
-    """all contradictions among the settings of a run, as texts; derives max_steps, total_batch_size and
-    accumulation.
-
-    Sets cfg.max_steps, cfg.total_batch_size (tokens), cfg.accumulation (micro-steps per step).
-    """
-    faults = []
+def check(cfg, faults):
+    """add to faults all contradictions among the settings of a run, and derive cfg.max_steps,
+    cfg.total_batch_size (tokens) and cfg.accumulation (micro-steps per step)"""
+    before = len(faults)
 
     def need(ok, text):
         if not ok:
@@ -219,7 +216,7 @@ def check(cfg):
             0 < getattr(cfg, key) <= 1,
             f"{key} = {getattr(cfg, key)} is a fraction of max_steps: more than 0, at most 1",
         )
-    if not faults:
+    if len(faults) == before:  # the numbers are in range
         need(
             cfg.n_embd % cfg.n_head == 0, f"n_embd = {cfg.n_embd} is not divisible by n_head = {cfg.n_head}"
         ) and need(
@@ -257,14 +254,15 @@ def check(cfg):
         cfg.run_id not in (".", "..") and not set(cfg.run_id) & set("/\\"),
         f"run_id = {cfg.run_id!r} is not a folder name; put the folder into out_dir",
     )
-    if (
+    lengths = f"max_steps = {cfg.max_steps}, total_tokens = {cfg.total_tokens}"
+    if not cfg.max_steps and not cfg.total_tokens:
         need(
-            bool(cfg.max_steps) != bool(cfg.total_tokens),
-            f"max_steps = {cfg.max_steps} ({cfg.origin['max_steps']}), total_tokens = {cfg.total_tokens} "
-            f"({cfg.origin['total_tokens']}): each gives the length of the run; set one, and the other to 0",
+            faults,
+            f"{lengths}: the run has no length; name a config file (config/train_simple.py) or set one",
         )
-        and not faults
-    ):
+    elif cfg.max_steps and cfg.total_tokens:
+        need(False, f"{lengths}: both give the length of the run; set the one that is not meant to 0")
+    elif not faults:
         cfg.max_steps = cfg.max_steps or -(-cfg.total_tokens // cfg.total_batch_size)
     if cfg.resume and cfg.init_from:
         need(
@@ -273,4 +271,3 @@ def check(cfg):
         )
     if cfg.patience:
         need(cfg.eval_every > 0, f"patience = {cfg.patience} needs evaluations: set eval_every")
-    return faults

@@ -61,7 +61,7 @@ deterministic = True  # bit for bit the same run, and exact resume, on the same 
 # what is logged, and how often (in steps; 0 = off)
 log_every = 100  # a line of losses, rates and speed, and one of ternary health; at least 1
 eval_every = 5000  # loss on the validation set; also at step 0 and at the end
-eval_tokens = 262144  # validation tokens per evaluation, at most; the same ones each time
+eval_tokens = 262144  # validation tokens per evaluation, at most, always the same; 0 = all
 sample_every = 5000  # generated text: each prompt greedy, top-k and nucleus; also at the end
 sample_tokens = 64  # new tokens per sample
 sample_prompts = ["\n"]  # prompts of the samples

@@ -5,7 +5,7 @@ dataset = "arithmetic"
 vocab_size = 15  # the characters of an addition
 seq_len = 64  # about eight problems
 batch_size = 12
-max_steps = 4500  # many small steps beat few large ones here: 4,500 x 768 tokens
+max_steps = 4000  # many small steps beat few large ones here: 4,000 x 768 tokens
 
 n_layer = 2
 n_head = 4

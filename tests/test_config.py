@@ -62,7 +62,8 @@ def test_values_take_the_type_of_the_default():
         (["--learning_rate=-1"], ["learning_rate = -1.0"]),
         (["--min_lr", "-0.1"], ["min_lr = -0.1"]),
         (["--dropout=1"], ["dropout = 1.0"]),
-        (["--total_tokens=100"], ["max_steps", "total_tokens"]),
+        (["--total_tokens=100"], ["max_steps = 10, total_tokens = 100"]),
+        (["--max_steps=0"], ["has no length", "config/train_simple.py"]),
         (["--run_id=../x"], ["run_id = '../x'"]),
         (["--patience=2", "--eval_every=0"], ["patience = 2", "eval_every"]),
         (["--log_every"], ["--log_every needs a value"]),
@@ -79,6 +80,7 @@ def test_a_wrong_setting_is_named_with_its_value(capsys, argv, says):
 def test_all_faults_are_reported_at_once(capsys):
     """bug guarded: one fault per attempt"""
     assert len(faults(capsys, "--lr=1", "--n_layer=x", "nowhere.py")) == 3
+    assert len(faults(capsys, "--lr=1", "--n_head=5", "--dtype=x", "--n_embd=64")) == 4
     errors = faults(capsys, "--max_steps=10", "--schedule=x", "--dtype=y", "--n_head=5", "--n_kv_head=2")
     assert len(errors) == 4
 
