@@ -2,6 +2,7 @@
 whole."""
 
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -11,7 +12,6 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from config import fail
-from data import write_json
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 
@@ -80,4 +80,4 @@ def write_meta(folder, tokenizer, eot, vocab_size, splits, shards, source, **ext
         "source": source,
         "complete": True,
     }
-    write_json(os.path.join(folder, "meta.json"), meta | extra)
+    write_file(os.path.join(folder, "meta.json"), json.dumps(meta | extra, indent=1).encode())
