@@ -88,7 +88,8 @@ class TernaryLinear(torch.autograd.Function):
             y = exact_matmul(q, t) / (s * a)
             ctx.save_for_backward(q.to(torch.int8), a, t.to(torch.int8), s)
         ctx.x_dtype = x.dtype
-        return y.to(out_dtype)
+        # no cast to the dtype it has: compiled by torch 2.11, that cuts the gradient off without a word
+        return y if out_dtype == torch.float32 else y.to(out_dtype)
 
     @staticmethod
     def backward(ctx, dy):
