@@ -107,21 +107,25 @@ def test_gradient_dtypes_under_autocast():
     torch.testing.assert_close(bit.weight.grad, other.weight.grad, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("int8", [True, False])
-def test_compiled_equals_eager(monkeypatch, int8):
-    """bug guarded: a graph break, or a compiler that contracts the rounding"""
+@pytest.mark.parametrize("int8, autocast", [(True, False), (False, False), (False, True)])
+def test_compiled_equals_eager(monkeypatch, int8, autocast):
+    """bugs guarded: a graph break, a compiler that contracts the rounding, a gradient that compiling cuts off"""
     monkeypatch.setattr(quant, "HAS_VNNI", int8)
     torch._dynamo.reset()
     bit, x = layer(), torch.randn(4, 64, requires_grad=True)
-    compiled = torch.compile(bit, fullgraph=True, dynamic=False)
-    y = compiled(x)
-    y.sum().backward()
-    grads = x.grad.clone(), bit.weight.grad.clone()
-    x.grad = bit.weight.grad = None
-    z = bit(x)
-    z.sum().backward()
-    assert torch.equal(y, z)
-    torch.testing.assert_close(grads, (x.grad, bit.weight.grad))
+
+    def forward_and_gradients(layer):
+        x.grad = bit.weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x)
+        y.float().sum().backward()
+        return y, x.grad, bit.weight.grad
+
+    y, *grads = forward_and_gradients(torch.compile(bit, fullgraph=True, dynamic=False))
+    z, *want = forward_and_gradients(bit)
+    assert torch.equal(y, z) and want[0].abs().sum() > 0
+    bound = dict(rtol=2e-2, atol=2e-2) if autocast else {}
+    torch.testing.assert_close(grads, want, **bound)
 
 
 def test_is_a_drop_in_for_linear():
