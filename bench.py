@@ -11,11 +11,15 @@ tokens_per_sec, mfu (or null), peak_memory_gb, device, dtype, compile.
 """
 
 import math
+import signal
 import statistics
 import sys
 import time
+from types import SimpleNamespace
 
 import config
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it
 
 FLAGS = {
     "pairs": (15, "timed steps of each model"),
@@ -45,10 +49,9 @@ class Contestant:
     """a model of the experiment, ternary or float, with all that a training step needs"""
 
     def __init__(self, ternary):
-        cfg.ternary = ternary
         torch.manual_seed(cfg.seed)
         with torch.device(device):
-            self.model = Transformer(cfg)
+            self.model = Transformer(SimpleNamespace(**vars(cfg) | dict(ternary=ternary)))
         self.compiled, self.is_compiled = machine.compiled(self.model, cfg.compile, device)
         self.optimizer = optim.make_optimizer(cfg, self.model)
         self.ms = []
@@ -91,7 +94,8 @@ step_ms, float_step_ms = statistics.median(ternary.ms), statistics.median(twin.m
 tokens_per_sec = 1e3 * cfg.total_batch_size / step_ms
 peak = machine.peak_flops(device, dtype)
 mfu = tokens_per_sec * ternary.model.flops_per_token() / peak if peak else None
-print(f"{counts['total']:,} parameters, {counts['ternary']:,} ternary; {machine.describe(device)}, {dtype}")
+print(f"{counts['total']:,} parameters, {counts['ternary']:,} ternary")
+print(f"{machine.describe(device)}, {machine.name(dtype)}, compile {'on' if ternary.is_compiled else 'off'}")
 print(f"{cfg.total_batch_size:,} tokens a step = {cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}")
 for name, ms in (("ternary", ternary.ms), ("float", twin.ms)):
     speed = 1e3 * cfg.total_batch_size / statistics.median(ms)
@@ -116,7 +120,7 @@ print(
             mfu=mfu,
             peak_memory_gb=peak_memory_gb,
             device=machine.describe(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=machine.name(dtype),
             compile=ternary.is_compiled,
         )
     )

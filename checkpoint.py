@@ -98,19 +98,19 @@ def save(run_dir, step, model_part, trainer_part):
 
 def fault(folder, name):
     """what is wrong with one file of a checkpoint, or None: it agrees with the manifest"""
+    path = os.path.join(folder, name)
     try:
         with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
             want = json.load(file)["files"][name]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        return "manifest.json is missing or damaged"
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        return f"{name} is missing"
-    if os.path.getsize(path) != want["bytes"]:
-        return f"{name} has {os.path.getsize(path):,} bytes, the manifest says {want['bytes']:,}"
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != want["sha256"]:
-            return f"{name} does not have the sha256 of the manifest: its content changed on disk"
+        if os.path.getsize(path) != want["bytes"]:
+            return f"{name} has {os.path.getsize(path):,} bytes, the manifest says {want['bytes']:,}"
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != want["sha256"]:
+                return f"{name} does not have the sha256 of the manifest: its content changed on disk"
+    except OSError as error:
+        return f"{name} cannot be checked: {error.strerror}: {error.filename}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"manifest.json is damaged ({type(error).__name__}), {name} cannot be checked"
     return None
 
 
@@ -131,19 +131,27 @@ def locate(path, resumable=False, setting="ckpt"):
     there is none; says on stderr which newer ones of a run were passed over."""
     if not os.path.exists(path):
         fail(f"{setting} = {path!r} does not exist; it is a run folder, a step folder or a checkpoint.pt")
-    if os.path.isfile(path):
-        path = os.path.dirname(path) or "."
-    if os.path.isdir(os.path.join(path, "checkpoints")):
-        folder, passed = newest(path, resumable)
+    kind = "resumable" if resumable else "usable"
+    if os.path.isfile(path) and os.path.basename(path) != MODEL:
+        fail(f"{setting} = {path!r} is no checkpoint; it is a run folder, a step folder or a checkpoint.pt")
+    folder = os.path.dirname(path) or "." if os.path.isfile(path) else path
+    if os.path.isdir(os.path.join(folder, "checkpoints")):
+        folder, passed = newest(folder, resumable)
         for step, wrong in passed:
             print(f"passed over step {step}: {wrong}", file=sys.stderr)
         if folder is None:
-            fail(f"{setting} = {path!r} has no {'resumable' if resumable else 'usable'} checkpoint")
+            fail(f"{setting} = {path!r} has no {kind} checkpoint")
         return folder
-    wrong = fault(path, MODEL) or (resumable and fault(path, TRAINER)) or None
+    if not os.path.exists(os.path.join(folder, "manifest.json")):
+        fail(f"{setting} = {path!r} is no checkpoint; it is a run folder, a step folder or a checkpoint.pt")
+    if resumable and not os.path.exists(os.path.join(folder, TRAINER)):
+        fail(
+            f"{setting} = {path!r} has no {TRAINER} any more (keep_last); --init_from= takes its weights only"
+        )
+    wrong = fault(folder, MODEL) or (resumable and fault(folder, TRAINER)) or None
     if wrong:
-        fail(f"{setting} = {path!r} is no {'resumable' if resumable else 'usable'} checkpoint: {wrong}")
-    return path
+        fail(f"{setting} = {path!r} is no {kind} checkpoint: {wrong}")
+    return folder
 
 
 def origin(cfg, run_dir):
@@ -169,17 +177,14 @@ def must_agree(cfg, part, tokenizer, names, what):
     changed"""
     saved = part["config"]
     differs = {key: saved[key] for key in saved if key in vars(cfg) and getattr(cfg, key) != saved[key]}
-    faults = [
-        f"{key} = {getattr(cfg, key)!r}, the checkpoint has {differs[key]!r}"
-        for key in names
-        if key in differs
-    ]
+    told = {key: f"{key} = {getattr(cfg, key)!r}, the checkpoint has {old!r}" for key, old in differs.items()}
+    faults = [told[key] for key in names if key in told]
     if part["tokenizer"]["sha256"] != tokenizer["sha256"]:
         faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
     if faults:
         fail(*(f"{what}: {text}; these must agree" for text in faults))
-    for key in sorted(differs.keys() - {"run_id", "out_dir", "resume", "init_from", *names}):
-        print(f"changed: {key} = {getattr(cfg, key)!r}, the checkpoint has {differs[key]!r}")
+    for key in sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from", "ternary"}):
+        print(f"changed: {told[key]}")
 
 
 def check_disk(cfg, run_dir, params, steps_left):
@@ -228,16 +233,21 @@ def prune(run_dir, keep_last, keep_steps):
 
 
 def clean(run_dir, after):
-    """make room for a run that goes on from step `after`: partial checkpoints of killed processes are
-    deleted, whole ones of later steps, which belong to another course of the run, are set aside under another
-    name and returned"""
+    """make room for a run that goes on from step `after`: what killed processes left half written or half
+    removed is deleted, whole checkpoints of later steps, which belong to another course of the run, are
+    renamed; returns their new names"""
     folder, aside = os.path.join(run_dir, "checkpoints"), []
     for name in os.listdir(folder):
-        if ".tmp-" in name:
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+        path = os.path.join(folder, name)
+        if (
+            ".aside" not in name
+            and not os.path.exists(os.path.join(path, "manifest.json"))
+            or ".tmp-" in name
+        ):
+            shutil.rmtree(path, ignore_errors=True)
     for step in steps(run_dir):
         if step > after:
-            target = step_dir(run_dir, step) + ".aside"
+            target = f"{step_dir(run_dir, step)}.aside"
             while os.path.exists(target):
                 target += "x"
             os.rename(step_dir(run_dir, step), target)

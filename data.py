@@ -14,6 +14,7 @@ window comes once an epoch.
 import hashlib
 import json
 import os
+import shlex
 
 import numpy as np
 import torch
@@ -27,14 +28,16 @@ def meta(cfg):
     folder = os.path.join(cfg.data_dir, cfg.dataset)
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
-        fail(f"data set {folder} is not there (no meta.json); make it: {cfg.prepare or default_command(cfg)}")
+        where = "" if cfg.data_dir == "data" else f" --data_dir={shlex.quote(cfg.data_dir)}"
+        how = cfg.prepare or default_command(cfg)
+        fail(f"data set {folder} is not there (no meta.json); make it: {how}{where}")
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
         need = ("complete", "shards", "dtype", "vocab_size", "tokens", "bytes", "tokenizer", "eot")
         complete, shards, dtype, vocab_size = [found[key] for key in need][:4]
         dtype = np.dtype(dtype).newbyteorder("<")
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         fail(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
     if not complete:
         fail(f"data set {folder} is not complete; run its preparation again")
@@ -43,7 +46,11 @@ def meta(cfg):
     checked = os.path.join(
         folder, ".checked.json"
     )  # {shard: size, time, vocab_size}: ids are scanned once a file
-    seen = json.load(open(checked, encoding="utf-8")) if os.path.exists(checked) else {}
+    try:
+        with open(checked, encoding="utf-8") as file:
+            seen = json.load(file)
+    except (OSError, ValueError):  # not there, or damaged: only a cache
+        seen = {}
     now = {}
     for name, shard in shards.items():
         file = os.path.join(folder, name)
@@ -64,18 +71,26 @@ def meta(cfg):
     return found
 
 
+def digest(meta):
+    """a hash of the tokens of a data set, by the hashes of its shards"""
+    return hashlib.sha256(json.dumps(meta["shards"], sort_keys=True).encode()).hexdigest()
+
+
 def default_command(cfg):
     """the command that makes cfg.dataset, as far as its name tells"""
     script = f"prepare/{cfg.dataset}.py"
     if os.path.exists(script):
         return f"python {script}"
-    return f"there is no {script}; the scripts in prepare/ say in their --help what they make"
+    made = ", ".join(sorted(os.listdir(cfg.data_dir))) if os.path.isdir(cfg.data_dir) else "nothing"
+    return f"no script here makes it ({script} is not there); {cfg.data_dir} holds: {made}"
 
 
 def write_json(path, value):
     """value as json under a temporary name, renamed when whole"""
     with open(f"{path}.tmp-{os.getpid()}", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(file.name, path)
 
 

@@ -9,34 +9,41 @@ compile).
 import contextlib
 import os
 import platform
+import re
 import resource
 import shutil
+import sys
 import time
 
 # deterministic cuBLAS needs this before the first CUDA call; it is no setting
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
+from torch.utils._triton import has_triton
 
-from config import fail
+from config import DTYPES, fail
 
-# dense bf16 matrix FLOP/s of a card, from its data sheet; a card that is not here has no MFU rather than a
-# wrong one
+# dense bf16 matrix FLOP/s of a card, from its data sheet, by the whole of its name: a card that is not
+# here, or a
+# slice or a laptop's version of one that is, has no MFU rather than a wrong one
 PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    r"NVIDIA B200": 2250e12,
+    r"NVIDIA H200": 989e12,
+    r"NVIDIA H100( 80GB HBM3| SXM5)?": 989e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    r"(NVIDIA )?A100-(SXM4|PCIE|PCIe)-(40|80)GB": 312e12,
+    r"NVIDIA A100 80GB PCIe": 312e12,
+    r"NVIDIA L40S": 362e12,
+    r"NVIDIA GeForce RTX 4090": 165e12,
+    r"NVIDIA GeForce RTX 3090": 71e12,
 }
 
 
 def pick(wanted):
     """the torch.device of a setting: auto takes cuda, then mps, then cpu. Exits with 2 where it is not
     there."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", wanted):
+        fail(f"device = {wanted!r} is unknown; choose one of auto, cpu, cuda, cuda:1, mps")
     if wanted == "auto":
         has_mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
@@ -52,12 +59,14 @@ def pick(wanted):
 def pick_dtype(wanted, device):
     """the torch dtype that matrix products compute in: auto takes bfloat16 where the device has units for it.
     A CPU without them emulates it several times slower than float32."""
+    if wanted not in DTYPES:
+        fail(f"dtype = {wanted!r} is unknown; choose one of {', '.join(DTYPES)}")
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bf16 = device.type == "mps" or torch.cpu._is_avx512_bf16_supported()
     if wanted == "bfloat16" and not has_bf16:
-        print(f"dtype: {describe(device)} has no bfloat16 units; computing in float32")
+        print(f"dtype: {describe(device)} has no bfloat16 units; computing in float32", file=sys.stderr)
     return torch.bfloat16 if has_bf16 and wanted in ("auto", "bfloat16") else torch.float32
 
 
@@ -87,12 +96,12 @@ def compiled(model, wanted, device):
     reason = ""
     if device.type == "mps":
         reason = "torch.compile does not cover MPS yet"
-    elif device.type == "cpu" and not any(
-        map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))
-    ):
+    elif device.type == "cuda" and not has_triton():
+        reason = "torch.compile needs Triton on CUDA, and a card that it knows"
+    elif device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         reason = "torch.compile needs a C++ compiler (g++) on CPU"
     if reason:
-        print(f"compile: off, {reason}")
+        print(f"compile: off, {reason}", file=sys.stderr)
         return model, False
     return torch.compile(model, dynamic=False), True
 

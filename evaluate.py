@@ -11,6 +11,7 @@ bits_per_byte where bytes are known, and for a task accuracy (0 to 1), n and its
 
 import math
 import os
+import signal
 import sys
 
 import config
@@ -25,6 +26,11 @@ FLAGS = {
 }
 cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir", "device"), check_run=False)
 config.need_flags(cfg, "ckpt")
+if cfg.batch_size < 1 or cfg.eval_tokens < 0:
+    config.fail(
+        f"batch_size = {cfg.batch_size} must be at least 1, eval_tokens = {cfg.eval_tokens} at least 0"
+    )
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it
 
 import torch
 from tqdm import tqdm
@@ -77,6 +83,8 @@ folder = checkpoint.locate(cfg.ckpt)
 part = checkpoint.load(folder)
 trained = part["config"]
 cfg.dataset, cfg.origin["dataset"] = cfg.dataset or trained["dataset"], folder
+if cfg.origin["data_dir"] == "default":
+    cfg.data_dir = trained["data_dir"]
 cfg.seed, cfg.seq_len, cfg.vocab_size, cfg.prepare = (
     trained[key] for key in ("seed", "seq_len", "vocab_size", "prepare")
 )
@@ -96,7 +104,7 @@ result = dict(
     step=part["step"],
     dataset=cfg.dataset,
     split=cfg.split,
-    dtype=str(dtype).removeprefix("torch."),
+    dtype=machine.name(dtype),
     tokens=n * cfg.seq_len,
 )
 batches = tqdm(

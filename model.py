@@ -200,10 +200,11 @@ class KVCache:
 
 def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """one token id (B, 1) from logits (B, V): greedy at temperature 0, else drawn from the top_k (0 = all)
-    likeliest and from the least set of them whose chances reach top_p (nucleus, arXiv 1904.09751)"""
+    likeliest and from the least set of them whose chances reach top_p (nucleus, arXiv 1904.09751), by a
+    generator of the CPU"""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    device, logits = logits.device, logits.float().cpu() / temperature  # CUDA's cumsum is not deterministic
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -212,7 +213,7 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         chance = ordered.softmax(-1)
         beyond = chance.cumsum(-1) - chance >= top_p  # the token that crosses top_p stays in
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).to(device)
 
 
 @torch.no_grad()

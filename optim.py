@@ -93,4 +93,5 @@ def set_rates(optimizer, cfg, step):
     for group in optimizer.param_groups:
         group["lr"] = rate
         group["weight_decay"] = decay if group["decays"] else 0.0
+        group["betas"], group["eps"] = (cfg.beta1, cfg.beta2), cfg.adam_eps  # a loaded state brings its own
     return rate, decay

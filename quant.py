@@ -96,10 +96,9 @@ class TernaryLinear(torch.autograd.Function):
         q, a, t, s = ctx.saved_tensors
         dx = dw = None
         with torch.autocast(dy.device.type, enabled=False):
-            # codes are exact in bf16, t / s is not: the scalar s goes outside of the product, a onto its
-            # smaller side
+            # codes are exact in bf16 and t / s is not: s stays outside of the product, in fp32
             if ctx.needs_input_grad[0]:
-                dx = ((dy @ t.to(dy.dtype)) / s.to(dy.dtype)).to(ctx.x_dtype)
+                dx = ((dy @ t.to(dy.dtype)).float() / s).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
                 dw = (dy.t() @ (q / a).to(dy.dtype)).float()
         return dx, dw, None

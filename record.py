@@ -22,28 +22,40 @@ SCALARS, BITNET = os.path.join("metrics", "scalars.jsonl"), os.path.join("metric
 EVENTS, SAMPLES = os.path.join("metrics", "events.jsonl"), os.path.join("samples", "samples.jsonl")
 
 
+def plain(value):
+    """value as JSON can hold it: JSON has no NaN and no infinity, they become null"""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def to_json(fields):
-    """one line of JSON, floats to the last bit; JSON has no NaN and no infinity: they become null"""
-    plain = {
-        key: None if type(value) is float and not math.isfinite(value) else value
-        for key, value in fields.items()
-    }
-    return json.dumps(plain, allow_nan=False)
+    """one line of JSON, floats to the last bit"""
+    return json.dumps(plain(fields), allow_nan=False)
+
+
+def append_text(run_dir, text, name="train.log"):
+    """one whole line at the end of a file of the run. Where the disk is full the line is dropped, with a
+    warning on stderr: a line is no reason to stop training."""
+    path = os.path.join(run_dir, name)
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        print(f"warning: a line of {path} is lost: {error.strerror}", file=sys.stderr)
+        if os.path.exists(path):
+            os.truncate(path, size)  # no half line, onto which the next would be written
 
 
 def append(run_dir, name, **fields):
-    with open(os.path.join(run_dir, name), "a", encoding="utf-8") as file:
-        file.write(to_json(fields) + "\n")
+    append_text(run_dir, to_json(fields), name)
 
 
 def event(run_dir, kind, **fields):
     append(run_dir, EVENTS, event=kind, **fields, time=time.time())
-
-
-def append_text(run_dir, text):
-    """a line of train.log"""
-    with open(os.path.join(run_dir, "train.log"), "a", encoding="utf-8") as file:
-        file.write(text + "\n")
 
 
 def flush(run_dir):
@@ -137,6 +149,15 @@ def repetition(ids):
     """share of the 4-grams of a text that it has had before; 0 for text that never repeats itself"""
     grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def set_aside(run_dir):
+    """rename the folder of a run; returns its new path"""
+    path = run_dir + ".aside"
+    while os.path.exists(path):
+        path += "x"
+    os.rename(run_dir, path)
+    return path
 
 
 def open_run(run_dir):

@@ -23,10 +23,12 @@ FLAGS = {
     "top_k": (0, "draw from the k likeliest tokens; 0 = from all"),
     "top_p": (1.0, "draw from the likeliest tokens whose chances reach this (nucleus); 1 = from all"),
     "num_samples": (1, "texts to generate"),
+    "seed": (1337, "another seed draws another text"),
     "dtype": ("float32", "float32 | bfloat16: what the matrix products compute in"),
 }
-cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("seed", "device"), check_run=False)
+cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("device",), check_run=False)
 config.need_flags(cfg, "ckpt", "prompt")
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in: sample.py ... | head
 
 import torch
 
@@ -35,17 +37,19 @@ import data
 import device as machine
 from model import generate, restore
 
-if (
-    cfg.temperature < 0
-    or not 0 < cfg.top_p <= 1
-    or cfg.top_k < 0
-    or cfg.max_new_tokens < 1
-    or cfg.num_samples < 1
-):
-    config.fail(
-        f"temperature = {cfg.temperature} and top_k = {cfg.top_k} must not be negative, top_p = {cfg.top_p} "
-        f"from above 0 to 1, max_new_tokens = {cfg.max_new_tokens}, num_samples = {cfg.num_samples} from 1"
+faults = [
+    f"{name} = {getattr(cfg, name)} must be {range_}"
+    for name, ok, range_ in (
+        ("temperature", cfg.temperature == 0 or cfg.temperature >= 0.01, "0 or at least 0.01"),
+        ("top_k", cfg.top_k >= 0, "at least 0"),
+        ("top_p", 0 < cfg.top_p <= 1, "more than 0 and at most 1"),
+        ("max_new_tokens", cfg.max_new_tokens >= 1, "at least 1"),
+        ("num_samples", cfg.num_samples >= 1, "at least 1"),
     )
+    if not ok
+]
+if faults:
+    config.fail(*faults)
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
 part = checkpoint.load(checkpoint.locate(cfg.ckpt))
@@ -57,7 +61,7 @@ try:
 except ValueError as error:
     config.fail(f"prompt = {text!r}: {error}")
 
-generator = torch.Generator(device).manual_seed(cfg.seed)
+generator = torch.Generator().manual_seed(cfg.seed)
 for _ in range(cfg.num_samples):
     began, made, new, shown = time.perf_counter(), 0, [], 0
     print(text, end="", flush=True)

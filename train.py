@@ -55,41 +55,55 @@ except ValueError as error:
 # model, optimizer, and where the run starts
 
 run_dir = os.path.join(cfg.out_dir, cfg.run_id)
+lock = record.open_run(
+    run_dir
+)  # before anything is chosen from it: the run's former process may still be saving
 origin, same_run, passed_over = checkpoint.origin(cfg, run_dir)
+if passed_over and not origin:
+    print(f"resume: no checkpoint is whole, starting anew; the old run is now {record.set_aside(run_dir)}")
+    lock = record.open_run(run_dir)
 torch.manual_seed(cfg.seed)
 with torch.device(device):
     model = Transformer(cfg)
 optimizer = optim.make_optimizer(cfg, model)
 step, best, stale_evals = 0, {}, 0  # best: {step, val_loss}; stale_evals: evaluations since then
-skipped = 0  # steps whose loss or gradient was not finite
+skipped, told = 0, 0  # steps whose loss or gradient was not finite, and those of them already reported
 if origin:
     part, trainer = checkpoint.load(origin), checkpoint.load(origin, checkpoint.TRAINER)
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.RUN, f"resume from {origin}")
+    if trainer["data"] != data.digest(meta):
+        fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {origin}, this would be another run")
     model.load_state_dict(part["model"])
     optimizer.load_state_dict(trainer["optimizer"])
-    step, skipped = trainer["step"], trainer["skipped"]
-    if same_run:  # a branch has a best of its own
+    step, (skipped, told) = trainer["step"], trainer["skipped"]
+    if same_run and trainer["best"].get("step") in checkpoint.steps(
+        run_dir
+    ):  # a branch has a best of its own
         best, stale_evals = trainer["best"], trainer["stale_evals"]
-    finish = record.last(run_dir, record.EVENTS, event="finish") if same_run else {}
-    if finish.get("step") == step and (step >= cfg.max_steps or finish["why"] == "patience"):
-        print(f"run {cfg.run_id} is finished: step {step} of {cfg.max_steps}; to lengthen it raise max_steps")
-        print(record.to_json(finish["result"]))
-        raise SystemExit(0)
     if step > cfg.max_steps:
         fail(f"max_steps = {cfg.max_steps} is less than the {step} steps of {origin}; raise it")
+    end = record.last(run_dir, record.EVENTS, event="finish") if same_run else {}
+    out_of_patience = end.get("why") == "patience" and cfg.patience == part["config"]["patience"]
+    if end == record.last(run_dir, record.EVENTS) and end.get("step") == step:
+        if step >= cfg.max_steps or out_of_patience:
+            print(f"run {cfg.run_id} is finished: step {step}, ended by {end['why']}")
+            print(f"to go on, raise {'or switch off patience' if out_of_patience else 'max_steps'}")
+            print(record.to_json(end["result"]))
+            raise SystemExit(0)
+    del part, trainer  # 12 bytes a parameter
 elif cfg.init_from:
     part = checkpoint.load(checkpoint.locate(cfg.init_from, setting="init_from"))
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.SHAPE, f"init_from {cfg.init_from}")
     model.load_state_dict(part["model"])
+    del part
 
 # the folder of the run
 
-lock = record.open_run(run_dir)
 counts = model.counts()
 checkpoint.check_disk(cfg, run_dir, counts["total"], cfg.max_steps - step)
 for folder in checkpoint.clean(run_dir, step if same_run else -1):
     print(f"set aside: {folder}, a later step than the one this run goes on from")
-record.rewind(run_dir, step if same_run else None)
+record.rewind(run_dir, step if same_run and origin else None)
 record.write_best(run_dir, best)
 step_model, is_compiled = machine.compiled(model, cfg.compile, device)
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=counts)
@@ -101,7 +115,7 @@ print(
     f"model: {counts['total']:,} parameters, {counts['ternary']:,} ternary; "
     f"{facts['device']}, {facts['dtype']}, compile {'on' if is_compiled else 'off'}\n"
     f"step: {cfg.total_batch_size:,} tokens = {cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}; "
-    f"{cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size / 1e6:,.1f}M tokens"
+    f"{cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens"
 )
 if origin:
     record.event(run_dir, "resume", step=step, path=origin, passed_over=passed_over)
@@ -117,12 +131,16 @@ interrupted = 0  # the signal that asks this run to stop; polled, so that nothin
 def on_signal(signum, frame):
     global interrupted
     if interrupted:  # the second one: at once. a rename is one call, which this cannot cut in two
+        os.write(2, b"\nstopped at once, nothing saved; --resume=auto goes on from the last checkpoint\n")
         os._exit(128 + signum)
     interrupted = signum
+    os.write(2, b"\nstopping: saving the state first; once more to stop at once\n")
 
 
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless nohup says not to care
+    signal.signal(signal.SIGHUP, on_signal)
 on_terminal = sys.stderr.isatty()
 bar = tqdm(total=cfg.max_steps, initial=step, disable=not on_terminal, unit="step", dynamic_ncols=True)
 boundary_steps = optim.boundary_steps(cfg)
@@ -149,17 +167,25 @@ def save(why):
     whether it is on disk: a full disk costs a warning, and leaves what was there."""
     if step in checkpoint.steps(run_dir):
         return True
-    common = dict(format=checkpoint.FORMAT, step=step)
-    use = dict(tokens=step * cfg.total_batch_size, config=saved_config, tokenizer=tokenizer_spec)
-    resume = dict(best=best, stale_evals=stale_evals, skipped=int(skips[0]))
+    model_part = dict(
+        format=checkpoint.FORMAT,
+        step=step,
+        tokens=step * cfg.total_batch_size,
+        config=saved_config,
+        tokenizer=tokenizer_spec,
+        model=model.state_dict(),
+    )
+    trainer_part = dict(
+        format=checkpoint.FORMAT,
+        step=step,
+        data=data.digest(meta),
+        optimizer=optimizer.state_dict(),
+        skipped=[int(skips[0]), told],
+        **before_evaluation,
+    )
     try:
         record.flush(run_dir)
-        folder = checkpoint.save(
-            run_dir,
-            step,
-            common | use | dict(model=model.state_dict()),
-            common | resume | dict(optimizer=optimizer.state_dict()),
-        )
+        folder = checkpoint.save(run_dir, step, model_part, trainer_part)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a failed write
         log_line(f"warning: step {step} was not saved ({error}); its partial is removed, earlier ones stay")
         record.event(run_dir, "anomaly", step=step, what="save failed", error=str(error))
@@ -189,7 +215,7 @@ def evaluate():
 def note_best(loss):
     """keep the checkpoint of a new best evaluation, and of the former best only if the schedule wants it"""
     global best, stale_evals
-    if loss >= best.get("val_loss", math.inf):
+    if not loss < best.get("val_loss", math.inf):  # a loss that is not a number is not better either
         stale_evals += 1
         return
     if not save("best"):
@@ -209,7 +235,7 @@ MODES = {
 
 def sample():
     """every prompt in every mode into samples.jsonl, from a generator of its own"""
-    generator = torch.Generator(device).manual_seed(cfg.seed)
+    generator = torch.Generator().manual_seed(cfg.seed)
     model.eval()
     for mode, options in MODES.items():
         for text, ids in zip(cfg.sample_prompts, prompts):
@@ -240,13 +266,38 @@ def hand_over():
 
 # steps skipped: in all, in a row up to now, most in a row since a log line; a resumed run begins a new row
 skips = torch.tensor([skipped, 0, 0], dtype=torch.float32, device=device)
-told = skipped  # of the skipped steps, those already reported
 sequences_per_step = cfg.batch_size * cfg.accumulation
 speedometer = machine.Speedometer(device)
 last = record.last(run_dir, record.SCALARS, "loss")  # the last training line
 codes = quant.codes(model) if cfg.ternary and step % cfg.log_every == 0 else None  # those of the last line
-val_loss, why = None, ""  # why: what ended the run
+val_loss = None
+owed = False  # whether a scheduled save has failed and is to be tried again
 model.train()
+
+
+def ending():
+    """what ends the run at this step, or ''"""
+    if step >= cfg.max_steps:
+        return "max_steps"
+    return "max_minutes" if cfg.max_minutes and speedometer.seconds() > 60 * cfg.max_minutes else ""
+
+
+def explain(kind, error, trace):
+    """one line for a device that is out of memory, wherever that happens; the usual traceback for anything
+    else"""
+    if not issubclass(kind, torch.OutOfMemoryError):
+        return sys.__excepthook__(kind, error, trace)
+    bar.close()
+    smaller = next((n for n in range(cfg.batch_size // 2, 0, -1) if cfg.batch_size % n == 0), 0)
+    how = f"--batch_size={smaller} --total_batch_size={cfg.total_batch_size} gives the same result"
+    how = f"halve it: {how}" if smaller else "shorten seq_len or make the model smaller"
+    print(
+        f"error: out of memory on {facts['device']} with batch_size = {cfg.batch_size}; {how}",
+        file=sys.stderr,
+    )
+
+
+sys.excepthook = explain
 
 
 def next_batch(micro):
@@ -260,32 +311,32 @@ def step_seed():
     return int.from_bytes(hashlib.blake2b(f"{cfg.seed}/{step}/0".encode(), digest_size=7).digest(), "little")
 
 
-batch = next_batch(0)
+batch, why = next_batch(0), ending()
 while True:
     lr, weight_decay = optim.set_rates(optimizer, cfg, step)
-    if step >= cfg.max_steps:
-        why = "max_steps"
-    elif cfg.max_minutes and speedometer.seconds() > 60 * cfg.max_minutes:
-        why = "max_minutes"
+    before_evaluation = dict(best=best, stale_evals=stale_evals)
 
     # save, then evaluate, then sample: what fails here costs nothing that was trained
-    eval_due = cfg.eval_every and (why or step % cfg.eval_every == 0)
-    sample_due = cfg.sample_every and (why or (step and step % cfg.sample_every == 0))
-    if why or scheduled(step) or eval_due or sample_due:
+    save_due = bool(why) or scheduled(step) or (owed and step % cfg.log_every == 0)
+    eval_due = cfg.eval_every > 0 and (bool(why) or step % cfg.eval_every == 0)
+    sample_due = cfg.sample_every > 0 and (bool(why) or (step > 0 and step % cfg.sample_every == 0))
+    if save_due or eval_due or sample_due:
         speedometer.pause()
-        if why or scheduled(step):
-            on_disk = save("end" if why else "schedule")
-            if why and not on_disk:
+        if save_due:
+            owed = not save("end" if why else "schedule")
+            for _ in range(10 * 60 if owed and why else 0):  # the last step is worth ten minutes
+                time.sleep(1)
+                if interrupted or save("end"):
+                    break
+            if why and not interrupted and step not in checkpoint.steps(run_dir):
                 fail(f"the end of run {cfg.run_id} is not saved; free disk space, then --resume=auto", code=1)
         if eval_due:
             val_loss = evaluate()
             if step and val_loss is not None:
                 note_best(val_loss)
             if cfg.patience and stale_evals >= cfg.patience and not why and save("end"):
-                why, sample_due = "patience", cfg.sample_every
-                log_line(
-                    f"patience: {stale_evals} evaluations without a better loss than step {best['step']}'s"
-                )
+                why, sample_due = "patience", cfg.sample_every > 0
+                log_line(f"patience: {stale_evals} evaluations without a better loss than at {best}")
         if sample_due and not interrupted:
             sample()
         speedometer.go_on()
@@ -306,13 +357,6 @@ while True:
             loss_sum += loss.detach()
             if interrupted:
                 hand_over()
-    except torch.OutOfMemoryError:
-        fail(
-            f"out of memory on {facts['device']} with batch_size = {cfg.batch_size}; halve it, the "
-            f"result does not change: --batch_size={max(1, cfg.batch_size // 2)} "
-            f"--total_batch_size={cfg.total_batch_size}",
-            code=1,
-        )
     except Exception:
         if interrupted:  # Ctrl-C also reached the compiler that torch.compile had started
             hand_over()
@@ -326,11 +370,12 @@ while True:
     skips[1] = (skips[1] + 1) * bad
     skips[2] = torch.maximum(skips[2], skips[1])
     step += 1
+    why = ending()
     speedometer.count()
     bar.update()
 
     # log
-    if step % cfg.log_every == 0 or step == cfg.max_steps:
+    if step % cfg.log_every == 0 or why:
         loss, grad_norm, skipped, _, worst_streak = torch.stack(
             [loss_sum / cfg.accumulation, norm, *skips]
         ).tolist()
@@ -356,14 +401,15 @@ while True:
             f"{tokens_per_sec:,.0f} tok/s  eta {eta}",
             on_bar=True,
         )
-        bar.set_postfix_str(f"{shown}  {tokens_per_sec:,.0f} tok/s")
+        bar.set_postfix_str(f"{shown}  {tokens_per_sec:,.0f} tok/s", refresh=False)
         if cfg.ternary:
-            health, codes = quant.health(model, codes, batch[0][:1])
+            with machine.autocast(device, dtype):
+                health, codes = quant.health(model, codes, batch[0][:1])
             record.append(run_dir, record.BITNET, step=step, **health)
         if skipped > told:
             record.event(run_dir, "anomaly", step=step, what="not finite, skipped", steps=int(skipped - told))
             log_line(f"warning: {int(skipped - told)} steps skipped, their loss or gradient was not finite")
-            told = skipped
+            told = int(skipped)
         if worst_streak >= 5:
             good, _ = checkpoint.newest(run_dir, resumable=True)
             fail(

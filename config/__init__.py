@@ -10,6 +10,7 @@ All faults of a command line are reported at once, one `error:` line each, and e
 import ast
 import difflib
 import glob
+import math
 import os
 import re
 import runpy
@@ -74,10 +75,13 @@ def coerce(key, value, want):
         value = float(value)
     if want is int and type(value) is float and value.is_integer():  # --max_steps=1e5
         value = int(value)
+    if want is float and type(value) is float and not math.isfinite(value):
+        raise TypeError(f"{key} = {value} must be finite")
     if type(value) is tuple:
         value = list(value)
     if type(value) is not want or (want is list and not all(type(item) is str for item in value)):
-        shown = {"list": "a list of strings"}.get(want.__name__, want.__name__)
+        shown = {"list": "a list of strings, as ['a', 'b']", "bool": "bool (True or False)"}
+        shown = shown.get(want.__name__, want.__name__)
         raise TypeError(f"{key} is {shown}, got {type(value).__name__} {value!r}")
     return value
 
@@ -141,7 +145,7 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         elif not eq and types.get(key.removeprefix("no_")) is bool:
             key, text = key[3:], "False"
         elif not eq and key in types:
-            if not args:
+            if not args or args[0].startswith("--"):
                 faults.append(f"{arg} needs a value: {arg}=...")
                 continue
             text = args.pop(0)
@@ -152,6 +156,9 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         files = []
     for path in files:
         if not os.path.isfile(path):
+            if "=" in path:
+                faults.append(f"{path} is no file; did you mean --{path}?")
+                continue
             near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.4)
             faults.append(
                 f"config file {path} does not exist" + (f"; did you mean {near[0]}?" if near else "")
@@ -171,6 +178,14 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
             f"{arg}: {unknown(key, types)}"
         )
 
+    if not 0 <= values.get("seed", 0) < 2**63:
+        faults.append(f"seed = {values['seed']} must be at least 0 and less than 2^63")
+    for key in ("out_dir", "data_dir"):
+        if values.get(key) == "":
+            faults.append(f"{key} = '' is no folder; . is the one the command runs in")
+    for key in ("run_id", "name"):
+        if key in values and (values[key] in (".", "..") or set(values[key]) & set("/\\")):
+            faults.append(f"{key} = {values[key]!r} is not the name of a folder, but a path")
     cfg = SimpleNamespace(**values, origin=origin)
     if only is None and not cfg.run_id:
         names = [os.path.splitext(os.path.basename(path))[0] for path in files]
@@ -184,7 +199,7 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
 
 def need_flags(cfg, *names):
     """exit with 2 where a flag that a script cannot do without is missing"""
-    missing = [name for name in names if not getattr(cfg, name)]
+    missing = [name for name in names if cfg.origin[name] == "default"]
     if missing:
         fail(*(f"--{name}=... is missing; --help says what it is" for name in missing))
 
@@ -206,7 +221,7 @@ def check(cfg, faults):
     for key in (
         "total_batch_size max_steps total_tokens max_minutes vocab_size learning_rate weight_decay "
         "grad_clip warmup_steps stage2_lr stage2_weight_decay min_lr eval_every sample_every save_every "
-        "keep_last patience seed sample_tokens eval_tokens"
+        "keep_last patience sample_tokens eval_tokens"
     ).split():
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)} must not be negative")
     for key in ("beta1", "beta2", "dropout"):
@@ -250,10 +265,6 @@ def check(cfg, faults):
         f"device = {cfg.device!r} is unknown; choose one of auto, cpu, cuda, cuda:1, mps",
     )
     need(cfg.optimizer == "adamw", f"optimizer = {cfg.optimizer!r} is unknown; choose adamw")
-    need(
-        cfg.run_id not in (".", "..") and not set(cfg.run_id) & set("/\\"),
-        f"run_id = {cfg.run_id!r} is not a folder name; put the folder into out_dir",
-    )
     lengths = f"max_steps = {cfg.max_steps}, total_tokens = {cfg.total_tokens}"
     if not cfg.max_steps and not cfg.total_tokens:
         need(

@@ -55,7 +55,7 @@ min_lr = 1.5e-5  # learning rate at max_steps
 # machine
 device = "auto"  # auto | cpu | cuda | cuda:1 | mps
 dtype = "auto"  # auto | float32 | bfloat16: what the matrix products compute in; weights stay float32
-compile = True  # torch.compile; switched off, with the reason, where it cannot run or cannot pay
+compile = True  # torch.compile; switched off, with the reason, where it cannot run
 deterministic = True  # bit for bit the same run, and exact resume, on the same machine and torch
 
 # what is logged, and how often (in steps; 0 = off)

@@ -12,6 +12,7 @@ hold only such problems, the train split none. Takes a few seconds and 4 MB.
 import hashlib
 import os
 import random
+import signal
 import sys
 
 import numpy as np
@@ -73,10 +74,15 @@ def problems(rng, ops, digits, n, held_out, distinct):
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C just ends it: without meta.json there is no data set
     cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir", "seed"), check_run=False)
     faults = []
     if not cfg.ops or set(cfg.ops) - set(RESULT):
         faults.append(f"ops = {cfg.ops!r}: each must be one of {' '.join(RESULT)}")
+    if not cfg.name:
+        faults.append("name = '' is not the name of a folder")
     if not 1 <= cfg.digits <= 9:
         faults.append(f"digits = {cfg.digits} must be from 1 to 9")
     if min(cfg.train_problems, cfg.val_problems) < 1:
@@ -85,7 +91,6 @@ if __name__ == "__main__":
         )
     if faults:
         config.fail(*faults)
-    folder = tokens.open_data_set(cfg.data_dir, cfg.name)
     rng = random.Random(cfg.seed)
     lines = {
         "train": problems(rng, cfg.ops, cfg.digits, cfg.train_problems, held_out=False, distinct=False),
@@ -93,6 +98,9 @@ if __name__ == "__main__":
     }
     if not all(lines.values()):
         config.fail(f"digits = {cfg.digits}: too few problems to hold some out")
+    given = ("ops", "digits", "train_problems", "val_problems", "seed")
+    source = "prepare/arithmetic.py " + " ".join(f"--{key}={getattr(cfg, key)}" for key in given)
+    folder = tokens.open_data_set(cfg.data_dir, cfg.name, source)
     ids = np.zeros(256, np.uint16)
     ids[list(CHARS.encode())] = range(len(CHARS))
     shards, splits = {}, {}
@@ -101,7 +109,6 @@ if __name__ == "__main__":
         shards |= tokens.write_split(folder, split, ids[np.frombuffer(text, np.uint8)], len(CHARS))
         splits[split] = (len(text), len(text))
     tokens.write_file(os.path.join(folder, "problems.txt"), "".join(lines["val"]).encode())
-    source = f"prepare/arithmetic.py --ops={cfg.ops} --digits={cfg.digits} --seed={cfg.seed}"
     tokens.write_meta(
         folder, tokens.char_tokenizer(CHARS), 0, len(CHARS), splits, shards, source, task="arithmetic"
     )

@@ -21,15 +21,21 @@ def char_tokenizer(chars):
     return {"kind": "char", "chars": chars, "sha256": hashlib.sha256(chars.encode()).hexdigest()}
 
 
-def open_data_set(data_dir, name):
-    """make data_dir/name without a meta.json, so that no training starts on it before it is whole; returns
-    the folder. Exits with 2 where it cannot be written."""
+def open_data_set(data_dir, name, source):
+    """make data_dir/name, to be written anew: its meta.json goes, so that no training starts on half a data
+    set. Exits with 2 where the folder cannot be written, or holds tokens from another source."""
     folder = os.path.join(data_dir, name)
+    meta = os.path.join(folder, "meta.json")
     try:
         os.makedirs(folder, exist_ok=True)
-        meta = os.path.join(folder, "meta.json")
         if os.path.exists(meta):
+            with open(meta, encoding="utf-8") as file:
+                found = json.load(file).get("source")
+            if found != source:
+                fail(f"{folder} holds another data set ({found}); choose another --name=, or delete it")
             os.remove(meta)
+    except ValueError:
+        os.remove(meta)  # damaged: nothing to lose
     except OSError as error:
         fail(f"data_dir = {data_dir!r}: cannot write {folder} ({error.strerror}); choose another --data_dir=")
     return folder

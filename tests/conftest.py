@@ -41,7 +41,7 @@ def write_data(folder, name="tiny", n_train=500, n_val=200, vocab_size=28, top=N
     """a data set of random ids below `top`; returns data_dir. 500 tokens hold 31 windows of 16: an epoch in
     8 steps"""
     rng = np.random.default_rng(0)
-    target = tokens.open_data_set(str(folder), name)
+    target = tokens.open_data_set(str(folder), name, "random ids")
     shards, splits = {}, {}
     for split, n in (("train", n_train), ("val", n_val)):
         ids = rng.integers(0, top or vocab_size, n)

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from conftest import settings
 
 import checkpoint
 import record
@@ -46,6 +47,24 @@ def test_a_damaged_checkpoint_is_passed_over(run_dir, name, harm):
     assert folder == checkpoint.step_dir(run_dir, 10 if name == TRAINER else 5), (
         "using a model needs no trainer.pt"
     )
+
+
+def test_a_damaged_manifest_is_passed_over(run_dir):
+    """bug guarded: a flipped bit in the manifest itself ends in a traceback"""
+    for at in (-20, -60, -100, -140, -160):
+        save(run_dir, 5), save(run_dir, 10)
+        path = os.path.join(checkpoint.step_dir(run_dir, 10), "manifest.json")
+        for bit in (0x01, 0x80):
+            with open(path, "r+b") as file:
+                content = bytearray(file.read())
+                content[at] ^= bit
+                file.seek(0)
+                file.write(content)
+            assert checkpoint.newest(run_dir, resumable=True)[0] == checkpoint.step_dir(run_dir, 5)
+        (
+            checkpoint.remove(checkpoint.step_dir(run_dir, 10)),
+            checkpoint.remove(checkpoint.step_dir(run_dir, 5)),
+        )
 
 
 def test_without_a_manifest_there_is_no_checkpoint(run_dir):
@@ -101,7 +120,7 @@ def test_locate_takes_a_run_a_step_or_a_file(run_dir, capsys):
     for path, says in (
         (want, "sha256"),
         (run_dir + "/nowhere", "does not exist"),
-        (os.path.dirname(want), "manifest"),
+        (os.path.dirname(want), "is no checkpoint"),
     ):
         with pytest.raises(SystemExit) as stop:
             checkpoint.locate(path)
@@ -147,8 +166,52 @@ def test_rewind_drops_what_is_made_again(run_dir):
         assert file.read().split("\n") == ["step 1/9 ...", "step 2/9 ...", ""]
 
 
+AGREE = "n_layer n_head n_kv_head n_embd ffn_dim vocab_size rope_theta norm_eps tie_embeddings ternary dataset".split()
+
+
+@pytest.mark.parametrize("name", [*AGREE, "seed", "seq_len", "total_batch_size", "tokenizer", "beta1"])
+def test_what_must_agree_is_refused_by_name(capsys, name):
+    """bug guarded: a resume into another shape, data set or order that goes on without a word"""
+    cfg = settings()
+    part = {
+        "config": vars(cfg) | {name: "else"},
+        "tokenizer": {"sha256": "else" if name == "tokenizer" else "0"},
+    }
+    if name == "beta1":  # may change, and is told
+        checkpoint.must_agree(cfg, part, {"sha256": "0"}, checkpoint.RUN, "resume")
+        assert "changed: beta1 = 0.9, the checkpoint has 'else'" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.must_agree(cfg, part, {"sha256": "0"}, checkpoint.RUN, "resume")
+    assert stop.value.code == 2 and name in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_a_line_not_the_run(run_dir, monkeypatch, capsys):
+    """bug guarded: a log line that cannot be written ends three days of training"""
+    record.append(run_dir, record.SCALARS, step=1)
+
+    def full(path, *args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        record.append(run_dir, record.SCALARS, step=2)
+    record.append(run_dir, record.SCALARS, step=3)
+    assert "No space left" in capsys.readouterr().err
+    assert [row["step"] for row in record.read(run_dir, record.SCALARS)] == [1, 3]
+
+
+def test_repetition():
+    assert record.repetition([1, 2, 3]) == 0 == record.repetition([1, 2, 3, 4, 5])
+    assert record.repetition([7] * 13) == 0.9
+
+
 def test_json_lines_have_no_nan(run_dir):
     """bug guarded: NaN in a JSON line, which other readers refuse"""
+    record.append(run_dir, record.BITNET, step=1, total={"act_absmax": float("inf")}, layers=[float("nan")])
+    assert record.read(run_dir, record.BITNET) == [
+        {"step": 1, "total": {"act_absmax": None}, "layers": [None]}
+    ]
     record.append(run_dir, record.SCALARS, step=1, loss=float("nan"), grad_norm=float("inf"))
     assert record.read(run_dir, record.SCALARS) == [{"step": 1, "loss": None, "grad_norm": None}]
 

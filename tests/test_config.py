@@ -67,6 +67,11 @@ def test_values_take_the_type_of_the_default():
         (["--run_id=../x"], ["run_id = '../x'"]),
         (["--patience=2", "--eval_every=0"], ["patience = 2", "eval_every"]),
         (["--log_every"], ["--log_every needs a value"]),
+        (["--run_id", "--resume=auto"], ["--run_id needs a value"]),
+        (["--learning_rate=1e400"], ["learning_rate = inf"]),
+        (["--seed=99999999999999999999"], ["seed = 99999999999999999999"]),
+        (["--out_dir="], ["out_dir = ''"]),
+        (["n_layer=3"], ["did you mean --n_layer=3"]),
         (["config/train_simpel.py"], ["train_simpel.py does not exist", "train_simple.py"]),
     ],
 )

@@ -40,6 +40,46 @@ def test_every_window_comes_once_an_epoch_and_in_another_order_the_next(data_dir
     assert windows(data_dir, seed=2).places(range(31)) != first
 
 
+def test_a_shard_gives_all_the_windows_it_holds(tmp_path):
+    """bug guarded: the last window, whose last target is the last token, lost or read past the end"""
+    for n, want in ((512, 31), (513, 32), (514, 32)):
+        w = windows(write_data(tmp_path / str(n), n_train=n))
+        assert w.total == want and w.batch(0, want, CPU)[1].shape == (want, 16)
+
+
+def test_shards_are_permuted_apart_and_well(tmp_path, monkeypatch):
+    """bugs guarded: the same order in every shard; too few rounds, which leave neighbours together"""
+    import tokens
+
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 257)
+    w = windows(write_data(tmp_path / "d", n_train=514))
+    order = [i for _, i in w.places(range(32))]
+    assert w.counts == [16, 16] and order[:16] != order[16:]
+    rng, near = np.random.default_rng(0), []
+    for _ in range(300):
+        key = rng.integers(0, 2**63, 8).astype(np.uint64)
+        near.append((np.abs(np.diff(data.permute(np.arange(1000), 1000, key).astype(np.int64))) == 1).mean())
+    assert np.mean(near) * 1000 / 2 == pytest.approx(1, abs=0.15), "four rounds: 1.36"
+
+
+def test_large_ids_are_read_as_they_were_written(tmp_path):
+    """bug guarded: ids above 65,535 cut to 16 bits"""
+    data_dir = write_data(tmp_path / "d", vocab_size=100_000)
+    w = windows(data_dir, vocab_size=100_000)
+    want = np.random.default_rng(0).integers(0, 100_000, 500)
+    assert w.read(0, 3).tolist() == want[48:65].tolist() and want.max() > 65_535
+
+
+def test_ids_are_scanned_once(data_dir, monkeypatch):
+    """bug guarded: 20 GB read at every start; a damaged cache that stops it"""
+    windows(data_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", None)
+        windows(data_dir)
+    damage(data_dir, ".checked.json", lambda b: b"x")
+    windows(data_dir)
+
+
 def test_a_batch_depends_on_its_numbers_alone(data_dir):
     """bugs guarded: hidden state in the loader; other tokens with another batch_size or number of devices"""
     w = windows(data_dir)
@@ -95,7 +135,9 @@ def meta_with(**changes):
         ("train_00000.bin", lambda b: b[:-2], ["train_00000.bin has 998 bytes", "1,000"]),
         ("train_00000.bin", lambda b: b"", ["train_00000.bin is empty"]),
         ("train_00000.bin", lambda b: b"\xff\xff" + b[2:], ["token id 65535", "vocab_size is 28"]),
+        ("train_00000.bin", lambda b: b"\x1c\x00" + b[2:], ["token id 28", "vocab_size is 28"]),
         ("meta.json", lambda b: b[:50], ["meta.json is damaged"]),
+        ("meta.json", lambda b: b"\xff" + b, ["meta.json is damaged"]),
         ("meta.json", meta_with(complete=False), ["is not complete"]),
         ("meta.json", meta_with(shards={}), ["no split 'train'"]),
     ],
@@ -179,6 +221,11 @@ def test_preparation_is_repeatable_and_refuses_nonsense(tmp_path):
     for flag in ("--ops=/", "--digits=0", "--train_problems=0", "--op=+"):
         _, err = run("prepare/arithmetic.py", f"--data_dir={tmp_path}", flag, code=2)
         assert err.startswith("error: ")
+    # a refusal, or another data set under this name, leaves what is there
+    _, err = run("prepare/arithmetic.py", f"--data_dir={tmp_path}", "--name=a", "--digits=1", code=2)
+    assert "too few problems" in err
+    _, err = run("prepare/arithmetic.py", f"--data_dir={tmp_path}", "--name=a", "--train_problems=99", code=2)
+    assert "holds another data set" in err and (tmp_path / "a" / "meta.json").exists()
     (tmp_path / "file").write_text("")
     _, err = run("prepare/arithmetic.py", f"--data_dir={tmp_path}/file", code=2)
     assert "cannot write" in err

@@ -140,6 +140,13 @@ def test_generation_goes_on_past_the_context():
             list(generate(model, torch.zeros(1, length, dtype=torch.long), 40, temperature=0.0)), 1
         )
         assert new.shape == (1, 40) and 0 <= new.min() and new.max() < 28
+    # where the context of 16 is full, its later half is read again
+    model = make(ternary=False)
+    prompt = torch.arange(16)[None]
+    new = torch.cat(list(generate(model, prompt, 2, temperature=0.0)), 1)
+    with torch.no_grad():
+        text = torch.cat((prompt, model(prompt)[:, -1].argmax(-1, keepdim=True)), 1)
+        assert new[0, 1] == model(text[:, -8:])[0, -1].argmax()
 
 
 def test_pick_draws_from_the_right_set():
@@ -155,6 +162,52 @@ def test_pick_draws_from_the_right_set():
     assert drawn(top_k=2) == {0, 1}
     assert drawn(top_p=0.5) == {0} and drawn(top_p=0.6) == {0, 1} and drawn(top_p=0.9) == {0, 1, 2}
     assert drawn(top_k=100, top_p=1.0, temperature=2.0) == {0, 1, 2, 3}
+    assert drawn(temperature=0.05) == {0}, "a low temperature is nearly greedy"
+    logits = logits[:, [3, 0, 2, 1]]  # the likeliest are not the first
+    assert drawn(top_p=0.6) == {1, 3} and drawn(top_k=1) == {1}
+    one, two = (pick(logits, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    assert torch.equal(one, pick(logits, generator=torch.Generator().manual_seed(1))) and not torch.equal(
+        one, two
+    )
+
+
+def test_dropout_is_everywhere_and_only_in_training():
+    """bug guarded: a dropout setting that reaches only some of the layers"""
+    model = make(dropout=0.5).train()
+    found = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert len(found) == 1 + model.cfg.n_layer and all(m.p == 0.5 for m in found)
+    assert all(block.attn.dropout == 0.5 for block in model.blocks)
+    idx = torch.randint(0, 28, (1, 16))
+    with torch.no_grad():
+        for module in found:  # what is left is the attention's own
+            module.p = 0.0
+        assert not torch.equal(model(idx), model(idx))
+        assert torch.equal(model.eval()(idx), model(idx))
+
+
+def test_the_residual_stream_starts_small():
+    """bug guarded: initial weights that grow the residual stream with depth"""
+    model = make(n_layer=8, n_embd=64, ffn_dim=128)
+    std = {
+        name: p.std().item() for name, p in model.named_parameters() if "blocks.3" in name and "proj" in name
+    }
+    assert std["blocks.3.ffn.up_proj.weight"] == pytest.approx(64**-0.5, rel=0.1)
+    assert std["blocks.3.ffn.down_proj.weight"] == pytest.approx((128 * 16) ** -0.5, rel=0.1)
+    assert std["blocks.3.attn.o_proj.weight"] == pytest.approx((64 * 16) ** -0.5, rel=0.1)
+    assert torch.equal(model.cos[0], torch.ones(32)), "positions count from 0, as in transformers"
+
+
+def test_forward_under_autocast_has_fp32_norms_and_logits():
+    """bug guarded: logits, loss or norms computed in bf16"""
+    model = make(n_embd=64)
+    x = torch.randn(2, 5, 64).bfloat16()
+    norm = model.norm
+    with torch.no_grad():
+        want = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.eps)
+        assert torch.equal(norm(x), norm.weight * want.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            idx = torch.randint(0, 28, (2, 16))
+            assert model(idx).dtype == model(idx, idx).dtype == torch.float32
 
 
 def test_mean_loss_weighs_tokens_and_can_be_stopped():

@@ -56,6 +56,26 @@ def test_warm_up_may_exceed_the_run():
         )
 
 
+def test_warm_up_may_pass_the_boundary():
+    """bug guarded: a line that starts before the warm-up has ended, with a rate above the peak"""
+    cfg = settings(schedule="two_stage", **BASE | dict(warmup_steps=600))
+    assert (
+        optim.lr(cfg, 599) == 1.0 and optim.lr(cfg, 600) == 0.5 and optim.lr(cfg, 800) == pytest.approx(0.3)
+    )
+    cfg = settings(schedule="wsd", **BASE | dict(warmup_steps=800))
+    assert optim.lr(cfg, 799) == 1.0 and optim.lr(cfg, 900) == pytest.approx(0.55)
+
+
+def test_a_resumed_optimizer_takes_the_settings_of_today():
+    """bug guarded: a changed beta that is announced but overwritten by the loaded state"""
+    cfg = settings(beta2=0.98, adam_eps=1e-6)
+    optimizer = optim.make_optimizer(cfg, Transformer(cfg))
+    assert all(g["betas"] == (0.9, 0.98) and g["eps"] == 1e-6 for g in optimizer.param_groups)
+    cfg = settings(beta2=0.5, adam_eps=1e-3)
+    optim.set_rates(optimizer, cfg, 0)
+    assert all(g["betas"] == (0.9, 0.5) and g["eps"] == 1e-3 for g in optimizer.param_groups)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_touches_only_the_matrices_of_the_blocks(tied):
     """bug guarded: weight decay on norms and embeddings; a parameter in no group is never trained"""

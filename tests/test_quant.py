@@ -45,6 +45,11 @@ def test_extreme_inputs_are_finite():
     assert torch.equal(bit(x), reference(x, bit.weight)) and bit(x).isfinite().all()
     nn.init.zeros_(bit.weight)
     assert torch.equal(bit(x), torch.zeros(3, 48))
+    # just under the clamp: max|x| = mean|W| = 5e-6 count as 1e-5
+    assert quant.quantize_activations(torch.full((1, 4), 5e-6))[1].item() == 127 / torch.tensor(1e-5).item()
+    assert quant.weight_scale(torch.full((4, 4), 5e-6)).item() == pytest.approx(1e5)
+    with pytest.raises(AssertionError, match="not exact"):
+        quant.exact_matmul(torch.ones(1, 140_000), torch.ones(1, 140_000))
 
 
 def test_rounding_is_half_to_even():
@@ -109,7 +114,8 @@ def test_gradient_dtypes_under_autocast():
 
 @pytest.mark.parametrize("int8, autocast", [(True, False), (False, False), (False, True)])
 def test_compiled_equals_eager(monkeypatch, int8, autocast):
-    """bugs guarded: a graph break, a compiler that contracts the rounding, a gradient that compiling cuts off"""
+    """bugs guarded: a graph break, a compiler that contracts the rounding, a gradient that compiling cuts
+    off"""
     monkeypatch.setattr(quant, "HAS_VNNI", int8)
     torch._dynamo.reset()
     bit, x = layer(), torch.randn(4, 64, requires_grad=True)
@@ -126,6 +132,14 @@ def test_compiled_equals_eager(monkeypatch, int8, autocast):
     assert torch.equal(y, z) and want[0].abs().sum() > 0
     bound = dict(rtol=2e-2, atol=2e-2) if autocast else {}
     torch.testing.assert_close(grads, want, **bound)
+
+
+def test_a_bfloat16_model_is_quantised_in_float32():
+    """bug guarded: scales rounded to bf16, so that another weight is rounded up"""
+    bit, x = layer().bfloat16(), torch.randn(5, 64).bfloat16()
+    y = bit(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, reference(x.float(), bit.weight.float()).bfloat16())
 
 
 def test_is_a_drop_in_for_linear():
@@ -167,6 +181,17 @@ def test_health_counts_what_is_there():
     w = model.blocks[0].attn.q_proj.weight
     assert record["layers"]["blocks.0.attn.q_proj"]["scale"] == pytest.approx(w.abs().mean().item(), rel=1e-5)
     assert total["act_absmax"] > 0 and all(layer.absmax is None for layer in quant.bit_layers(model).values())
+    scales = [record["layers"][name]["act_absmax"] for name in record["layers"]]
+    assert total["act_absmax"] == max(scales) > min(scales)
+    with torch.no_grad():
+        w.copy_(torch.tensor([[3.0, 1.02, -0.98, 0.0]]).repeat(32, 8))  # mean 1.25: codes 1, 1, -1, 0
+    row = quant.health(model, None, idx)[0]["layers"]["blocks.0.attn.q_proj"]
+    assert (row["plus"], row["minus"], row["zero"], row["near_threshold"]) == (0.5, 0.25, 0.25, 0)
+    with torch.no_grad():
+        w.copy_(torch.tensor([[2.0, 0.54, -0.46, 1.0]]).repeat(32, 8))  # mean 1: two within 0.05 of 0.5
+    row = quant.health(model, None, idx)[0]["layers"]["blocks.0.attn.q_proj"]
+    assert (row["near_threshold"], row["plus"], row["zero"]) == (0.5, 0.75, 0.25)
+    before = quant.codes(model)
     with torch.no_grad():
         w.neg_()  # every code that is not zero flips
     record, after = quant.health(model, before, idx)
