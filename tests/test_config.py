@@ -49,7 +49,7 @@ def test_values_take_the_type_of_the_default():
         (["--learning_rat=1"], ["learning_rat", "did you mean learning_rate"]),
         (["--no-eval"], ["no_eval", "--eval_every=0"]),
         (["--n_layer=two"], ["n_layer is int, got str 'two'"]),
-        (["--ternary=3"], ["ternary is bool, got int 3"]),
+        (["--ternary=3"], ["ternary is bool (True or False), got int 3"]),
         (["--sample_prompts=[1]"], ["sample_prompts is a list of strings"]),
         (["--batch_size=16", "--seq_len=256", "--total_batch_size=10000"], ["10,000", "4,096", "use 8192"]),
         (["--n_embd=100", "--n_head=3", "--n_kv_head=3"], ["n_embd = 100", "n_head = 3"]),

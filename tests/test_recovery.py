@@ -259,7 +259,8 @@ def test_a_validation_loss_that_is_not_a_number_is_not_the_best(data_dir, out_di
 def test_a_skipped_step_is_told_after_a_resume(data_dir, out_dir):
     """bug guarded: a skip between the last log line and a kill that nobody hears of"""
     patch = NAN.format(bad="count[0] == 2") + "\nimport os, signal\nreal_step = torch.optim.AdamW.step\n"
-    patch += "def step(*a, **k):\n    count.append(0)\n    if len(count) == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
+    patch += "def step(*a, **k):\n    count.append(0)\n"
+    patch += "    if len(count) == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
     patch += "    return real_step(*a, **k)\ntorch.optim.AdamW.step = step"
     how = dict(log_every=10, eval_every=0, sample_every=0, schedule="linear")
     train(data_dir, out_dir, "r", patch=patch, code=-signal.SIGKILL, **how)
@@ -448,7 +449,8 @@ def test_output_goes_where_programs_look(data_dir, out_dir):
     )
     config = json.load(open(f"{out_dir}/r/config.json"))
     assert config["settings"]["max_steps"] == {"value": 6, "origin": "--max_steps=6"} and config["pid"]
-    keys = "step epoch tokens loss lr weight_decay stage grad_norm tokens_per_sec step_ms mfu memory_gb gpu_util time"
+    keys = "step epoch tokens loss lr weight_decay stage grad_norm tokens_per_sec step_ms mfu "
+    keys += "memory_gb gpu_util time"
     assert set(row) == set(keys.split())
     health = lines(f"{out_dir}/r", "metrics/bitnet.jsonl")[0]
     assert set(health) == {"step", "total", "layers"} and len(health["layers"]) == 14
