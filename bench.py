@@ -41,6 +41,7 @@ from model import Transformer
 
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
+machine.explain_out_of_memory(cfg, device)
 if cfg.deterministic:
     machine.make_deterministic()
 

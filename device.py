@@ -80,6 +80,21 @@ def autocast(device, dtype):
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def explain_out_of_memory(cfg, device):
+    """one line with the remedy where the device runs out of memory, wherever that happens, and exit code 1"""
+
+    def hook(kind, error, trace):
+        if not issubclass(kind, torch.OutOfMemoryError):
+            return sys.__excepthook__(kind, error, trace)
+        smaller = next((n for n in range(cfg.batch_size // 2, 0, -1) if cfg.batch_size % n == 0), 0)
+        how = f"--batch_size={smaller} --total_batch_size={cfg.total_batch_size} gives the same result"
+        how = f"halve it: {how}" if smaller else "shorten seq_len or make the model smaller"
+        where = f"out of memory on {describe(device)} with batch_size = {cfg.batch_size}"
+        print(f"\nerror: {where}; {how}", file=sys.stderr)
+
+    sys.excepthook = hook
+
+
 def make_deterministic():
     """the same bits from the same run on the same machine: compiled embedding gradients use atomics
     otherwise"""

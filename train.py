@@ -38,6 +38,7 @@ from model import Transformer, generate, mean_loss
 
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
+machine.explain_out_of_memory(cfg, device)
 if cfg.deterministic:
     machine.make_deterministic()
 meta = data.meta(cfg)
@@ -195,6 +196,18 @@ def save(why):
     return True
 
 
+def save_end():
+    """save the last step; a full disk is given ten minutes and a line a minute"""
+    for _ in range(10):
+        if save("end"):
+            return
+        for _ in range(60):
+            if interrupted:
+                return
+            time.sleep(1)
+    fail(f"the end of run {cfg.run_id} is not saved; free disk space, then --resume=auto", code=1)
+
+
 def evaluate():
     """validation loss in nats per token, logged; None where a signal came"""
     began = time.perf_counter()
@@ -282,24 +295,6 @@ def ending():
     return "max_minutes" if cfg.max_minutes and speedometer.seconds() > 60 * cfg.max_minutes else ""
 
 
-def explain(kind, error, trace):
-    """one line for a device that is out of memory, wherever that happens; the usual traceback for anything
-    else"""
-    if not issubclass(kind, torch.OutOfMemoryError):
-        return sys.__excepthook__(kind, error, trace)
-    bar.close()
-    smaller = next((n for n in range(cfg.batch_size // 2, 0, -1) if cfg.batch_size % n == 0), 0)
-    how = f"--batch_size={smaller} --total_batch_size={cfg.total_batch_size} gives the same result"
-    how = f"halve it: {how}" if smaller else "shorten seq_len or make the model smaller"
-    print(
-        f"error: out of memory on {facts['device']} with batch_size = {cfg.batch_size}; {how}",
-        file=sys.stderr,
-    )
-
-
-sys.excepthook = explain
-
-
 def next_batch(micro):
     """inputs and targets of micro-step `micro` of this step; one past its last is the next step's first"""
     first = step * sequences_per_step + micro * cfg.batch_size
@@ -317,19 +312,15 @@ while True:
     before_evaluation = dict(best=best, stale_evals=stale_evals)
 
     # save, then evaluate, then sample: what fails here costs nothing that was trained
-    save_due = bool(why) or scheduled(step) or (owed and step % cfg.log_every == 0)
+    save_due = scheduled(step) or (owed and step % cfg.log_every == 0)
     eval_due = cfg.eval_every > 0 and (bool(why) or step % cfg.eval_every == 0)
     sample_due = cfg.sample_every > 0 and (bool(why) or (step > 0 and step % cfg.sample_every == 0))
-    if save_due or eval_due or sample_due:
+    if why or save_due or eval_due or sample_due:
         speedometer.pause()
-        if save_due:
-            owed = not save("end" if why else "schedule")
-            for _ in range(10 * 60 if owed and why else 0):  # the last step is worth ten minutes
-                time.sleep(1)
-                if interrupted or save("end"):
-                    break
-            if why and not interrupted and step not in checkpoint.steps(run_dir):
-                fail(f"the end of run {cfg.run_id} is not saved; free disk space, then --resume=auto", code=1)
+        if why:
+            save_end()
+        elif save_due:
+            owed = not save("schedule")
         if eval_due:
             val_loss = evaluate()
             if step and val_loss is not None:
