@@ -84,7 +84,6 @@ def save(run_dir, step, model_part, trainer_part):
                 os.fsync(out.file.fileno())
             manifest["files"][name] = {"bytes": out.bytes, "sha256": out.sha.hexdigest()}
         write_json(os.path.join(partial, "manifest.json"), manifest)
-        flush_to_disk(os.path.join(partial, "manifest.json"))
         flush_to_disk(partial)
         if os.path.isdir(final):  # remains without a manifest: no checkpoint
             shutil.rmtree(final)

@@ -110,10 +110,11 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     """the settings of a command line, as an object with attributes and `origin` {name: where the value came
     from}.
 
-    flags: {name: (default, comment)} of the script's own; they shadow a setting of the same name. only: names
-    of the settings this script takes, none of them from config files; None = all, and config files.
-    check_run: also check that the settings agree with each other, as a run needs it. Exits with 2 and one
-    `error:` line per fault; --help prints `doc` and everything that can be set, and exits with 0.
+    flags: {name: (default, comment)} of the script's own; they shadow a setting of the same name.
+    only: names of the settings this script takes, none of them from files; None = all, and config files.
+    check_run: also check that the settings agree with each other, as a run needs it.
+
+    Exits with 2 and one `error:` line per fault; --help prints `doc` and all settings, exits with 0.
     """
     flags = flags or {}
     values = assignments(DEFAULT)
@@ -127,6 +128,9 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     origin, faults = dict.fromkeys(values, "default"), []
 
     def put(key, value, source):
+        if key not in types:
+            faults.append(f"{source}: {unknown(key, types)}")
+            return
         try:
             values[key], origin[key] = coerce(key, value, types[key]), source
         except TypeError as error:
@@ -159,25 +163,19 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
             if "=" in path:
                 faults.append(f"{path} is no file; did you mean --{path}?")
                 continue
-            near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.4)
-            faults.append(
-                f"config file {path} does not exist" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            near = difflib.get_close_matches(path, glob.glob("config/train_*.py"), n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            faults.append(f"config file {path} does not exist{hint}")
             continue
         try:
             found = assignments(path)
-        except (
-            Exception
-        ) as error:  # a config file is the user's own code: whatever it raises is a fault of the file
+        except Exception as error:  # the file is the user's own code: whatever it raises is its fault
             faults.append(f"config file {path}: {type(error).__name__}: {error}")
             continue
         for key, value in found.items():
-            put(key, value, path) if key in types else faults.append(f"{path}: {unknown(key, types)}")
+            put(key, value, path)
     for key, text, arg in given:
-        put(key, parse(text, types[key]), arg) if key in types else faults.append(
-            f"{arg}: {unknown(key, types)}"
-        )
-
+        put(key, parse(text, types.get(key)), arg)
     if not 0 <= values.get("seed", 0) < 2**63:
         faults.append(f"seed = {values['seed']} must be at least 0 and less than 2^63")
     for key in ("out_dir", "data_dir"):

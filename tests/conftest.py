@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "prepare")]
 import tokens  # noqa: E402
 import torch  # noqa: E402
 
+import checkpoint  # noqa: E402
 import config  # noqa: E402
 
+SCALARS, EVENTS = "metrics/scalars.jsonl", "metrics/events.jsonl"
 CHARS = "\nabcdefghijklmnopqrstuvwxyz "
 TINY = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=48, seq_len=16, batch_size=4, warmup_steps=3)
 RUN = TINY | dict(
@@ -100,3 +104,48 @@ def lines(run_dir, name):
     """the lines of a JSONL file of a run, each of which must be whole"""
     with open(os.path.join(run_dir, name), encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def final(run_dir, step=24):
+    """weights and optimizer state at the end of a run"""
+    folder = checkpoint.step_dir(run_dir, step)
+    return checkpoint.load(folder)["model"], checkpoint.load(folder, checkpoint.TRAINER)["optimizer"]
+
+
+def rows(run_dir):
+    """what a run logged, without what depends on the clock"""
+    clocked = {"time", "tokens_per_sec", "step_ms", "memory_gb"}
+    return [{k: v for k, v in row.items() if k not in clocked} for row in lines(run_dir, SCALARS)]
+
+
+@pytest.fixture
+def out_dir(tmp_path):
+    return str(tmp_path / "runs")
+
+
+def kill_at(data_dir, out_dir, step, how=signal.SIGKILL, run_id="broken", **changes):
+    """train until the log has this step, then send the signal; returns the exit code and stderr"""
+    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes
+    slow = "import time, torch; f = torch.optim.AdamW.step\n"
+    slow += "def step(*a, **k): time.sleep(0.05); return f(*a, **k)\ntorch.optim.AdamW.step = step"
+    child = start("train.py", *flags(**values), patch=slow)
+    path, deadline = os.path.join(out_dir, run_id, SCALARS), time.time() + 100
+    while not (os.path.exists(path) and f'"step": {step}, "epoch"' in open(path, encoding="utf-8").read()):
+        assert child.poll() is None and time.time() < deadline, child.communicate()
+        time.sleep(0.01)
+    child.send_signal(how)
+    _, err = child.communicate(timeout=60)
+    return child.returncode, err
+
+
+NAN = """
+import torch, model
+real, count = model.Transformer.forward, [0]
+def forward(self, idx, targets=None, cache=None):
+    out = real(self, idx, targets, cache)
+    if targets is not None and self.training:
+        count[0] += 1
+        if {bad}: out = out * float('nan')
+    return out
+model.Transformer.forward = forward
+"""

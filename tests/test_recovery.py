@@ -3,28 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
-from conftest import RUN, flags, lines, start, train
+from conftest import EVENTS, NAN, RUN, SCALARS, final, flags, kill_at, lines, rows, start, train, write_data
 
 import checkpoint
-
-SCALARS, EVENTS = "metrics/scalars.jsonl", "metrics/events.jsonl"
-
-
-def final(run_dir, step=24):
-    """weights and optimizer state at the end of a run"""
-    folder = checkpoint.step_dir(run_dir, step)
-    return checkpoint.load(folder)["model"], checkpoint.load(folder, checkpoint.TRAINER)["optimizer"]
-
-
-def rows(run_dir):
-    """what a run logged, without what depends on the clock"""
-    clocked = {"time", "tokens_per_sec", "step_ms", "memory_gb"}
-    return [{k: v for k, v in row.items() if k not in clocked} for row in lines(run_dir, SCALARS)]
 
 
 def assert_same_run(a, b):
@@ -35,26 +20,6 @@ def assert_same_run(a, b):
     assert json.load(open(f"{a}/best.json")) == json.load(open(f"{b}/best.json"))
     total = [row["total"] | {"flip_rate": 0} for row in lines(a, "metrics/bitnet.jsonl")]
     assert total == [row["total"] | {"flip_rate": 0} for row in lines(b, "metrics/bitnet.jsonl")]
-
-
-@pytest.fixture
-def out_dir(tmp_path):
-    return str(tmp_path / "runs")
-
-
-def kill_at(data_dir, out_dir, step, how=signal.SIGKILL, run_id="broken", **changes):
-    """train until the log has this step, then send the signal; returns the exit code and stderr"""
-    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes
-    slow = "import time, torch; f = torch.optim.AdamW.step\n"
-    slow += "def step(*a, **k): time.sleep(0.05); return f(*a, **k)\ntorch.optim.AdamW.step = step"
-    child = start("train.py", *flags(**values), patch=slow)
-    path, deadline = os.path.join(out_dir, run_id, SCALARS), time.time() + 100
-    while not (os.path.exists(path) and f'"step": {step}, "epoch"' in open(path, encoding="utf-8").read()):
-        assert child.poll() is None and time.time() < deadline, child.communicate()
-        time.sleep(0.01)
-    child.send_signal(how)
-    _, err = child.communicate(timeout=60)
-    return child.returncode, err
 
 
 def test_kill_9_and_resume_is_the_unbroken_run(data_dir, out_dir):
@@ -96,7 +61,7 @@ checkpoint.os = type(os)('os'); checkpoint.os.__dict__.update(os.__dict__); chec
 """
 
 
-@pytest.mark.parametrize("function, nth", [("fsync", 8), ("rename", 2)])
+@pytest.mark.parametrize("function, nth", [("fsync", 7), ("rename", 2)])
 def test_a_kill_during_a_save_costs_nothing(data_dir, out_dir, function, nth):
     """bug guarded: a checkpoint written in place: killed in the second save, the first must be there,
     whole"""
@@ -160,27 +125,6 @@ def test_starting_and_resuming_follow_their_rules(data_dir, out_dir):
     assert [row["step"] for row in lines(f"{out_dir}/a", SCALARS) if "loss" in row] == list(range(1, 11))
 
 
-def test_init_from_takes_weights_only(data_dir, out_dir):
-    """bug guarded: init_from that continues the step, or resumes the optimizer; and float weights made
-    ternary"""
-    train(data_dir, out_dir, "float", max_steps=6, ternary=False, sample_every=0)
-    train(
-        data_dir,
-        out_dir,
-        "from",
-        max_steps=6,
-        init_from=f"{out_dir}/float",
-        sample_every=0,
-        learning_rate=0.0,
-        stage2_lr=0.0,
-        min_lr=0.0,
-    )
-    events = lines(f"{out_dir}/from", EVENTS)
-    assert events[0]["event"] == "start" and events[0]["step"] == 0
-    for key, value in final(f"{out_dir}/float", 6)[0].items():
-        assert torch.equal(value, final(f"{out_dir}/from", 6)[0][key]) or "proj" not in key
-
-
 def test_retention_keeps_boundary_best_and_newest(data_dir, out_dir):
     """bugs guarded: the boundary's or the best checkpoint's trainer.pt pruned; the former best kept for
     ever"""
@@ -197,51 +141,6 @@ def test_retention_keeps_boundary_best_and_newest(data_dir, out_dir):
         s for s in steps if checkpoint.fault(checkpoint.step_dir(run_dir, s), checkpoint.TRAINER) is None
     }
     assert {11, 12, 24, best["step"]} <= resumable <= {11, 12, 20, 24, best["step"]}
-
-
-NAN = """
-import torch, model
-real, count = model.Transformer.forward, [0]
-def forward(self, idx, targets=None, cache=None):
-    out = real(self, idx, targets, cache)
-    if targets is not None and self.training:
-        count[0] += 1
-        if {bad}: out = out * float('nan')
-    return out
-model.Transformer.forward = forward
-"""
-
-
-def test_a_step_that_is_not_finite_is_skipped_and_told(data_dir, out_dir):
-    """bug guarded: one NaN ends in NaN weights three days later"""
-    patch = NAN.format(bad="count[0] in (4, 6)")
-    train(data_dir, out_dir, "r", patch=patch, max_steps=12, save_every=0, sample_every=0)
-    weights, _ = final(f"{out_dir}/r", 12)
-    assert all(w.isfinite().all() for w in weights.values())
-    told = [row for row in lines(f"{out_dir}/r", EVENTS) if row["event"] == "anomaly"]
-    assert [(row["step"], row["steps"]) for row in told] == [(4, 1), (6, 1)]
-    losses = {row["step"]: row["loss"] for row in lines(f"{out_dir}/r", SCALARS) if "loss" in row}
-    assert losses[4] is None and losses[5] is not None and list(losses) == list(range(1, 13))
-
-
-def test_a_gradient_that_is_not_finite_is_skipped_too(data_dir, out_dir):
-    """bug guarded: an overflow in the backward only, which the loss does not show"""
-    patch = "import torch, optim\nreal = optim.make_optimizer\ncount = [0]\n"
-    patch += "def hook(grad):\n    count[0] += 1\n    return grad * float('inf') if count[0] == 4 else grad\n"
-    patch += "def make(cfg, model):\n    model.norm.weight.register_hook(hook)\n    return real(cfg, model)\n"
-    patch += "optim.make_optimizer = make"
-    train(data_dir, out_dir, "r", patch=patch, max_steps=8, save_every=0, sample_every=0)
-    told = [row for row in lines(f"{out_dir}/r", EVENTS) if row["event"] == "anomaly"]
-    assert [(row["step"], row["steps"]) for row in told] == [(4, 1)]
-    assert all(w.isfinite().all() for w in final(f"{out_dir}/r", 8)[0].values())
-
-
-def test_a_run_that_overflows_ends_with_one_line(data_dir, out_dir):
-    """bug guarded: infinities in the record of ternary health end the run with a traceback"""
-    _, err = train(
-        data_dir, out_dir, "r", code=1, learning_rate=1e30, stage2_lr=1e30, sample_every=0, eval_every=0
-    )
-    assert "5 steps in a row" in err
 
 
 def test_a_validation_loss_that_is_not_a_number_is_not_the_best(data_dir, out_dir):
@@ -271,8 +170,6 @@ def test_a_skipped_step_is_told_after_a_resume(data_dir, out_dir):
 
 def test_other_tokens_under_the_same_name_are_refused(data_dir, out_dir, tmp_path):
     """bug guarded: a data set made again in another way, on which a resumed run goes on"""
-    from conftest import write_data
-
     train(data_dir, out_dir, "r", max_steps=6, sample_every=0)
     other = write_data(tmp_path / "other", n_train=501)
     _, err = train(other, out_dir, "r", code=2, resume="auto", sample_every=0)
@@ -285,16 +182,6 @@ def test_without_a_whole_checkpoint_the_old_run_is_kept(data_dir, out_dir):
     os.truncate(f"{checkpoint.step_dir(f'{out_dir}/r', 6)}/checkpoint.pt", 100)
     out, _ = train(data_dir, out_dir, "r", max_steps=6, resume="auto", sample_every=0)
     assert "starting anew" in out and len(lines(f"{out_dir}/r.aside", SCALARS)) == 6
-
-
-def test_five_in_a_row_end_the_run(data_dir, out_dir):
-    """bug guarded: a run that skips for days; the fifth in a row is found although the log comes every 6
-    steps"""
-    patch = NAN.format(bad="7 <= count[0] <= 11")
-    _, err = train(data_dir, out_dir, "r", patch=patch, code=1, log_every=6, sample_every=0, eval_every=0)
-    assert "5 steps in a row" in err and "checkpoints/step_000011" in err
-    # what was saved among them has good weights, and a resumed run begins a new row
-    train(data_dir, out_dir, "r", resume="auto", log_every=6, sample_every=0, eval_every=0)
 
 
 FULL_DISK = """
@@ -320,15 +207,6 @@ def test_a_disk_that_fills_loses_nothing(data_dir, out_dir):
         None,
         checkpoint.step_dir(f"{out_dir}/s", 5),
     )
-
-
-def test_out_of_memory_is_one_line(data_dir, out_dir):
-    """bug guarded: a screen of traceback instead of the remedy"""
-    patch = NAN.replace(
-        "if {bad}: out = out * float('nan')", "raise torch.OutOfMemoryError('CUDA out of memory')"
-    )
-    _, err = train(data_dir, out_dir, "r", patch=patch, code=1, sample_every=0)
-    assert "--batch_size=2 --total_batch_size=64" in err and err.count("error: ") == 1
 
 
 def test_signals_are_heard_in_evaluation_and_sampling(data_dir, out_dir):
@@ -364,148 +242,3 @@ def test_the_second_signal_exits_at_once(data_dir, out_dir):
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=10)
     assert child.returncode == 128 + signal.SIGINT
-
-
-def test_max_minutes_and_patience_end_as_if_finished(data_dir, out_dir):
-    """bugs guarded: a run ended by its time budget that is not saved; patience forgotten by a resume"""
-    out, _ = train(
-        data_dir, out_dir, "t", max_minutes=0.01, max_steps=10**6, save_every=0, log_every=50, sample_every=0
-    )
-    result = json.loads(out.strip().split("\n")[-1])
-    assert 0 < result["step"] < 10**6 and os.path.exists(f"{result['checkpoint']}/manifest.json")
-    assert result["val_loss"] is not None
-    how = dict(
-        patience=2,
-        learning_rate=0.0,
-        stage2_lr=0.0,
-        min_lr=0.0,
-        eval_every=2,
-        sample_every=0,
-        stage2_weight_decay=0.0,
-        weight_decay=0.0,
-    )
-    out, _ = train(data_dir, out_dir, "p", **how)
-    assert json.loads(out.strip().split("\n")[-1])["step"] == 6, "best at 2, none better at 4 and 6"
-    out, _ = train(data_dir, out_dir, "p", resume="auto", **how)
-    assert "is finished" in out
-    out, _ = train(data_dir, out_dir, "p", resume="auto", **how | dict(patience=0))
-    assert json.loads(out.strip().split("\n")[-1])["step"] == 24, "without patience it goes on"
-    # an interrupt after an evaluation does not count that evaluation twice
-    how |= dict(patience=4)
-    assert kill_at(data_dir, out_dir, 5, signal.SIGTERM, **how)[0] == 128 + signal.SIGTERM
-    assert (
-        json.loads(train(data_dir, out_dir, "broken", resume="auto", **how)[0].strip().split("\n")[-1])[
-            "step"
-        ]
-        == 10
-    )
-
-
-def test_accumulation_does_not_change_the_result(data_dir, out_dir):
-    """bug guarded: a gradient summed instead of averaged over micro-steps; other tokens with another
-    batch_size"""
-    how = dict(ternary=False, total_batch_size=64, max_steps=8, sample_every=0)
-    train(data_dir, out_dir, "one", batch_size=4, **how)
-    train(data_dir, out_dir, "four", batch_size=1, **how)
-    a, b = (
-        [row["loss"] for row in lines(f"{out_dir}/{r}", SCALARS) if "loss" in row] for r in ("one", "four")
-    )
-    assert a == pytest.approx(b, abs=1e-4)
-
-
-def test_bad_input_ends_with_one_line_and_no_traceback(data_dir, out_dir, tmp_path):
-    """bug guarded: a traceback for what the user can mend"""
-    (tmp_path / "file").write_text("")
-    for changes, says in (
-        (dict(out_dir=f"{tmp_path}/file/x"), "cannot write"),
-        (dict(dataset="nowhere"), "data set"),
-        (dict(resume=f"{tmp_path}/gone"), "resume ="),
-        (dict(init_from=f"{tmp_path}/file"), "init_from ="),
-        (dict(sample_prompts="['ABC']"), "sample_prompts"),
-        (dict(device="cuda:7"), "device = 'cuda:7'"),
-        (dict(seq_len=600), "seq_len = 600"),
-    ):
-        values = dict(data_dir=data_dir, out_dir=out_dir, run_id="x") | changes
-        _, err = train(values.pop("data_dir"), values.pop("out_dir"), values.pop("run_id"), code=2, **values)
-        assert says in err and err.count("error: ") == 1, err
-
-
-def test_output_goes_where_programs_look(data_dir, out_dir):
-    """bug guarded: progress on stdout, a bar in a log file, a last line that is not JSON"""
-    out, err = train(data_dir, out_dir, "r", max_steps=6)
-    result = json.loads(out.strip().split("\n")[-1])
-    assert set(result) == set(
-        "run_id step tokens loss val_loss val_bits_per_byte seconds tokens_per_sec "
-        "peak_memory_gb checkpoint".split()
-    )
-    log = open(f"{out_dir}/r/train.log", encoding="utf-8").read()
-    assert log == err and "\r" not in err and log.count("\nstep ") == 6
-    row = next(row for row in lines(f"{out_dir}/r", SCALARS) if row["step"] == 1)
-    assert (
-        row["tokens"] == 64
-        and row["epoch"] == 4 / 31
-        and row["stage"] == 1
-        and row["lr"] == pytest.approx(5e-4)
-    )
-    config = json.load(open(f"{out_dir}/r/config.json"))
-    assert config["settings"]["max_steps"] == {"value": 6, "origin": "--max_steps=6"} and config["pid"]
-    keys = "step epoch tokens loss lr weight_decay stage grad_norm tokens_per_sec step_ms mfu "
-    keys += "memory_gb gpu_util time"
-    assert set(row) == set(keys.split())
-    health = lines(f"{out_dir}/r", "metrics/bitnet.jsonl")[0]
-    assert set(health) == {"step", "total", "layers"} and len(health["layers"]) == 14
-    folder = checkpoint.step_dir(f"{out_dir}/r", 6)
-    assert set(checkpoint.load(folder)) == {"format", "step", "tokens", "config", "tokenizer", "model"}
-    assert set(os.listdir(folder)) == {"checkpoint.pt", "trainer.pt", "manifest.json"}
-    events = [event["event"] for event in lines(f"{out_dir}/r", EVENTS)]
-    assert events[0] == "start" and events[-1] == "finish" and "save" in events
-    samples = lines(f"{out_dir}/r", "samples/samples.jsonl")
-    assert [s["mode"] for s in samples] == ["greedy", "top_k", "nucleus"]
-    assert set(samples[0]) == {"step", "mode", "prompt", "generated_text", "repetition"}
-
-
-def test_evaluate_and_sample_agree_with_training(data_dir, out_dir):
-    """bug guarded: evaluation of other windows, or of another forward, than while training"""
-    from conftest import run
-
-    out, _ = train(data_dir, out_dir, "r", max_steps=6, eval_tokens=10**6, sample_every=0)
-    trained = json.loads(out.strip().split("\n")[-1])
-    where = [f"--ckpt={out_dir}/r", f"--data_dir={data_dir}"]
-    out, _ = run("evaluate.py", *where, "--batch_size=4")
-    result = json.loads(out.strip().split("\n")[-1])
-    assert result["val_loss"] == pytest.approx(trained["val_loss"], abs=1e-6) and result["dtype"] == "float32"
-    assert result["bits_per_byte"] == pytest.approx(trained["val_bits_per_byte"], abs=1e-6)
-    ask = [where[0], "--prompt=ab", "--max_new_tokens=20", "--num_samples=4"]
-    texts = [run("sample.py", *ask, more) for more in ("--seed=3", "--seed=3", "--seed=4")]
-    assert texts[0][0] == texts[1][0] != texts[2][0]
-    assert texts[0][0].count("\nab") == 3 and "tokens/s" in texts[0][1]
-    assert "tokenizer has no character 'Z'" in run("sample.py", where[0], "--prompt=Z", code=2)[1]
-    assert "--prompt=... is missing" in run("sample.py", where[0], code=2)[1]
-    assert "no split 'test'" in run("evaluate.py", *where, "--split=test", code=2)[1]
-
-
-def test_a_terminal_gets_a_bar(data_dir, out_dir):
-    """bug guarded: a bar that breaks, or plain lines that flood a terminal"""
-    import pty
-
-    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id="r") | RUN | dict(max_steps=8)
-    leader, follower = pty.openpty()
-    import sys
-
-    from conftest import ROOT
-
-    child = subprocess.Popen(
-        [sys.executable, "train.py", *flags(**values)], cwd=ROOT, stdout=subprocess.PIPE, stderr=follower
-    )
-    os.close(follower)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(leader, 65536)
-        except OSError:  # the other end is closed
-            break
-        shown += chunk
-        if not chunk:
-            break
-    child.communicate()
-    assert child.returncode == 0 and b"8/8" in shown and b"loss" in shown and b"\nstep 3" not in shown
