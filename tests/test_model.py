@@ -178,7 +178,12 @@ def test_dropout_is_everywhere_and_only_in_training():
     assert len(found) == 1 + model.cfg.n_layer and all(m.p == 0.5 for m in found)
     assert all(block.attn.dropout == 0.5 for block in model.blocks)
     idx = torch.randint(0, 28, (1, 16))
+    uses = []
+    for module in found:
+        module.register_forward_hook(lambda module, *_: uses.append(module))
     with torch.no_grad():
+        model(idx)
+        assert uses == [model.dropout, *(b.dropout for b in model.blocks for _ in range(2))]
         for module in found:  # what is left is the attention's own
             module.p = 0.0
         assert not torch.equal(model(idx), model(idx))
