@@ -29,8 +29,9 @@ def meta(cfg):
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
         where = "" if cfg.data_dir == "data" else f" --data_dir={shlex.quote(cfg.data_dir)}"
-        how = cfg.prepare or default_command(cfg)
-        fail(f"data set {folder} is not there (no meta.json); make it: {how}{where}")
+        command = cfg.prepare or default_command(cfg)
+        how = f"make it: {command}{where}" if command else f"no prepare/{cfg.dataset}.py is there to make it"
+        fail(f"data set {folder} is not there (no meta.json); {how}")
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
@@ -77,12 +78,9 @@ def digest(meta):
 
 
 def default_command(cfg):
-    """the command that makes cfg.dataset, as far as its name tells"""
+    """the command that makes cfg.dataset, as far as its name tells, or ''"""
     script = f"prepare/{cfg.dataset}.py"
-    if os.path.exists(script):
-        return f"python {script}"
-    made = ", ".join(sorted(os.listdir(cfg.data_dir))) if os.path.isdir(cfg.data_dir) else "nothing"
-    return f"no script here makes it ({script} is not there); {cfg.data_dir} holds: {made}"
+    return f"python {script}" if os.path.exists(script) else ""
 
 
 def write_json(path, value):
