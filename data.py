@@ -85,11 +85,17 @@ def default_command(cfg):
 
 def write_json(path, value):
     """value as json under a temporary name, renamed when whole"""
-    with open(f"{path}.tmp-{os.getpid()}", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    partial = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        if os.path.exists(partial):
+            os.remove(partial)
+        raise
 
 
 def permute(i, n, key):

@@ -80,7 +80,6 @@ def make_optimizer(cfg, model):
     named = list(model.named_parameters())  # a tied matrix is named once
     decays = [p for name, p in named if name.startswith("blocks.") and p.dim() >= 2]
     rest = [p for name, p in named if not (name.startswith("blocks.") and p.dim() >= 2)]
-    assert len(decays) + len(rest) == len(list(model.parameters())), "every parameter is in exactly one group"
     groups = [dict(params=decays, decays=True), dict(params=rest, decays=False, weight_decay=0.0)]
     return torch.optim.AdamW(
         groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True

@@ -120,12 +120,18 @@ def rewind(run_dir, step):
 
 
 def write_best(run_dir, best):
-    """best.json: {step, val_loss} of the best evaluation, or no file where there is none yet"""
+    """best.json: {step, val_loss} of the best evaluation, or no file where there is none yet. Returns
+    whether it is written: a full disk costs a warning and leaves the former one."""
     path = os.path.join(run_dir, "best.json")
-    if best:
-        write_json(path, best)
-    elif os.path.exists(path):
-        os.remove(path)
+    try:
+        if best:
+            write_json(path, best)
+        elif os.path.exists(path):
+            os.remove(path)
+    except OSError as error:
+        print(f"warning: {path} is not written: {error.strerror}", file=sys.stderr)
+        return False
+    return True
 
 
 def write_config(run_dir, cfg, facts):

@@ -234,8 +234,8 @@ def note_best(loss):
     if not save("best"):
         return
     former, best, stale_evals = best, {"step": step, "val_loss": loss}, 0
-    record.write_best(run_dir, best)
-    if former and former["step"] != step and not scheduled(former["step"]):
+    is_written = record.write_best(run_dir, best)
+    if is_written and former and former["step"] != step and not scheduled(former["step"]):
         checkpoint.remove(checkpoint.step_dir(run_dir, former["step"]))
 
 

@@ -203,6 +203,22 @@ def test_a_full_disk_costs_a_line_not_the_run(run_dir, monkeypatch, capsys):
     assert [row["step"] for row in record.read(run_dir, record.SCALARS)] == [1, 3]
 
 
+def test_a_full_disk_leaves_the_former_best(run_dir, monkeypatch, capsys):
+    """bug guarded: best.json that cannot be written ends the run, or is left half written"""
+    assert record.write_best(run_dir, {"step": 5, "val_loss": 1.0})
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert not record.write_best(run_dir, {"step": 10, "val_loss": 0.5})
+    assert "No space left" in capsys.readouterr().err
+    with open(os.path.join(run_dir, "best.json"), encoding="utf-8") as file:
+        assert '"step": 5' in file.read()
+    assert not any(".tmp-" in name for name in os.listdir(run_dir))
+
+
 def test_repetition():
     assert record.repetition([1, 2, 3]) == 0 == record.repetition([1, 2, 3, 4, 5])
     assert record.repetition([7] * 13) == 0.9
