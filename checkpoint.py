@@ -22,7 +22,7 @@ import sys
 import torch
 
 from config import fail
-from data import write_json
+from files import write_json
 
 FORMAT = 1
 MODEL, TRAINER = "checkpoint.pt", "trainer.pt"

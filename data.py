@@ -1,5 +1,5 @@
 """
-Token files, the order of batches, tokenizers.
+Token files and the order of batches.
 
 data/<name>/ holds train_00000.bin, train_00001.bin, ..., val_00000.bin (little-endian token ids) and
 meta.json, which describes them. Window i of a shard is its tokens [i * seq_len, i * seq_len + seq_len], one
@@ -20,6 +20,9 @@ import numpy as np
 import torch
 
 from config import fail
+from files import write_json
+from tokenizer import continuation, encode_prompt, with_content  # noqa: F401
+from tokenizer import make_tokenizer as tokenizer  # noqa: F401
 
 
 def meta(cfg):
@@ -35,6 +38,9 @@ def meta(cfg):
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
+        if "examples" in found:
+            how = f"evaluate.py --dataset={cfg.dataset} scores a model on it"
+            fail(f"data set {folder} is a task of text, with no tokens to train on; {how}")
         need = ("complete", "shards", "dtype", "vocab_size", "tokens", "bytes", "tokenizer", "eot")
         complete, shards, dtype, vocab_size = [found[key] for key in need][:4]
         dtype = np.dtype(dtype).newbyteorder("<")
@@ -81,21 +87,6 @@ def default_command(cfg):
     """the command that makes cfg.dataset, as far as its name tells, or ''"""
     script = f"prepare/{cfg.dataset}.py"
     return f"python {script}" if os.path.exists(script) else ""
-
-
-def write_json(path, value):
-    """value as json under a temporary name, renamed when whole"""
-    partial = f"{path}.tmp-{os.getpid()}"
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        if os.path.exists(partial):
-            os.remove(partial)
-        raise
 
 
 def permute(i, n, key):
@@ -185,34 +176,3 @@ class Windows:
         places = list(zip(shards.tolist(), (spread - (self.ends - self.counts)[shards]).tolist()))
         for j in range(0, n, batch_size):
             yield self.tensor(places[j : j + batch_size], device)
-
-
-class CharTokenizer:
-    """one token per character; `spec` is meta.json's tokenizer entry, with the characters in the order of
-    their ids"""
-
-    def __init__(self, spec):
-        self.chars = spec["chars"]
-        self.ids = {char: i for i, char in enumerate(self.chars)}
-
-    def encode(self, text):
-        """token ids of text; ValueError for a character that the training text did not have"""
-        for char in text:
-            if char not in self.ids:
-                raise ValueError(f"the tokenizer has no character {char!r}; it has {self.chars!r}")
-        return [self.ids[char] for char in text]
-
-    def decode(self, ids):
-        return "".join(self.chars[i] for i in ids)
-
-
-def tokenizer(spec):
-    """the tokenizer of a meta.json or checkpoint entry {kind, ...}"""
-    if spec["kind"] != "char":
-        fail(f"tokenizer kind {spec['kind']!r} is unknown; this version reads: char")
-    return CharTokenizer(spec)
-
-
-def encode_prompt(tokens, eot, text):
-    """ids of a prompt: the end-of-text token first, since every document in training followed one"""
-    return [eot, *tokens.encode(text)]

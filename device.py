@@ -23,9 +23,8 @@ from torch.utils._triton import has_triton
 
 from config import DTYPES, fail
 
-# dense bf16 matrix FLOP/s of a card, from its data sheet, by the whole of its name: a card that is not
-# here, or a
-# slice or a laptop's version of one that is, has no MFU rather than a wrong one
+# dense bf16 matrix FLOP/s of a card, from its data sheet, by the whole of its name: a card that is not here,
+# or a slice or a laptop's version of one that is, has no MFU rather than a wrong one
 PEAK_FLOPS = {
     r"NVIDIA B200": 2250e12,
     r"NVIDIA H200": 989e12,
@@ -132,9 +131,8 @@ def peak_flops(device, dtype):
     """known peak FLOP/s of the device in this dtype, or None"""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    return next(
-        (peak for card, peak in PEAK_FLOPS.items() if card in torch.cuda.get_device_name(device)), None
-    )
+    card = torch.cuda.get_device_name(device)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.fullmatch(name, card)), None)
 
 
 def synchronize(device):

@@ -16,7 +16,7 @@ import time
 from importlib import metadata
 
 from config import fail
-from data import write_json
+from files import write_json
 
 SCALARS, BITNET = os.path.join("metrics", "scalars.jsonl"), os.path.join("metrics", "bitnet.jsonl")
 EVENTS, SAMPLES = os.path.join("metrics", "events.jsonl"), os.path.join("samples", "samples.jsonl")

@@ -6,8 +6,8 @@ play, X first. The training games are random, so a model that knows them perfect
 position, how likely each result is under random play. That can be asked for in two ways:
 
     win       the likeliest move in games that the asker won: argmax P(move | result, moves so far)
-    not_lose  the move after which the opponent's win is least likely: argmin P(opponent's result | moves, move), by
-              Bayes' rule from the model's chances of the moves under each of the three results
+    not_lose  the move after which the opponent's win is least likely: argmin P(opponent's result | moves,
+              move), by Bayes' rule from the model's chances of the moves under each of the three results
 
 Neither is perfect play, even for a perfect model: it expects a random opponent. `limits` computes from the
 game tree what such a model would reach.
@@ -209,7 +209,7 @@ def score(model, tokenizer, eot, games, seed):
     good, n = unmasked(model, tokenizer, eot, games, generator)
     lines = [f"legal moves, drawn at temperature 1, nothing masked: {good / n:.3%} of {n:,}"]
     found, moved, legal = [], 0, 0
-    lines.append(f"{games:,} games each; in brackets a perfect model of random games, from the game tree")
+    lines.append(f"{games:,} games each; in brackets a perfect model of random games (ties broken evenly)")
     lines.append(f"{'ask':8}  {'as':2}  {'against':7}  {'wins':>15}  {'draws':>15}  {'losses':>15}")
     bar = tqdm(total=8, desc="matches", disable=not sys.stderr.isatty(), leave=False)
     for ask in ASKS:

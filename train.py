@@ -33,6 +33,7 @@ import quant
 import record
 from config import fail
 from model import Transformer, generate, mean_loss
+from tokenizer import continuation, encode_prompt, make_tokenizer, with_content
 
 # machine and data
 
@@ -43,13 +44,15 @@ if cfg.deterministic:
     machine.make_deterministic()
 meta = data.meta(cfg)
 cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
-tokenizer_spec = meta["tokenizer"] | {"eot": meta["eot"]}
-tokenizer = data.tokenizer(tokenizer_spec)
+tokenizer_spec = with_content(meta["tokenizer"], os.path.join(cfg.data_dir, cfg.dataset)) | {
+    "eot": meta["eot"]
+}
+tokenizer = make_tokenizer(tokenizer_spec)
 train_windows = data.Windows(cfg, meta, "train")
 val_windows = data.Windows(cfg, meta, "val") if cfg.eval_every else None
 try:
     texts = cfg.sample_prompts if cfg.sample_every else []
-    prompts = [data.encode_prompt(tokenizer, meta["eot"], text) for text in texts]
+    prompts = [encode_prompt(tokenizer, meta["eot"], text) for text in texts]
 except ValueError as error:
     fail(f"sample_prompts: {error}; set prompts for this data set, or --sample_every=0")
 
@@ -258,7 +261,11 @@ def sample():
                     new.append(token.item())
                     if interrupted:
                         return
-            made = dict(prompt=text, generated_text=tokenizer.decode(new), repetition=record.repetition(new))
+            made = dict(
+                prompt=text,
+                generated_text=continuation(tokenizer, ids, new),
+                repetition=record.repetition(new),
+            )
             record.append(run_dir, record.SAMPLES, step=step, mode=mode, **made)
     model.train()
 

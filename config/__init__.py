@@ -10,6 +10,7 @@ All faults of a command line are reported at once, one `error:` line each, and e
 import ast
 import difflib
 import glob
+import importlib
 import math
 import os
 import re
@@ -27,6 +28,15 @@ def fail(*faults, code=2):
     """print each fault as an `error:` line on stderr and exit, with 2 for a user's mistake"""
     print(*(f"error: {fault}" for fault in faults), sep="\n", file=sys.stderr)
     raise SystemExit(code)
+
+
+def library(name, package=""):
+    """an optional library, imported where it is needed; exits with 2 and how to install it where it is not
+    there"""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        fail(f"this needs {package or name}, which is not installed: pip install {package or name}")
 
 
 def assignments(path):

@@ -1,0 +1,50 @@
+"""
+Write BLiMP, pairs of sentences of which one is grammatical, as a task for evaluate.py.
+
+    python prepare/blimp.py                          from the Hugging Face hub (package datasets)
+    python prepare/blimp.py --files='blimp/*.jsonl'  from local files, as in the authors' own repository
+    python evaluate.py --ckpt=runs/baseline --dataset=blimp
+
+67 paradigms of 1,000 pairs each. data/<name>/ then holds them as text in task.jsonl, for each model's own
+tokenizer, and meta.json. Takes a minute, and 15 MB.
+
+Warstadt et al., "BLiMP: The Benchmark of Linguistic Minimal Pairs for English", 2020 (arXiv 1912.00582).
+"""
+
+import sys
+
+from lambada import file_rows, load, rows, sources, text, write_task
+from tqdm import tqdm
+
+import config
+
+FLAGS = {
+    "repo": ("nyu-mll/blimp", "data set on the hub, or a local folder laid out like one"),
+    "config": ("", "its configuration, a paradigm; '' = all"),
+    "split": ("train", "its split"),
+    "revision": ("", "its commit, branch or tag; '' = the newest"),
+    "files": ("", "local jsonl files to read instead, as 'folder/*.jsonl'"),
+    "name": ("blimp", "name of the data set"),
+}
+COLUMNS = ("sentence_good", "sentence_bad", "UID", "linguistics_term")
+
+
+def config_names(cfg):
+    """the configurations of the hub's data set that are asked for"""
+    if cfg.config:
+        return [cfg.config]
+    datasets = config.library("datasets")
+    try:
+        return datasets.get_dataset_config_names(cfg.repo, revision=cfg.revision or None)
+    except Exception as error:  # the hub's, in many types
+        sources.explain(cfg, cfg.config, cfg.split, error)
+
+
+if __name__ == "__main__":
+    cfg = load(__doc__, FLAGS)
+    if cfg.files:
+        found = file_rows(cfg.files)
+    else:
+        bar = tqdm(config_names(cfg), desc="paradigms", disable=not sys.stderr.isatty())
+        found = [row for name in bar for row in rows(cfg, name)]
+    write_task(cfg, "blimp", [{key: text(where, row, key) for key in COLUMNS} for where, row in found])

@@ -1,0 +1,24 @@
+"""
+Write the TinyStories of Eldan and Li (arXiv 2305.07759) as tokens, in a SentencePiece tokenizer trained on
+them.
+
+    python prepare/tinystories.py                                    data/tinystories/
+    python prepare/tinystories.py --max_documents=20000 --name=few   a first try, in a minute
+
+Downloads the data set while it reads it: about 1 GB, and 1 GB of tokens in all. Streams, on all cores; what
+is stopped goes on with the same command.
+"""
+
+import sys
+
+import tokens
+
+DEFAULTS = {
+    "name": "tinystories",
+    "repo": "roneneldan/TinyStories",
+    "val_split": "validation",
+    "tokenizer": "sentencepiece",
+}
+
+if __name__ == "__main__":
+    tokens.prepare_hub(sys.argv[1:], __doc__, "prepare/tinystories.py", DEFAULTS)

@@ -1,0 +1,123 @@
+"""The tokenizer of a data set: characters, an encoding of tiktoken, a SentencePiece model found or
+trained."""
+
+import base64
+import hashlib
+import io
+import os
+
+import sources
+import tokens
+
+from config import fail, library
+
+TRAIN_BYTES = 50_000_000  # text that a new SentencePiece model is trained on
+LLAMA2 = "hf-internal-testing/llama-tokenizer"  # a copy of LLaMA-2's tokenizer.model that is not gated
+
+
+def pick(cfg, folder, streams):
+    """(spec, eot id, vocab_size) of cfg.tokenizer; what it needs is written into folder"""
+    wanted = cfg.tokenizer
+    if wanted == "char":
+        chars = "\0" + "".join(sorted(characters(cfg, streams)))  # id 0 ends a text
+        return tokens.char_tokenizer(chars), 0, len(chars)
+    if wanted == "sentencepiece" or os.path.isfile(wanted) or "/" in wanted:
+        spec, content, eot, vocab_size = sentencepiece(cfg, streams)
+    else:
+        spec, content, eot, vocab_size = tiktoken(wanted)
+    spec["sha256"] = hashlib.sha256(content).hexdigest()
+    tokens.write_file(os.path.join(folder, spec["file"]), content)
+    return spec, eot, vocab_size
+
+
+def characters(cfg, streams):
+    """the set of all characters of the streams"""
+    found = set()
+    with tokens.progress_bar("characters") as bar:
+        for text in tokens.texts(cfg, streams):
+            found |= set(text)
+            bar.update(len(text))
+    if "\0" in found:
+        fail("the text holds a NUL character, which the char tokenizer needs for itself: is it text?")
+    if not found:
+        fail("there is no text to make a tokenizer of")
+    return found
+
+
+def sentencepiece(cfg, streams):
+    """(spec, content, eot id, vocab_size) of a SentencePiece model: a file, one from the hub, or one
+    trained here"""
+    spm, wanted = library("sentencepiece"), cfg.tokenizer
+    if wanted == "sentencepiece":
+        content = train(cfg, spm, streams)
+    else:
+        with open(
+            wanted if os.path.isfile(wanted) else sources.hub_file(wanted, "tokenizer.model"), "rb"
+        ) as file:
+            content = file.read()
+    model = spm.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(content)
+    except RuntimeError:
+        fail(f"tokenizer = {wanted!r} is no SentencePiece model")
+    if model.eos_id() < 0:
+        fail(f"tokenizer = {wanted!r} has no end-of-text token (eos)")
+    return {"kind": "sentencepiece", "file": "tokenizer.model"}, content, model.eos_id(), model.vocab_size()
+
+
+def train(cfg, spm, streams):
+    """a new SentencePiece model of the first TRAIN_BYTES of the text, in the manner of LLaMA's: BPE with
+    bytes for what has no piece, digits apart, nothing normalised, so that decoding gives the text back"""
+
+    def lines():
+        left = TRAIN_BYTES
+        with tokens.progress_bar("tokenizer") as bar:
+            for text in tokens.texts(cfg, streams):
+                for line in text.split("\n"):
+                    if line.strip():
+                        yield line[:65536]
+                bar.update(len(text))
+                left -= len(text)
+                if left < 0:
+                    return
+
+    out = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=cfg.vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=2**20,  # bytes: a longer line would be left out without a word
+            num_threads=1,  # the same model each time
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:  # a vocabulary too large or too small for the text
+        text = " ".join(str(error).split())
+        fail(f"vocab_size = {cfg.vocab_size}: sentencepiece cannot train on this text: {text[-200:]}")
+    return out.getvalue()
+
+
+def tiktoken(name):
+    """(spec, content, eot id, vocab_size) of an encoding of tiktoken: its ranks, in the form of a .tiktoken
+    file"""
+    lib = library("tiktoken")
+    if name not in lib.list_encoding_names():
+        known = ", ".join(lib.list_encoding_names())
+        how = "expected sentencepiece, char, a file, a hub repository (org/name) or one of"
+        fail(f"tokenizer = {name!r} is unknown; {how} {known}")
+    try:
+        found = lib.get_encoding(name)
+    except OSError as error:  # what its HTTP library raises is one
+        fail(f"tokenizer = {name!r} cannot be downloaded ({type(error).__name__}); try again", code=1)
+    ranks = sorted(found._mergeable_ranks.items(), key=lambda item: item[1])
+    content = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
+    spec = {"kind": "tiktoken", "name": name, "file": "tokenizer.tiktoken"}
+    spec |= {"pattern": found._pat_str, "special": found._special_tokens}
+    return spec, content, found.eot_token, found.n_vocab

@@ -1,0 +1,352 @@
+"""Preparations that stream: from documents to token files and back, killed and continued, and wrong input."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import sources
+import tokens
+from conftest import run, start
+
+import config
+from tokenizer import make_tokenizer, with_content
+
+WORDS = (
+    "the cat sat on a mat, saw 12 birds; caf\u00e9 \u65e5\u672c \U0001f600 l'\u00e9t\u00e9\tTom  said".split(
+        " "
+    )
+)
+SPACES = [" ", " ", " ", "\n", "\n\n", "  "]
+PATCH = "import tokens; tokens.SAVE_SECONDS = 0; tokens.CHUNK_BYTES = 2000; tokens.SHARD_TOKENS = 4096\n"
+SLOW = "import time; real = tokens.Split.write\n"
+SLOW += "def write(self, ids): time.sleep(0.05); real(self, ids)\ntokens.Split.write = write\n"
+TIKTOKEN = """
+import tiktoken ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" a": 258} small =
+tiktoken.Encoding("gpt2", pat_str=r" ?\\S+|\\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>":
+259}) tiktoken.get_encoding = lambda name: small
+"""
+
+
+def texts(n=300, seed=0):
+    """documents of a few hundred characters, with line ends, runs of spaces and characters of all widths"""
+    rng = np.random.default_rng(seed)
+    word = lambda: WORDS[rng.integers(len(WORDS))] + SPACES[rng.integers(len(SPACES))]  # noqa: E731
+    return ["".join(word() for _ in range(rng.integers(20, 120))) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """a folder with the same documents as .jsonl, .parquet (also as a local hub data set) and .txt"""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder, documents = tmp_path_factory.mktemp("corpus"), texts()
+    with open(folder / "docs.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"body": text, "n": i}) + "\n" for i, text in enumerate(documents))
+    (folder / "docs.txt").write_bytes("".join(documents).encode())
+    (folder / "separated.txt").write_bytes("<|end|>".join(documents).encode())
+    table = pyarrow.table({"text": documents, "id": list(range(len(documents)))})
+    pyarrow.parquet.write_table(table, folder / "docs.parquet", row_group_size=70)
+    os.makedirs(folder / "hub" / "data")
+    for split, part in (("train-00000-of-00002", table[:150]), ("train-00001-of-00002", table[150:])):
+        pyarrow.parquet.write_table(part, folder / "hub" / "data" / f"{split}.parquet", row_group_size=40)
+    pyarrow.parquet.write_table(table[:20], folder / "hub" / "data" / "validation-00000-of-00001.parquet")
+    return folder, documents
+
+
+def text_flags(folder, data_dir, files="docs.jsonl", tokenizer="char", **more):
+    flags = (
+        dict(files=folder / files, column="body", tokenizer=tokenizer, data_dir=data_dir, workers=1) | more
+    )
+    return [f"--{key}={value}" for key, value in flags.items()]
+
+
+def read(folder):
+    """({split: ids}, meta, tokenizer) of a data set"""
+    with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
+        meta = json.load(file)
+    ids = {}
+    for split, n in meta["tokens"].items():
+        names = sorted(name for name in meta["shards"] if name.startswith(split))
+        parts = [np.fromfile(os.path.join(folder, name), "<u2") for name in names]
+        assert all(part.size == parts[0].size >= parts[-1].size for part in parts[:-1])
+        ids[split] = np.concatenate(parts).tolist()
+        assert len(ids[split]) == n
+    return ids, meta, make_tokenizer(with_content(meta["tokenizer"], str(folder)))
+
+
+def documents_of(folder):
+    """{split: [text of each document]}, decoded"""
+    ids, meta, tokenizer = read(folder)
+    found = {}
+    for split, row in ids.items():
+        assert row[0] == meta["eot"] == row[-1]  # the end of a text stands before the first one, too
+        found[split], text = [], []
+        for token in row[1:]:
+            if token == meta["eot"]:
+                found[split].append(tokenizer.decode(text))
+                text = []
+            else:
+                text.append(token)
+        assert meta["bytes"][split] == sum(len(text.encode()) for text in found[split])
+        assert meta["documents"][split] == len(found[split])
+    return found
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "sentencepiece", "gpt2"])
+def test_text_comes_back(corpus, tmp_path, tokenizer):
+    """bug guarded: spaces, line ends or rare characters that a tokenizer's settings change or drop"""
+    folder, documents = corpus
+    flags = text_flags(folder, tmp_path, tokenizer=tokenizer, vocab_size=330)
+    out, _ = run("prepare/text.py", *flags, patch=TIKTOKEN)
+    found = documents_of(tmp_path / "text")
+    assert sorted(found["train"] + found["val"]) == sorted(documents)
+    assert 0 < len(found["val"]) < 60
+    assert "tokens per byte" in out and f"{len(found['train'])} documents" in out
+
+
+@pytest.mark.parametrize("name", ["docs.txt", "separated.txt", "docs.parquet", "*.jsonl"])
+def test_every_kind_of_file(corpus, tmp_path, name):
+    """bug guarded: a reader that loses the last document, or the text around the border of what is held
+    out"""
+    folder, documents = corpus
+    flags = text_flags(folder, tmp_path, name, column="body" if "json" in name else "text")
+    flags += ["--separator=<|end|>"] if name == "separated.txt" else []
+    run("prepare/text.py", *flags, patch="import sources; sources.LONGEST = 1000")
+    found = documents_of(tmp_path / "text")
+    if name == "docs.txt":
+        whole = "".join(documents)
+        assert found["train"][0] + found["val"][0] == whole and found["train"][0].endswith("\n")
+        assert 0.04 < len(found["val"][0].encode()) / len(whole.encode()) < 0.06
+    else:
+        assert sorted(found["train"] + found["val"]) == sorted(documents)
+
+
+@pytest.mark.parametrize(
+    "name, more", [("docs.jsonl", []), ("docs.parquet", ["--column=text"]), ("docs.txt", [])]
+)
+def test_killed_and_continued(corpus, tmp_path, name, more):
+    """bug guarded: a document lost or repeated where a preparation was killed, and a shard that is counted
+    twice"""
+    folder, _ = corpus
+    patch = PATCH + "import sources; sources.LONGEST = 1000\n"
+    run("prepare/text.py", *text_flags(folder, tmp_path / "whole", name), *more, patch=patch)
+    flags = [*text_flags(folder, tmp_path / "killed", name), *more]
+    place, progress, kills = tmp_path / "killed" / "text", {}, 0
+    while kills < 3:
+        child = start("prepare/text.py", *flags, patch=patch + SLOW)
+        before, deadline = sum(progress.get("tokens", {}).values()), time.time() + 60
+        while sum(progress.get("tokens", {}).values()) < before + 5000:
+            assert child.poll() is None and time.time() < deadline, child.communicate()
+            progress = tokens.read_json(place / "progress.json")
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        kills += 1
+        assert not os.path.exists(place / "meta.json")
+    out, _ = run("prepare/text.py", *flags, patch=patch)
+    assert "going on" in out
+    whole = tmp_path / "whole" / "text"
+    assert sorted(os.listdir(place)) == sorted(os.listdir(whole))
+    for file in os.listdir(whole):
+        if file.endswith(".bin"):
+            assert (place / file).read_bytes() == (whole / file).read_bytes(), file
+    assert len([file for file in os.listdir(whole) if file.startswith("train")]) > 3
+    assert "is complete" in run("prepare/text.py", *flags)[0]
+
+
+def test_hub_folder(corpus, tmp_path):
+    """bug guarded: the hub's own val split mixed with training text, max_documents of the wrong split"""
+    folder, documents = corpus
+    flags = [f"--repo={folder / 'hub'}", f"--data_dir={tmp_path}", "--workers=1", "--tokenizer=char"]
+    run("prepare/tinystories.py", *flags, "--max_documents=170")
+    found = documents_of(tmp_path / "tinystories")
+    assert found == {"train": documents[:170], "val": documents[:20]}
+    run("prepare/fineweb_edu.py", *flags, "--config=", "--val_fraction=0.2", "--name=hashed")
+    found = documents_of(tmp_path / "hashed")
+    assert sorted(found["train"] + found["val"]) == sorted(documents) and 30 < len(found["val"]) < 90
+    assert found["val"] == [text for text in documents if tokens.split_of(text, 0.2) == "val"]
+
+
+def test_hub_killed_and_continued(corpus, tmp_path):
+    """bug guarded: a stream of the hub that goes on at another document than the one after the last
+    written"""
+    folder, documents = corpus
+    flags = [f"--repo={folder / 'hub'}", f"--data_dir={tmp_path}", "--workers=1", "--tokenizer=char"]
+    child = start("prepare/tinystories.py", *flags, patch=PATCH + SLOW)
+    deadline = time.time() + 60
+    while (
+        tokens.read_json(tmp_path / "tinystories" / "progress.json").get("tokens", {}).get("train", 0) < 9000
+    ):
+        assert child.poll() is None and time.time() < deadline, child.communicate()
+    child.kill()
+    child.communicate()
+    run("prepare/tinystories.py", *flags, patch=PATCH)
+    assert documents_of(tmp_path / "tinystories") == {"train": documents, "val": documents[:20]}
+
+
+def test_interrupt_says_how_to_go_on(corpus, tmp_path):
+    """bug guarded: Ctrl-C that ends in a traceback, or hangs on its workers"""
+    child = start("prepare/text.py", *text_flags(corpus[0], tmp_path), patch=PATCH + SLOW)
+    while not tokens.read_json(tmp_path / "text" / "progress.json").get("tokens"):
+        assert child.poll() is None, child.communicate()
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == 130 and "same command goes on" in err and "Traceback" not in err
+
+
+FULL = """
+real_write, count = tokens.Split.write, [0]
+def write(self, ids):
+    count[0] += 1
+    if count[0] > 30:
+        real_write(self, ids[:7])
+        raise OSError(28, "No space left on device")
+    real_write(self, ids)
+tokens.Split.write = write
+"""
+
+
+def test_full_disk_loses_nothing(corpus, tmp_path):
+    """bug guarded: a disk that fills during a preparation leaves a torn file behind, or costs what was
+    written"""
+    folder, _ = corpus
+    run("prepare/text.py", *text_flags(folder, tmp_path / "whole"), patch=PATCH)
+    flags = text_flags(folder, tmp_path / "full")
+    _, err = run("prepare/text.py", *flags, patch=PATCH + FULL, code=1)
+    assert "No space left" in err and "goes on" in err and err.count("\n") == 1
+    assert not [name for name in os.listdir(tmp_path / "full" / "text") if ".tmp" in name]
+    run("prepare/text.py", *flags, patch=PATCH)
+    for name in os.listdir(tmp_path / "whole" / "text"):
+        if name.endswith(".bin"):
+            whole = (tmp_path / "whole" / "text" / name).read_bytes()
+            assert (tmp_path / "full" / "text" / name).read_bytes() == whole
+
+
+def test_disk_too_small(corpus, tmp_path):
+    """bug guarded: hours of work before it turns out that the tokens do not fit"""
+    patch = "import shutil; shutil.disk_usage = lambda path: type('', (), {'free': 1000})"
+    _, err = run("prepare/text.py", *text_flags(corpus[0], tmp_path), patch=patch, code=1)
+    assert err.startswith("error:") and "GB free" in err and not os.path.exists(tmp_path / "text")
+
+
+BAD = {
+    "latin1.txt": (b"good line\n" * 300 + b"caf\xe9\n", [], "byte 3,003 (0xe9) is not UTF-8"),
+    "empty.txt": (b"", [], "no text in 1 file"),
+    "list.jsonl": (b'{"body": "a"}\n[1]\n', [], "line 2 has no 'body'"),
+    "torn.jsonl": (b'{"body": "a"}\n{"body": "b', [], "line 2 is not JSON"),
+    "number.jsonl": (b'{"body": 3}\n', [], "is int, not text"),
+    "half.jsonl": (b'{"body": "\\ud800"}\n', [], "surrogate"),
+    "fake.parquet": (b"text", [], "is no parquet file"),
+    "nul.txt": (b"a\0b\n" * 20, [], "NUL"),
+    "one.jsonl": (b'{"body": "a"}\n', [], "among so few"),
+    "vocab.txt": (b"abc\n" * 50, ["--tokenizer=sentencepiece", "--vocab_size=4000"], "vocab_size = 4000"),
+    "tokenizer.txt": (b"abc\n" * 50, ["--tokenizer=gpt-2"], "tokenizer = 'gpt-2' is unknown"),
+    "model.txt": (b"abc\n" * 50, ["--tokenizer={path}"], "is no SentencePiece model"),
+    "fraction.txt": (b"abc\n" * 50, ["--val_fraction=1"], "val_fraction = 1.0 must be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(tmp_path, name):
+    """bug guarded: a traceback, or half a data set left in place, for text that cannot be used"""
+    content, more, expected = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    more = [flag.format(path=tmp_path / name) for flag in more]
+    _, err = run("prepare/text.py", *text_flags(tmp_path, tmp_path / "data", name), *more, code=2)
+    assert expected in err and err.count("error:") == 1
+    assert not os.path.exists(tmp_path / "data" / "text")
+
+
+@pytest.mark.parametrize(
+    "flag, expected",
+    [
+        ("--config=odd", "'odd'"),
+        ("--split=tran", "train"),
+        ("--column=body", "it has text, id"),
+        ("--repo=./nowhere", "is neither a folder nor on the hub"),
+    ],
+)
+def test_bad_hub_options(corpus, tmp_path, flag, expected):
+    """bug guarded: a traceback of the datasets library for a mistyped name"""
+    flags = [f"--repo={corpus[0] / 'hub'}", f"--data_dir={tmp_path}", "--tokenizer=char", "--config="]
+    offline = "import os; os.environ['HF_HUB_OFFLINE'] = '1'"
+    _, err = run("prepare/fineweb_edu.py", *flags, flag, patch=offline, code=1 if "nowhere" in flag else 2)
+    assert err.startswith("error:") and err.count("\n") == 1
+    assert expected in err or "nowhere" in flag
+    assert not os.path.exists(tmp_path / "fineweb_edu")
+
+
+def test_no_two_sources_in_one_folder(corpus, tmp_path):
+    """bug guarded: another preparation's tokens overwritten, or continued with other text"""
+    flags = text_flags(corpus[0], tmp_path)
+    run("prepare/text.py", *flags)
+    _, err = run("prepare/text.py", *flags, "--val_fraction=0.1", code=2)
+    assert "holds another data set" in err
+
+
+class Flaky:
+    """a source of 40 documents that loses its connection twice, each time after a few more"""
+
+    def __init__(self):
+        self.at, self.falls = 0, [7, 23]
+
+    def pieces(self, state):
+        for self.at in range((state or 0) + 1, 41):
+            if self.falls and self.at > self.falls[0]:
+                self.falls.pop(0)
+                raise ConnectionError("reset by peer")
+            yield "train", f"document {self.at}" * 20, True, True
+
+    def state(self):
+        return self.at
+
+    def fraction(self):
+        return self.at / 40
+
+
+def test_a_lost_connection_is_taken_up_again(monkeypatch):
+    """bug guarded: documents lost or repeated where the hub fell away and came back"""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(tokens, "CHUNK_BYTES", 1000)
+    cfg, mark = (
+        config.SimpleNamespace(max_documents=0, val_fraction=0.0),
+        dict(stream=0, state=None, documents=0),
+    )
+    found = [piece[1] for pieces, _, _ in tokens.chunks(cfg, [Flaky()], mark) for piece in pieces]
+    assert found == [f"document {i}" * 20 for i in range(1, 41)]
+
+
+@pytest.mark.parametrize("text", ["a" * 700_000, "ab " * 200_000, "\u65e5\u672c" * 150_000, "x\n" * 150_000])
+def test_an_endless_line(tmp_path, text):
+    """bug guarded: a text without line ends that takes a tokenizer for ever, or changes where it is cut"""
+    from types import SimpleNamespace
+
+    import sentencepiece
+    import vocab
+
+    cfg = SimpleNamespace(tokenizer="sentencepiece", vocab_size=380, max_documents=0, val_fraction=0.0)
+    stream = sources.Files([__file__], "text", "", 0.0)
+    content = vocab.train(cfg, sentencepiece, [stream])
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    spec = dict(kind="sentencepiece", content=content)
+    tokens.start_worker.__globals__["worker"] = make_tokenizer(spec), 2, np.dtype("<u2")
+    began = time.time()
+    ids, documents, size = tokens.encode_chunk([("train", text, True, True)])["train"]
+    assert make_tokenizer(spec).decode(ids[:-1].tolist()) == text and ids[-1] == 2
+    assert (documents, size) == (1, len(text.encode())) and time.time() - began < 20
+
+
+def test_endless_line_in_a_file(tmp_path, capsys):
+    """bug guarded: a file of one line is read into memory as a whole, or torn inside a character"""
+    path = str(tmp_path / "endless.txt")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\u65e5" * 1_500_000)
+    stream = sources.Files([path], "text", "", 0.1)
+    pieces = list(stream.pieces(None))
+    assert "".join(text for _, text, _, _ in pieces) == "\u65e5" * 1_500_000
+    assert max(len(text.encode()) for _, text, _, _ in pieces) <= sources.LONGEST
+    assert [(first, last) for _, _, first, last in pieces][0] == (True, False)
+    assert capsys.readouterr().out.count("warning") == 1

@@ -1,0 +1,359 @@
+"""tasks.py, evaluate.py and the two preparations of text to score: numbers worked out by hand or by a plain
+loop."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import blimp
+import lambada
+import pytest
+import torch
+from conftest import CHARS, ROOT, run, settings, train, write_data
+
+import data
+import tasks
+from model import Transformer
+
+CHAR = data.tokenizer({"kind": "char", "chars": CHARS})
+PAIR = dict(
+    sentence_good="a cat sits", sentence_bad="a cat sit", UID="agreement_1", linguistics_term="agreement"
+)
+
+
+class Bigram:
+    """a model whose chances of the next token follow from the last one alone: {(last, next): chance}, what
+    is left of each 1 evenly on the other tokens"""
+
+    def __init__(self, chances, ids, seq_len=64):
+        table = torch.full((len(ids), len(ids)), float("nan"))
+        for last, row in ids.items():
+            given = {ids[b]: chance for (a, b), chance in chances.items() if a == last}
+            table[row] = (1 - sum(given.values())) / (len(ids) - len(given))
+            for column, chance in given.items():
+                table[row, column] = chance
+        self.logits = table.log() + 3.0  # not normalised
+        self.cfg, self.embed = SimpleNamespace(seq_len=seq_len), SimpleNamespace(weight=self.logits)
+
+    def __call__(self, idx, cache=None):
+        assert idx.shape[1] <= self.cfg.seq_len
+        if cache is None:
+            return self.logits[idx]
+        cache.length += idx.shape[1]
+        return self.logits[idx][:, -1:]
+
+
+def plain_score(model, ids, n):
+    """(nats, greedy) of the last n ids, one at a time, nothing padded"""
+    ids, nats, greedy = torch.tensor(ids)[-model.cfg.seq_len - 1 :], 0.0, True
+    logits = model(ids[None, :-1])[0].double()
+    for place in range(len(ids) - n, len(ids)):
+        nats += logits[place - 1].log_softmax(-1)[ids[place]].item()
+        greedy &= logits[place - 1].argmax().item() == ids[place].item()
+    return nats, greedy
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@torch.no_grad()
+def test_log_likelihoods_equal_a_plain_loop(batch_size):
+    """bugs guarded: padding or context that is scored, targets off by one, a text cut on the right, results
+    in the order of the lengths"""
+    torch.manual_seed(0)
+    model, texts = Transformer(settings(ternary=False)).eval(), []
+    for length in (2, 3, 9, 9, 16, 17, 18, 40):
+        ids = torch.randint(28, (length,)).tolist()
+        texts += [(tuple(ids), n) for n in {1, min(length - 1, 5), min(length - 1, 16)}]
+        ids[-1] = model(torch.tensor([ids[-17:-1]]))[0, -1].argmax().item()
+        texts.append((tuple(ids), 1))
+    found = tasks.log_likelihoods(model, texts, batch_size)
+    want = [plain_score(model, *text) for text in texts]
+    assert {greedy for _, greedy in want} == {False, True}
+    for text, (nats, greedy) in zip(texts, want):
+        assert found[text] == (pytest.approx(nats, abs=1e-4), greedy)
+
+
+def test_what_is_scored_is_never_cut(capsys):
+    """bug guarded: the better of two sentences by the halves that the model can see"""
+    model, ids = Bigram({}, CHAR.ids, seq_len=8), tuple(CHAR.encode("\nabcdefgh"))
+    assert tasks.log_likelihoods(model, [(ids, 8)], 1)[ids, 8][0] == pytest.approx(-8 * math.log(28))
+    with pytest.raises(SystemExit):
+        tasks.log_likelihoods(model, [(ids + ids, 9)], 1)
+    assert "has 9 tokens, the model reads 8" in capsys.readouterr().err
+
+
+def test_lambada_by_hand():
+    """bugs guarded: a mean over tokens for the mean over words, one right token of a word for a right word,
+    the space left with the context"""
+    model = Bigram({("a", " "): 0.5, (" ", "b"): 0.6, ("b", "c"): 0.3, ("b", "d"): 0.4}, CHAR.ids)
+    texts = ["q a b", "q a bd", "q a bc"]  # the last: d is likelier
+    result, lines = tasks.lambada(model, CHAR, 0, [dict(text=text) for text in texts], 2)
+    nats = [math.log(0.5 * 0.6 * last) for last in (1, 0.4, 0.3)]
+    assert result["accuracy"] == pytest.approx(2 / 3) and result["n"] == 3
+    assert result["perplexity"] == pytest.approx(math.exp(-sum(nats) / 3), rel=1e-6)
+    assert result["tokens"] == 8 and result["val_loss"] == pytest.approx(-sum(nats) / 8, rel=1e-6)
+    assert result["contexts_cut"] == 0 and len(lines) == 2
+
+
+def test_lambada_tells_how_many_contexts_were_cut():
+    """bugs guarded: a context cut in silence, or from the right; one that just fits counted as cut"""
+    model = Bigram({("a", " "): 0.5}, CHAR.ids, seq_len=8)
+    # what is read: the end-of-text token and the text but its last character
+    for text, cut in (("xxxxa b", 0), ("xxxxxa b", 0), ("xxxxxxa b", 1), ("x" * 40 + "a b", 1)):
+        result, lines = tasks.lambada(model, CHAR, 0, [dict(text=text)], 2)
+        assert result["contexts_cut"] == cut and len(lines) == 2 + cut
+        assert result["perplexity"] == pytest.approx(28 / 0.5, rel=1e-6)
+
+
+class Pieces:
+    """a tokenizer whose tokens may span a space: always the longest piece that fits"""
+
+    def __init__(self, *pieces):
+        self.ids = {piece: i for i, piece in enumerate(pieces)}
+
+    def encode(self, text):
+        if not text:
+            return []
+        piece = max((piece for piece in self.ids if text.startswith(piece)), key=len)
+        return [self.ids[piece], *self.encode(text[len(piece) :])]
+
+
+def test_lambada_scores_a_token_across_the_border_with_the_word():
+    """bug guarded: as many ids taken for the context as it has alone, where a token spans the border"""
+    pieces = Pieces("\n", "a", "b", " ", "c", "b c", "d")
+    model = Bigram({("a", "b c"): 0.25, ("b c", "d"): 0.5, ("b", "d"): 0.9}, pieces.ids)
+    result, lines = tasks.lambada(model, pieces, 0, [dict(text="ab cd")], 1)
+    assert result["tokens"] == 2 and result["perplexity"] == pytest.approx(8, rel=1e-6)
+    assert any("1 passages have a token across the border" in line for line in lines)
+
+
+def pair(good, bad, paradigm, phenomenon):
+    return dict(sentence_good=good, sentence_bad=bad, UID=paradigm, linguistics_term=phenomenon)
+
+
+def test_blimp_by_hand():
+    """bugs guarded: a mean per token for the sum, a tie that counts whole or not at all, large paradigms
+    that weigh more, good and bad exchanged"""
+    model = Bigram({("a", "b"): 0.5, ("\n", "z"): 0.01}, CHAR.ids)
+    examples = [
+        pair("ab", "ac", "one", "x"),  # right
+        pair("ac", "ab", "one", "x"),  # wrong
+        pair("ad", "ac", "one", "x"),  # a tie
+        pair("ad", "ad", "one", "x"),  # a tie
+        pair("ac", "abc", "two", "x"),  # right as a whole: the shorter; per token the other is likelier
+        pair("zc", "ac", "three", "y"),  # wrong by the first token, after the end of a text
+    ]
+    result, lines = tasks.blimp(model, CHAR, 0, examples, 4)
+    assert result["accuracy_by_paradigm"] == dict(one=0.5, two=1.0, three=0.0)
+    assert result["accuracy_by_phenomenon"] == dict(x=0.75, y=0.0) and result["accuracy"] == 0.5
+    assert result["n"] == 6 and result["tokens"] == 12 and len(lines) == 3
+
+
+def test_a_text_has_one_score_whatever_its_batch():
+    """bug guarded: two equal sentences that are no tie, because they were padded differently"""
+    torch.manual_seed(0)
+    model = Transformer(settings()).eval()
+    examples = [pair("the same", "the same", "one", "x"), pair("a", "a longer one", "one", "x")]
+    assert tasks.blimp(model, CHAR, 0, examples, 2)[0]["accuracy"] in (0.25, 0.75)
+    asked = []
+    model.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
+    tasks.blimp(model, CHAR, 0, examples, 2)
+    assert sum(asked) == 3
+
+
+def test_arithmetic_by_hand():
+    """bugs guarded: an answer that goes on, or stops early, counted as right; the wrong kind"""
+    chars = "\n+=0123456789"
+    tokenizer = data.tokenizer({"kind": "char", "chars": chars})
+    model = Bigram({("=", "1"): 0.5, ("1", "2"): 0.5, ("2", "\n"): 0.5}, tokenizer.ids)  # says 12 to all
+    problems = [("5+7=", "12"), ("7+5=", "12"), ("10+2=", "12"), ("1+0=", "1"), ("10+113=", "123")]
+    result, lines = tasks.arithmetic(model, tokenizer, 0, problems, 2)
+    assert result["accuracy"] == 3 / 5 and result["n"] == 5
+    assert result["accuracy_by_kind"] == {"+1": 2 / 3, "+2": 1.0, "+3": 0.0}
+    assert "  wrong: 1+0=12, right is 1" in lines and "  wrong: 10+113=12, right is 123" in lines
+
+
+def write_lines(path, *rows):
+    os.makedirs(path.parent, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_task(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    return meta, [json.loads(line) for line in (folder / "task.jsonl").read_text().splitlines()]
+
+
+def test_tasks_from_local_files(tmp_path):
+    """bugs guarded: a file that is left out, columns that the score does not need, half a task that looks
+    whole"""
+    write_lines(tmp_path / "b.jsonl", dict(text="two words", id=7))
+    write_lines(tmp_path / "a.jsonl", dict(text=" \u00e9t\u00e9 last\n"), dict(text="one two"))
+    run("prepare/lambada.py", f"--files={tmp_path}/*.jsonl", f"--data_dir={tmp_path}/data")
+    meta, rows = read_task(tmp_path / "data/lambada")
+    assert [row["text"] for row in rows] == ["\u00e9t\u00e9 last", "one two", "two words"]
+    assert meta["task"] == "lambada" and meta["examples"] == 3 and meta["complete"] is True
+    write_lines(tmp_path / "pairs/x.jsonl", PAIR | dict(field="syntax"))
+    where = (f"--files={tmp_path}/pairs/x.jsonl", f"--data_dir={tmp_path}/data")
+    run("prepare/blimp.py", *where, "--name=pairs")
+    assert read_task(tmp_path / "data/pairs") == (meta | read_task(tmp_path / "data/pairs")[0], [PAIR])
+    _, err = run("prepare/blimp.py", *where, "--name=lambada", code=2)
+    assert "holds another data set" in err and read_task(tmp_path / "data/lambada")[0] == meta
+
+
+@pytest.mark.parametrize(
+    "script, content, says",
+    [
+        (
+            "lambada",
+            '{"text": "a b"}\n{"txt": "a b"}\n',
+            "x.jsonl, line 2: no text in column 'text'; it has txt",
+        ),
+        ("lambada", '{"text": " "}\n', "line 1: no text in column 'text'"),
+        ("lambada", '{"text": 3}\n', "line 1: no text in column 'text'"),
+        ("lambada", '["a b"]\n', "line 1: no text in column 'text'; it is ['a b']"),
+        ("lambada", '{"text": "alone "}\n', "line 1: 'alone' is one word"),
+        ("lambada", '{"text": "a b"}\n{"text": "a\n', "x.jsonl, line 2: not JSON"),
+        ("lambada", '{"text": "a \u00e9"}\n'.encode("latin-1"), "x.jsonl, line 1: not JSON"),
+        ("lambada", "", "no text in 1 file"),
+        ("lambada", None, "no file is there"),
+        ("blimp", json.dumps(PAIR | dict(UID="")), "line 1: no text in column 'UID'"),
+        ("blimp", '{"sentence_good": "a"}', "no text in column 'sentence_bad'; it has sentence_good"),
+    ],
+)
+def test_wrong_rows_are_refused(tmp_path, script, content, says):
+    """bug guarded: a traceback, or a score over what was silently skipped"""
+    if content is not None:
+        (tmp_path / "x.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    where = (f"--files={tmp_path}/x.jsonl", f"--data_dir={tmp_path}/data")
+    _, err = run(f"prepare/{script}.py", *where, code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err, err
+    assert not os.path.exists(tmp_path / "data")
+
+
+def test_flags_that_exclude_each_other_are_refused():
+    """bugs guarded: --repo that --files silently overrides; modules found only from where the tests run"""
+    _, err = run("prepare/blimp.py", "--files=x", "--repo=y", "--config=z", "--name=", code=2)
+    assert err.count("error: ") == 3 and "files = 'x' and repo = 'y' exclude each other" in err
+    for script in ("prepare/lambada.py", "prepare/blimp.py"):
+        shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert f"python {script}" in shown.stdout and "--revision=" in shown.stdout, shown.stderr
+
+
+def local_hub(folder, kind, **configs):
+    """a folder laid out as a repository of the hub: {config: (split, rows)}"""
+    import datasets
+
+    readme = "---\nconfigs:\n"
+    for name, (split, rows) in configs.items():
+        readme += f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {name}/*.{kind}\n"
+        os.makedirs(folder / name)
+        table = datasets.Dataset.from_list(rows)
+        (table.to_json if kind == "jsonl" else table.to_parquet)(folder / name / f"0.{kind}")
+    (folder / "README.md").write_text(readme + "---\n")
+
+
+def test_tasks_from_a_folder_like_the_hub(tmp_path, capsys):
+    """bugs guarded: only the first of the paradigms, the wrong split or configuration, a bar in a log"""
+    pytest.importorskip("datasets", reason="the package datasets is not installed")
+    patch = f"import os; os.environ |= dict(HF_HUB_OFFLINE='1', HF_HOME={str(tmp_path / 'home')!r})"
+    words, where = [dict(text="un deux"), dict(text="trois quatre")], f"--data_dir={tmp_path}/data"
+    local_hub(tmp_path / "words", "jsonl", en=("test", [dict(text="one two")]), fr=("test", words))
+    _, err = run("prepare/lambada.py", f"--repo={tmp_path}/words", "--config=fr", where, patch=patch)
+    assert read_task(tmp_path / "data/lambada")[1] == words and err == ""
+    assert "--revision=" in read_task(tmp_path / "data/lambada")[0]["source"]
+    with pytest.raises(SystemExit):
+        lambada.rows(SimpleNamespace(repo=str(tmp_path / "words"), split="test", revision=""), "it")
+    assert "error: config = 'it' of" in capsys.readouterr().err
+    other, more = PAIR | dict(UID="agreement_2"), dict(field="syntax")
+    local_hub(tmp_path / "pairs", "parquet", one=("train", [PAIR, PAIR]), two=("train", [other | more]))
+    run("prepare/blimp.py", f"--repo={tmp_path}/pairs", where, patch=patch)
+    assert read_task(tmp_path / "data/blimp")[1] == [PAIR, PAIR, other]
+    assert blimp.config_names(SimpleNamespace(config="two")) == ["two"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """data_dir, out_dir of a tiny run"""
+    folder = tmp_path_factory.mktemp("trained")
+    data_dir, out_dir = write_data(folder / "data"), str(folder / "runs")
+    train(data_dir, out_dir, "r", max_steps=4, eval_every=0, sample_every=0, prepare="python prepare/x.py")
+    return data_dir, out_dir
+
+
+def evaluate(trained, *args, code=0):
+    """(the JSON line, stdout, stderr) of evaluate.py on the tiny run"""
+    out, err = run("evaluate.py", f"--ckpt={trained[1]}/r", f"--data_dir={trained[0]}", *args, code=code)
+    return code == 0 and json.loads(out.strip().split("\n")[-1]), out, err
+
+
+def change_meta(data_dir, name, **changes):
+    path = os.path.join(data_dir, name, "meta.json")
+    with open(path, encoding="utf-8") as file:
+        meta = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(meta | changes, file)
+
+
+def test_evaluate_reads_the_splits_of_any_data_set_with_its_tokenizer(trained):
+    """bugs guarded: another split or data set than asked for; bits per byte as if a token were a byte; ids
+    of another vocabulary"""
+    result = evaluate(trained, "--split=train")[0]
+    assert result["tokens"] == 31 * 16 and result["split"] == "train" and "accuracy" not in result
+    write_data(trained[0], "other", n_val=400)
+    change_meta(trained[0], "other", bytes=dict(train=500, val=1600))
+    other = evaluate(trained, "--dataset=other", "--eval_tokens=64")[0]
+    assert other["dataset"] == "other" and other["split"] == "val" and other["tokens"] == 64
+    assert other["bits_per_byte"] == pytest.approx(other["val_loss"] / math.log(2) / 4)
+    write_data(trained[0], "foreign", vocab_size=300)
+    change_meta(trained[0], "foreign", tokenizer=dict(kind="char", chars="\nab", sha256="0" * 64))
+    assert "has another tokenizer" in evaluate(trained, "--dataset=foreign", code=2)[2]
+
+
+def test_evaluate_refuses_what_is_not_there(trained):
+    """bug guarded: a traceback, or the preparation of the training data named for another data set"""
+    for flag, says in (
+        ("--dataset=lambada", "make it: python prepare/lambada.py --data_dir="),
+        ("--games=0", "games = 0 must be at least 1"),
+    ):
+        err = evaluate(trained, flag, code=2)[2]
+        assert err.startswith("error: ") and says in err, err
+
+
+def test_evaluate_scores_text(trained, tmp_path):
+    """bugs guarded: a task that evaluate.py takes for token files; a split that a task does not have"""
+    where, long = f"--data_dir={trained[0]}", dict(text="a context far too long for it")
+    write_lines(tmp_path / "words.jsonl", dict(text="some words here"), long)
+    write_lines(tmp_path / "pairs.jsonl", PAIR, PAIR | dict(sentence_good="the end"))
+    run("prepare/lambada.py", f"--files={tmp_path}/words.jsonl", where, "--name=words")
+    run("prepare/blimp.py", f"--files={tmp_path}/pairs.jsonl", where, "--name=pairs")
+    words, out, err = evaluate(trained, "--dataset=words", "--batch_size=1")
+    assert words["n"] == 2 and words["contexts_cut"] == 1 and words["step"] == 4 and err == ""
+    assert words["tokens"] == len(" here it") and 20 < math.exp(words["val_loss"]) < 40
+    assert "2 examples" in out and "1 passages lost their beginning" in out
+    pairs = evaluate(trained, "--dataset=pairs")[0]
+    assert pairs["n"] == 2 and pairs["accuracy_by_phenomenon"] == dict(agreement=pairs["accuracy"])
+    assert "has the split val only" in evaluate(trained, "--dataset=pairs", "--split=train", code=2)[2]
+
+
+def test_half_a_task_is_not_scored(tmp_path, capsys):
+    """bug guarded: a score over what is left of a file; a traceback for a character that is not known"""
+    write_lines(tmp_path / "words.jsonl", dict(text="some words"))
+    run("prepare/lambada.py", f"--files={tmp_path}/words.jsonl", f"--data_dir={tmp_path}")
+    folder, path = str(tmp_path / "lambada"), tmp_path / "lambada/task.jsonl"
+    assert tasks.read(folder) == ("lambada", [dict(text="some words")])
+    for damage, says in (
+        (lambda: change_meta(tmp_path, "lambada", task="chess"), "task 'chess' is unknown"),
+        (lambda: os.truncate(path, 5), "task.jsonl is damaged"),
+        (lambda: os.truncate(path, 0), "has 0 examples, meta.json says 1"),
+        (lambda: (tmp_path / "lambada/meta.json").write_text("{"), "meta.json is damaged"),
+        (lambda: os.remove(tmp_path / "lambada/meta.json"), "is not complete (no meta.json)"),
+    ):
+        damage()
+        with pytest.raises(SystemExit) as stop:
+            tasks.read(folder)
+        assert says in capsys.readouterr().err and stop.value.code == 2
+    with pytest.raises(SystemExit):
+        tasks.lambada(Bigram({}, CHAR.ids), CHAR, 0, [dict(text="a b"), dict(text="a B")], 1)
+    assert "example 2 ('a B'): the tokenizer has no character 'B'" in capsys.readouterr().err

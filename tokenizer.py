@@ -1,0 +1,110 @@
+"""
+Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE.
+
+A tokenizer is described by a spec, the `tokenizer` entry of meta.json: {kind, sha256, ...}. Those of
+SentencePiece and tiktoken live in a file beside the token files; a checkpoint holds the file's content too,
+so that using a model needs nothing else and no network. All have encode(text) -> ids and decode(ids) ->
+text, and decode(encode(text)) == text, but for U+2581, which SentencePiece takes for a space.
+"""
+
+import base64
+import hashlib
+import os
+
+from config import fail, library
+
+
+class CharTokenizer:
+    """one token per character, in the order of spec["chars"]"""
+
+    def __init__(self, spec):
+        self.chars = spec["chars"]
+        self.ids = {char: i for i, char in enumerate(self.chars)}
+
+    def encode(self, text):
+        """token ids of text; ValueError for a character that the training text did not have"""
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as error:
+            shown = self.chars if len(self.chars) < 200 else self.chars[:200] + "..."
+            raise ValueError(f"the tokenizer has no character {error.args[0]!r}; it has {shown!r}") from None
+
+    encode_on = encode
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids)
+
+
+class SentencePieceTokenizer:
+    def __init__(self, spec):
+        spm = library("sentencepiece")
+        self.model = spm.SentencePieceProcessor(model_proto=spec["content"])
+        self.newline = self.model.encode("\n")
+
+    def encode(self, text):
+        return self.model.encode(text)
+
+    def encode_on(self, text):
+        """ids of text that goes on from earlier text: without the space that SentencePiece puts before a
+        text"""
+        ids, n = self.model.encode("\n" + text), len(self.newline)
+        assert ids[:n] == self.newline, "this SentencePiece model joins line ends to what follows"
+        return ids[n:]
+
+    def decode(self, ids):
+        return self.model.decode(ids)
+
+
+class TiktokenTokenizer:
+    def __init__(self, spec):
+        ranks = (line.split() for line in spec["content"].splitlines() if line)
+        self.model = library("tiktoken").Encoding(
+            spec["name"],
+            pat_str=spec["pattern"],
+            mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in ranks},
+            special_tokens=spec["special"],
+        )
+
+    def encode(self, text):
+        """ids of text, in which the names of special tokens are ordinary text"""
+        return self.model.encode_ordinary(text)
+
+    encode_on = encode
+
+    def decode(self, ids):
+        return self.model.decode(ids)
+
+
+KINDS = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer, "tiktoken": TiktokenTokenizer}
+
+
+def make_tokenizer(spec):
+    """the tokenizer of a spec that has its content"""
+    if spec["kind"] not in KINDS:
+        fail(f"tokenizer kind {spec['kind']!r} is unknown; this version reads {', '.join(KINDS)}")
+    return KINDS[spec["kind"]](spec)
+
+
+def with_content(spec, folder):
+    """spec and the content (bytes) of the file it names in folder, checked against its sha256"""
+    if "file" not in spec:
+        return spec
+    path = os.path.join(folder, spec["file"])
+    if not os.path.exists(path):
+        fail(f"tokenizer {path} is missing; make the data set again")
+    with open(path, "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != spec["sha256"]:
+        fail(f"tokenizer {path} is not the one that meta.json describes (sha256); make the data set again")
+    return spec | {"content": content}
+
+
+def encode_prompt(tokenizer, eot, text):
+    """ids of a prompt: the end-of-text token first, since every document in training followed one"""
+    return [eot, *tokenizer.encode(text)]
+
+
+def continuation(tokenizer, prompt, new):
+    """the text that the ids `new` add to a prompt (ids as of encode_prompt): decoded together, because a
+    SentencePiece text decoded alone loses its leading space"""
+    return tokenizer.decode(prompt[1:] + new)[len(tokenizer.decode(prompt[1:])) :]
