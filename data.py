@@ -21,8 +21,6 @@ import torch
 
 from config import fail
 from files import write_json
-from tokenizer import continuation, encode_prompt, with_content  # noqa: F401
-from tokenizer import make_tokenizer as tokenizer  # noqa: F401
 
 
 def meta(cfg):

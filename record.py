@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def read(run_dir, name):
         return []
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read().split("\n")[:-1]
-    return [json.loads(line) for line in lines if is_whole(line)]
+    return [row for row in map(parsed, lines) if row is not None]
 
 
 def last(run_dir, name, has="step", **fields):
@@ -83,11 +84,13 @@ def last(run_dir, name, has="step", **fields):
     return next(found, {})
 
 
-def is_whole(line):
+def parsed(line):
+    """the object that a line of JSON holds, or None where it is damaged"""
     try:
-        return isinstance(json.loads(line), dict)
+        row = json.loads(line)
     except json.JSONDecodeError:
-        return False
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def rewind(run_dir, step):
@@ -100,12 +103,11 @@ def rewind(run_dir, step):
             number, again = rest.partition("/")[0], kind == "eval"
             if kind not in ("step", "eval") or not number.isdigit():
                 return step is not None
-        elif not is_whole(line):
+        elif (fields := parsed(line)) is None:
             return False
         elif name == EVENTS:
             return True
         else:
-            fields = json.loads(line)
             number, again = fields["step"], name == SAMPLES or "val_loss" in fields
         return step is not None and int(number) < step + (not again)
 
@@ -147,6 +149,7 @@ def write_config(run_dir, cfg, facts):
         | {"python": sys.version.split()[0]},
         "git_commit": commit or None,
         "pid": os.getpid(),
+        "host": platform.node(),
     }
     write_json(os.path.join(run_dir, "config.json"), found | facts)
 

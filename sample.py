@@ -1,11 +1,16 @@
 """
-Generate text with a trained model, streamed as it comes.
+Generate text with a trained model, streamed as it comes; go on with a text in turns; play tic-tac-toe.
 
     python sample.py --ckpt=runs/demo --prompt=12+34=
     python sample.py --ckpt=runs/demo --prompt=12+34= --temperature=0
     echo 12+34= | python sample.py --ckpt=runs/demo --prompt=-
+    python sample.py --ckpt=runs/demo --chat
+    python sample.py --ckpt=runs/train_tictactoe --play --side=O --ask=not_lose
 
-Text goes to stdout, tokens per second to stderr. Generation stops at the end-of-text token.
+Text goes to stdout; what is said about it to stderr: tokens per second of the prompt (prefill) and of the
+new ones (decode), and the words of the chat. Generation ends at the end-of-text token. --chat is one text
+that you and the model write in turns: base models go on with a text, they were not taught to answer. --play
+needs a model of config/train_tictactoe.py.
 """
 
 import signal
@@ -17,64 +22,241 @@ import config
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the text where it is
 FLAGS = {
     "ckpt": ("", "a run folder (its newest checkpoint), a step folder or a checkpoint.pt"),
-    "prompt": ("", "the text to go on from; - reads it from stdin"),
-    "max_new_tokens": (256, "tokens to generate at most"),
+    "prompt": ("", "the text to go on from; - reads it from stdin; with --chat what the text begins with"),
+    "prompt_file": ("", "a UTF-8 file with the text to go on from; its last newline does not count"),
+    "max_new_tokens": (256, "tokens to generate at most; in a --chat turn at most half of the context"),
     "temperature": (0.8, "0 = greedy, 1 = the model's own chances"),
     "top_k": (0, "draw from the k likeliest tokens; 0 = from all"),
     "top_p": (1.0, "draw from the likeliest tokens whose chances reach this (nucleus); 1 = from all"),
-    "num_samples": (1, "texts to generate"),
+    "num_samples": (1, "texts to generate, a line --- between them"),
     "seed": (1337, "another seed draws another text"),
     "dtype": ("float32", "float32 | bfloat16: what the matrix products compute in"),
+    "chat": (False, "write a text in turns; /help lists the commands"),
+    "play": (False, "play tic-tac-toe against the model"),
+    "side": ("X", "X | O: what you play; X begins"),
+    "ask": ("win", "win | not_lose: how the model is asked for a move (tictactoe.py)"),
 }
 cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("device",), check_run=False)
-config.need_flags(cfg, "ckpt", "prompt")
-signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in: sample.py ... | head
-
-import torch
-
-import checkpoint
-import data
-import device as machine
-from model import generate, restore
-
+config.need_flags(cfg, "ckpt", *([] if cfg.chat or cfg.play or cfg.prompt_file else ["prompt"]))
 faults = [
-    f"{name} = {getattr(cfg, name)} must be {range_}"
+    f"{name} = {getattr(cfg, name)!r} must be {range_}"
     for name, ok, range_ in (
         ("temperature", cfg.temperature == 0 or cfg.temperature >= 0.01, "0 or at least 0.01"),
         ("top_k", cfg.top_k >= 0, "at least 0"),
         ("top_p", 0 < cfg.top_p <= 1, "more than 0 and at most 1"),
         ("max_new_tokens", cfg.max_new_tokens >= 1, "at least 1"),
         ("num_samples", cfg.num_samples >= 1, "at least 1"),
+        ("side", cfg.side in ("X", "O"), "X or O"),
+        ("ask", cfg.ask in ("win", "not_lose"), "win or not_lose"),
+        ("prompt", not (cfg.prompt and cfg.prompt_file), "left out where --prompt_file is given"),
+        ("prompt", not (cfg.prompt == "-" and cfg.chat), "a text: --chat reads your messages from stdin"),
+        ("play", not (cfg.chat and cfg.play), "left out with --chat"),
     )
     if not ok
 ]
 if faults:
     config.fail(*faults)
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in: sample.py ... | head
+
+import readline  # noqa: F401 -- input() then edits lines, and takes a paste of several at once
+import select
+
+import torch
+
+import checkpoint
+import device as machine
+import tictactoe as game
+from model import generate, restore
+from tokenizer import continuation, encode_prompt, make_tokenizer
+
+HELP = """you and the model write one text in turns: your message is put after what is there, and the model
+goes on. It is a base model: it was not taught to answer. Where it ended the text, your next message begins
+another. Several lines pasted at once are one message; an empty one lets the model go on.
+  /reset   empty the history
+  /help    this
+  Ctrl-C   stop the model where it is; at the prompt: end
+  Ctrl-D   end"""
+
+
+def read_prompt():
+    """the text of --prompt or --prompt_file. Exits with 2 where it cannot be read."""
+    if cfg.prompt != "-" and not cfg.prompt_file:
+        return cfg.prompt
+    try:
+        with open(cfg.prompt_file or 0, encoding="utf-8") as file:
+            return file.read().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        setting = f"prompt_file = {cfg.prompt_file!r}" if cfg.prompt_file else "prompt = '-' (stdin)"
+        config.fail(f"{setting} cannot be read as UTF-8 text: {error}; name a text file, or --prompt=TEXT")
+
+
+def write_on(ids, max_new_tokens, generator):
+    """generate after ids (a list) and print the text as it comes; a character of which only some bytes are
+    there waits for the others. ids grows by what was printed, and by an end-of-text token, which is not.
+    Returns (seconds to the first token, tokens, seconds for the tokens after the first)."""
+    began, first, made, held = time.perf_counter(), 0.0, 0, []
+    options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
+    with machine.autocast(device, dtype):
+        for token in generate(model, torch.tensor([ids], device=device), max_new_tokens, **options):
+            held.append(token.item())
+            made, first = made + 1, first or time.perf_counter()
+            if held[-1] == eot:
+                ids.append(eot)
+                break
+            # a few tokens before are enough to tell what the new ones add; all of them would take O(n^2)
+            text = continuation(tokenizer, [eot, *ids[-8:]], held)
+            if not text.endswith("\ufffd"):
+                print(text, end="", flush=True)
+                ids += held
+                held = []
+    return first - began, made, time.perf_counter() - first
+
+
+def read_line(prompt):
+    """the next line of stdin, or None at its end; the prompt is for a terminal"""
+    try:
+        return input(prompt if sys.stdin.isatty() and sys.stdout.isatty() else "")
+    except EOFError:
+        if sys.stdin.isatty():
+            print(file=sys.stderr)
+        return None
+
+
+def read_message():
+    """the next line of stdin, or None at its end; from a terminal all lines that come at once: a paste"""
+    message = read_line("> ")
+    while message is not None and sys.stdin.isatty() and select.select([sys.stdin], [], [], 0.05)[0]:
+        more = read_line("")
+        if more is None:
+            break
+        message += "\n" + more
+    return message
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def chat(ids):
+    """let the user and the model write in turns after ids, until stdin ends"""
+    context = model.cfg.seq_len
+    budget = min(cfg.max_new_tokens, context // 2)
+    generator, has_cut = torch.Generator().manual_seed(cfg.seed), False
+    say(f"at most {budget} tokens a turn, the model sees the last {context}; /help explains, Ctrl-D ends")
+    while (message := read_message()) is not None:
+        if message.startswith("/") and "\n" not in message:
+            if message == "/reset":
+                ids = [eot]
+                say("the history is empty")
+            else:
+                say(HELP if message == "/help" else f"no command {message}; /help lists them")
+            continue
+        try:
+            ids += (tokenizer.encode if ids[-1] == eot else tokenizer.encode_on)(message)
+        except ValueError as error:
+            say(f"not taken: {error}")
+            continue
+        if len(ids) + budget > context:
+            del ids[: len(ids) + budget - context]
+            if not has_cut:
+                say(f"from here on the oldest text is forgotten: the context has room for {context} tokens")
+            has_cut = True
+        try:
+            write_on(ids, budget, generator)
+        except KeyboardInterrupt:
+            pass  # stops this turn only
+        print(flush=True)
+
+
+def ask_square(moves):
+    """the free square '1' to '9' that the user takes after moves, or '' to end"""
+    board = game.board_of(moves)
+    squares = [str(square + 1) for square in game.free(board)]
+    print(game.draw(board), flush=True)
+    while True:
+        line = read_line(f"{cfg.side} takes (p: the model's chances, q: end) ")
+        line = "q" if line is None else line.strip().lower()
+        if line in squares or line == "q":
+            return line.replace("q", "")
+        if line == "p":
+            with machine.autocast(device, dtype):
+                scores, wished = game.ask_model(model, tokenizer, eot, [moves], cfg.ask)
+            print(f"the model in your place, asked to {cfg.ask}:")
+            for square, token in enumerate(tokenizer.encode("123456789")):
+                row = f"  {square + 1} {wished[0, token].exp():6.1%}"
+                if cfg.ask == "not_lose":
+                    row += f"   then {game.other(cfg.side)} wins {(-scores[0, square]).exp():6.1%}"
+                print(row + ("" if str(square + 1) in squares else "   taken"))
+            print(flush=True)
+        elif line in list("123456789"):
+            say(f"square {line} is taken; free are {', '.join(squares)}")
+        else:
+            say(f"{line!r} is no square; type one of {', '.join(squares)}, p or q")
+
+
+def play():
+    """games of tic-tac-toe until the user ends them; the model takes the free square that it likes best"""
+    asked = illegal = 0
+    playing = True
+    while playing:
+        moves = ""
+        while playing and not game.result(game.board_of(moves)):
+            if game.to_move(game.board_of(moves)) == cfg.side:
+                move = ask_square(moves)
+                playing = bool(move)
+            else:
+                with machine.autocast(device, dtype):
+                    square, legal = game.answers(model, tokenizer, eot, [moves], cfg.ask)[0]
+                asked, illegal, move = asked + 1, illegal + (not legal), str(square + 1)
+                print(f"the model takes {move}")
+            moves += move
+        if playing:
+            result = game.result(game.board_of(moves))
+            print(game.draw(game.board_of(moves)))
+            said = {cfg.side: "you win", game.other(cfg.side): "the model wins", "D": "a draw"}
+            print(said[result], flush=True)
+            again = read_line("another game? [Y/n] ")
+            playing = again is not None and again.strip().lower() in ("", "y", "yes")
+    print(f"the model's likeliest token was no free square in {illegal} of its {asked} moves", flush=True)
+
+
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
+text = "" if cfg.play else read_prompt()
 part = checkpoint.load(checkpoint.locate(cfg.ckpt))
+if cfg.play and part["tokenizer"].get("chars") != game.CHARS:
+    trained = f"was trained on {part['config']['dataset']!r}, not on games of tic-tac-toe"
+    config.fail(f"ckpt = {cfg.ckpt!r} {trained}; --play needs a model of config/train_tictactoe.py")
+if cfg.play or cfg.chat:
+    sys.stdin.reconfigure(errors="replace")
 model = restore(part, device)
-tokenizer, eot = data.tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]
-text = sys.stdin.read().rstrip("\n") if cfg.prompt == "-" else cfg.prompt
+tokenizer, eot = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]
 try:
-    prompt = data.encode_prompt(tokenizer, eot, text)
+    prompt = encode_prompt(tokenizer, eot, text)
 except ValueError as error:
     config.fail(f"prompt = {text!r}: {error}")
 
-generator = torch.Generator().manual_seed(cfg.seed)
-for _ in range(cfg.num_samples):
-    began, made, new, shown = time.perf_counter(), 0, [], 0
-    print(text, end="", flush=True)
-    with machine.autocast(device, dtype):
-        options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
-        for token in generate(model, torch.tensor([prompt], device=device), cfg.max_new_tokens, **options):
-            made += 1
-            if token.item() == eot:
-                break
-            new.append(token.item())
-            whole = tokenizer.decode(new)
-            print(whole[shown:], end="", flush=True)
-            shown = len(whole)
-    print(flush=True)
-    seconds = time.perf_counter() - began
-    print(f"{made} tokens, {made / seconds:,.0f} tokens/s", file=sys.stderr)
+if cfg.play:
+    play()
+elif cfg.chat:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if text:
+        print(text, flush=True)
+    try:
+        chat(prompt)
+    except KeyboardInterrupt:
+        say("")
+        raise SystemExit(128 + signal.SIGINT) from None
+else:
+    context = model.cfg.seq_len
+    if len(prompt) > context:
+        say(f"of the prompt's {len(prompt)} tokens the model sees the last {context}, which is its context")
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for number in range(cfg.num_samples):
+        print(("---\n" if number else "") + text, end="", flush=True)
+        prefill_seconds, made, decode_seconds = write_on(list(prompt), cfg.max_new_tokens, generator)
+        print(flush=True)
+        read = min(len(prompt), context)
+        say(f"prefill {read} tokens, {read / prefill_seconds:,.0f} tokens/s")
+        if made > 1:  # the first token came with the prefill
+            say(f"decode {made - 1} tokens, {(made - 1) / decode_seconds:,.0f} tokens/s")

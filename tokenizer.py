@@ -40,6 +40,7 @@ class SentencePieceTokenizer:
         spm = library("sentencepiece")
         self.model = spm.SentencePieceProcessor(model_proto=spec["content"])
         self.newline = self.model.encode("\n")
+        self.keeps_lines = self.model.decode(self.newline) == "\n"  # not where it normalises white space
 
     def encode(self, text):
         return self.model.encode(text)
@@ -48,8 +49,7 @@ class SentencePieceTokenizer:
         """ids of text that goes on from earlier text: without the space that SentencePiece puts before a
         text"""
         ids, n = self.model.encode("\n" + text), len(self.newline)
-        assert ids[:n] == self.newline, "this SentencePiece model joins line ends to what follows"
-        return ids[n:]
+        return ids[n:] if self.keeps_lines and ids[:n] == self.newline else self.model.encode(text)
 
     def decode(self, ids):
         return self.model.decode(ids)

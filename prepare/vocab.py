@@ -62,6 +62,9 @@ def sentencepiece(cfg, streams):
         fail(f"tokenizer = {wanted!r} is no SentencePiece model")
     if model.eos_id() < 0:
         fail(f"tokenizer = {wanted!r} has no end-of-text token (eos)")
+    probe = "two  spaces,\na line"
+    if model.decode(model.encode(probe)) != probe:
+        print(f"warning: tokenizer = {wanted!r} changes white space: decoding does not give the text back")
     return {"kind": "sentencepiece", "file": "tokenizer.model"}, content, model.eos_id(), model.vocab_size()
 
 

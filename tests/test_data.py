@@ -10,6 +10,7 @@ import torch
 from conftest import CHARS, run, settings, write_data
 
 import data
+from tokenizer import make_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -166,7 +167,7 @@ def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):
 
 def test_tokenizer_names_the_character_it_does_not_have():
     """bug guarded: a KeyError for a prompt with another character"""
-    t = data.tokenizer({"kind": "char", "chars": CHARS})
+    t = make_tokenizer({"kind": "char", "chars": CHARS})
     assert t.decode(t.encode("to be\n")) == "to be\n"
     with pytest.raises(ValueError, match="'É'"):
         t.encode("É")
@@ -178,7 +179,7 @@ def read_lines(folder, split):
         [np.fromfile(os.path.join(folder, n), "<u2") for n in meta["shards"] if n.startswith(split)]
     )
     assert meta["tokens"][split] == ids.size
-    return data.tokenizer(meta["tokenizer"]).decode(ids.tolist()).split("\n")
+    return make_tokenizer(meta["tokenizer"]).decode(ids.tolist()).split("\n")
 
 
 @pytest.mark.parametrize("flags", [[], ["--ops=+-x", "--digits=3", "--train_problems=30000"]])

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import CHARS, ROOT, run, settings, train, write_data
 
-import data
 import tasks
 from model import Transformer
+from tokenizer import make_tokenizer
 
-CHAR = data.tokenizer({"kind": "char", "chars": CHARS})
+CHAR = make_tokenizer({"kind": "char", "chars": CHARS})
 PAIR = dict(
     sentence_good="a cat sits", sentence_bad="a cat sit", UID="agreement_1", linguistics_term="agreement"
 )
@@ -166,7 +166,7 @@ def test_a_text_has_one_score_whatever_its_batch():
 def test_arithmetic_by_hand():
     """bugs guarded: an answer that goes on, or stops early, counted as right; the wrong kind"""
     chars = "\n+=0123456789"
-    tokenizer = data.tokenizer({"kind": "char", "chars": chars})
+    tokenizer = make_tokenizer({"kind": "char", "chars": chars})
     model = Bigram({("=", "1"): 0.5, ("1", "2"): 0.5, ("2", "\n"): 0.5}, tokenizer.ids)  # says 12 to all
     problems = [("5+7=", "12"), ("7+5=", "12"), ("10+2=", "12"), ("1+0=", "1"), ("10+113=", "123")]
     result, lines = tasks.arithmetic(model, tokenizer, 0, problems, 2)
