@@ -4,7 +4,8 @@ Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE.
 A tokenizer is described by a spec, the `tokenizer` entry of meta.json: {kind, sha256, ...}. Those of
 SentencePiece and tiktoken live in a file beside the token files; a checkpoint holds the file's content too,
 so that using a model needs nothing else and no network. All have encode(text) -> ids and decode(ids) ->
-text, and decode(encode(text)) == text, but for U+2581, which SentencePiece takes for a space.
+text, and decode(encode(text)) == text, but for U+2581, which SentencePiece takes for a space. decode leaves
+out ids that stand for nothing: a model's vocab_size may be larger than its tokenizer's.
 """
 
 import base64
@@ -32,7 +33,7 @@ class CharTokenizer:
     encode_on = encode
 
     def decode(self, ids):
-        return "".join(self.chars[i] for i in ids)
+        return "".join(self.chars[i] for i in ids if i < len(self.chars))
 
 
 class SentencePieceTokenizer:
@@ -52,16 +53,18 @@ class SentencePieceTokenizer:
         return ids[n:] if self.keeps_lines and ids[:n] == self.newline else self.model.encode(text)
 
     def decode(self, ids):
-        return self.model.decode(ids)
+        return self.model.decode([i for i in ids if i < self.model.vocab_size()])
 
 
 class TiktokenTokenizer:
     def __init__(self, spec):
-        ranks = (line.split() for line in spec["content"].splitlines() if line)
+        lines = (line.split() for line in spec["content"].splitlines() if line)
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        self.known = {*ranks.values(), *spec["special"].values()}  # some encodings leave gaps
         self.model = library("tiktoken").Encoding(
             spec["name"],
             pat_str=spec["pattern"],
-            mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in ranks},
+            mergeable_ranks=ranks,
             special_tokens=spec["special"],
         )
 
@@ -72,7 +75,7 @@ class TiktokenTokenizer:
     encode_on = encode
 
     def decode(self, ids):
-        return self.model.decode(ids)
+        return self.model.decode([i for i in ids if i in self.known])
 
 
 KINDS = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer, "tiktoken": TiktokenTokenizer}

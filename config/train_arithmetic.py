@@ -1,8 +1,8 @@
 # additions, subtractions and products of one to three digits, 5M parameters.
-# data: python prepare/arithmetic.py --ops=+-x --digits=3 --name=arithmetic3
+# data: python prepare/arithmetic.py --ops=+-x --digits=3 --train_problems=2000000 --name=arithmetic3
 
 dataset = "arithmetic3"
-prepare = "python prepare/arithmetic.py --ops=+-x --digits=3 --name=arithmetic3"
+prepare = "python prepare/arithmetic.py --ops=+-x --digits=3 --train_problems=2000000 --name=arithmetic3"
 vocab_size = 15  # the characters of a problem
 seq_len = 128
 batch_size = 32

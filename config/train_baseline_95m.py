@@ -1,6 +1,5 @@
 # the ternary baseline: 95,367,936 parameters, 70,778,880 of them ternary, 3.28B tokens in 400,000 steps.
-# its data, FineWeb-Edu in the LLaMA-2 tokenizer of 32,000 pieces, has no preparation yet; bench.py needs
-# none.
+# data: python prepare/fineweb_edu.py (FineWeb-Edu in the LLaMA-2 tokenizer of 32,000 pieces)
 
 dataset = "fineweb_edu"
 vocab_size = 32000

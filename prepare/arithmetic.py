@@ -2,11 +2,12 @@
 Write arithmetic problems as tokens: `12+34=46`, one a line, one token per character.
 
     python prepare/arithmetic.py                                          two-digit additions
-    python prepare/arithmetic.py --ops=+-x --digits=3 --name=arithmetic3  data/arithmetic3/
+    python prepare/arithmetic.py --ops=+-x --digits=3 --train_problems=2000000 --name=arithmetic3
 
 A problem is held out when a hash of it says so, about one in eight, and then so is the same problem with its
 operands exchanged: the model is scored on sums it has seen in neither order. The val split and problems.txt
-hold only such problems, the train split none. Takes a few seconds and 4 MB.
+hold only such problems, the train split none. Takes a few seconds and 4 MB; the second command half a
+minute and 46 MB.
 """
 
 import hashlib
@@ -43,10 +44,12 @@ def is_held_out(a, op, b):
 
 
 def draw(rng, ops, digits):
-    """one problem: the operation evenly, the length d of the longer range with weight d * d (short problems
+    """one problem: the operation evenly, but a product half as often as the others where there are any (it is
+    longer, and the harder to learn); the length d of the longer range with weight d * d (short problems
     are few, so each of them comes more often than each long one), both operands evenly below 10^d"""
     d = rng.choices(range(1, digits + 1), [n * n for n in range(1, digits + 1)])[0]
-    return rng.randrange(10**d), rng.choice(ops), rng.randrange(10**d)
+    often = ops + ops.replace("x", "") if "x" in ops else ops
+    return rng.randrange(10**d), rng.choice(often), rng.randrange(10**d)
 
 
 def line(a, op, b):

@@ -24,9 +24,11 @@ PATCH = "import tokens; tokens.SAVE_SECONDS = 0; tokens.CHUNK_BYTES = 2000; toke
 SLOW = "import time; real = tokens.Split.write\n"
 SLOW += "def write(self, ids): time.sleep(0.05); real(self, ids)\ntokens.Split.write = write\n"
 TIKTOKEN = """
-import tiktoken ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" a": 258} small =
-tiktoken.Encoding("gpt2", pat_str=r" ?\\S+|\\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>":
-259}) tiktoken.get_encoding = lambda name: small
+import tiktoken
+ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" a": 258}
+special = {"<|endoftext|>": 259}
+small = tiktoken.Encoding("gpt2", pat_str=r" ?\\S+|\\s+", mergeable_ranks=ranks, special_tokens=special)
+tiktoken.get_encoding = lambda name: small
 """
 
 
@@ -105,6 +107,7 @@ def test_text_comes_back(corpus, tmp_path, tokenizer):
     found = documents_of(tmp_path / "text")
     assert sorted(found["train"] + found["val"]) == sorted(documents)
     assert 0 < len(found["val"]) < 60
+    assert read(tmp_path / "text")[2].decode([60_000, 5, 60_000]) == read(tmp_path / "text")[2].decode([5])
     assert "tokens per byte" in out and f"{len(found['train'])} documents" in out
 
 

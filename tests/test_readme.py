@@ -1,5 +1,6 @@
 """README.md: its commands run, and what it says of the code holds."""
 
+import json
 import os
 import re
 import shlex
@@ -12,39 +13,58 @@ with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().split("\n")
 ]
+MODEL = ["--n_layer=1", "--n_embd=32", "--n_head=2", "--n_kv_head=1", "--ffn_dim=32", "--no-compile"]
+HUB = ["--repo={hub}", "--vocab_size=330", "--workers=1"]
 SMALL = {  # what makes a command small enough for a test, without changing what it does
     "prepare/arithmetic.py": ["--train_problems=500", "--val_problems=20"],
+    "prepare/tictactoe.py": ["--games=2000", "--val_fraction=0.1"],
+    "prepare/tinystories.py": HUB,
+    "prepare/fineweb_edu.py": [*HUB, "--config=", "--tokenizer=sentencepiece", "--val_fraction=0.2"],
+    "prepare/text.py": ["--files={hub}/*.jsonl", "--vocab_size=330", "--workers=1", "--val_fraction=0.2"],
+    "prepare/lambada.py": ["--files={hub}/*.jsonl"],
+    "prepare/blimp.py": ["--files={hub}/*.jsonl"],
     "train.py": [
         "--max_steps=3",
         "--eval_tokens=640",
         "--sample_tokens=2",
-        "--out_dir={runs}",
-        "--data_dir={data}",
-    ],
-    "bench.py": [
-        "--pairs=1",
-        "--warmup=1",
-        "--n_layer=1",
-        "--compile=False",
-        "--seq_len=16",
-        "--total_batch_size=0",
-    ],
-    "evaluate.py": ["--data_dir={data}"],
-    "sample.py": [],
+        "--batch_size=2",
+        "--save_every=1",
+    ]
+    + ["--total_batch_size=0", "--out_dir={runs}", "--data_dir={data}"],
+    "bench.py": ["--pairs=1", "--warmup=1", *MODEL, "--seq_len=16", "--total_batch_size=0"],
+    "evaluate.py": ["--data_dir={data}", "--eval_tokens=640", "--games=3"],
+    "sample.py": ["--max_new_tokens=5"],
+    "monitor.py": [],
+}
+RUNS = {  # what the README's commands take for granted: a run of each, on data of its own
+    "demo": ("train_simple", "arithmetic"),
+    "train_arithmetic": ("train_arithmetic", "arithmetic --ops=+-x --digits=3 --name=arithmetic3"),
+    "train_tictactoe": ("train_tictactoe", "tictactoe"),
+    "train_tinystories": ("train_tinystories", "tinystories"),
+    "train_text": ("train_text", "text"),
 }
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """data and a run named demo, as `make demo` leaves them"""
-    found = dict(runs=str(tmp_path_factory.mktemp("runs")), data=str(tmp_path_factory.mktemp("data")))
-    run("prepare/arithmetic.py", *SMALL["prepare/arithmetic.py"], f"--data_dir={found['data']}")
-    run(
-        "train.py",
-        "config/train_simple.py",
-        "--run_id=demo",
-        *(flag.format(**found) for flag in SMALL["train.py"]),
+    """data of every kind, and the runs that the README speaks of, each three steps of a tiny model"""
+    found = {name: str(tmp_path_factory.mktemp(name)) for name in ("runs", "data", "hub")}
+    rows = [f"a story of a dog, a cat and the bird number {i}" for i in range(300)]
+    pair = dict(
+        sentence_good="a dog sat", sentence_bad="a dog sit", UID="agreement", linguistics_term="verbs"
     )
+    for split in ("train", "validation"):
+        with open(os.path.join(found["hub"], f"{split}.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": row} | pair) + "\n" for row in rows)
+
+    def small(script, *args):
+        run(script, *args, *(flag.format(**found) for flag in SMALL[script]), f"--data_dir={found['data']}")
+
+    for command in ("lambada", "blimp", "fineweb_edu", *(command for _, command in RUNS.values())):
+        script, *args = command.split()
+        small(f"prepare/{script}.py", *args)
+    for name, (config, _) in RUNS.items():
+        small("train.py", f"config/{config}.py", f"--run_id={name}", *MODEL)
     return found
 
 
@@ -55,13 +75,21 @@ def python_commands():
 
 
 @pytest.mark.parametrize("command", python_commands())
-def test_command_runs(command, folders):
+def test_command_runs(command, folders, tmp_path):
     """bug guarded: a README whose commands have stopped working"""
     script, *args = shlex.split(command)[1:]
-    if script == "prepare/arithmetic.py":
-        args.append(f"--data_dir={folders['data']}/again")
+    more = [flag.format(**folders) for flag in SMALL[script]]
+    if script.startswith("prepare/"):
+        more.append(f"--data_dir={tmp_path}")
+    if script == "train.py":
+        more += MODEL if "--n_layer" not in command else ["--no-compile"]
+        more += [] if "--run_id" in command or "--resume" in command else ["--run_id=again"]
+        more.append(f"--out_dir={folders['runs'] if '--resume' in command else tmp_path}")
+    if script == "monitor.py" and not args:
+        more.append(f"--out_dir={folders['runs']}")
     args = [arg.replace("runs/", folders["runs"] + "/") for arg in args]
-    run(script, *args, *(flag.format(**folders) for flag in SMALL[script]))
+    args = [re.sub(r"=(\w+\.png)", rf"={tmp_path}/\1", arg) for arg in args]
+    run(script, *args, *more)
 
 
 def test_make_targets_exist():
