@@ -30,7 +30,9 @@ def meta(cfg):
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
         where = "" if cfg.data_dir == "data" else f" --data_dir={shlex.quote(cfg.data_dir)}"
-        command = cfg.prepare or default_command(cfg)
+        command, flagged = cfg.prepare, [cfg.origin[key].startswith("--") for key in ("dataset", "prepare")]
+        if not command or flagged == [True, False]:  # the config's command makes another data set
+            command = default_command(cfg)
         how = f"make it: {command}{where}" if command else f"no prepare/{cfg.dataset}.py is there to make it"
         fail(f"data set {folder} is not there (no meta.json); {how}")
     try:
@@ -42,7 +44,12 @@ def meta(cfg):
         need = ("complete", "shards", "dtype", "vocab_size", "tokens", "bytes", "tokenizer", "eot")
         complete, shards, dtype, vocab_size = [found[key] for key in need][:4]
         dtype = np.dtype(dtype).newbyteorder("<")
-    except (ValueError, KeyError, TypeError) as error:
+        if not (
+            0 <= found["eot"] < vocab_size and found["tokenizer"]["sha256"] and found["tokenizer"]["kind"]
+        ):
+            raise ValueError(f"eot {found['eot']!r}, vocab_size {vocab_size!r}")
+        {name: shard["tokens"] + len(shard["sha256"]) for name, shard in shards.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
     if not complete:
         fail(f"data set {folder} is not complete; run its preparation again")
@@ -122,7 +129,12 @@ class Windows:
             if name.startswith(split + "_")
         }
         if not shards:
-            fail(f"data set {folder} has no split {split!r}; it has {', '.join(meta['tokens'])}")
+            how = (
+                "make it with a val_fraction, or train with --eval_every=0"
+                if split == "val"
+                else "see --split"
+            )
+            fail(f"data set {folder} has no split {split!r}, but {', '.join(meta['tokens'])}; {how}")
         self.counts = [max(0, n - 1) // self.seq_len for n in shards.values()]  # windows per shard
         self.ends = np.cumsum(self.counts)
         self.total = int(self.ends[-1])

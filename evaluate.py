@@ -62,6 +62,7 @@ if cfg.origin["data_dir"] == "default":
     cfg.data_dir = trained["data_dir"]
 cfg.seed, cfg.seq_len = trained["seed"], trained["seq_len"]
 cfg.prepare = trained["prepare"] if cfg.dataset == trained["dataset"] else ""
+cfg.origin["prepare"] = folder
 cfg.vocab_size = 0  # the tokenizer decides whether the data fit the model
 data_set = os.path.join(cfg.data_dir, cfg.dataset)
 tokenizer, eot = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]

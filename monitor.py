@@ -154,8 +154,10 @@ def main(argv):
         width = max(60, min(80, size.columns))
         if cfg.plot:
             pictures.plot(run_dirs, cfg.plot)
+            print(f"wrote {cfg.plot}", file=sys.stderr)
         if cfg.codes:
             pictures.plot_codes(run_dirs[0], cfg.matrix, cfg.codes)
+            print(f"wrote {cfg.codes}", file=sys.stderr)
         if cfg.json:
             lines = [record.to_json(found[0] if len(folders) == 1 else {"runs": found})]
         elif folders:
@@ -179,4 +181,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}; it must read the run and write the picture")
+        name = error.filename or "the picture"
+        fail(f"{name}: {error.strerror}; it must read the run and write the picture")

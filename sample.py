@@ -51,6 +51,7 @@ faults = [
         ("prompt", not (cfg.prompt and cfg.prompt_file), "left out where --prompt_file is given"),
         ("prompt", not (cfg.prompt == "-" and cfg.chat), "a text: --chat reads your messages from stdin"),
         ("play", not (cfg.chat and cfg.play), "left out with --chat"),
+        ("prompt", not (cfg.play and (cfg.prompt or cfg.prompt_file)), "left out with --play"),
     )
     if not ok
 ]
@@ -98,17 +99,18 @@ def write_on(ids, max_new_tokens, generator):
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
     with machine.autocast(device, dtype):
         for token in generate(model, torch.tensor([ids], device=device), max_new_tokens, **options):
-            held.append(token.item())
             made, first = made + 1, first or time.perf_counter()
-            if held[-1] == eot:
-                ids.append(eot)
-                break
+            has_ended = token.item() == eot
+            held += [] if has_ended else [token.item()]
             # a few tokens before are enough to tell what the new ones add; all of them would take O(n^2)
             text = continuation(tokenizer, [eot, *ids[-8:]], held)
-            if not text.endswith("\ufffd"):
+            if has_ended or made == max_new_tokens or not text.endswith("\ufffd"):
                 print(text, end="", flush=True)
                 ids += held
                 held = []
+            if has_ended:
+                ids.append(eot)
+                break
     return first - began, made, time.perf_counter() - first
 
 
@@ -217,7 +219,8 @@ def play():
             print(said[result], flush=True)
             again = read_line("another game? [Y/n] ")
             playing = again is not None and again.strip().lower() in ("", "y", "yes")
-    print(f"the model's likeliest token was no free square in {illegal} of its {asked} moves", flush=True)
+    if asked:
+        print(f"the model's likeliest token was no free square in {illegal} of its {asked} moves", flush=True)
 
 
 device = machine.pick(cfg.device)
@@ -236,14 +239,12 @@ try:
 except ValueError as error:
     config.fail(f"prompt = {text!r}: {error}")
 
-if cfg.play:
-    play()
-elif cfg.chat:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+if cfg.play or cfg.chat:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # readline has to give the terminal back
     if text:
         print(text, flush=True)
     try:
-        chat(prompt)
+        play() if cfg.play else chat(prompt)
     except KeyboardInterrupt:
         say("")
         raise SystemExit(128 + signal.SIGINT) from None

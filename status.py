@@ -142,7 +142,8 @@ def repetition(run):
 
 
 def disk_need_gb(run, step):
-    """1e9 bytes that the checkpoints still to come take, counted as checkpoint.check_disk does, or None"""
+    """1e9 bytes that the checkpoints still to come take, those of the schedule, 4 and 8 bytes a
+    parameter as in checkpoint.check_disk, or None"""
     settings, params = run["config"]["settings"], (run["config"].get("params") or {}).get("total")
     every, end, keep = (settings.get(key) for key in ("save_every", "max_steps", "keep_last"))
     if None in (every, end, keep, params):
@@ -245,9 +246,13 @@ def warnings(run, now, limit, window):
         what = "most of the learning rate's decay is ahead: wait for it, the loss falls with it"
         if is_late or settings.get("schedule") == "constant":
             what = "stop here, or look with a longer --window whether it still falls"
+        is_rising = loss["change"] > 5 * loss["error"]  # more than a plateau does by chance
+        if is_rising:
+            what = "lower learning_rate and go on from an earlier step (--resume=STEP_FOLDER --run_id=NEW)"
         told.append(
-            f"plateau: the loss of the last {window // 2} lines is {loss['change']:+.4f} from that of the "
-            f"{window // 2} before, by chance +-{loss['error']:.4f}; {what}"
+            f"{'rising' if is_rising else 'plateau'}: the loss of the last {window // 2} lines "
+            f"is {loss['change']:+.4f} from that of the {window // 2} before, by chance "
+            f"+-{loss['error']:.4f}; {what}"
         )
     best, later = now["best"], column(run["evals"], "val_loss")[-2:]
     if len(later) == 2 and min(later) > best["val_loss"]:

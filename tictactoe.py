@@ -158,16 +158,18 @@ def answers(model, tokenizer, eot, histories, ask):
 
 
 def match(model, tokenizer, eot, ask, side, opponent, n, rng, seen):
-    """play n games side by side; returns ({result: share}, moves of the model, those whose likeliest token
-    was legal). seen {moves: answer} remembers what the model has answered to this way of asking: a few
-    hundred positions come again and again, and the answer is always the same."""
+    """play n games side by side; returns ({result: share}, moves of the model for which a win was still
+    possible, those of them whose likeliest token was legal: after a wish that cannot come true no token is
+    likely). seen {moves: answer} remembers what the model has answered to this way of asking: a few hundred
+    positions come again and again, and the answer is always the same."""
     games, count, moved, legal = [""] * n, dict.fromkeys(RESULTS, 0), 0, 0
     for turn in "XOXOXOXOX":
         if turn == side:
             new = sorted(set(games) - seen.keys())
             if new:
                 seen |= zip(new, answers(model, tokenizer, eot, new, ask))
-            moved, legal = moved + len(games), legal + sum(seen[moves][1] for moves in games)
+            hopeful = [moves for moves in games if chances(board_of(moves))[side]]
+            moved, legal = moved + len(hopeful), legal + sum(seen[moves][1] for moves in hopeful)
             games = [moves + str(seen[moves][0] + 1) for moves in games]
         else:
             games = [moves + str(rng.choice(choices(board_of(moves), opponent)) + 1) for moves in games]
@@ -222,12 +224,10 @@ def score(model, tokenizer, eot, games, seed):
                 order = dict(wins=side, draws="D", losses=other(side))
                 row = dict(ask=ask, side=side, opponent=opponent)
                 row |= {name: shares[r] for name, r in order.items()}
-                found.append(row | {f"{name}_limit": exact[r] for name, r in order.items()})
+                found.append(row | {"perfect_model": {name: exact[r] for name, r in order.items()}})
                 cells = (f"{shares[r]:6.1%} ({exact[r]:6.1%})" for r in order.values())
                 lines.append(f"{ask:8}  {side:2}  {opponent:7}  " + "  ".join(cells))
                 bar.update()
     bar.close()
-    lines.append(
-        f"in these games the model's likeliest token was a legal move in {legal / moved:.3%} of {moved:,}"
-    )
+    lines.append(f"where a win was possible, the likeliest token was legal: {legal / moved:.3%} of {moved:,}")
     return dict(accuracy=good / n, n=n, legal_greedy=legal / moved, matches=found), lines

@@ -13,7 +13,8 @@ Warstadt et al., "BLiMP: The Benchmark of Linguistic Minimal Pairs for English",
 
 import sys
 
-from lambada import file_rows, load, rows, sources, text, write_task
+import examples
+import sources
 from tqdm import tqdm
 
 import config
@@ -41,10 +42,12 @@ def config_names(cfg):
 
 
 if __name__ == "__main__":
-    cfg = load(__doc__, FLAGS)
+    cfg = examples.load(__doc__, FLAGS)
     if cfg.files:
-        found = file_rows(cfg.files)
+        found = examples.file_rows(cfg.files)
     else:
         bar = tqdm(config_names(cfg), desc="paradigms", disable=not sys.stderr.isatty())
-        found = [row for name in bar for row in rows(cfg, name)]
-    write_task(cfg, "blimp", [{key: text(where, row, key) for key in COLUMNS} for where, row in found])
+        found = [row for name in bar for row in examples.rows(cfg, name)]
+    examples.write_task(
+        cfg, "blimp", [{key: examples.text(where, row, key) for key in COLUMNS} for where, row in found]
+    )

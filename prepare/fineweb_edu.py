@@ -16,15 +16,15 @@ OpenWebText, where the hub holds it as a loading script: add --revision=refs/con
 
 import sys
 
-import tokens
+import stream
 
 DEFAULTS = {
     "name": "fineweb_edu",
     "repo": "HuggingFaceFW/fineweb-edu",
     "config": "sample-10BT",
-    "tokenizer": tokens.vocab.LLAMA2,
+    "tokenizer": stream.vocab.LLAMA2,
     "val_fraction": 0.001,
 }
 
 if __name__ == "__main__":
-    tokens.prepare_hub(sys.argv[1:], __doc__, "prepare/fineweb_edu.py", DEFAULTS)
+    stream.prepare_hub(sys.argv[1:], __doc__, "prepare/fineweb_edu.py", DEFAULTS)

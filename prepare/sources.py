@@ -16,8 +16,11 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 import time
+
+import tokens  # noqa: F401 -- it puts the project's folder on the path
 
 from config import fail, library
 
@@ -29,7 +32,8 @@ class Hub:
     """one split of a data set on the hub, streamed: repo (name or local folder), config, column, revision"""
 
     def __init__(self, cfg, hub_split, split):
-        self.cfg, self.hub_split, self.split = cfg, hub_split, split
+        self.cfg, self.split = cfg, split
+        self.revision = cfg.revision = commit(cfg)  # the data set may be changed before this is resumed
         self.data = open_hub(cfg, cfg.config, hub_split)
         columns = self.data.column_names or list(next(iter(self.data), {}))
         if cfg.column not in columns:
@@ -37,6 +41,8 @@ class Hub:
         self.data = self.data.select_columns([cfg.column])  # the others need not be decoded
         known = (self.data.info.splits or {}).get(hub_split)
         self.total, self.done = known.num_examples if known else 0, 0
+        if cfg.max_documents:
+            self.total = min(cfg.max_documents, self.total or cfg.max_documents)
         self.size = known.num_bytes if known else 0  # bytes of text, where that is known
 
     def pieces(self, state):
@@ -44,6 +50,8 @@ class Hub:
         if state:
             self.data.load_state_dict(state["hub"])
         for row in self.data:
+            if self.done == self.cfg.max_documents > 0:
+                return
             text = row[self.cfg.column]
             if type(text) is not str:
                 fail(f"column = {self.cfg.column!r} of {self.cfg.repo} holds {type(text).__name__}, not text")
@@ -62,14 +70,24 @@ class Hub:
         return shard.get("shard_idx", 0) / self.data.num_shards or None
 
 
-def open_hub(cfg, config_name, split, streaming=True):
+def commit(cfg):
+    """the commit that cfg.revision of cfg.repo stands for now; cfg.revision itself for a folder"""
+    if os.path.isdir(cfg.repo):
+        return cfg.revision
+    try:
+        return library("huggingface_hub").HfApi().dataset_info(cfg.repo, revision=cfg.revision or None).sha
+    except Exception as error:  # told apart as below
+        explain(cfg, cfg.config, cfg.split, error)
+
+
+def open_hub(cfg, config_name, split):
     """datasets.load_dataset, its errors told in a line with their remedy; exits with 2, or with 1 where the
     hub is not to be reached"""
     datasets = library("datasets")
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(
-            cfg.repo, config_name or None, split=split, revision=cfg.revision or None, streaming=streaming
+            cfg.repo, config_name or None, split=split, revision=cfg.revision or None, streaming=True
         )
     except Exception as error:  # what load_dataset raises is told apart by its text: it has few types
         explain(cfg, config_name, split, error)
@@ -82,8 +100,12 @@ def explain(cfg, config_name, split, error):
     if "Dataset scripts are no longer supported" in text:
         how = "--revision=refs/convert/parquet --config=default reads the hub's converted copy"
         fail(f"repo = {cfg.repo!r} holds a loading script, which datasets no longer runs; {how}")
-    if "GatedRepoError" in kinds or "gated" in text.lower():
+    if "GatedRepoError" in kinds or re.search(r"\bgated\b", text):
         fail(f"repo = {cfg.repo!r} is gated: accept its terms on its page, then `hf auth login`")
+    if is_network(error):
+        fail(
+            f"the hub cannot be reached ({text[:200]}); try again, or name a local folder as --repo=", code=1
+        )
     if {"DatasetNotFoundError", "RepositoryNotFoundError", "HFValidationError", "FileNotFoundError"} & set(
         kinds
     ):
@@ -103,10 +125,15 @@ def explain(cfg, config_name, split, error):
 
 
 def is_network(error):
-    """whether an error is one that waiting may mend; datasets, huggingface_hub and their HTTP library have
-    no common type for it"""
-    names = " ".join(kind.__name__ for kind in type(error).__mro__)
-    return any(word in names for word in ("Connect", "Timeout", "HTTP", "Http", "Protocol", "IncompleteRead"))
+    """whether an error is one that waiting may mend: datasets, huggingface_hub and their HTTP library have no
+    common type for it. A file that is absent is told by their HTTP errors too, but has a type of its own."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    if "LocalEntryNotFoundError" in names or "OfflineModeIsEnabled" in names:  # nothing cached, no network
+        return True
+    if any(name.endswith(("NotFoundError", "GatedRepoError")) for name in names):
+        return False
+    kinds = ("Connect", "Timeout", "HTTP", "Http", "Protocol", "Network", "IncompleteRead")
+    return any(kind in name for kind in kinds for name in names)
 
 
 def hub_file(repo, name):
@@ -123,7 +150,7 @@ def hub_file(repo, name):
                     "accept its licence on its page, then `hf auth login`; or name a tokenizer.model of yours"
                 )
                 fail(f"tokenizer = {repo!r} is gated: {how}")
-            if {"RepositoryNotFoundError", "EntryNotFoundError", "HFValidationError"} & set(kinds):
+            if not is_network(error):
                 how = "expected a file, a hub repository that holds one, or the name of an encoding"
                 fail(f"tokenizer = {repo!r}: no {name} is there; {how}")
             if not wait:
@@ -142,34 +169,41 @@ class Files:
     their text.
     """
 
-    def __init__(self, paths, column, separator, val_fraction):
-        self.paths, self.column = paths, column
+    def __init__(self, paths, column, separator, val_fraction, max_documents=0):
+        self.column, self.revision, self.documents = column, "", 0
         self.separator = separator.replace("\\n", "\n").replace("\\t", "\t").encode()
-        self.sizes = [os.path.getsize(path) for path in paths]
-        self.size = sum(self.sizes)
+        whole = [path for path in paths if kind_of(path) == "txt" and not separator]  # each one document
+        self.paths = [path for path in paths if path not in whole[max_documents or len(whole) :]]
+        self.sizes = [os.path.getsize(path) for path in self.paths]
+        self.max_documents, self.size = max_documents, sum(self.sizes)
         self.where, self.warned = {}, set()
-        texts = [i for i, path in enumerate(paths) if kind_of(path) == "txt"]
+        texts = [i for i, path in enumerate(self.paths) if path in whole]
         train = (1 - val_fraction) * sum(self.sizes[i] for i in texts)
         self.borders = {}  # where the held-out tail of a .txt file begins, in bytes
         for i in texts:
-            self.borders[i] = line_end(paths[i], min(self.sizes[i], max(0, int(train))), self.sizes[i])
+            self.borders[i] = line_end(self.paths[i], min(self.sizes[i], max(0, int(train))), self.sizes[i])
             train -= self.sizes[i]
 
     def pieces(self, state):
-        first = state["file"] if state else 0
+        first, self.documents = state["file"] if state else 0, state["documents"] if state else 0
         for i in range(first, len(self.paths)):
-            start = state if state and i == first else {"file": i, "offset": 0, "line": 0}
-            self.where = dict(start)
-            kind = kind_of(self.paths[i])
-            text = self.separated if self.separator else self.text
-            yield from {"txt": text, "jsonl": self.lines, "parquet": self.rows}[kind](i)
+            self.where = dict(state) if state and i == first else {"file": i, "offset": 0, "line": 0}
+            kind, is_whole = kind_of(self.paths[i]), i in self.borders
+            text = self.text if is_whole else self.separated
+            for piece in {"txt": text, "jsonl": self.lines, "parquet": self.rows}[kind](i):
+                if not is_whole:
+                    if self.documents == self.max_documents > 0:
+                        return
+                    self.documents += 1
+                yield piece
 
     def state(self):
-        return dict(self.where)
+        return self.where | {"documents": self.documents}
 
     def fraction(self):
         behind = sum(self.sizes[: self.where["file"]]) + self.where["offset"]
-        return behind / self.size
+        share = self.documents / self.max_documents if self.max_documents else 0.0
+        return max(share, behind / self.size)
 
     def text(self, i):
         """a .txt file as one document, or two at the border of what is held out, in parts of at most
@@ -197,34 +231,35 @@ class Files:
                 self.warned.add(i)
             end = part.rfind(b" ", 1)
         if end <= 0:
-            end = len(part) - 1
-            while part[end] & 0xC0 == 0x80:  # a byte that continues a character of UTF-8
+            end = len(part)
+            while end > len(part) - 4 and part[end - 1] & 0xC0 == 0x80:  # it continues a character of UTF-8
                 end -= 1
+            end -= part[end - 1] >= 0xC0  # the character's first byte: all of it goes to the next part
         return end
 
     def separated(self, i):
         """documents of a .txt file that end at a separator or the end of the file"""
         with open(self.paths[i], "rb") as file:
             file.seek(self.where["offset"])
-            rest, searched = b"", 0
+            rest, begin, searched = b"", 0, 0  # a document begins at rest[begin]
             while True:
                 end = rest.find(self.separator, searched)
                 if end < 0:
-                    searched = max(0, len(rest) - len(self.separator))
-                    block = file.read(LONGEST)
+                    rest, block = rest[begin:], file.read(LONGEST)
+                    begin, searched = 0, max(0, len(rest) - len(self.separator))
                     rest += block
                     if len(rest) > LARGEST:
                         fail(f"{self.paths[i]}: no separator {self.separator!r} within {LARGEST:,} bytes")
                     if block:
                         continue
                     end = len(rest)
-                if not rest:
+                if begin == len(rest):
                     return
                 offset = self.where["offset"]
-                text = self.decoded(i, rest[:end], offset)
-                used = min(len(rest), end + len(self.separator))
-                rest, searched = rest[used:], 0
-                self.where = {"file": i, "offset": offset + used, "line": 0}
+                text = self.decoded(i, rest[begin:end], offset)
+                searched = min(len(rest), end + len(self.separator))
+                self.where = {"file": i, "offset": offset + searched - begin, "line": 0}
+                begin = searched
                 if text.strip():
                     yield "", text, True, True
 
@@ -233,7 +268,9 @@ class Files:
             return part.decode()
         except UnicodeDecodeError as error:
             at = f"byte {offset + error.start:,} (0x{part[error.start]:02x})"
-            fail(f"{self.paths[i]}: {at} is not UTF-8; convert it first (iconv -f latin1 -t utf-8)")
+            charset = "utf-16" if {0xFE, 0xFF} & set(part[error.start : error.start + 2]) else "latin1"
+            how = f"if it is text, convert it first (iconv -f {charset} -t utf-8)"
+            fail(f"{self.paths[i]}: {at} is not UTF-8; {how}")
 
     def lines(self, i):
         """documents of a .jsonl file"""
@@ -304,7 +341,12 @@ def find(pattern):
     are empty"""
     paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not paths:
-        fail(f"files = {pattern!r}: no file is there; quote the pattern: --files='texts/**/*.txt'")
+        how = (
+            "it is a folder; name its files:"
+            if os.path.isdir(pattern)
+            else "no file is there; as an example:"
+        )
+        fail(f"files = {pattern!r}: {how} --files='texts/**/*.txt', quoted")
     for path in paths:
         if not os.access(path, os.R_OK):
             fail(f"{path} cannot be read (permission denied)")
@@ -326,7 +368,7 @@ def line_end(path, at, size):
         return at - 1 + len(line)
     with open(path, "rb") as file:
         file.seek(at)
-        return at + next(n for n, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80)
+        return at + next((n for n, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
 
 
 def fingerprint(paths):

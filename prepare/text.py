@@ -11,11 +11,10 @@ text. Streams, on all cores; what is stopped goes on with the same command. The 
 bytes of the text.
 """
 
-import signal
 import sys
 
-import tokens  # first: it puts the project's folder on the path
-from tokens import sources
+import sources
+import stream
 
 import config
 
@@ -27,19 +26,18 @@ FLAGS = {
         "what ends a document within a .txt file, as '<|endoftext|>' or '\\n\\n\\n'; '' = only its end",
     ),
 }
-FLAGS |= tokens.FLAGS | {
+FLAGS |= stream.FLAGS | {
     "name": ("text", "name of the data set"),
-    "tokenizer": ("sentencepiece", tokens.FLAGS["tokenizer"][1]),
+    "tokenizer": ("sentencepiece", stream.FLAGS["tokenizer"][1]),
     "val_fraction": (0.05, "share of the text that is held out"),
 }
 
 if __name__ == "__main__":
     cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir",), check_run=False)
     config.need_flags(cfg, "files")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     paths = sources.find(cfg.files)
-    tokens.prepare(
+    stream.prepare(
         cfg,
-        lambda: [sources.Files(paths, cfg.column, cfg.separator, cfg.val_fraction)],
-        tokens.source_of("prepare/text.py", cfg, FLAGS) + f" {sources.fingerprint(paths)}",
+        lambda: [sources.Files(paths, cfg.column, cfg.separator, cfg.val_fraction, cfg.max_documents)],
+        stream.source_of("prepare/text.py", cfg, FLAGS) + f" {sources.fingerprint(paths)}",
     )

@@ -11,7 +11,7 @@ is stopped goes on with the same command.
 
 import sys
 
-import tokens
+import stream
 
 DEFAULTS = {
     "name": "tinystories",
@@ -21,4 +21,4 @@ DEFAULTS = {
 }
 
 if __name__ == "__main__":
-    tokens.prepare_hub(sys.argv[1:], __doc__, "prepare/tinystories.py", DEFAULTS)
+    stream.prepare_hub(sys.argv[1:], __doc__, "prepare/tinystories.py", DEFAULTS)

@@ -2,27 +2,34 @@
 trained."""
 
 import base64
+import difflib
 import hashlib
 import io
 import os
+import re
+import sys
 
 import sources
 import tokens
+from tqdm import tqdm
 
 from config import fail, library
 
-TRAIN_BYTES = 50_000_000  # text that a new SentencePiece model is trained on
+TRAIN_CHARS = 50_000_000  # characters of text that a new SentencePiece model is trained on
 LLAMA2 = "hf-internal-testing/llama-tokenizer"  # a copy of LLaMA-2's tokenizer.model that is not gated
 
 
-def pick(cfg, folder, streams):
-    """(spec, eot id, vocab_size) of cfg.tokenizer; what it needs is written into folder"""
+def pick(cfg, folder, texts):
+    """(spec, eot id, vocab_size) of cfg.tokenizer; what it needs is written into folder. texts: an iterable
+    of the training text, of which a new tokenizer is made"""
     wanted = cfg.tokenizer
     if wanted == "char":
-        chars = "\0" + "".join(sorted(characters(cfg, streams)))  # id 0 ends a text
+        chars = "\0" + "".join(sorted(characters(texts)))  # id 0 ends a text
         return tokens.char_tokenizer(chars), 0, len(chars)
+    if wanted.endswith(".model") and not os.path.isfile(wanted):
+        fail(f"tokenizer = {wanted!r} does not exist; expected a file, org/name on the hub, or an encoding")
     if wanted == "sentencepiece" or os.path.isfile(wanted) or "/" in wanted:
-        spec, content, eot, vocab_size = sentencepiece(cfg, streams)
+        spec, content, eot, vocab_size = sentencepiece(cfg, texts)
     else:
         spec, content, eot, vocab_size = tiktoken(wanted)
     spec["sha256"] = hashlib.sha256(content).hexdigest()
@@ -30,13 +37,9 @@ def pick(cfg, folder, streams):
     return spec, eot, vocab_size
 
 
-def characters(cfg, streams):
-    """the set of all characters of the streams"""
-    found = set()
-    with tokens.progress_bar("characters") as bar:
-        for text in tokens.texts(cfg, streams):
-            found |= set(text)
-            bar.update(len(text))
+def characters(texts):
+    """the set of all characters of the texts"""
+    found = set().union(*map(set, watched("characters", texts)))
     if "\0" in found:
         fail("the text holds a NUL character, which the char tokenizer needs for itself: is it text?")
     if not found:
@@ -44,12 +47,12 @@ def characters(cfg, streams):
     return found
 
 
-def sentencepiece(cfg, streams):
+def sentencepiece(cfg, texts):
     """(spec, content, eot id, vocab_size) of a SentencePiece model: a file, one from the hub, or one
     trained here"""
     spm, wanted = library("sentencepiece"), cfg.tokenizer
     if wanted == "sentencepiece":
-        content = train(cfg, spm, streams)
+        content = train(cfg, spm, texts)
     else:
         with open(
             wanted if os.path.isfile(wanted) else sources.hub_file(wanted, "tokenizer.model"), "rb"
@@ -68,21 +71,24 @@ def sentencepiece(cfg, streams):
     return {"kind": "sentencepiece", "file": "tokenizer.model"}, content, model.eos_id(), model.vocab_size()
 
 
-def train(cfg, spm, streams):
-    """a new SentencePiece model of the first TRAIN_BYTES of the text, in the manner of LLaMA's: BPE with
+def train(cfg, spm, texts):
+    """a new SentencePiece model of the first TRAIN_CHARS of the text, in the manner of LLaMA's: BPE with
     bytes for what has no piece, digits apart, nothing normalised, so that decoding gives the text back"""
 
+    failed = []
+
     def lines():
-        left = TRAIN_BYTES
-        with tokens.progress_bar("tokenizer") as bar:
-            for text in tokens.texts(cfg, streams):
+        left = TRAIN_CHARS
+        try:
+            for text in watched("tokenizer", texts):
                 for line in text.split("\n"):
                     if line.strip():
                         yield line[:65536]
-                bar.update(len(text))
                 left -= len(text)
                 if left < 0:
                     return
+        except BaseException as error:  # the library would tell of it as its own
+            failed.append(error)
 
     out = io.BytesIO()
     try:
@@ -102,9 +108,26 @@ def train(cfg, spm, streams):
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:  # a vocabulary too large or too small for the text
+        if failed:
+            raise failed[0] from None
         text = " ".join(str(error).split())
+        if found := re.search(r"value <= (\d+)|required_chars\. \d+ vs (\d+)", text):
+            word = (
+                f"large for so little text; at most {found[1]}" if found[1] else f"small; at least {found[2]}"
+            )
+            fail(f"vocab_size = {cfg.vocab_size} is too {word}, or --tokenizer=char")
         fail(f"vocab_size = {cfg.vocab_size}: sentencepiece cannot train on this text: {text[-200:]}")
+    if failed:
+        raise failed[0]
     return out.getvalue()
+
+
+def watched(desc, texts):
+    """texts, their characters counted by a bar on a terminal"""
+    with tqdm(desc=desc, unit="char", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for text in texts:
+            yield text
+            bar.update(len(text))
 
 
 def tiktoken(name):
@@ -114,7 +137,11 @@ def tiktoken(name):
     if name not in lib.list_encoding_names():
         known = ", ".join(lib.list_encoding_names())
         how = "expected sentencepiece, char, a file, a hub repository (org/name) or one of"
-        fail(f"tokenizer = {name!r} is unknown; {how} {known}")
+        near = difflib.get_close_matches(name, ["char", "sentencepiece", *lib.list_encoding_names()], n=1)
+        fail(
+            f"tokenizer = {name!r} is unknown"
+            + (f"; did you mean {near[0]}?" if near else f"; {how} {known}")
+        )
     try:
         found = lib.get_encoding(name)
     except OSError as error:  # what its HTTP library raises is one

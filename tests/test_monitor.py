@@ -239,14 +239,14 @@ RISE = [(0, 2.5), (200, 2.0), (400, 2.1), (600, 2.2)]
         ),
         ("", dict(losses=noisy(0.002))),  # falls by 0.05 over noise of 0.02
         ("plateau", dict(losses=noisy(0))),
-        ("plateau", dict(losses=noisy(-0.01))),
+        ("rising", dict(losses=noisy(-0.01))),
         ("plateau", dict(losses=noisy(0), row=LATE)),
         ("plateau", dict(losses=noisy(0), schedule="constant")),
         ("", dict(losses=noisy(0, n=49))),  # too few lines to tell
         ("", dict(losses=noisy(0), events=[dict(event="finish", step=600, why="max_steps")])),
         ("overfitting", dict(losses=noisy(0.01), evals=RISE)),
         ("", dict(losses=noisy(0.01), evals=RISE[:3])),  # one worse evaluation is chance
-        ("plateau", dict(losses=noisy(-0.01), evals=RISE)),  # both losses rise: no overfitting
+        ("rising", dict(losses=noisy(-0.01), evals=RISE)),  # both losses rise: no overfitting
         ("repetition", dict(losses=noisy(0.01), greedy=[0.1, 0.1, 0.5])),
         ("", dict(losses=noisy(0.01), greedy=[0.9, 0.5, 0.5])),
         ("throughput", dict(losses=noisy(0.01), row=dict(tokens_per_sec=[500.0] * 55 + [300.0] * 5))),
@@ -276,6 +276,12 @@ RISE = [(0, 2.5), (200, 2.0), (400, 2.1), (600, 2.2)]
 def test_warnings(tmp_path, expected, how):
     """bug guarded: a fault that is not told, or a healthy run that is"""
     assert heads(status.status(write_run(tmp_path / "r", **how))) == [expected][: bool(expected)]
+
+
+def test_a_loss_that_climbs_is_no_plateau(tmp_path):
+    """bug guarded: a diverging run told to wait for the decay"""
+    found = status.status(write_run(tmp_path / "r", losses=[2 + 0.1 * i for i in range(60)]))
+    assert found["warnings"][0].startswith("rising: ") and "lower learning_rate" in found["warnings"][0]
 
 
 def test_a_plateau_before_the_decay_is_to_wait_for(tmp_path):

@@ -142,7 +142,7 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
     err = run("sample.py", *flags, f"--prompt_file={tmp_path}/text", code=2)[1]
     assert err.startswith("error: prompt_file = ") and "UTF-8" in err
     err = run("sample.py", *flags, "--prompt=-", "--chat", "--play", "--side=Z", "--ask=x", code=2)[1]
-    assert [line.split()[1] for line in err.splitlines()] == ["side", "ask", "prompt", "play"]
+    assert [line.split()[1] for line in err.splitlines()] == ["side", "ask", "prompt", "play", "prompt"]
 
 
 def sentencepiece_spec(tmp_path):

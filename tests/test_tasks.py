@@ -9,7 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import blimp
-import lambada
+import examples
 import pytest
 import torch
 from conftest import CHARS, ROOT, run, settings, train, write_data
@@ -264,7 +264,7 @@ def test_tasks_from_a_folder_like_the_hub(tmp_path, capsys):
     assert read_task(tmp_path / "data/lambada")[1] == words and err == ""
     assert "--revision=" in read_task(tmp_path / "data/lambada")[0]["source"]
     with pytest.raises(SystemExit):
-        lambada.rows(SimpleNamespace(repo=str(tmp_path / "words"), split="test", revision=""), "it")
+        examples.rows(SimpleNamespace(repo=str(tmp_path / "words"), split="test", revision=""), "it")
     assert "error: config = 'it' of" in capsys.readouterr().err
     other, more = PAIR | dict(UID="agreement_2"), dict(field="syntax")
     local_hub(tmp_path / "pairs", "parquet", one=("train", [PAIR, PAIR]), two=("train", [other | more]))

@@ -1,0 +1,445 @@
+"""
+Documents of any number to token files, on all cores: in order, in chunks, to worker processes; their tokens
+in the same order into train_00000.bin.partial, ...; and every few seconds, once these are on the disk,
+progress.json: how many tokens of each split are written and where the source then stood. What is killed
+goes on from there, to the same bytes.
+"""
+
+import collections
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import sources
+import tokens
+import vocab
+from tqdm import tqdm
+
+import config
+from config import fail
+from files import write_bytes
+from tokenizer import make_tokenizer, with_content
+
+CHUNK_CHARS = 2**20  # characters of text that a worker gets at a time
+PIECE_CHARS = 2**17  # characters of a document that are tokenized at a time, cut at a line end
+START = dict(stream=0, state=None)  # the mark before the first document
+SAVE_SECONDS = 10.0  # between two states that a killed preparation can go on from
+FLAGS = {
+    "name": ("", "name of the data set"),
+    "tokenizer": (
+        "",
+        "sentencepiece: trained on this text | char | gpt2, cl100k_base, ...: an encoding of tiktoken | a "
+        "tokenizer.model of SentencePiece, or a repository of the hub that holds one",
+    ),
+    "vocab_size": (4096, "tokens of a sentencepiece tokenizer that is trained here"),
+    "max_documents": (0, "documents to read at most, of a val_split too; 0 = all"),
+    "val_fraction": (0.0, "share of the documents that is held out, by a hash of their text"),
+    "workers": (0, "processes that tokenize; 0 = one per core"),
+}
+HUB_FLAGS = {
+    "repo": ("", "data set of the Hugging Face hub, or a folder laid out like one"),
+    "config": ("", "its config; '' = the default one"),
+    "split": ("train", "its split to train on"),
+    "val_split": ("", "its split that is held out, whole; '' = a val_fraction of the documents"),
+    "column": ("text", "its column that holds the text"),
+    "revision": ("", "its branch, tag or commit; '' = the newest"),
+}
+
+
+class Split:
+    """the token files of one split, of which n tokens are known to be on the disk: what is beyond them is
+    dropped"""
+
+    def __init__(self, folder, split, dtype, n):
+        self.folder, self.split, self.dtype, self.n, self.file = folder, split, dtype, n, None
+        number, rest = divmod(n, tokens.SHARD_TOKENS)
+        for beyond in sorted(os.listdir(folder)):
+            if beyond.startswith(split + "_") and beyond[len(split) + 1 :][:5] > f"{number:05d}":
+                os.remove(os.path.join(folder, beyond))
+        if os.path.exists(self.path(number)):  # killed after the renaming: not yet known to be whole
+            os.rename(self.path(number), self.path(number) + ".partial")
+        self.open(number)
+        if os.path.getsize(self.file.name) < rest * dtype.itemsize:
+            fail(f"{self.file.name} has lost tokens that progress.json counts; delete {folder} to begin anew")
+        self.file.truncate(rest * dtype.itemsize)
+        self.file.seek(rest * dtype.itemsize)
+
+    def path(self, number):
+        return os.path.join(self.folder, f"{self.split}_{number:05d}.bin")
+
+    def open(self, number):
+        path = self.path(number) + ".partial"
+        self.file = open(path, "r+b" if os.path.exists(path) else "w+b")
+
+    def write(self, ids):
+        """append ids (array), beginning a new shard where one is full"""
+        while ids.size:
+            room = tokens.SHARD_TOKENS - self.n % tokens.SHARD_TOKENS
+            self.file.write(ids[:room].tobytes())
+            self.n += len(ids[:room])
+            ids = ids[room:]
+            if self.n % tokens.SHARD_TOKENS == 0:
+                self.finish()
+                self.open(self.n // tokens.SHARD_TOKENS)
+
+    def sync(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def finish(self):
+        """give the shard under way its name; an empty one goes"""
+        self.sync()
+        partial = self.file.name
+        self.file.close()
+        if os.path.getsize(partial):
+            os.replace(partial, partial.removesuffix(".partial"))
+        else:
+            os.remove(partial)
+
+    def shards(self):
+        """{file: {tokens, sha256}} of all shards"""
+        found = {}
+        for number in range(-(-self.n // tokens.SHARD_TOKENS)):
+            with open(self.path(number), "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            n = min(tokens.SHARD_TOKENS, self.n - number * tokens.SHARD_TOKENS)
+            found[os.path.basename(self.path(number))] = {"tokens": n, "sha256": digest}
+        return found
+
+
+def start_worker(spec, eot, dtype):
+    """make a worker process ready: its tokenizer, and an end when the parent has ended, however it did"""
+    global worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    worker = make_tokenizer(spec), eot, np.dtype(dtype)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def encode_chunk(pieces):
+    """{split: (ids, documents, bytes of text)} of pieces (split, text, first, last), each document followed
+    by the end-of-text token"""
+    tokenizer, eot, dtype = worker
+    found = {}
+    for split, text, first, last in pieces:
+        ids, documents, size = found.setdefault(split, ([], 0, 0))
+        for part, start in cut(text):
+            ids.append(
+                np.array((tokenizer.encode if first and not start else tokenizer.encode_on)(part), dtype)
+            )
+        if last:
+            ids.append(np.array([eot], dtype))
+        found[split] = ids, documents + last, size + len(text.encode())
+    return {split: (np.concatenate(ids), n, size) for split, (ids, n, size) in found.items()}
+
+
+def cut(text):
+    """yield (part, its place in text) of at most PIECE_CHARS characters, cut after a line end, or before a
+    space: a tokenizer's time and memory for a text without an end grow faster than the text"""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        end = text.rfind("\n", start + 1, start + PIECE_CHARS) + 1
+        end = end or text.rfind(" ", start + 1, start + PIECE_CHARS)
+        end = end if end > start else start + PIECE_CHARS
+        yield text[start:end], start
+        start = end
+    yield text[start:], start
+
+
+def split_of(text, val_fraction):
+    """'train' or 'val', by a hash of the text: the same text goes the same way, however often it comes"""
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+    return "val" if int.from_bytes(digest, "little") < val_fraction * 2**64 else "train"
+
+
+def texts(cfg, streams):
+    """the texts of the training documents (for the char tokenizer, of all), piece by piece, from the start"""
+    for pieces, _, _ in chunks(cfg, streams, START):
+        for split, text, _, _ in pieces:
+            if split == "train" or cfg.tokenizer == "char":
+                yield text
+
+
+def chunks(cfg, streams, mark):
+    """yield (pieces, the mark behind them, the share of the stream that is behind): chunks of about
+    CHUNK_CHARS, from a mark {stream, state} on. A source that fails for want of a network is opened again at
+    the last mark, after a wait."""
+    for number in range(mark["stream"], len(streams)):
+        if number > mark["stream"]:
+            mark = dict(stream=number, state=None)
+        waits, going = [5, 15, 60, 120, 300], True
+        while going:
+            pieces, size = [], 0
+            try:
+                for split, text, first, last in streams[number].pieces(mark["state"]):
+                    pieces.append((split or split_of(text, cfg.val_fraction), text, first, last))
+                    size += len(text)
+                    if size >= CHUNK_CHARS:
+                        mark = dict(stream=number, state=streams[number].state())
+                        yield pieces, mark, streams[number].fraction()
+                        pieces, size, waits = [], 0, [5, 15, 60, 120, 300]
+                going = False
+            except Exception as error:
+                if not sources.is_network(error):
+                    raise
+                what = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                if not waits:
+                    fail(f"the hub does not answer ({what}); the same command goes on later", code=1)
+                print(f"the hub does not answer ({what}); again in {waits[0]} s", file=sys.stderr)
+                time.sleep(waits.pop(0))
+        if pieces:
+            yield pieces, dict(stream=number, state=streams[number].state()), 1.0
+
+
+def prepare(cfg, open_streams, source):
+    """write data_dir/name from the documents of open_streams() -> [Hub or Files, ...], or go on with it
+    where an earlier process was stopped; ends with a summary. source: the options that decide what is
+    written.
+
+    Exits with 2 for a user's mistake, with 1 for a full disk or a lost hub, with 130 for Ctrl-C. What is
+    written by then stays, for the same command to go on, as after kill -9; where that is nothing, no file
+    stays.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    check_flags(cfg)
+    folder = os.path.join(cfg.data_dir, cfg.name)
+    meta_path, progress_path = (os.path.join(folder, name) for name in ("meta.json", "progress.json"))
+    for path in (meta_path, progress_path):
+        found = read_json(path)
+        if found and found["source"] != source:
+            fail(f"{folder} holds another data set ({found['source']}); choose another --name=, or delete it")
+        if found and path == meta_path:
+            print(f"{folder} is complete; to make it again, delete it")
+            return summarize(folder, found)
+    before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    tokens.open_data_set(cfg.data_dir, cfg.name, source)
+    lock = open(os.path.join(folder, ".lock"), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder} is being written by another process; wait for it, or choose another --name=")
+    progress = read_json(progress_path)  # only now: the other process may just have ended
+    try:
+        cfg.revision = progress.get("revision", getattr(cfg, "revision", ""))
+        streams = open_streams()
+        if not progress:
+            if not cfg.max_documents:
+                check_room(cfg, folder, sum(stream.size for stream in streams))
+            spec, eot, vocab_size = vocab.pick(cfg, folder, texts(cfg, open_streams()))
+            progress = dict(source=source, tokenizer=spec, eot=eot, vocab_size=vocab_size, seconds=0.0)
+            progress |= dict(mark=START, tokens={}, bytes={}, documents={}, revision=streams[0].revision)
+            tokens.write_file(progress_path, json.dumps(progress).encode())
+        else:
+            print(f"going on after {sum(progress['documents'].values()):,} documents")
+        splits = encode(cfg, folder, streams, progress)
+        if "train" not in splits:
+            fail(f"val_fraction = {cfg.val_fraction}: no document was left to train on; lower it")
+        shards = {name: entry for split in splits.values() for name, entry in split.shards().items()}
+    except KeyboardInterrupt:
+        kept = bool(read_json(progress_path).get("tokens"))
+        if not kept:
+            discard(folder, before)
+        what = "the same command goes on, its last seconds again" if kept else "nothing was written yet"
+        print(f"\nstopped; {what}", file=sys.stderr)
+        os._exit(130)
+    except SystemExit as end:
+        if not read_json(progress_path).get("tokens"):
+            discard(folder, before)
+        elif end.code == 2:
+            print(f"{folder} keeps what is written: the same command goes on, or delete it", file=sys.stderr)
+        raise
+    if "val" not in splits:
+        how = "train.py then needs --eval_every=0; a larger val_fraction holds some out"
+        print(f"warning: val_fraction = {cfg.val_fraction}: no document was held out; {how}")
+    sizes = {name: (split.n, progress["bytes"][name]) for name, split in splits.items()}
+    extra = {key: progress[key] for key in ("documents", "seconds", "revision")}
+    spec, eot, vocab_size = progress["tokenizer"], progress["eot"], progress["vocab_size"]
+    tokens.write_meta(folder, spec, eot, vocab_size, sizes, shards, source, **extra)
+    for name in os.listdir(folder):
+        if name == ".lock" or name.startswith("progress.json"):
+            os.remove(os.path.join(folder, name))
+    summarize(folder, read_json(meta_path))
+
+
+def encode(cfg, folder, streams, progress):
+    """the loop: tokenize all documents from progress on, and keep progress.json; returns {split: Split},
+    finished"""
+    dtype, began = tokens.dtype_of(progress["vocab_size"]), time.perf_counter()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = cfg.workers or cores
+    spec = with_content(progress["tokenizer"], folder)
+    splits = {name: Split(folder, name, dtype, n) for name, n in progress["tokens"].items()}
+    spent, saved, before = progress["seconds"], began, sum(progress["tokens"].values())
+    progress.setdefault("stream_began", [0, 0])  # tokens and bytes before the stream under way
+    waiting = collections.deque()  # (tokens to come, mark behind them, fraction), in order
+
+    def written():
+        return sum(split.n for split in splits.values())
+
+    def save():
+        for split in splits.values():
+            split.sync()
+        progress["tokens"] = {name: split.n for name, split in splits.items()}
+        progress["seconds"] = spent + time.perf_counter() - began
+        write_bytes(os.path.join(folder, "progress.json"), json.dumps(progress).encode())
+
+    def take():
+        nonlocal saved
+        future, mark, fraction = waiting.popleft()
+        found = future.result()
+        if mark["stream"] != progress["mark"]["stream"]:
+            progress["stream_began"] = [written(), bar.n]
+        progress["mark"] = mark
+        for name, (ids, documents, size) in found.items():
+            if name not in splits:
+                splits[name] = Split(folder, name, dtype, 0)
+                splits[name].write(np.array([progress["eot"]], dtype))  # what precedes the first document
+            splits[name].write(ids)
+            for key, more in (("documents", documents), ("bytes", size)):
+                progress[key][name] = progress[key].get(name, 0) + more
+            bar.update(size)
+        speed = (written() - before) / (time.perf_counter() - began)
+        bar.set_postfix_str(f"{written():,} tokens, {speed:,.0f} tokens/s", refresh=False)
+        n_began, bytes_began = progress["stream_began"]
+        if fraction:
+            bar.total = int(bytes_began + (bar.n - bytes_began) / fraction)
+        if time.perf_counter() - saved > SAVE_SECONDS:
+            save()
+            saved = time.perf_counter()
+            if fraction and fraction > 0.01:
+                check_room(cfg, folder, 0, (written() - n_began) * dtype.itemsize * (1 / fraction - 1))
+
+    context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
+    args = (spec, progress["eot"], dtype.str)
+    with progress_bar(cfg.name, sum(progress["bytes"].values())) as bar:
+        pool = ProcessPoolExecutor(workers, context, start_worker, args)
+        try:
+            for pieces, mark, fraction in chunks(cfg, streams, progress["mark"]):
+                waiting.append((pool.submit(encode_chunk, pieces), mark, fraction))
+                while len(waiting) > 2 * workers + 2:
+                    take()
+            while waiting:
+                take()
+            save()
+            for split in splits.values():
+                split.finish()
+        except BrokenProcessPool:
+            fail("a worker process was killed, perhaps for want of memory; the same command goes on", code=1)
+        except OSError as error:
+            if sources.is_network(error):
+                raise
+            drop_unsaved(folder, splits)
+            how = "free some, then the same command goes on" if progress["tokens"] else "free some"
+            fail(f"cannot write {folder}: {error.strerror or error}; {how}", code=1)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return splits
+
+
+def drop_unsaved(folder, splits):
+    """cut the files under way back to what progress.json knows"""
+    known = read_json(os.path.join(folder, "progress.json")).get("tokens", {})
+    for name, split in splits.items():
+        if os.path.exists(split.file.name):
+            rest = known.get(name, 0) % tokens.SHARD_TOKENS * split.dtype.itemsize
+            os.truncate(split.file.name, min(rest, os.path.getsize(split.file.name)))
+
+
+def check_flags(cfg):
+    """exit with 2 and a line for each flag out of range"""
+    faults = []
+    if not 0 <= cfg.val_fraction < 1:
+        faults.append(f"val_fraction = {cfg.val_fraction} must be at least 0 and less than 1")
+    for key in ("max_documents", "workers"):
+        if getattr(cfg, key) < 0:
+            faults.append(f"{key} = {getattr(cfg, key)} must not be negative; 0 = all")
+    if cfg.vocab_size < 1:
+        faults.append(f"vocab_size = {cfg.vocab_size} must be at least 1")
+    if faults:
+        fail(*faults)
+
+
+def check_room(cfg, folder, text_bytes, need=0):
+    """exit with 1 where the disk has no room for `need` more bytes, or for the tokens of so much text: 2
+    bytes for every 5 at the least, or for each where characters are tokens"""
+    need = need or text_bytes * (2 if cfg.tokenizer == "char" else 0.4)
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        fail(
+            f"{folder} needs about {need / 1e6:,.1f} MB more, the disk has {free / 1e6:,.1f} MB free", code=1
+        )
+
+
+def read_json(path):
+    """what a JSON file holds; {} where it is not there or damaged"""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def discard(folder, before):
+    """remove what this preparation has put into a folder that held the names `before`, and the folder where
+    nothing is left"""
+    for name in os.listdir(folder):
+        is_ours = re.fullmatch(r"\.lock|(train|val)_\d{5}\.bin\.partial|progress\.json.*", name)
+        if is_ours or (name.startswith("tokenizer.") and name not in before):
+            os.remove(os.path.join(folder, name))
+    if not os.listdir(folder):
+        os.rmdir(folder)
+
+
+def summarize(folder, meta):
+    """print what a data set holds"""
+    for split, count in meta["tokens"].items():
+        n, size = meta["documents"][split], meta["bytes"][split]
+        print(
+            f"{folder}: {split}: {n:,} documents, {count:,} tokens, {size:,} bytes of text, "
+            f"{count / max(1, size):.4f} tokens per byte"
+        )
+    total, seconds = sum(meta["tokens"].values()), meta["seconds"]
+    kind = meta["tokenizer"]["kind"]
+    print(
+        f"tokenizer: {kind}, {meta['vocab_size']:,} tokens; {seconds:.1f} s, {total / seconds:,.0f} tokens/s"
+    )
+
+
+def progress_bar(desc, done=0):
+    """a bar of bytes of text, on a terminal"""
+    return tqdm(desc=desc, initial=done, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+
+
+def source_of(script, cfg, flags):
+    """meta.json's source: the script and every flag that decides what it writes"""
+    given = (f"--{key}={getattr(cfg, key)}" for key in flags if key not in ("name", "workers"))
+    return " ".join([script, *given])
+
+
+def prepare_hub(argv, doc, script, defaults):
+    """the whole of a script that prepares a data set of the hub: its flags with these defaults, then
+    prepare"""
+    flags = {key: (defaults.get(key, default), text) for key, (default, text) in (HUB_FLAGS | FLAGS).items()}
+    cfg = config.load(argv, doc, flags, only=("data_dir",), check_run=False)
+    if cfg.val_split and cfg.val_fraction:
+        fail(
+            f"val_split = {cfg.val_split!r} and val_fraction = {cfg.val_fraction} exclude each other: set one"
+        )
+
+    def open_streams():
+        if not cfg.val_split:
+            return [sources.Hub(cfg, cfg.split, "")]
+        return [sources.Hub(cfg, cfg.val_split, "val"), sources.Hub(cfg, cfg.split, "train")]
+
+    prepare(cfg, open_streams, source_of(script, cfg, flags))
