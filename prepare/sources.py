@@ -16,7 +16,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import sys
 import time
 
@@ -74,8 +73,9 @@ def commit(cfg):
     """the commit that cfg.revision of cfg.repo stands for now; cfg.revision itself for a folder"""
     if os.path.isdir(cfg.repo):
         return cfg.revision
+    hub = library("huggingface_hub").HfApi()
     try:
-        return library("huggingface_hub").HfApi().dataset_info(cfg.repo, revision=cfg.revision or None).sha
+        return patiently(lambda: hub.dataset_info(cfg.repo, revision=cfg.revision or None)).sha
     except Exception as error:  # told apart as below
         explain(cfg, cfg.config, cfg.split, error)
 
@@ -85,42 +85,45 @@ def open_hub(cfg, config_name, split):
     hub is not to be reached"""
     datasets = library("datasets")
     datasets.disable_progress_bars()
+    how = dict(split=split, revision=cfg.revision or None, streaming=True)
     try:
-        return datasets.load_dataset(
-            cfg.repo, config_name or None, split=split, revision=cfg.revision or None, streaming=True
-        )
+        return patiently(lambda: datasets.load_dataset(cfg.repo, config_name or None, **how))
     except Exception as error:  # what load_dataset raises is told apart by its text: it has few types
         explain(cfg, config_name, split, error)
 
 
+def patiently(call):
+    """call(), made again after a wait where the hub answers, but with a failure of its own"""
+    for wait in (1, 2, 4, 8, 0):
+        try:
+            return call()
+        except Exception as error:
+            has_answered = any("HTTP" in kind.__name__ for kind in type(error).__mro__)
+            if not wait or not has_answered or not is_network(error):
+                raise
+            print(f"the hub failed ({type(error).__name__}); again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+
+
 def explain(cfg, config_name, split, error):
-    """exit with a line for an error of load_dataset"""
+    """exit with a line for an error of the hub or of load_dataset"""
     text = " ".join(str(error).split())
     kinds = [kind.__name__ for kind in type(error).__mro__]
     if "Dataset scripts are no longer supported" in text:
         how = "--revision=refs/convert/parquet --config=default reads the hub's converted copy"
         fail(f"repo = {cfg.repo!r} holds a loading script, which datasets no longer runs; {how}")
-    if "GatedRepoError" in kinds or re.search(r"\bgated\b", text):
+    if "GatedRepoError" in kinds or "is a gated dataset" in text:
         fail(f"repo = {cfg.repo!r} is gated: accept its terms on its page, then `hf auth login`")
     if is_network(error):
-        fail(
-            f"the hub cannot be reached ({text[:200]}); try again, or name a local folder as --repo=", code=1
-        )
-    if {"DatasetNotFoundError", "RepositoryNotFoundError", "HFValidationError", "FileNotFoundError"} & set(
-        kinds
-    ):
-        what = (
-            f"revision = {cfg.revision!r} of repo = {cfg.repo!r}" if cfg.revision else f"repo = {cfg.repo!r}"
-        )
+        how = "try again, or name a local folder as --repo="
+        fail(f"the hub cannot be reached ({text[:200]}); {how}", code=1)
+    if any(kind.endswith("NotFoundError") or kind == "HFValidationError" for kind in kinds):
+        what = f"repo = {cfg.repo!r}" + (f" with revision = {cfg.revision!r}" if cfg.revision else "")
         fail(f"{what} is neither a folder nor on the hub, or it is private (then `hf auth login`)")
     if "BuilderConfig" in text or "Config name is missing" in text:
         fail(f"config = {config_name!r} of {cfg.repo}: {text}")
     if "split" in text.lower() and "ValueError" in kinds:
         fail(f"split = {split!r} of {cfg.repo}: {text}")
-    if is_network(error):
-        fail(
-            f"the hub cannot be reached ({text[:200]}); try again, or name a local folder as --repo=", code=1
-        )
     fail(f"repo = {cfg.repo!r} cannot be read: {type(error).__name__}: {text[:300]}")
 
 
@@ -139,25 +142,18 @@ def is_network(error):
 def hub_file(repo, name):
     """the local path of a file of a model repository on the hub, downloaded; errors in a line as above"""
     hub = library("huggingface_hub")
-    for wait in (1, 2, 4, 8, 16, 0):
-        try:
-            return hub.hf_hub_download(repo, name)
-        except Exception as error:  # told apart by name, as above
-            kinds = [kind.__name__ for kind in type(error).__mro__]
-            text = " ".join(str(error).split())[:200]
-            if "GatedRepoError" in kinds:
-                how = (
-                    "accept its licence on its page, then `hf auth login`; or name a tokenizer.model of yours"
-                )
-                fail(f"tokenizer = {repo!r} is gated: {how}")
-            if not is_network(error):
-                how = "expected a file, a hub repository that holds one, or the name of an encoding"
-                fail(f"tokenizer = {repo!r}: no {name} is there; {how}")
-            if not wait:
-                how = "try again, or name a file"
-                fail(f"tokenizer = {repo!r}: the hub cannot be reached ({text}); {how}", code=1)
-            print(f"the hub does not answer ({text}); again in {wait} s", file=sys.stderr)
-            time.sleep(wait)
+    try:
+        return patiently(lambda: hub.hf_hub_download(repo, name))
+    except Exception as error:  # told apart as above
+        text = " ".join(str(error).split())[:200]
+        if "GatedRepoError" in [kind.__name__ for kind in type(error).__mro__]:
+            how = "accept its licence on its page, then `hf auth login`; or name a tokenizer.model of yours"
+            fail(f"tokenizer = {repo!r} is gated: {how}")
+        if is_network(error):
+            how = "try again, or name a file"
+            fail(f"tokenizer = {repo!r}: the hub cannot be reached ({text}); {how}", code=1)
+        how = "expected a file, a hub repository that holds one, or the name of an encoding"
+        fail(f"tokenizer = {repo!r}: no {name} is there; {how}")
 
 
 class Files:

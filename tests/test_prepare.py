@@ -408,6 +408,31 @@ def test_the_network_is_not_the_users_mistake():
     assert not sources.is_network(FileNotFoundError("x")) and not sources.is_network(ValueError("http"))
 
 
+def test_a_hub_that_fails_once_is_asked_again(monkeypatch):
+    """bug guarded: a preparation that ends because one answer was 503, or that waits for what is not there"""
+
+    class HfHubHTTPError(OSError):  # as huggingface_hub names and derives them
+        pass
+
+    class RepositoryNotFoundError(HfHubHTTPError):
+        pass
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    answers = [HfHubHTTPError("503"), "found"]
+
+    def call():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert sources.patiently(call) == "found"
+    answers[:] = [RepositoryNotFoundError("404, private or gated"), "asked again"]
+    with pytest.raises(RepositoryNotFoundError):
+        sources.patiently(call)
+    assert answers == ["asked again"]
+
+
 def test_no_two_sources_in_one_folder(corpus, tmp_path):
     """bug guarded: another preparation's tokens overwritten, or continued with other text"""
     flags = text_flags(corpus[0], tmp_path)

@@ -60,7 +60,8 @@ def folders(tmp_path_factory):
     def small(script, *args):
         run(script, *args, *(flag.format(**found) for flag in SMALL[script]), f"--data_dir={found['data']}")
 
-    for command in ("lambada", "blimp", "fineweb_edu", *(command for _, command in RUNS.values())):
+    few = "tinystories --name=few_stories"
+    for command in ("lambada", "blimp", "fineweb_edu", few, *(command for _, command in RUNS.values())):
         script, *args = command.split()
         small(f"prepare/{script}.py", *args)
     for name, (config, _) in RUNS.items():
