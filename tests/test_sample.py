@@ -236,6 +236,7 @@ class Terminal:
         os.write(self.leader, text.encode())
 
     def interrupt(self):
+        time.sleep(0.5)  # Python's input() does not see a signal between its prompt and its first wait
         self.child.send_signal(signal.SIGINT)
 
     def ended(self):
