@@ -44,31 +44,28 @@ def meta(cfg):
         need = ("complete", "shards", "dtype", "vocab_size", "tokens", "bytes", "tokenizer", "eot")
         complete, shards, dtype, vocab_size = [found[key] for key in need][:4]
         dtype = np.dtype(dtype).newbyteorder("<")
-        if not (
-            0 <= found["eot"] < vocab_size and found["tokenizer"]["sha256"] and found["tokenizer"]["kind"]
-        ):
-            raise ValueError(f"eot {found['eot']!r}, vocab_size {vocab_size!r}")
-        {name: shard["tokens"] + len(shard["sha256"]) for name, shard in shards.items()}
+        sizes = {name: shard["tokens"] * dtype.itemsize for name, shard in shards.items()}
+        named = found["tokenizer"]["kind"] and found["tokenizer"]["sha256"]
+        if not (0 <= found["eot"] < vocab_size and named and all(sizes.values())):
+            raise ValueError(f"eot {found['eot']!r}, vocab_size {vocab_size!r}, bytes {sizes}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
     if not complete:
         fail(f"data set {folder} is not complete; run its preparation again")
     if cfg.vocab_size and cfg.vocab_size < vocab_size:
         fail(f"vocab_size = {cfg.vocab_size} is less than the {vocab_size} ids of {folder}; set it to 0")
-    checked = os.path.join(
-        folder, ".checked.json"
-    )  # {shard: size, time, vocab_size}: ids are scanned once a file
+    checked = os.path.join(folder, ".checked.json")  # {shard: size, time, vocab_size}: each is scanned once
     try:
         with open(checked, encoding="utf-8") as file:
             seen = json.load(file)
     except (OSError, ValueError):  # not there, or damaged: only a cache
         seen = {}
     now = {}
-    for name, shard in shards.items():
+    for name, want in sizes.items():
         file = os.path.join(folder, name)
-        size, want = os.path.getsize(file) if os.path.exists(file) else -1, shard["tokens"] * dtype.itemsize
-        if size != want or size == 0:
-            state = "is missing" if size < 0 else "is empty" if size == 0 else f"has {size:,} bytes"
+        size = os.path.getsize(file) if os.path.exists(file) else -1
+        if size != want:
+            state = "is missing" if size < 0 else f"has {size:,} bytes"
             fail(f"shard {file} {state}, meta.json says {want:,}; make the data set again")
         now[name] = [size, os.stat(file).st_mtime_ns, vocab_size]
         if seen.get(name) != now[name]:
@@ -123,11 +120,8 @@ class Windows:
     def __init__(self, cfg, meta, split):
         folder = os.path.join(cfg.data_dir, cfg.dataset)
         self.seed, self.seq_len, self.dtype = cfg.seed, cfg.seq_len, np.dtype(meta["dtype"]).newbyteorder("<")
-        shards = {
-            name: shard["tokens"]
-            for name, shard in sorted(meta["shards"].items())
-            if name.startswith(split + "_")
-        }
+        names = sorted(name for name in meta["shards"] if name.startswith(split + "_"))
+        shards = {name: meta["shards"][name]["tokens"] for name in names}
         if not shards:
             how = (
                 "make it with a val_fraction, or train with --eval_every=0"

@@ -134,6 +134,12 @@ def steady(run):
     return [row for i, row in enumerate(run["rows"]) if i not in first]
 
 
+def anomalies(run):
+    """the anomaly events, one of each step and kind: a step that was made again may have told of it twice"""
+    odd = {(row["step"], row.get("what")): row for row in run["events"] if row.get("event") == "anomaly"}
+    return list(odd.values())
+
+
 def repetition(run):
     """mean repetition of the greedy samples of each step that has some, oldest first"""
     steps = sorted({row["step"] for row in run["greedy"]})
@@ -173,7 +179,7 @@ def status(run_dir, window=50):
         eta = min(eta, max(0.0, began + 60 * minutes - now))
     trained = [row for row in evals if row["step"] > 0]  # as best.json: the initial weights are no result
     best = min(trained or evals, key=lambda row: row["val_loss"], default=None)
-    odd = {(row["step"], row.get("what")): row for row in run["events"] if row.get("event") == "anomaly"}
+    odd = anomalies(run)
     saved = next(reversed(run["checkpoints"]), None)
     saved_at = os.path.getmtime(run["checkpoints"][saved]) if run["checkpoints"] else None
     found = dict(
@@ -194,7 +200,7 @@ def status(run_dir, window=50):
         val_step=evals[-1]["step"] if evals else None,
         best=best and {key: best[key] for key in ("step", "val_loss")},
         checkpoint=saved_at and {"step": saved, "age": max(0.0, now - saved_at)},
-        anomalies={"count": len(odd), "last": list(odd.values())[-3:]},
+        anomalies={"count": len(odd), "last": odd[-3:]},
         ternary=settings.get("ternary"),
         bitnet={key: number(value) for key, value in health.items()} or None,
         device=run["config"].get("device"),
@@ -221,8 +227,7 @@ def warnings(run, now, limit, window):
         )
 
     horizon = rows[-window]["step"] if len(rows) >= window else 0
-    odd = {(row["step"], row.get("what")): row for row in run["events"] if row.get("event") == "anomaly"}
-    recent = [row for row in odd.values() if row["step"] > horizon]
+    recent = [row for row in anomalies(run) if row["step"] > horizon]
     skipped = sum(number(row.get("steps")) or 1 for row in recent if row.get("what") != "save failed")
     if skipped or (rows and now["loss"] is None):
         told.append(

@@ -77,9 +77,7 @@ def problems(rng, ops, digits, n, held_out, distinct):
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C just ends it: without meta.json there is no data set
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it: without meta.json no data set
     cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir", "seed"), check_run=False)
     faults = []
     if not cfg.ops or set(cfg.ops) - set(RESULT):

@@ -57,67 +57,6 @@ HUB_FLAGS = {
 }
 
 
-class Split:
-    """the token files of one split, of which n tokens are known to be on the disk: what is beyond them is
-    dropped"""
-
-    def __init__(self, folder, split, dtype, n):
-        self.folder, self.split, self.dtype, self.n, self.file = folder, split, dtype, n, None
-        number, rest = divmod(n, tokens.SHARD_TOKENS)
-        for beyond in sorted(os.listdir(folder)):
-            if beyond.startswith(split + "_") and beyond[len(split) + 1 :][:5] > f"{number:05d}":
-                os.remove(os.path.join(folder, beyond))
-        if os.path.exists(self.path(number)):  # killed after the renaming: not yet known to be whole
-            os.rename(self.path(number), self.path(number) + ".partial")
-        self.open(number)
-        if os.path.getsize(self.file.name) < rest * dtype.itemsize:
-            fail(f"{self.file.name} has lost tokens that progress.json counts; delete {folder} to begin anew")
-        self.file.truncate(rest * dtype.itemsize)
-        self.file.seek(rest * dtype.itemsize)
-
-    def path(self, number):
-        return os.path.join(self.folder, f"{self.split}_{number:05d}.bin")
-
-    def open(self, number):
-        path = self.path(number) + ".partial"
-        self.file = open(path, "r+b" if os.path.exists(path) else "w+b")
-
-    def write(self, ids):
-        """append ids (array), beginning a new shard where one is full"""
-        while ids.size:
-            room = tokens.SHARD_TOKENS - self.n % tokens.SHARD_TOKENS
-            self.file.write(ids[:room].tobytes())
-            self.n += len(ids[:room])
-            ids = ids[room:]
-            if self.n % tokens.SHARD_TOKENS == 0:
-                self.finish()
-                self.open(self.n // tokens.SHARD_TOKENS)
-
-    def sync(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def finish(self):
-        """give the shard under way its name; an empty one goes"""
-        self.sync()
-        partial = self.file.name
-        self.file.close()
-        if os.path.getsize(partial):
-            os.replace(partial, partial.removesuffix(".partial"))
-        else:
-            os.remove(partial)
-
-    def shards(self):
-        """{file: {tokens, sha256}} of all shards"""
-        found = {}
-        for number in range(-(-self.n // tokens.SHARD_TOKENS)):
-            with open(self.path(number), "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            n = min(tokens.SHARD_TOKENS, self.n - number * tokens.SHARD_TOKENS)
-            found[os.path.basename(self.path(number))] = {"tokens": n, "sha256": digest}
-        return found
-
-
 def start_worker(spec, eot, dtype):
     """make a worker process ready: its tokenizer, and an end when the parent has ended, however it did"""
     global worker
@@ -135,9 +74,8 @@ def encode_chunk(pieces):
     for split, text, first, last in pieces:
         ids, documents, size = found.setdefault(split, ([], 0, 0))
         for part, start in cut(text):
-            ids.append(
-                np.array((tokenizer.encode if first and not start else tokenizer.encode_on)(part), dtype)
-            )
+            encode = tokenizer.encode if first and not start else tokenizer.encode_on
+            ids.append(np.array(encode(part), dtype))
         if last:
             ids.append(np.array([eot], dtype))
         found[split] = ids, documents + last, size + len(text.encode())
@@ -239,6 +177,7 @@ def prepare(cfg, open_streams, source):
             spec, eot, vocab_size = vocab.pick(cfg, folder, texts(cfg, open_streams()))
             progress = dict(source=source, tokenizer=spec, eot=eot, vocab_size=vocab_size, seconds=0.0)
             progress |= dict(mark=START, tokens={}, bytes={}, documents={}, revision=streams[0].revision)
+            progress["stream_began"] = [0, 0]  # tokens and bytes before the stream under way
             tokens.write_file(progress_path, json.dumps(progress).encode())
         else:
             print(f"going on after {sum(progress['documents'].values()):,} documents")
@@ -273,15 +212,14 @@ def prepare(cfg, open_streams, source):
 
 
 def encode(cfg, folder, streams, progress):
-    """the loop: tokenize all documents from progress on, and keep progress.json; returns {split: Split},
-    finished"""
+    """the loop: tokenize all documents from progress on, and keep progress.json; returns {split: its
+    finished tokens.Split}"""
     dtype, began = tokens.dtype_of(progress["vocab_size"]), time.perf_counter()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = cfg.workers or cores
     spec = with_content(progress["tokenizer"], folder)
-    splits = {name: Split(folder, name, dtype, n) for name, n in progress["tokens"].items()}
+    splits = {name: tokens.Split(folder, name, dtype, n) for name, n in progress["tokens"].items()}
     spent, saved, before = progress["seconds"], began, sum(progress["tokens"].values())
-    progress.setdefault("stream_began", [0, 0])  # tokens and bytes before the stream under way
     waiting = collections.deque()  # (tokens to come, mark behind them, fraction), in order
 
     def written():
@@ -303,7 +241,7 @@ def encode(cfg, folder, streams, progress):
         progress["mark"] = mark
         for name, (ids, documents, size) in found.items():
             if name not in splits:
-                splits[name] = Split(folder, name, dtype, 0)
+                splits[name] = tokens.Split(folder, name, dtype, 0)
                 splits[name].write(np.array([progress["eot"]], dtype))  # what precedes the first document
             splits[name].write(ids)
             for key, more in (("documents", documents), ("bytes", size)):
@@ -339,21 +277,11 @@ def encode(cfg, folder, streams, progress):
         except OSError as error:
             if sources.is_network(error):
                 raise
-            drop_unsaved(folder, splits)
             how = "free some, then the same command goes on" if progress["tokens"] else "free some"
             fail(f"cannot write {folder}: {error.strerror or error}; {how}", code=1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return splits
-
-
-def drop_unsaved(folder, splits):
-    """cut the files under way back to what progress.json knows"""
-    known = read_json(os.path.join(folder, "progress.json")).get("tokens", {})
-    for name, split in splits.items():
-        if os.path.exists(split.file.name):
-            rest = known.get(name, 0) % tokens.SHARD_TOKENS * split.dtype.itemsize
-            os.truncate(split.file.name, min(rest, os.path.getsize(split.file.name)))
 
 
 def check_flags(cfg):

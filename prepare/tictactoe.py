@@ -6,8 +6,7 @@ were played, one game a line, one token per character.
 
 Both sides move at random until one has a line or the board is full. A game is held out for the val split
 when a hash of its moves says so, about one in fifty. There are 255,168 different games; short ones come
-more often, as they do in random play. Takes ten seconds,
-40 MB of disk and 400 MB of memory for 2,000,000 games.
+more often, as they do in random play. 2,000,000 games take ten seconds, 40 MB of disk and 400 MB of memory.
 """
 
 import signal
@@ -51,9 +50,7 @@ def random_games(rng, n):
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C just ends it: without meta.json there is no data set
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it: without meta.json no data set
     cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir", "seed"), check_run=False)
     if cfg.games < 1000 or not 0 < cfg.val_fraction < 1:
         config.fail(

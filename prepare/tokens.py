@@ -87,3 +87,64 @@ def write_meta(folder, tokenizer, eot, vocab_size, splits, shards, source, **ext
         "complete": True,
     }
     write_file(os.path.join(folder, "meta.json"), json.dumps(meta | extra, indent=1).encode())
+
+
+class Split:
+    """the token files of one split, of which n tokens are known to be on the disk: what is beyond them is
+    dropped"""
+
+    def __init__(self, folder, split, dtype, n):
+        self.folder, self.split, self.dtype, self.n, self.file = folder, split, dtype, n, None
+        number, rest = divmod(n, SHARD_TOKENS)
+        for beyond in sorted(os.listdir(folder)):
+            if beyond.startswith(split + "_") and beyond[len(split) + 1 :][:5] > f"{number:05d}":
+                os.remove(os.path.join(folder, beyond))
+        if os.path.exists(self.path(number)):  # killed after the renaming: not yet known to be whole
+            os.rename(self.path(number), self.path(number) + ".partial")
+        self.open(number)
+        if os.path.getsize(self.file.name) < rest * dtype.itemsize:
+            fail(f"{self.file.name} has lost tokens that progress.json counts; delete {folder} to begin anew")
+        self.file.truncate(rest * dtype.itemsize)
+        self.file.seek(rest * dtype.itemsize)
+
+    def path(self, number):
+        return os.path.join(self.folder, f"{self.split}_{number:05d}.bin")
+
+    def open(self, number):
+        path = self.path(number) + ".partial"
+        self.file = open(path, "r+b" if os.path.exists(path) else "w+b")
+
+    def write(self, ids):
+        """append ids (array), beginning a new shard where one is full"""
+        while ids.size:
+            room = SHARD_TOKENS - self.n % SHARD_TOKENS
+            self.file.write(ids[:room].tobytes())
+            self.n += len(ids[:room])
+            ids = ids[room:]
+            if self.n % SHARD_TOKENS == 0:
+                self.finish()
+                self.open(self.n // SHARD_TOKENS)
+
+    def sync(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def finish(self):
+        """give the shard under way its name; an empty one goes"""
+        self.sync()
+        partial = self.file.name
+        self.file.close()
+        if os.path.getsize(partial):
+            os.replace(partial, partial.removesuffix(".partial"))
+        else:
+            os.remove(partial)
+
+    def shards(self):
+        """{file: {tokens, sha256}} of all shards"""
+        found = {}
+        for number in range(-(-self.n // SHARD_TOKENS)):
+            with open(self.path(number), "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            n = min(SHARD_TOKENS, self.n - number * SHARD_TOKENS)
+            found[os.path.basename(self.path(number))] = {"tokens": n, "sha256": digest}
+        return found

@@ -134,7 +134,7 @@ def meta_with(**changes):
     "name, change, says",
     [
         ("train_00000.bin", lambda b: b[:-2], ["train_00000.bin has 998 bytes", "1,000"]),
-        ("train_00000.bin", lambda b: b"", ["train_00000.bin is empty"]),
+        ("train_00000.bin", lambda b: b"", ["train_00000.bin has 0 bytes"]),
         ("train_00000.bin", lambda b: b"\xff\xff" + b[2:], ["token id 65535", "vocab_size is 28"]),
         ("train_00000.bin", lambda b: b"\x1c\x00" + b[2:], ["token id 28", "vocab_size is 28"]),
         ("meta.json", lambda b: b[:50], ["meta.json is damaged"]),

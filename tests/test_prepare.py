@@ -24,8 +24,8 @@ SPACES = [" ", " ", " ", "\n", "\n\n", "  "]
 PATCH = (
     "import stream, tokens; stream.SAVE_SECONDS = 0; stream.CHUNK_CHARS = 2000; tokens.SHARD_TOKENS = 4096\n"
 )
-SLOW = "import time; real = stream.Split.write\n"
-SLOW += "def write(self, ids): time.sleep(0.05); real(self, ids)\nstream.Split.write = write\n"
+SLOW = "import time, tokens; real = tokens.Split.write\n"
+SLOW += "def write(self, ids): time.sleep(0.05); real(self, ids)\ntokens.Split.write = write\n"
 TIKTOKEN = """
 import tiktoken
 ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" a": 258}
@@ -212,14 +212,15 @@ def test_interrupt_says_how_to_go_on(corpus, tmp_path):
 
 
 FULL = """
-real_write, count = stream.Split.write, [0]
+import tokens
+real_write, count = tokens.Split.write, [0]
 def write(self, ids):
     count[0] += 1
     if count[0] > 30:
         real_write(self, ids[:7])
         raise OSError(28, "No space left on device")
     real_write(self, ids)
-stream.Split.write = write
+tokens.Split.write = write
 """
 
 
@@ -297,10 +298,10 @@ def test_a_kill_after_a_shard_is_renamed(tmp_path, monkeypatch):
     """bug guarded: the beginning of a shard lost because it had got its name before progress.json knew of
     it; a longer file of an earlier try left behind it"""
     monkeypatch.setattr(tokens, "SHARD_TOKENS", 8)
-    split = stream.Split(str(tmp_path), "train", np.dtype("<u2"), 0)
+    split = tokens.Split(str(tmp_path), "train", np.dtype("<u2"), 0)
     split.write(np.arange(21, dtype="<u2"))
     split.sync()
-    split = stream.Split(
+    split = tokens.Split(
         str(tmp_path), "train", np.dtype("<u2"), 5
     )  # as known before the first shard was full
     assert sorted(os.listdir(tmp_path)) == ["train_00000.bin.partial"]
