@@ -114,6 +114,12 @@ def test_text_comes_back(corpus, tmp_path, tokenizer):
     assert 0 < len(found["val"]) < 60
     assert read(tmp_path / "text")[2].decode([60_000, 5, 60_000]) == read(tmp_path / "text")[2].decode([5])
     assert "tokens per byte" in out and f"{len(found['train'])} documents" in out
+    if tokenizer != "char":
+        spec = json.loads((tmp_path / "text" / "meta.json").read_text())["tokenizer"]
+        with open(tmp_path / "text" / spec["file"], "ab") as file:
+            file.write(b"x")
+        with pytest.raises(SystemExit):  # another tokenizer under the same name would mean other text
+            with_content(spec, str(tmp_path / "text"))
 
 
 @pytest.mark.parametrize("name", ["docs.txt", "part*.txt", "separated.txt", "docs.parquet", "*.jsonl"])

@@ -302,6 +302,9 @@ def test_evaluate_reads_the_splits_of_any_data_set_with_its_tokenizer(trained):
     result = evaluate(trained, "--split=train")[0]
     assert result["tokens"] == 31 * 16 and result["split"] == "train" and "accuracy" not in result
     write_data(trained[0], "other", n_val=400)
+    change_meta(trained[0], "other", task="tictactoe")  # a score belongs to what is held out
+    assert "accuracy" not in evaluate(trained, "--dataset=other", "--split=train")[0]
+    write_data(trained[0], "other", n_val=400)
     change_meta(trained[0], "other", bytes=dict(train=500, val=1600))
     other = evaluate(trained, "--dataset=other", "--eval_tokens=64")[0]
     assert other["dataset"] == "other" and other["split"] == "val" and other["tokens"] == 64
