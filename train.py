@@ -31,12 +31,14 @@ import device as machine
 import optim
 import quant
 import record
+import trackers
 from config import fail
 from model import Transformer, generate, mean_loss
 from tokenizer import continuation, encode_prompt, make_tokenizer, with_content
 
 # machine and data
 
+trackers.need(cfg)
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
 machine.explain_out_of_memory(cfg, device)
@@ -160,6 +162,15 @@ def log_line(text, on_bar=False):
         bar.write(text, file=sys.stderr)
 
 
+mirrors = trackers.start(cfg, run_dir, step, warn=log_line)
+
+
+def keep(name, **row):
+    """a line of the record, and of its mirrors"""
+    record.append(run_dir, name, **row)
+    trackers.mirror(mirrors, cfg, name, row)
+
+
 def scheduled(at):
     """whether a checkpoint of this step is wanted whatever its loss"""
     every = cfg.save_every and at % cfg.save_every == 0
@@ -220,7 +231,7 @@ def evaluate():
     if loss is None:
         return None
     perplexity = math.exp(min(loss, 700.0))  # e^700 is about the largest that a float holds
-    record.append(run_dir, record.SCALARS, step=step, val_loss=loss, val_perplexity=perplexity)
+    keep(record.SCALARS, step=step, val_loss=loss, val_perplexity=perplexity)
     seconds = time.perf_counter() - began
     log_line(
         f"eval {step}/{cfg.max_steps}  val_loss {loss:.4f}  perplexity {perplexity:.2f}  {seconds:.1f} s"
@@ -266,7 +277,7 @@ def sample():
                 generated_text=continuation(tokenizer, ids, new),
                 repetition=record.repetition(new),
             )
-            record.append(run_dir, record.SAMPLES, step=step, mode=mode, **made)
+            keep(record.SAMPLES, step=step, mode=mode, **made)
     model.train()
 
 
@@ -279,6 +290,7 @@ def hand_over():
     if on_disk:
         how = "go on with the same command and --resume=auto"
         print(f"stopped by signal {interrupted}, saved step {step}; {how}", file=sys.stderr)
+    trackers.finish(mirrors)
     sys.exit(128 + interrupted)
 
 
@@ -390,7 +402,7 @@ while True:
             **speed,
             time=time.time(),
         )
-        record.append(run_dir, record.SCALARS, **last)
+        keep(record.SCALARS, **last)
         shown = f"loss {loss:.4f}  lr {lr:.2e}  wd {weight_decay:g}  stage {last['stage']}"
         tokens_per_sec, step_ms = speed["tokens_per_sec"] or 0, speed["step_ms"] or 0
         eta = tqdm.format_interval((cfg.max_steps - step) * step_ms / 1e3)
@@ -403,7 +415,7 @@ while True:
         if cfg.ternary:
             with machine.autocast(device, dtype):
                 health, codes = quant.health(model, codes, batch[0][:1])
-            record.append(run_dir, record.BITNET, step=step, **health)
+            keep(record.BITNET, step=step, **health)
         if skipped > told:
             record.event(run_dir, "anomaly", step=step, what="not finite, skipped", steps=int(skipped - told))
             log_line(f"warning: {int(skipped - told)} steps skipped, their loss or gradient was not finite")
@@ -435,4 +447,5 @@ result = dict(
     checkpoint=checkpoint.step_dir(run_dir, step),
 )
 record.event(run_dir, "finish", step=step, why=why, result=result)
+trackers.finish(mirrors)
 print(record.to_json(result))

@@ -68,3 +68,11 @@ sample_prompts = ["\n"]  # prompts of the samples
 save_every = 10000  # checkpoints; one at the end and, in two stages, at the boundary come anyway
 keep_last = 3  # checkpoints to keep resumable, beside best and boundary; weights are kept of all. 0 = all
 patience = 0  # evaluations without a new best before the run ends; 0 = off
+
+# trackers: mirrors of the metrics; one that fails is switched off with a warning
+tensorboard = False  # event files in runs/<run_id>/tensorboard
+wandb = False  # Weights & Biases; log in before, or set the environment variable WANDB_MODE=offline
+trackio = False  # trackio, a local dashboard
+wandb_project = "nanobit"  # project of W&B and trackio
+wandb_entity = ""  # user or team of W&B; '' = the one that is logged in
+wandb_name = ""  # name of the run in W&B and trackio; '' = run_id
