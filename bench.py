@@ -37,7 +37,7 @@ from tqdm import tqdm
 import device as machine
 import optim
 import record
-from model import Transformer
+from model import Transformer, router_loss
 
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
@@ -54,7 +54,7 @@ class Contestant:
         with torch.device(device):
             self.model = Transformer(SimpleNamespace(**vars(cfg) | dict(ternary=ternary)))
         self.compiled, self.is_compiled = machine.compiled(self.model, cfg.compile, device)
-        self.optimizer = optim.make_optimizer(cfg, self.model)
+        self.optimizers = optim.make_optimizers(cfg, self.model, machine.matrix_dtype(device))
         self.ms = []
         began = time.perf_counter()
         for _ in range(cfg.warmup):
@@ -74,11 +74,12 @@ class Contestant:
         began = time.perf_counter()
         for row in rows:
             with machine.autocast(device, dtype):
-                loss = self.compiled(row[:, :-1], row[:, 1:])
-            (loss / cfg.accumulation).backward()
+                loss, router = self.compiled(row[:, :-1], row[:, 1:])
+            ((loss + router_loss(cfg, router)) / cfg.accumulation).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         machine.synchronize(device)
         self.ms.append(1e3 * (time.perf_counter() - began))
 

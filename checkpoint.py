@@ -26,9 +26,12 @@ from files import write_json
 
 FORMAT = 1
 MODEL, TRAINER = "checkpoint.pt", "trainer.pt"
-SHAPE = "n_layer n_head n_kv_head n_embd ffn_dim vocab_size rope_theta norm_eps tie_embeddings".split()
+SHAPE = (
+    "n_layer n_head n_kv_head n_embd ffn_dim n_expert n_expert_active vocab_size vocab_multiple "
+    "rope_theta norm_eps tie_embeddings"
+).split()
 # what a resumed run must share with its origin
-RUN = SHAPE + "ternary dataset seed seq_len total_batch_size".split()
+RUN = SHAPE + "ternary optimizer dataset seed seq_len total_batch_size".split()
 
 
 class HashedFile:

@@ -21,7 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from torch.utils._triton import has_triton
 
-from config import DTYPES, fail
+from config import DTYPES, LOCAL_RANK, WORLD, fail
 
 # dense bf16 matrix FLOP/s of a card, from its data sheet, by the whole of its name: a card that is not here,
 # or a slice or a laptop's version of one that is, has no MFU rather than a wrong one
@@ -45,8 +45,10 @@ def pick(wanted):
         fail(f"device = {wanted!r} is unknown; choose one of auto, cpu, cuda, cuda:1, mps")
     if wanted == "auto":
         has_mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     device = torch.device(wanted)
+    if device.type == "cuda" and WORLD > 1:
+        device = torch.device("cuda", LOCAL_RANK)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         fail(f"device = {wanted!r} is not there: torch sees {found} CUDA devices; use auto or cpu")
@@ -60,22 +62,34 @@ def pick_dtype(wanted, device):
     A CPU without them emulates it several times slower than float32."""
     if wanted not in DTYPES:
         fail(f"dtype = {wanted!r} is unknown; choose one of {', '.join(DTYPES)}")
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = device.type == "mps" or torch.cpu._is_avx512_bf16_supported()
-    if wanted == "bfloat16" and not has_bf16:
+    if wanted in ("auto", "bfloat16") and has_bf16(device):
+        return torch.bfloat16
+    if wanted == "bfloat16":
         print(f"dtype: {describe(device)} has no bfloat16 units; computing in float32", file=sys.stderr)
-    return torch.bfloat16 if has_bf16 and wanted in ("auto", "bfloat16") else torch.float32
+    if wanted == "float16" and device.type == "mps":
+        fail("dtype = 'float16' needs a gradient scaler, which is for cuda and cpu; use bfloat16 or float32")
+    return torch.float16 if wanted == "float16" else torch.float32
+
+
+def has_bf16(device):
+    """whether the device multiplies bfloat16 matrices faster than float32"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "mps" or torch.cpu._is_avx512_bf16_supported()
+
+
+def matrix_dtype(device):
+    """what an iteration on whole matrices computes in, whatever the model does"""
+    return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
 def name(dtype):
-    """'float32' or 'bfloat16'"""
+    """'float32', 'bfloat16' or 'float16'"""
     return str(dtype).removeprefix("torch.")
 
 
 def autocast(device, dtype):
-    """the context of a forward: bfloat16 products where dtype is bfloat16"""
+    """the context of a forward whose products are of this dtype"""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
@@ -193,7 +207,7 @@ class Speedometer:
         self.pause()
         step_ms = 1e3 * self.busy / self.steps if self.steps else None
         tokens_per_sec = 1e3 * tokens_per_step / step_ms if step_ms else None
-        peak = peak_flops(self.device, dtype)
+        peak = (peak_flops(self.device, dtype) or 0) * WORLD
         self.steps, self.busy = 0, 0.0
         return dict(
             tokens_per_sec=tokens_per_sec,

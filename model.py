@@ -3,10 +3,11 @@ The transformer: a plain Llama block, so that stock engines can run what is trai
 
 Pre-norm RMSNorm, rotary positions that rotate halves, grouped-query attention, SwiGLU, no biases, and a head
 that may share the embedding's matrix. With cfg.ternary every linear layer of attention and FFN is a BitLinear
-(quant.py); embedding, head and norms stay in full precision. Without it the same shape is an ordinary float
-model: the twin.
+(quant.py); embedding, head, norms and routers stay in full precision. Without it the same shape is an
+ordinary float model: the twin. With cfg.n_expert the feed-forward network of every block is a mixture of
+experts, as Mixtral's.
 
-Shapes: B sequences, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V = vocab_size.
+Shapes: B sequences, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V = vocab_size, E = n_expert.
 """
 
 import math
@@ -16,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant import BitLinear
+import config
+import ranks
+from quant import BitExperts, BitLinear, bit_layers, output_dtype
 
 
 class RMSNorm(nn.Module):
@@ -93,33 +96,138 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class FloatExperts(nn.Module):
+    """one matrix per expert: nn.Linear for rows sorted by expert"""
+
+    def __init__(self, n_expert, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
+
+    def forward(self, x, sizes):
+        """y (N, out) for x (N, in): sizes lists the rows of each expert, or is the tensor of their ends,
+        int32, for one grouped product"""
+        if torch.is_tensor(sizes):  # knows nothing of autocast: both operands are cast by hand
+            w = self.weight.bfloat16().transpose(-2, -1)
+            return F.grouped_mm(x.bfloat16(), w, offs=sizes)
+        return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), self.weight.unbind())])
+
+
+def grouped_mm_pays(device, dtype):
+    """whether one product for all experts is faster than a loop: its kernel is for CUDA and bfloat16"""
+    return device.type == "cuda" and dtype == torch.bfloat16
+
+
+# what a router tells of a batch, before the share of the tokens that each expert got (E,), 1 / E when even:
+# balance: E sum_e(load_e * mean chance_e), 1 when even, the auxiliary loss of the Switch Transformer (arXiv
+#          2101.03961, equation 4), over all k choices
+# z:       mean square of the log-sum-exp of its logits (ST-MoE, arXiv 2202.08906, equation 5)
+# entropy: of its chances, in nats per token, ln(E) when it does not care
+ROUTER = ("balance", "z", "entropy")
+
+
+def router_loss(cfg, router):
+    """what the routers add to the loss, for the second result of Transformer.forward; 0 without experts"""
+    if router is None:
+        return 0.0
+    balance, z = router[:, 0].mean(), router[:, 1].mean()
+    return cfg.router_balance * balance + cfg.router_z * z
+
+
+def router_health(router):
+    """{"total": row, "layers": [row of each block]} of routers (L, 3 + E), averaged over batches: a row has
+    balance, z, entropy, load_max (of the busiest expert over the mean) and dead (experts without a token),
+    that of a block the load of each expert too, as a share of the tokens"""
+
+    def row(values, loads):
+        most, dead = loads.max() * loads.shape[-1], (loads == 0).sum()
+        named = zip((*ROUTER, "load_max"), (*values.tolist(), most.item()))
+        return {name: float(f"{value:.6g}") for name, value in named} | {"dead": int(dead)}
+
+    router = router.float().cpu()
+    values, loads = router[:, : len(ROUTER)], router[:, len(ROUTER) :]
+    shares = [{"load": [float(f"{share:.4g}") for share in load]} for load in loads.tolist()]
+    layers = [row(*each) | share for *each, share in zip(values, loads, shares)]
+    return {"total": row(values.mean(0), loads), "layers": layers}
+
+
+class Experts(nn.Module):
+    """n_expert SwiGLU networks; a router sends each token through the n_expert_active that it finds likeliest
+    and adds their outputs, weighted by the chances of these, which are made to sum to 1 (Mixtral, arXiv
+    2401.04088, section 2.1). No token is dropped, so that a token's output depends on no other token."""
+
+    def __init__(self, cfg, Linear):
+        super().__init__()
+        self.n_active, self.n_expert, self.ternary = cfg.n_expert_active, cfg.n_expert, cfg.ternary
+        Stack = BitExperts if cfg.ternary else FloatExperts
+        self.router = nn.Linear(cfg.n_embd, cfg.n_expert, bias=False)
+        self.gate_proj = Stack(cfg.n_expert, cfg.n_embd, cfg.ffn_dim)
+        self.up_proj = Stack(cfg.n_expert, cfg.n_embd, cfg.ffn_dim)
+        self.down_proj = Stack(cfg.n_expert, cfg.ffn_dim, cfg.n_embd)
+
+    def forward(self, x):
+        """(y, router) for x (B, T, C); router (3 + E,): see ROUTER"""
+        rows, k = x.reshape(-1, x.shape[-1]), self.n_active  # (N, C)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(rows.float(), self.router.weight)  # (N, E), fp32
+        chance = logits.softmax(-1)
+        weight, chosen = chance.topk(k, -1)  # (N, k)
+        weight = weight / weight.sum(-1, keepdim=True)
+
+        # each token k times, sorted by expert: permutations both ways, so that nothing is added in any order
+        slots = chosen.flatten()
+        order = slots.argsort(stable=True)
+        sizes = (slots[:, None] == torch.arange(self.n_expert, device=x.device)).sum(0)  # (E,)
+        y = rows[:, None].expand(-1, k, -1).reshape(len(slots), -1)[order]
+        if grouped_mm_pays(x.device, output_dtype(x)) and not self.ternary:
+            y = self.swiglu(y, sizes.cumsum(0).int())
+        else:
+            y = self.loop(y, sizes)
+        y = (y[order.argsort()].view(-1, k, x.shape[-1]).float() * weight[..., None]).sum(1)
+
+        load = sizes / len(slots)
+        balance = self.n_expert * (load * chance.mean(0)).sum()
+        z = logits.logsumexp(-1).square().mean()
+        entropy = -(chance * logits.log_softmax(-1)).sum(-1).mean()
+        return y.to(x.dtype).view_as(x), torch.cat([torch.stack([balance, z, entropy.detach()]), load])
+
+    def swiglu(self, x, sizes):
+        return self.down_proj(F.silu(self.gate_proj(x, sizes)) * self.up_proj(x, sizes), sizes)
+
+    @torch.compiler.disable  # the sizes differ from batch to batch: compiled, each would be another program
+    def loop(self, x, sizes):
+        return self.swiglu(x, sizes.tolist())
+
+
 class Block(nn.Module):
     def __init__(self, cfg, Linear):
         super().__init__()
         self.attn_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.attn = Attention(cfg, Linear)
         self.ffn_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
-        self.ffn = FeedForward(cfg, Linear)
+        self.ffn = (Experts if cfg.n_expert else FeedForward)(cfg, Linear)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x, cos, sin, cache=None):
+        """(x, router): what the router of a mixture of experts did, None elsewhere"""
         x = x + self.dropout(self.attn(self.attn_norm(x), cos, sin, cache))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        y = self.ffn(self.ffn_norm(x))
+        y, router = y if isinstance(self.ffn, Experts) else (y, None)
+        return x + self.dropout(y), router
 
 
 class Transformer(nn.Module):
-    """cfg needs vocab_size, seq_len, n_layer, n_head, n_kv_head, n_embd, ffn_dim, rope_theta, norm_eps,
-    dropout, tie_embeddings and ternary (config/default.py says what each is)."""
+    """cfg needs vocab_size, seq_len and the settings of the model (config/default.py says what each is)."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         Linear = BitLinear if cfg.ternary else nn.Linear
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        rows = -(-cfg.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple
+        self.embed = nn.Embedding(rows, cfg.n_embd)
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, Linear) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
-        self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.head = nn.Linear(cfg.n_embd, rows, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         cos, sin = rope_tables(cfg.seq_len, cfg.n_embd // cfg.n_head, cfg.rope_theta)
@@ -128,38 +236,44 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """normal: std 0.02 for embedding and head; 1 / sqrt(inputs) for the matrices of the blocks, so that
-        at every width they keep the size of what goes through them, and 1 / sqrt(2 n_layer) of that for
-        those that write into the residual stream. The first loss is then near ln(V)."""
+        """normal: std 0.02 for embedding, head and routers; 1 / sqrt(inputs) for the matrices of the blocks,
+        so that at every width they keep the size of what goes through them, and 1 / sqrt(2 n_layer) of that
+        for those that write into the residual stream. The first loss is then near ln(V)."""
         for name, p in self.named_parameters():
-            if name.startswith("blocks.") and p.dim() == 2:
+            if name.endswith("_proj.weight"):  # (out, in) or, of experts, (E, out, in)
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=(p.shape[1] * (2 * self.cfg.n_layer if into_residual else 1)) ** -0.5)
+                nn.init.normal_(p, std=(p.shape[-1] * (2 * self.cfg.n_layer if into_residual else 1)) ** -0.5)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, idx, targets=None, cache=None):
-        """logits (B, T, V) in fp32 of idx (B, T); with targets (B, T) the mean cross entropy in nats instead.
-        With a cache, idx continues what the cache holds and only the last position's logits (B, 1, V) are
-        made."""
+        """logits (B, T, V) in fp32 of idx (B, T). With targets (B, T), (loss, router) instead: the mean cross
+        entropy in nats, and what the routers did (L, 3 + E), see ROUTER, or None without experts. With a
+        cache, idx continues what the cache holds and only the last position's logits (B, 1, V) are made."""
         start = cache.length if cache is not None else 0
         cos, sin = (table[start : start + idx.shape[1]] for table in (self.cos, self.sin))
-        x = self.dropout(self.embed(idx))  # (B, T, C)
+        x, routers = self.dropout(self.embed(idx)), []  # (B, T, C)
         for block in self.blocks:
-            x = block(x, cos, sin, cache)
+            x, router = block(x, cos, sin, cache)
+            routers.append(router)
         if cache is not None:
             cache.length += idx.shape[1]
             x = x[:, -1:]
-        logits = self.head(self.norm(x)).float()
+        logits = self.head(self.norm(x))[..., : self.cfg.vocab_size].float()  # without the rows of padding
         if targets is None:
             return logits
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+        return loss, torch.stack(routers) if self.cfg.n_expert else None
 
     def counts(self):
         """unique parameters: total, active per token, ternary, full_precision (a tied matrix counts once)"""
         total = sum(p.numel() for p in self.parameters())
-        ternary = sum(m.weight.numel() for m in self.modules() if isinstance(m, BitLinear))
-        return dict(total=total, active=total, ternary=ternary, full_precision=total - ternary)
+        ternary = sum(layer.weight.numel() for layer in bit_layers(self).values())
+        idle = 0
+        if self.cfg.n_expert:
+            experts = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 3)
+            idle = experts // self.cfg.n_expert * (self.cfg.n_expert - self.cfg.n_expert_active)
+        return dict(total=total, active=total - idle, ternary=ternary, full_precision=total - ternary)
 
     def flops_per_token(self):
         """model FLOPs of forward and backward: 6 for each weight that is multiplied plus 12 L C T for
@@ -171,8 +285,9 @@ class Transformer(nn.Module):
 
 def restore(part, device):
     """the model of a checkpoint.pt (its loaded dict), on the device and ready for use"""
+    settings = config.assignments(config.DEFAULT) | part["config"]  # an older one may lack newer settings
     with torch.device(device):
-        model = Transformer(SimpleNamespace(**part["config"]))
+        model = Transformer(SimpleNamespace(**settings))
     model.load_state_dict(part["model"])
     return model.eval()
 
@@ -234,15 +349,22 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
 
 @torch.no_grad()
 def mean_loss(model, batches, stop=lambda: False):
-    """mean cross entropy in nats per token over batches of (inputs, targets), summed in float64; None where
-    stop() turned true on the way"""
+    """mean cross entropy in nats per token over batches of (inputs, targets), the same on every rank, which
+    share the work; summed in float64. None where stop() turned true on the way."""
     was_training, losses, sizes = model.training, [], []
     model.eval()
-    for idx, targets in batches:
-        losses.append(model(idx, targets))
+    for i, (idx, targets) in enumerate(batches):
         sizes.append(targets.numel())
+        if i % ranks.WORLD == ranks.RANK:
+            losses.append(model(idx, targets)[0])
         if stop():
             break
+    if len(losses) * ranks.WORLD < len(sizes):  # a sharded model computes on all ranks or on none
+        model(idx, targets)
     model.train(was_training)
+    if stop():
+        return None
+    table = torch.zeros(len(sizes), dtype=torch.float64)
+    table[ranks.RANK :: ranks.WORLD] = torch.stack(losses).cpu().double()
     sizes = torch.tensor(sizes, dtype=torch.float64)
-    return None if stop() else (torch.stack(losses).cpu().double() @ sizes / sizes.sum()).item()
+    return (ranks.total(table) @ sizes / sizes.sum()).item()

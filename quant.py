@@ -104,6 +104,12 @@ class TernaryLinear(torch.autograd.Function):
         return dx, dw, None
 
 
+def output_dtype(x):
+    """the dtype that nn.Linear gives for x: autocast's where it is on, else that of x"""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class BitLinear(nn.Linear):
     """nn.Linear without a bias whose forward is ternary; `weight` (out, in) holds the float master
     weights."""
@@ -119,10 +125,25 @@ class BitLinear(nn.Linear):
         x's"""
         if self.absmax is not None:
             self.absmax = x.detach().abs().max().float()
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        y = TernaryLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, dtype)
+        y = TernaryLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, output_dtype(x))
         return y.view(*x.shape[:-1], -1)
+
+
+class BitExperts(nn.Module):
+    """one ternary matrix per expert, each with a scale of its own: BitLinear for rows sorted by expert"""
+
+    def __init__(self, n_expert, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
+        self.absmax = None
+
+    def forward(self, x, sizes):
+        """y (N, out) for x (N, in), of which the first sizes[0] rows go to expert 0, and so on"""
+        if self.absmax is not None:
+            self.absmax = x.detach().abs().max().float()
+        dtype = output_dtype(x)
+        parts = zip(x.split(sizes), self.weight.unbind())
+        return torch.cat([TernaryLinear.apply(rows, w, dtype) for rows, w in parts])
 
 
 def pack(t):
@@ -145,18 +166,26 @@ def unpack(packed):
 
 
 def bit_layers(model):
-    """{name: BitLinear} in the order of the model"""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BitLinear)}
+    """{name: BitLinear or BitExperts} in the order of the model"""
+    kinds = BitLinear, BitExperts
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
 
 
+def whole(w):
+    """a weight, put together where FSDP has sharded it; every rank must ask"""
+    return w.full_tensor() if hasattr(w, "full_tensor") else w
+
+
+@torch.no_grad()
 def codes(model):
-    """{name: int8 codes} of every BitLinear"""
-    return {name: ternarize(layer.weight)[0].to(torch.int8) for name, layer in bit_layers(model).items()}
+    """{name: int8 codes} of every ternary layer"""
+    layers = bit_layers(model).items()
+    return {name: ternarize(whole(layer.weight))[0].to(torch.int8) for name, layer in layers}
 
 
 @torch.no_grad()
 def activation_absmax(model, idx):
-    """{name: max|x|} of the input of every BitLinear in one extra forward of idx (B, T); 0-dim device
+    """{name: max|x|} of the input of every ternary layer in one extra forward of idx (B, T); 0-dim device
     tensors"""
     layers = bit_layers(model)
     was_training = model.training
@@ -181,7 +210,7 @@ def health(model, before, idx):
     before: the codes of the last record or None (flip_rate is then None); idx (B, T): tokens for the
     activations. record: {"total": row, "layers": {name: row}}, a row of
         zero, plus, minus   fractions of the codes (Gaussian weights begin at 0.31 zeros)
-        scale               mean|W|, what a code of 1 stands for
+        scale               mean|W|, what a code of 1 stands for; of experts the mean of theirs
         near_threshold      fraction of |W| / mean|W| within 0.05 of 0.5, the border between 0 and 1
         flip_rate           fraction of codes that changed since `before`
         act_absmax          largest |x| that went into the layer
@@ -191,12 +220,13 @@ def health(model, before, idx):
     absmax = activation_absmax(model, idx)
     now, rows, sizes = {}, [], []
     for name, layer in bit_layers(model).items():
-        t, s = ternarize(layer.weight)
+        w = whole(layer.weight)
+        t, s = ternarize(w)
         now[name] = t.to(torch.int8)
-        near = ((layer.weight.float().abs() * s - 0.5).abs() < 0.05).float().mean()
+        near = ((w.float().abs() * s - 0.5).abs() < 0.05).float().mean()
         flips = (now[name] != before[name]).float().mean() if before else torch.zeros_like(near)
         fractions = [(t == value).float().mean() for value in (0, 1, -1)]
-        rows.append(torch.stack([*fractions, 1 / s.reshape(()), near, flips, absmax[name]]))
+        rows.append(torch.stack([*fractions, (1 / s).mean(), near, flips, absmax[name]]))
         sizes.append(t.numel())
     table = torch.stack(rows).double().cpu()  # (layers, len(HEALTH))
     total = (table * torch.tensor(sizes).double()[:, None]).sum(0) / sum(sizes)

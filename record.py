@@ -16,10 +16,11 @@ import sys
 import time
 from importlib import metadata
 
-from config import fail
+from config import RANK, fail
 from files import write_json
 
 SCALARS, BITNET = os.path.join("metrics", "scalars.jsonl"), os.path.join("metrics", "bitnet.jsonl")
+ROUTER = os.path.join("metrics", "router.jsonl")
 EVENTS, SAMPLES = os.path.join("metrics", "events.jsonl"), os.path.join("samples", "samples.jsonl")
 
 
@@ -40,6 +41,8 @@ def to_json(fields):
 def append_text(run_dir, text, name="train.log"):
     """one whole line at the end of a file of the run. Where the disk is full the line is dropped, with a
     warning on stderr: a line is no reason to stop training."""
+    if RANK:  # rank 0 writes for all
+        return
     path = os.path.join(run_dir, name)
     size = os.path.getsize(path) if os.path.exists(path) else 0
     try:
@@ -61,7 +64,7 @@ def event(run_dir, kind, **fields):
 
 def flush(run_dir):
     """put the record on the disk itself, so that a checkpoint that survives a power cut has its lines"""
-    for name in (SCALARS, BITNET, EVENTS, SAMPLES, "train.log"):
+    for name in (SCALARS, BITNET, ROUTER, EVENTS, SAMPLES, "train.log"):
         path = os.path.join(run_dir, name)
         if os.path.exists(path):
             with open(path, "rb") as file:
@@ -111,7 +114,7 @@ def rewind(run_dir, step):
             number, again = fields["step"], name == SAMPLES or "val_loss" in fields
         return step is not None and int(number) < step + (not again)
 
-    for name in (SCALARS, BITNET, EVENTS, SAMPLES, "train.log"):
+    for name in (SCALARS, BITNET, ROUTER, EVENTS, SAMPLES, "train.log"):
         path = os.path.join(run_dir, name)
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as file:

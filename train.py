@@ -5,6 +5,7 @@ Train one model: the settings of a config file, the loop, and a run on disk that
     python train.py config/train_simple.py --ternary=False --run_id=float_twin
     python train.py config/train_simple.py --max_steps=100 --run_id=smoke
     python train.py config/train_simple.py --resume=auto            goes on from the newest checkpoint
+    torchrun --nproc_per_node=8 train.py config/train_dense_300m.py the same run on eight devices
 
 Ctrl-C drops the step under way, saves, says how to resume, and exits; a second one exits at once. The last
 line of stdout is one JSON object with the result.
@@ -30,25 +31,29 @@ import data
 import device as machine
 import optim
 import quant
+import ranks
 import record
 import trackers
 from config import fail
-from model import Transformer, generate, mean_loss
+from model import Transformer, generate, mean_loss, router_health, router_loss
 from tokenizer import continuation, encode_prompt, make_tokenizer, with_content
 
 # machine and data
 
-trackers.need(cfg)
+if not ranks.is_main:
+    sys.stdout = open(os.devnull, "w")
+elif cfg.tensorboard or cfg.wandb or cfg.trackio:
+    trackers.need(cfg)
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
 machine.explain_out_of_memory(cfg, device)
+ranks.start(device)
 if cfg.deterministic:
     machine.make_deterministic()
 meta = data.meta(cfg)
 cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
-tokenizer_spec = with_content(meta["tokenizer"], os.path.join(cfg.data_dir, cfg.dataset)) | {
-    "eot": meta["eot"]
-}
+tokenizer_spec = with_content(meta["tokenizer"], os.path.join(cfg.data_dir, cfg.dataset))
+tokenizer_spec["eot"] = meta["eot"]
 tokenizer = make_tokenizer(tokenizer_spec)
 train_windows = data.Windows(cfg, meta, "train")
 val_windows = data.Windows(cfg, meta, "val") if cfg.eval_every else None
@@ -61,17 +66,20 @@ except ValueError as error:
 # model, optimizer, and where the run starts
 
 run_dir = os.path.join(cfg.out_dir, cfg.run_id)
-lock = record.open_run(
-    run_dir
-)  # before anything is chosen from it: the run's former process may still be saving
-origin, same_run, passed_over = checkpoint.origin(cfg, run_dir)
-if passed_over and not origin:
+# locked before anything is chosen from it: the run's former process may still be saving
+lock = record.open_run(run_dir) if ranks.is_main else None
+origin, same_run, passed_over = ranks.share(checkpoint.origin(cfg, run_dir) if ranks.is_main else None)
+if passed_over and not origin and ranks.is_main:
     print(f"resume: no checkpoint is whole, starting anew; the old run is now {record.set_aside(run_dir)}")
     lock = record.open_run(run_dir)
 torch.manual_seed(cfg.seed)
-with torch.device(device):
-    model = Transformer(cfg)
-optimizer = optim.make_optimizer(cfg, model)
+model = Transformer(cfg)  # drawn on the CPU: the same initial weights on every device
+counts = model.counts()
+if cfg.fsdp and ranks.WORLD > 1:
+    ranks.shard(model, device)
+model.to(device)
+optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
+scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 step, best, stale_evals = 0, {}, 0  # best: {step, val_loss}; stale_evals: evaluations since then
 skipped, told = 0, 0  # steps whose loss or gradient was not finite, and those of them already reported
 if origin:
@@ -79,12 +87,11 @@ if origin:
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.RUN, f"resume from {origin}")
     if trainer["data"] != data.digest(meta):
         fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {origin}, this would be another run")
-    model.load_state_dict(part["model"])
-    optimizer.load_state_dict(trainer["optimizer"])
+    ranks.load(model, optimizers, part["model"], trainer["optimizer"])
+    if trainer["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(trainer["scaler"])
     step, (skipped, told) = trainer["step"], trainer["skipped"]
-    if same_run and trainer["best"].get("step") in checkpoint.steps(
-        run_dir
-    ):  # a branch has a best of its own
+    if same_run and trainer["best"].get("step") in checkpoint.steps(run_dir):  # a branch has its own best
         best, stale_evals = trainer["best"], trainer["stale_evals"]
     if step > cfg.max_steps:
         fail(f"max_steps = {cfg.max_steps} is less than the {step} steps of {origin}; raise it")
@@ -100,27 +107,32 @@ if origin:
 elif cfg.init_from:
     part = checkpoint.load(checkpoint.locate(cfg.init_from, setting="init_from"))
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.SHAPE, f"init_from {cfg.init_from}")
-    model.load_state_dict(part["model"])
+    ranks.load(model, [], part["model"], [])
     del part
+step_model, is_compiled = machine.compiled(model, cfg.compile, device)
+if not cfg.fsdp:
+    step_model = ranks.replicate(step_model, device)
 
 # the folder of the run
 
-counts = model.counts()
-checkpoint.check_disk(cfg, run_dir, counts["total"], cfg.max_steps - step)
-for folder in checkpoint.clean(run_dir, step if same_run else -1):
-    print(f"set aside: {folder}, a later step than the one this run goes on from")
-record.rewind(run_dir, step if same_run and origin else None)
-record.write_best(run_dir, best)
-step_model, is_compiled = machine.compiled(model, cfg.compile, device)
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=counts)
-record.write_config(run_dir, cfg, facts | dict(origin=origin))
+if ranks.is_main:
+    checkpoint.check_disk(cfg, run_dir, counts["total"], cfg.max_steps - step)
+    for folder in checkpoint.clean(run_dir, step if same_run else -1):
+        print(f"set aside: {folder}, a later step than the one this run goes on from")
+    record.rewind(run_dir, step if same_run and origin else None)
+    record.write_best(run_dir, best)
+    record.write_config(run_dir, cfg, facts | dict(origin=origin, world_size=ranks.WORLD))
 for name, value in vars(cfg).items():
     if name != "origin":
         print(f"{name:20} {value!r:24} {cfg.origin.get(name, 'derived')}")
+active = f"{counts['active']:,} of them active for a token, " if cfg.n_expert else ""
+several = f"{ranks.WORLD} x " if ranks.WORLD > 1 else ""
 print(
-    f"model: {counts['total']:,} parameters, {counts['ternary']:,} ternary; "
-    f"{facts['device']}, {facts['dtype']}, compile {'on' if is_compiled else 'off'}\n"
-    f"step: {cfg.total_batch_size:,} tokens = {cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}; "
+    f"model: {counts['total']:,} parameters, {active}{counts['ternary']:,} ternary; "
+    f"{several}{facts['device']}, {facts['dtype']}, compile {'on' if is_compiled else 'off'}\n"
+    f"step: {cfg.total_batch_size:,} tokens = "
+    f"{several}{cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}; "
     f"{cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens"
 )
 if origin:
@@ -147,7 +159,16 @@ signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless nohup says not to care
     signal.signal(signal.SIGHUP, on_signal)
-on_terminal = sys.stderr.isatty()
+
+
+def asked_to_stop():
+    """the signal that asked any rank to stop, or 0; every rank must ask"""
+    global interrupted
+    interrupted = int(ranks.largest(interrupted))
+    return interrupted
+
+
+on_terminal = sys.stderr.isatty() and ranks.is_main
 bar = tqdm(total=cfg.max_steps, initial=step, disable=not on_terminal, unit="step", dynamic_ncols=True)
 boundary_steps = optim.boundary_steps(cfg)
 saved_config = {name: value for name, value in vars(cfg).items() if name != "origin"}
@@ -155,6 +176,8 @@ saved_config = {name: value for name, value in vars(cfg).items() if name != "ori
 
 def log_line(text, on_bar=False):
     """a line of train.log, also shown on stderr unless the bar shows the same"""
+    if not ranks.is_main:
+        return
     record.append_text(run_dir, text)
     if not on_terminal:
         print(text, file=sys.stderr, flush=True)
@@ -162,7 +185,7 @@ def log_line(text, on_bar=False):
         bar.write(text, file=sys.stderr)
 
 
-mirrors = trackers.start(cfg, run_dir, step, warn=log_line)
+mirrors = trackers.start(cfg, run_dir, step, warn=log_line) if ranks.is_main else []
 
 
 def keep(name, **row):
@@ -180,7 +203,7 @@ def scheduled(at):
 def save(why):
     """the state before the update at `step` and before its evaluation, which resuming makes again. Returns
     whether it is on disk: a full disk costs a warning, and leaves what was there."""
-    if step in checkpoint.steps(run_dir):
+    if ranks.share(step in checkpoint.steps(run_dir)):
         return True
     model_part = dict(
         format=checkpoint.FORMAT,
@@ -188,16 +211,22 @@ def save(why):
         tokens=step * cfg.total_batch_size,
         config=saved_config,
         tokenizer=tokenizer_spec,
-        model=model.state_dict(),
+        model=ranks.gather(model.state_dict()),
     )
     trainer_part = dict(
         format=checkpoint.FORMAT,
         step=step,
         data=data.digest(meta),
-        optimizer=optimizer.state_dict(),
+        optimizer=[ranks.gather(optimizer.state_dict()) for optimizer in optimizers],
+        scaler=scaler.state_dict(),
         skipped=[int(skips[0]), told],
         **before_evaluation,
     )
+    return ranks.share(ranks.is_main and write(model_part, trainer_part, why))
+
+
+def write(model_part, trainer_part, why):
+    """put the checkpoint of this step on the disk; whether that succeeded"""
     try:
         record.flush(run_dir)
         folder = checkpoint.save(run_dir, step, model_part, trainer_part)
@@ -216,7 +245,7 @@ def save_end():
         if save("end"):
             return
         for _ in range(60):
-            if interrupted:
+            if asked_to_stop():
                 return
             time.sleep(1)
     fail(f"the end of run {cfg.run_id} is not saved; free disk space, then --resume=auto", code=1)
@@ -227,7 +256,7 @@ def evaluate():
     began = time.perf_counter()
     batches = val_windows.fixed(cfg.eval_tokens, cfg.batch_size, device)
     with machine.autocast(device, dtype):
-        loss = mean_loss(model, batches, stop=lambda: interrupted)
+        loss = mean_loss(model, batches, asked_to_stop)
     if loss is None:
         return None
     perplexity = math.exp(min(loss, 700.0))  # e^700 is about the largest that a float holds
@@ -248,7 +277,7 @@ def note_best(loss):
     if not save("best"):
         return
     former, best, stale_evals = best, {"step": step, "val_loss": loss}, 0
-    is_written = record.write_best(run_dir, best)
+    is_written = ranks.is_main and record.write_best(run_dir, best)
     if is_written and former and former["step"] != step and not scheduled(former["step"]):
         checkpoint.remove(checkpoint.step_dir(run_dir, former["step"]))
 
@@ -270,7 +299,7 @@ def sample():
             with machine.autocast(device, dtype):
                 for token in generate(model, prompt, cfg.sample_tokens, generator=generator, **options):
                     new.append(token.item())
-                    if interrupted:
+                    if asked_to_stop():
                         return
             made = dict(
                 prompt=text,
@@ -283,13 +312,13 @@ def sample():
 
 def hand_over():
     """what an interrupted run leaves: the state at the beginning of its step"""
-    optimizer.zero_grad()
     on_disk = save("interrupt")
     record.event(run_dir, "interrupt", step=step, signal=interrupted)
     bar.close()
     if on_disk:
         how = "go on with the same command and --resume=auto"
-        print(f"stopped by signal {interrupted}, saved step {step}; {how}", file=sys.stderr)
+        if ranks.is_main:
+            print(f"stopped by signal {interrupted}, saved step {step}; {how}", file=sys.stderr)
     trackers.finish(mirrors)
     sys.exit(128 + interrupted)
 
@@ -298,10 +327,11 @@ def hand_over():
 
 # steps skipped: in all, in a row up to now, most in a row since a log line; a resumed run begins a new row
 skips = torch.tensor([skipped, 0, 0], dtype=torch.float32, device=device)
-sequences_per_step = cfg.batch_size * cfg.accumulation
+sequences_per_step = cfg.batch_size * cfg.accumulation * ranks.WORLD
 speedometer = machine.Speedometer(device)
 last = record.last(run_dir, record.SCALARS, "loss")  # the last training line
 codes = quant.codes(model) if cfg.ternary and step % cfg.log_every == 0 else None  # those of the last line
+routers, n_routers = 0.0, 0  # what the routers did, summed over the micro-steps since the last line
 val_loss = None
 owed = False  # whether a scheduled save has failed and is to be tried again
 model.train()
@@ -311,23 +341,31 @@ def ending():
     """what ends the run at this step, or ''"""
     if step >= cfg.max_steps:
         return "max_steps"
-    return "max_minutes" if cfg.max_minutes and speedometer.seconds() > 60 * cfg.max_minutes else ""
+    is_over = cfg.max_minutes and ranks.largest(speedometer.seconds() > 60 * cfg.max_minutes)
+    return "max_minutes" if is_over else ""
+
+
+def place(micro):
+    """the number of this rank's micro-step `micro` among all of the step: one process takes the same batches
+    with the same random numbers as several"""
+    return micro * ranks.WORLD + ranks.RANK
 
 
 def next_batch(micro):
     """inputs and targets of micro-step `micro` of this step; one past its last is the next step's first"""
-    first = step * sequences_per_step + micro * cfg.batch_size
+    first = step * sequences_per_step + place(micro) * cfg.batch_size
     return train_windows.batch(first, cfg.batch_size, device)
 
 
-def step_seed():
-    """the seed of all random numbers of this step, whether the run got here in one go or resumed"""
-    return int.from_bytes(hashlib.blake2b(f"{cfg.seed}/{step}/0".encode(), digest_size=7).digest(), "little")
+def seed(micro):
+    """the seed of all random numbers of a micro-step, whether the run got here in one go or resumed"""
+    text = f"{cfg.seed}/{step}/{place(micro)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 batch, why = next_batch(0), ending()
 while True:
-    lr, weight_decay = optim.set_rates(optimizer, cfg, step)
+    lr, weight_decay = optim.set_rates(optimizers, cfg, step)
     before_evaluation = dict(best=best, stale_evals=stale_evals)
 
     # save, then evaluate, then sample: what fails here costs nothing that was trained
@@ -347,35 +385,47 @@ while True:
             if cfg.patience and stale_evals >= cfg.patience and not why and save("end"):
                 why, sample_due = "patience", cfg.sample_every > 0
                 log_line(f"patience: {stale_evals} evaluations without a better loss than at {best}")
-        if sample_due and not interrupted:
+        if sample_due and not asked_to_stop():
             sample()
         speedometer.go_on()
-    if interrupted:
+    if asked_to_stop():
         hand_over()
     if why:
         break
 
     # one update
-    torch.manual_seed(step_seed())
     loss_sum = torch.zeros((), device=device)
     try:
         for micro in range(cfg.accumulation):
+            torch.manual_seed(seed(micro))
+            ranks.sync_gradients(step_model, micro == cfg.accumulation - 1)
             with machine.autocast(device, dtype):
-                loss = step_model(*batch)
-            batch = next_batch(micro + 1)  # while the device computes
-            (loss / cfg.accumulation).backward()
+                loss, router = step_model(*batch)
+            seen, batch = batch[0][:1], next_batch(micro + 1)  # while the device computes
+            scaler.scale((loss + router_loss(cfg, router)) / cfg.accumulation).backward()
             loss_sum += loss.detach()
-            if interrupted:
+            if cfg.n_expert:
+                routers, n_routers = routers + router.detach(), n_routers + 1
+            if interrupted and ranks.WORLD == 1:  # of several, none may leave before all know
                 hand_over()
     except Exception:
-        if interrupted:  # Ctrl-C also reached the compiler that torch.compile had started
+        if (
+            interrupted and ranks.WORLD == 1
+        ):  # Ctrl-C also reached the compiler that torch.compile had started
             hand_over()
         raise
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    # a step that is not finite is skipped on the device: where found_inf is 1, fused AdamW changes nothing
-    optimizer.found_inf = bad = (~(loss_sum + norm).isfinite()).float()
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = quant.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))
+    bad = (~(ranks.total(loss_sum) + norm).isfinite()).float()
+    for optimizer in optimizers:
+        # a step that is not finite is skipped on the device: where found_inf is 1, nothing changes
+        optimizer.found_inf = bad
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+    if scaler.is_enabled():  # its overflows are how it finds the scale
+        bad = bad * (scaler.get_scale() < 1)
+        scaler.update()
     skips[0] += bad
     skips[1] = (skips[1] + 1) * bad
     skips[2] = torch.maximum(skips[2], skips[1])
@@ -387,7 +437,7 @@ while True:
     # log
     if step % cfg.log_every == 0 or why:
         loss, grad_norm, skipped, _, worst_streak = torch.stack(
-            [loss_sum / cfg.accumulation, norm, *skips]
+            [loss_sum / (cfg.accumulation * ranks.WORLD), norm, *skips]
         ).tolist()
         speed = speedometer.read(cfg.total_batch_size, model.flops_per_token(), dtype)
         last = dict(
@@ -400,6 +450,7 @@ while True:
             stage=optim.stage(cfg, step - 1),
             grad_norm=grad_norm,
             **speed,
+            **(dict(loss_scale=scaler.get_scale()) if scaler.is_enabled() else {}),
             time=time.time(),
         )
         keep(record.SCALARS, **last)
@@ -414,8 +465,11 @@ while True:
         bar.set_postfix_str(f"{shown}  {tokens_per_sec:,.0f} tok/s", refresh=False)
         if cfg.ternary:
             with machine.autocast(device, dtype):
-                health, codes = quant.health(model, codes, batch[0][:1])
+                health, codes = quant.health(model, codes, seen)
             keep(record.BITNET, step=step, **health)
+        if cfg.n_expert:
+            mean, routers, n_routers = ranks.total(routers / (n_routers * ranks.WORLD)), 0.0, 0
+            keep(record.ROUTER, step=step, **router_health(mean))
         if skipped > told:
             record.event(run_dir, "anomaly", step=step, what="not finite, skipped", steps=int(skipped - told))
             log_line(f"warning: {int(skipped - told)} steps skipped, their loss or gradient was not finite")
@@ -448,4 +502,5 @@ result = dict(
 )
 record.event(run_dir, "finish", step=step, why=why, result=result)
 trackers.finish(mirrors)
+ranks.stop()
 print(record.to_json(result))

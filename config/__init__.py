@@ -21,7 +21,11 @@ from types import ModuleType, SimpleNamespace
 
 DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "default.py")
 SCHEDULES = ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant")
-DTYPES = ("auto", "float32", "bfloat16")
+RANK, WORLD, LOCAL_RANK = (  # what torchrun says: facts, not settings
+    int(os.environ.get(name, default))
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def fail(*faults, code=2):
@@ -223,16 +227,17 @@ def check(cfg, faults):
         return ok
 
     for key in (
-        "batch_size seq_len n_layer n_head n_kv_head n_embd ffn_dim rope_theta norm_eps adam_eps log_every"
+        "batch_size seq_len n_layer n_head n_kv_head n_embd ffn_dim vocab_multiple rope_theta norm_eps "
+        "adam_eps log_every"
     ).split():
         need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)} must be more than 0")
     for key in (
         "total_batch_size max_steps total_tokens max_minutes vocab_size learning_rate weight_decay "
         "grad_clip warmup_steps stage2_lr stage2_weight_decay min_lr eval_every sample_every save_every "
-        "keep_last patience sample_tokens eval_tokens"
+        "keep_last patience sample_tokens eval_tokens n_expert router_balance router_z"
     ).split():
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)} must not be negative")
-    for key in ("beta1", "beta2", "dropout"):
+    for key in ("beta1", "beta2", "muon_momentum", "dropout"):
         need(0 <= getattr(cfg, key) < 1, f"{key} = {getattr(cfg, key)} must be at least 0 and less than 1")
     for key in ("stage_boundary", "decay_fraction"):
         need(
@@ -254,25 +259,36 @@ def check(cfg, faults):
             not cfg.ternary or max(cfg.n_embd, cfg.ffn_dim) * 127 < 2**24,
             f"n_embd = {cfg.n_embd}, ffn_dim = {cfg.ffn_dim}: sums over more than 132,103 are not exact",
         )
+        need(
+            not cfg.n_expert or 1 <= cfg.n_expert_active <= cfg.n_expert,
+            f"n_expert_active = {cfg.n_expert_active} must be from 1 to n_expert = {cfg.n_expert}",
+        )
         micro = cfg.batch_size * cfg.seq_len
+        each, micro = f"batch_size {cfg.batch_size} x seq_len {cfg.seq_len}", micro * WORLD
+        each += f" x {WORLD} devices" if WORLD > 1 else ""
         total = cfg.total_batch_size or micro
         nearest = max(1, round(total / micro)) * micro
         need(
             total % micro == 0,
-            f"total_batch_size = {total:,} is not a multiple of batch_size {cfg.batch_size} x seq_len "
-            f"{cfg.seq_len} = {micro:,} tokens; use {nearest}",
+            f"total_batch_size = {total:,} is not a multiple of {each} = {micro:,} tokens; use {nearest}",
         )
         cfg.total_batch_size, cfg.accumulation = total, total // micro
     need(
         cfg.schedule in SCHEDULES,
         f"schedule = {cfg.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}",
     )
+    need(
+        cfg.dtype != "float16" or not (cfg.n_expert or cfg.fsdp),
+        "dtype = 'float16' is not for n_expert or fsdp; use bfloat16 or float32",
+    )
     need(cfg.dtype in DTYPES, f"dtype = {cfg.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     need(
         re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device),
         f"device = {cfg.device!r} is unknown; choose one of auto, cpu, cuda, cuda:1, mps",
     )
-    need(cfg.optimizer == "adamw", f"optimizer = {cfg.optimizer!r} is unknown; choose adamw")
+    need(
+        cfg.optimizer in ("adamw", "muon"), f"optimizer = {cfg.optimizer!r} is unknown; choose adamw or muon"
+    )
     lengths = f"max_steps = {cfg.max_steps}, total_tokens = {cfg.total_tokens}"
     if not cfg.max_steps and not cfg.total_tokens:
         need(

@@ -32,14 +32,20 @@ rope_theta = 10000.0  # base of the rotary positions
 norm_eps = 1e-5  # added to the mean square in RMSNorm
 dropout = 0.0  # chance of dropping an activation while training
 tie_embeddings = True  # the head shares the embedding's matrix
+vocab_multiple = 1  # embedding and head get a multiple of so many rows; those over vocab_size are not used
 ternary = True  # BitNet b1.58; False trains the float twin: the same shape, data order and schedule
+n_expert = 0  # 0 = an ordinary feed-forward network | experts per block, each of inner width ffn_dim
+n_expert_active = 2  # experts that a token goes through
+router_balance = 0.01  # weight in the loss of the routers' unevenness (1 = even), mean over blocks
+router_z = 0.001  # weight in the loss of the size of the routers' logits, mean over blocks
 
 # optimizer
-optimizer = "adamw"  # adamw
+optimizer = "adamw"  # adamw | muon: for the matrices of the blocks; the rest has AdamW at the same rate
 learning_rate = 1.5e-3  # peak, reached at the end of the warm-up
 beta1 = 0.9  # decay of the gradient's running mean
 beta2 = 0.95  # decay of its running square
 adam_eps = 1e-8  # added to the root of the running square
+muon_momentum = 0.95  # muon: decay of the gradient's running mean
 weight_decay = 0.1  # of the matrices in the blocks; norms, embedding and head have none
 grad_clip = 1.0  # largest norm of the gradient; 0 = off
 
@@ -54,8 +60,9 @@ min_lr = 1.5e-5  # learning rate at max_steps
 
 # machine
 device = "auto"  # auto | cpu | cuda | cuda:1 | mps
-dtype = "auto"  # auto | float32 | bfloat16: what the matrix products compute in; weights stay float32
+dtype = "auto"  # auto | float32 | bfloat16 | float16: of the matrix products; weights stay float32
 compile = True  # torch.compile; switched off, with the reason, where it cannot run
+fsdp = False  # under torchrun: each device holds a part of every parameter, for models that do not fit in one
 deterministic = True  # bit for bit the same run, and exact resume, on the same machine and torch
 
 # what is logged, and how often (in steps; 0 = off)

@@ -145,7 +145,7 @@ def forward(self, idx, targets=None, cache=None):
     out = real(self, idx, targets, cache)
     if targets is not None and self.training:
         count[0] += 1
-        if {bad}: out = out * float('nan')
+        if {bad}: out = out[0] * float('nan'), out[1]
     return out
 model.Transformer.forward = forward
 """

@@ -69,10 +69,10 @@ def test_warm_up_may_pass_the_boundary():
 def test_a_resumed_optimizer_takes_the_settings_of_today():
     """bug guarded: a changed beta that is announced but overwritten by the loaded state"""
     cfg = settings(beta2=0.98, adam_eps=1e-6)
-    optimizer = optim.make_optimizer(cfg, Transformer(cfg))
+    (optimizer,) = optim.make_optimizers(cfg, Transformer(cfg))
     assert all(g["betas"] == (0.9, 0.98) and g["eps"] == 1e-6 for g in optimizer.param_groups)
     cfg = settings(beta2=0.5, adam_eps=1e-3)
-    optim.set_rates(optimizer, cfg, 0)
+    optim.set_rates([optimizer], cfg, 0)
     assert all(g["betas"] == (0.9, 0.5) and g["eps"] == 1e-3 for g in optimizer.param_groups)
 
 
@@ -81,8 +81,8 @@ def test_decay_touches_only_the_matrices_of_the_blocks(tied):
     """bug guarded: weight decay on norms and embeddings; a parameter in no group is never trained"""
     cfg = settings(tie_embeddings=tied)
     model = Transformer(cfg)
-    optimizer = optim.make_optimizer(cfg, model)
-    assert optim.set_rates(optimizer, cfg, 0) == (optim.lr(cfg, 0), cfg.weight_decay)
+    (optimizer,) = optim.make_optimizers(cfg, model)
+    assert optim.set_rates([optimizer], cfg, 0) == (optim.lr(cfg, 0), cfg.weight_decay)
     decays = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert decays == {id(p) for name, p in model.named_parameters() if "proj" in name}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
@@ -93,11 +93,11 @@ def test_a_step_that_is_not_finite_changes_nothing():
     cfg = settings()
     torch.manual_seed(0)
     model = Transformer(cfg)
-    optimizer = optim.make_optimizer(cfg, model)
+    (optimizer,) = optim.make_optimizers(cfg, model)
 
     def update(bad):
         idx = torch.zeros(1, 16, dtype=torch.long)
-        model(idx, idx).backward()
+        model(idx, idx)[0].backward()
         if bad:
             model.norm.weight.grad[0] = float("nan")
         optimizer.found_inf = torch.tensor(float(bad))

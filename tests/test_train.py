@@ -50,10 +50,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(data_dir, out_dir):
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(data_dir, out_dir):
     """bug guarded: an overflow in the backward only, which the loss does not show"""
-    patch = "import torch, optim\nreal = optim.make_optimizer\ncount = [0]\n"
+    patch = "import torch, optim\nreal = optim.make_optimizers\ncount = [0]\n"
     patch += "def hook(grad):\n    count[0] += 1\n    return grad * float('inf') if count[0] == 4 else grad\n"
-    patch += "def make(cfg, model):\n    model.norm.weight.register_hook(hook)\n    return real(cfg, model)\n"
-    patch += "optim.make_optimizer = make"
+    patch += "def make(cfg, model, dtype):\n    model.norm.weight.register_hook(hook)\n    return real(cfg, model, dtype)\n"
+    patch += "optim.make_optimizers = make"
     train(data_dir, out_dir, "r", patch=patch, max_steps=8, save_every=0, sample_every=0)
     told = [row for row in lines(f"{out_dir}/r", EVENTS) if row["event"] == "anomaly"]
     assert [(row["step"], row["steps"]) for row in told] == [(4, 1)]
@@ -81,7 +81,7 @@ def test_five_in_a_row_end_the_run(data_dir, out_dir):
 def test_out_of_memory_is_one_line(data_dir, out_dir):
     """bug guarded: a screen of traceback instead of the remedy"""
     patch = NAN.replace(
-        "if {bad}: out = out * float('nan')", "raise torch.OutOfMemoryError('CUDA out of memory')"
+        "if {bad}: out = out[0] * float('nan'), out[1]", "raise torch.OutOfMemoryError('CUDA out of memory')"
     )
     _, err = train(data_dir, out_dir, "r", patch=patch, code=1, sample_every=0)
     assert "--batch_size=2 --total_batch_size=64" in err and err.count("error: ") == 1

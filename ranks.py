@@ -1,0 +1,127 @@
+"""
+The processes of one run: one, or as many as torchrun started, each with a device of its own.
+
+Every rank does the same things in the same order, on its own part of each batch; rank 0 alone writes. What
+one rank knows and all must act on (a signal, a time limit, whether a save succeeded) is shared before
+anybody acts, since a rank that leaves alone leaves the others waiting.
+"""
+
+import datetime
+
+import torch
+import torch.distributed as dist
+
+from config import RANK, WORLD
+from quant import whole
+
+is_main = RANK == 0
+
+
+def start(device):
+    """meet the other ranks, where there are any"""
+    if WORLD > 1:
+        # numbers of the CPU go over gloo on every machine: sharing a flag does not wait for a GPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(value):
+    """rank 0's value (anything that can be pickled) on every rank"""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def largest(number):
+    """the largest of the ranks' numbers, on every rank"""
+    if WORLD == 1:
+        return number
+    box = torch.tensor(float(number), dtype=torch.float64)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return box.item()
+
+
+def total(tensor):
+    """tensor, summed over the ranks in place"""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# one model on many devices
+
+
+def shard(model, device):
+    """give each rank its part of every parameter, and so of the optimizer's state; a block's are put together
+    while it computes (FSDP2)"""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(device.type, (WORLD,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def replicate(model, device):
+    """model with its gradients averaged over the ranks, each of which has it whole (DDP)"""
+    if WORLD == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def sync_gradients(model, wanted):
+    """whether the next backward averages the gradients over the ranks: only the last micro-step's need do"""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model.require_backward_grad_sync = wanted
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(wanted)
+
+
+def local(tensor):
+    """this rank's part of a tensor that may be sharded"""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def as_sharded(tensor, like):
+    """a whole tensor, the same on every rank, sharded as `like` is, where that is"""
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    tensor = DTensor.from_local(tensor.to(like.device), like.device_mesh, [Replicate()], run_check=False)
+    return tensor.redistribute(placements=like.placements)
+
+
+def gather(state):
+    """a state dict with its sharded tensors put together, on rank 0; every rank must ask"""
+    if isinstance(state, dict):
+        return {key: gather(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [gather(value) for value in state]
+    if not hasattr(state, "full_tensor"):
+        return state
+    full = whole(state)  # on every rank, one at a time
+    return full.cpu() if is_main else None
+
+
+def load(model, optimizers, state, optimizer_states):
+    """give back what gather made of a model and its optimizers, on however many ranks; optimizer_states may
+    be empty"""
+    own = model.state_dict()
+    model.load_state_dict({key: as_sharded(value, own.get(key)) for key, value in state.items()})
+    for optimizer, saved in zip(optimizers, optimizer_states):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, entry in saved["state"].items():
+            for key, value in entry.items():
+                if value.shape == params[i].shape:
+                    entry[key] = as_sharded(value, params[i])
+        optimizer.load_state_dict(saved)
