@@ -351,20 +351,24 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
 def mean_loss(model, batches, stop=lambda: False):
     """mean cross entropy in nats per token over batches of (inputs, targets), the same on every rank, which
     share the work; summed in float64. None where stop() turned true on the way."""
-    was_training, losses, sizes = model.training, [], []
+    was_training, losses, sizes, mine = model.training, [], [], None
     model.eval()
-    for i, (idx, targets) in enumerate(batches):
-        sizes.append(targets.numel())
-        if i % ranks.WORLD == ranks.RANK:
-            losses.append(model(idx, targets)[0])
-        if stop():
-            break
-    if len(losses) * ranks.WORLD < len(sizes):  # a sharded model computes on all ranks or on none
-        model(idx, targets)
+    for i, batch in enumerate(batches):
+        sizes.append(batch[1].numel())
+        if i % ranks.WORLD == ranks.RANK or mine is None:  # a sharded model computes on all ranks or none
+            mine = batch
+        if i % ranks.WORLD == ranks.WORLD - 1:
+            losses.append(model(*mine)[0])
+            mine = None
+            if stop():
+                break
+    if mine is not None:
+        losses.append(model(*mine)[0])
     model.train(was_training)
     if stop():
         return None
     table = torch.zeros(len(sizes), dtype=torch.float64)
-    table[ranks.RANK :: ranks.WORLD] = torch.stack(losses).cpu().double()
+    mine = table[ranks.RANK :: ranks.WORLD]
+    mine[:] = torch.stack(losses).cpu().double()[: len(mine)]
     sizes = torch.tensor(sizes, dtype=torch.float64)
     return (ranks.total(table) @ sizes / sizes.sum()).item()
