@@ -9,12 +9,19 @@ The batch is a pure function of (seed, step): sample number step * sequences_per
 epochs, an epoch through the shards in order, and inside a shard through a keyed permutation of its windows
 that needs no memory. So resuming needs the step alone, any number of devices sees the same tokens, and every
 window comes once an epoch.
+
+A data set may still be growing (tokenize_on_fly): its meta.json, not yet complete, lists the shards that are
+finished, and how many tokens of a split are on the disk. A finished shard never changes, so the batches are
+those of the complete set; what is not there yet is waited for. Its first epoch ends when it is complete.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shlex
+import sys
+import time
 
 import numpy as np
 import torch
@@ -25,9 +32,17 @@ from files import write_json
 
 def meta(cfg):
     """meta.json of cfg.dataset, its shards checked: size, dtype, every id < vocab_size. Exits with 2 where
-    not."""
+    not, or where it is not complete without cfg.tokenize_on_fly."""
     folder = os.path.join(cfg.data_dir, cfg.dataset)
     path = os.path.join(folder, "meta.json")
+    if cfg.tokenize_on_fly and cfg.eval_every and not cfg.eval_tokens:
+        how = "set it, as the validation set is still growing, or --eval_every=0"
+        fail(f"eval_tokens = 0 (all) cannot go with tokenize_on_fly; {how}")
+    waits = cfg.tokenize_on_fly and not os.path.exists(path) and is_being_written(folder)
+    if waits:
+        tell(f"waiting for the tokenizer of {folder}, which is being made")
+    while waits and not os.path.exists(path) and is_being_written(folder):
+        time.sleep(1)
     if not os.path.exists(path):
         where = "" if cfg.data_dir == "data" else f" --data_dir={shlex.quote(cfg.data_dir)}"
         command, flagged = cfg.prepare, [cfg.origin[key].startswith("--") for key in ("dataset", "prepare")]
@@ -50,8 +65,9 @@ def meta(cfg):
             raise ValueError(f"eot {found['eot']!r}, vocab_size {vocab_size!r}, bytes {sizes}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
-    if not complete:
-        fail(f"data set {folder} is not complete; run its preparation again")
+    if not complete and not cfg.tokenize_on_fly:
+        how = f"go on with it: {found['command']}" if "command" in found else "run its preparation again"
+        fail(f"data set {folder} is not complete; {how}; to train while it runs: --tokenize_on_fly")
     if cfg.vocab_size and cfg.vocab_size < vocab_size:
         fail(f"vocab_size = {cfg.vocab_size} is less than the {vocab_size} ids of {folder}; set it to 0")
     checked = os.path.join(folder, ".checked.json")  # {shard: size, time, vocab_size}: each is scanned once
@@ -80,9 +96,35 @@ def meta(cfg):
     return found
 
 
+def tell(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def is_being_written(folder):
+    """whether a preparation holds the lock of a data set's folder"""
+    try:
+        with open(os.path.join(folder, ".lock"), "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def digest(meta):
-    """a hash of the tokens of a data set, by the hashes of its shards"""
-    return hashlib.sha256(json.dumps(meta["shards"], sort_keys=True).encode()).hexdigest()
+    """what tells the tokens of a data set from others: its finished shards with their hashes, and whether
+    these are all"""
+    return {"complete": meta["complete"], "shards": meta["shards"]}
+
+
+def same_tokens(saved, now):
+    """whether two digests can be of one data set, the one perhaps taken when it had fewer shards"""
+    if isinstance(saved, str):  # of a run before there were growing sets
+        return saved == hashlib.sha256(json.dumps(now["shards"], sort_keys=True).encode()).hexdigest()
+    either = saved["shards"] | now["shards"]
+    is_whole = all(one["shards"] == either for one in (saved, now) if one["complete"])
+    return is_whole and either == now["shards"] | saved["shards"]
 
 
 def default_command(cfg):
@@ -114,15 +156,30 @@ def permute(i, n, key):
 
 
 class Windows:
-    """the windows of one split, for sequences of seq_len tokens. Exits with 2 where the split holds not even
-    one."""
+    """the windows of one split, for sequences of seq_len tokens. Of a data set that is still growing, the
+    first shard, or the validation windows, are waited for. Exits with 2 where the split holds not even one
+    window, with 1 where its preparation has ended before.
+
+    meta, of which all Windows share one, is kept up to date; total is None until the split is complete."""
 
     def __init__(self, cfg, meta, split):
-        folder = os.path.join(cfg.data_dir, cfg.dataset)
+        self.cfg, self.meta, self.split = cfg, meta, split
+        self.folder = os.path.join(cfg.data_dir, cfg.dataset)
         self.seed, self.seq_len, self.dtype = cfg.seed, cfg.seq_len, np.dtype(meta["dtype"]).newbyteorder("<")
+        self.files = []
+        self.update_shards()
+        if fault := self.wait_for(max(1, cfg.eval_tokens // self.seq_len) - 1 if split == "val" else 0):
+            fail(fault, code=1)
+
+    def update_shards(self):
+        """take in the shards of meta: counts, the windows of each; ends, their running sum; files"""
+        folder, split, meta = self.folder, self.split, self.meta
         names = sorted(name for name in meta["shards"] if name.startswith(split + "_"))
         shards = {name: meta["shards"][name]["tokens"] for name in names}
-        if not shards:
+        growing = meta["tokens"].get(split, 0) - sum(shards.values())  # tokens that are on the disk already
+        if growing and split == "val" and not meta["complete"]:
+            shards[f"{split}_{len(names):05d}.bin"] = growing
+        if not shards and meta["complete"]:
             how = (
                 "make it with a val_fraction, or train with --eval_every=0"
                 if split == "val"
@@ -130,15 +187,50 @@ class Windows:
             )
             fail(f"data set {folder} has no split {split!r}, but {', '.join(meta['tokens'])}; {how}")
         self.counts = [max(0, n - 1) // self.seq_len for n in shards.values()]  # windows per shard
-        self.ends = np.cumsum(self.counts)
-        self.total = int(self.ends[-1])
+        self.ends = np.cumsum(self.counts, dtype=np.int64)
+        self.ready = sum(self.counts)
+        self.total = self.ready if meta["complete"] else None
         if self.total == 0:
             most = max(shards.values())
             fail(
                 f"seq_len = {self.seq_len} is over the data: the largest {split} shard of {folder} has "
                 f"{most:,} tokens, so seq_len can be at most {most - 1}"
             )
-        self.files = [open(os.path.join(folder, name), "rb", buffering=0) for name in shards]
+        for name in list(shards)[len(self.files) :]:
+            self.files.append(self.open_shard(os.path.join(folder, name), name in meta["shards"]))
+
+    def open_shard(self, path, is_finished):
+        if not is_finished:
+            try:
+                return open(path + ".partial", "rb", buffering=0)  # and stays open when it is renamed
+            except FileNotFoundError:  # renamed since meta.json was read
+                pass
+        return open(path, "rb", buffering=0)
+
+    def has(self, sample):
+        """whether training samples (of the split val: windows) up to this number can be read"""
+        return sample < self.ready or self.total is not None
+
+    def wait_for(self, sample, stop=lambda: False, say=tell):
+        """return when has(sample), or when stop() is true, asked every second: '' or, where the preparation
+        has ended before, what is wrong and what to do about it. say(line) tells of the wait and its end."""
+        waits = False
+        while not self.has(sample) and not stop():
+            is_growing = is_being_written(self.folder)  # asked first: the lock goes after the last meta.json
+            self.meta.update(meta(self.cfg))
+            self.update_shards()
+            if self.has(sample):
+                break
+            if not is_growing:
+                how = self.meta.get("command", "its preparation")
+                return f"data set {self.folder} is not complete, and nothing writes it; go on with it: {how}"
+            if not waits:
+                say(f"waiting for more {self.split} tokens of {self.folder}, which is being written")
+            waits = True
+            time.sleep(1)
+        if waits and self.has(sample):
+            say(f"going on: {self.folder} has {sum(self.meta['tokens'].values()):,} tokens")
+        return ""
 
     def read(self, shard, i):
         """window i of a shard: seq_len + 1 token ids"""
@@ -157,7 +249,8 @@ class Windows:
 
     def places(self, samples):
         """the (shard, window) of each training sample number, as a list"""
-        epochs, positions = np.divmod(np.asarray(samples, np.int64), self.total)
+        assert self.has(max(samples)), "the caller waits for them"
+        epochs, positions = np.divmod(np.asarray(samples, np.int64), self.ready)
         shards = np.searchsorted(self.ends, positions, "right")
         inside = positions - (self.ends - self.counts)[shards]
         for epoch, shard in {*zip(epochs.tolist(), shards.tolist())}:
@@ -172,10 +265,10 @@ class Windows:
         return self.tensor(self.places(range(first, first + n)), device)
 
     def fixed(self, tokens, batch_size, device):
-        """yield batches (inputs, targets) of at most `tokens` tokens (0 = all), spread evenly and always the
-        same"""
-        n = min(self.total, max(1, tokens // self.seq_len)) if tokens else self.total
-        spread = np.arange(n) * self.total // n
+        """yield batches (inputs, targets) of at most `tokens` tokens (0 = all), always the same: spread
+        evenly, or the first ones where the split may still grow"""
+        n = min(self.ready, max(1, tokens // self.seq_len)) if tokens else self.ready
+        spread = np.arange(n) if self.cfg.tokenize_on_fly else np.arange(n) * self.ready // n
         shards = np.searchsorted(self.ends, spread, "right")
         places = list(zip(shards.tolist(), (spread - (self.ends - self.counts)[shards]).tolist()))
         for j in range(0, n, batch_size):

@@ -64,6 +64,7 @@ cfg.seed, cfg.seq_len = trained["seed"], trained["seq_len"]
 cfg.prepare = trained["prepare"] if cfg.dataset == trained["dataset"] else ""
 cfg.origin["prepare"] = folder
 cfg.vocab_size = 0  # the tokenizer decides whether the data fit the model
+cfg.tokenize_on_fly = False  # a score is one of the whole split
 data_set = os.path.join(cfg.data_dir, cfg.dataset)
 tokenizer, eot = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]
 result = dict(step=part["step"], dataset=cfg.dataset, split=cfg.split, dtype=machine.name(dtype))

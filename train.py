@@ -85,7 +85,7 @@ skipped, told = 0, 0  # steps whose loss or gradient was not finite, and those o
 if origin:
     part, trainer = checkpoint.load(origin), checkpoint.load(origin, checkpoint.TRAINER)
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.RUN, f"resume from {origin}")
-    if trainer["data"] != data.digest(meta):
+    if not data.same_tokens(trainer["data"], data.digest(meta)):
         fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {origin}, this would be another run")
     ranks.load(model, optimizers, part["model"], trainer["optimizer"])
     if trainer["scaler"] and scaler.is_enabled():
@@ -352,9 +352,11 @@ def place(micro):
 
 
 def next_batch(micro):
-    """inputs and targets of micro-step `micro` of this step; one past its last is the next step's first"""
+    """inputs and targets of micro-step `micro` of this step; one past its last is the next step's first, None
+    where its tokens are still to be written"""
     first = step * sequences_per_step + place(micro) * cfg.batch_size
-    return train_windows.batch(first, cfg.batch_size, device)
+    is_there = train_windows.has(first + cfg.batch_size - 1)
+    return train_windows.batch(first, cfg.batch_size, device) if is_there else None
 
 
 def seed(micro):
@@ -394,6 +396,17 @@ while True:
         break
 
     # one update
+    last_sample = (step + 1) * sequences_per_step - 1
+    if not train_windows.has(last_sample):
+        speedometer.pause()
+        fault = train_windows.wait_for(last_sample, stop=lambda: interrupted, say=log_line)
+        speedometer.go_on()
+        if asked_to_stop():
+            hand_over()
+        if fault:
+            save("no data")
+            fail(f"{fault}; then --resume=auto", code=1)
+    batch = batch or next_batch(0)
     loss_sum = torch.zeros((), device=device)
     try:
         for micro in range(cfg.accumulation):
@@ -411,7 +424,7 @@ while True:
     except Exception:
         if (
             interrupted and ranks.WORLD == 1
-        ):  # Ctrl-C also reached the compiler that torch.compile had started
+        ):  # Ctrl-C reached the compiler, too, that torch.compile had started
             hand_over()
         raise
     for optimizer in optimizers:
@@ -442,7 +455,7 @@ while True:
         speed = speedometer.read(cfg.total_batch_size, model.flops_per_token(), dtype)
         last = dict(
             step=step,
-            epoch=step * sequences_per_step / train_windows.total,
+            epoch=step * sequences_per_step / train_windows.total if train_windows.total else None,
             tokens=step * cfg.total_batch_size,
             loss=loss,
             lr=lr,

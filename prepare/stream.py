@@ -2,7 +2,8 @@
 Documents of any number to token files, on all cores: in order, in chunks, to worker processes; their tokens
 in the same order into train_00000.bin.partial, ...; and every few seconds, once these are on the disk,
 progress.json: how many tokens of each split are written and where the source then stood. What is killed
-goes on from there, to the same bytes.
+goes on from there, to the same bytes. After progress.json, never before it, comes a meta.json that is not
+complete: what it lists is never taken back, so that training may read it (data.py).
 """
 
 import collections
@@ -12,6 +13,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -153,21 +155,20 @@ def prepare(cfg, open_streams, source):
     check_flags(cfg)
     folder = os.path.join(cfg.data_dir, cfg.name)
     meta_path, progress_path = (os.path.join(folder, name) for name in ("meta.json", "progress.json"))
-    for path in (meta_path, progress_path):
-        found = read_json(path)
-        if found and found["source"] != source:
-            fail(f"{folder} holds another data set ({found['source']}); choose another --name=, or delete it")
-        if found and path == meta_path:
-            print(f"{folder} is complete; to make it again, delete it")
-            return summarize(folder, found)
+    if is_complete(folder, source):
+        return
     before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    tokens.open_data_set(cfg.data_dir, cfg.name, source)
+    tokens.open_data_set(cfg.data_dir, cfg.name, source, anew=False)
     lock = open(os.path.join(folder, ".lock"), "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"{folder} is being written by another process; wait for it, or choose another --name=")
-    progress = read_json(progress_path)  # only now: the other process may just have ended
+    if is_complete(folder, source):  # the other process has just ended
+        return
+    progress = read_json(progress_path)
+    if not progress and os.path.exists(meta_path):  # nothing tells where to go on
+        os.remove(meta_path)
     try:
         cfg.revision = progress.get("revision", getattr(cfg, "revision", ""))
         streams = open_streams()
@@ -184,7 +185,7 @@ def prepare(cfg, open_streams, source):
         splits = encode(cfg, folder, streams, progress)
         if "train" not in splits:
             fail(f"val_fraction = {cfg.val_fraction}: no document was left to train on; lower it")
-        shards = {name: entry for split in splits.values() for name, entry in split.shards().items()}
+        progress["shards"] = finished(splits, progress)
     except KeyboardInterrupt:
         kept = bool(read_json(progress_path).get("tokens"))
         if not kept:
@@ -201,14 +202,37 @@ def prepare(cfg, open_streams, source):
     if "val" not in splits:
         how = "train.py then needs --eval_every=0; a larger val_fraction holds some out"
         print(f"warning: val_fraction = {cfg.val_fraction}: no document was held out; {how}")
-    sizes = {name: (split.n, progress["bytes"][name]) for name, split in splits.items()}
-    extra = {key: progress[key] for key in ("documents", "seconds", "revision")}
-    spec, eot, vocab_size = progress["tokenizer"], progress["eot"], progress["vocab_size"]
-    tokens.write_meta(folder, spec, eot, vocab_size, sizes, shards, source, **extra)
+    write_meta(folder, progress)
     for name in os.listdir(folder):
-        if name == ".lock" or name.startswith("progress.json"):
+        if name == ".lock" or name.startswith(("progress.json", "meta.json.tmp")):
             os.remove(os.path.join(folder, name))
     summarize(folder, read_json(meta_path))
+
+
+def is_complete(folder, source):
+    """whether the data set of a folder is complete, which is then told. Exits with 2 where it is another."""
+    meta, progress = (read_json(os.path.join(folder, name)) for name in ("meta.json", "progress.json"))
+    for found in (meta, progress):
+        if found and found["source"] != source:
+            fail(f"{folder} holds another data set ({found['source']}); choose another --name=, or delete it")
+    if meta.get("complete"):
+        print(f"{folder} is complete; to make it again, delete it")
+        summarize(folder, meta)
+    return meta.get("complete")
+
+
+def finished(splits, progress):
+    """{file: {tokens, sha256}} of the finished shards; those that progress holds are not read again"""
+    known = progress.get("shards", {})
+    return {name: entry for split in splits.values() for name, entry in split.shards(known).items()}
+
+
+def write_meta(folder, progress, **extra):
+    """meta.json of what is in progress"""
+    sizes = {name: (n, progress["bytes"][name]) for name, n in progress["tokens"].items()}
+    spec, eot, vocab_size = progress["tokenizer"], progress["eot"], progress["vocab_size"]
+    extra |= {key: progress[key] for key in ("documents", "seconds", "revision")}
+    tokens.write_meta(folder, spec, eot, vocab_size, sizes, progress["shards"], progress["source"], **extra)
 
 
 def encode(cfg, folder, streams, progress):
@@ -229,8 +253,10 @@ def encode(cfg, folder, streams, progress):
         for split in splits.values():
             split.sync()
         progress["tokens"] = {name: split.n for name, split in splits.items()}
+        progress["shards"] = finished(splits, progress)
         progress["seconds"] = spent + time.perf_counter() - began
         write_bytes(os.path.join(folder, "progress.json"), json.dumps(progress).encode())
+        write_meta(folder, progress, complete=False, command=shlex.join(["python", *sys.argv]))
 
     def take():
         nonlocal saved
@@ -263,6 +289,7 @@ def encode(cfg, folder, streams, progress):
     with progress_bar(cfg.name, sum(progress["bytes"].values())) as bar:
         pool = ProcessPoolExecutor(workers, context, start_worker, args)
         try:
+            save()
             for pieces, mark, fraction in chunks(cfg, streams, progress["mark"]):
                 waiting.append((pool.submit(encode_chunk, pieces), mark, fraction))
                 while len(waiting) > 2 * workers + 2:
@@ -322,7 +349,7 @@ def discard(folder, before):
     """remove what this preparation has put into a folder that held the names `before`, and the folder where
     nothing is left"""
     for name in os.listdir(folder):
-        is_ours = re.fullmatch(r"\.lock|(train|val)_\d{5}\.bin\.partial|progress\.json.*", name)
+        is_ours = re.fullmatch(r"\.lock|(train|val)_\d{5}\.bin\.partial|(meta|progress)\.json.*", name)
         if is_ours or (name.startswith("tokenizer.") and name not in before):
             os.remove(os.path.join(folder, name))
     if not os.listdir(folder):

@@ -21,8 +21,8 @@ def char_tokenizer(chars):
     return {"kind": "char", "chars": chars, "sha256": hashlib.sha256(chars.encode()).hexdigest()}
 
 
-def open_data_set(data_dir, name, source):
-    """make data_dir/name, to be written anew: its meta.json goes, so that no training starts on half a data
+def open_data_set(data_dir, name, source, anew=True):
+    """make data_dir/name; to be written anew, its meta.json goes, so that no training starts on half a data
     set. Exits with 2 where the folder cannot be written, or holds tokens from another source."""
     if not name:
         fail("name = '' is not the name of a folder")
@@ -35,7 +35,8 @@ def open_data_set(data_dir, name, source):
                 found = json.load(file).get("source")
             if found != source:
                 fail(f"{folder} holds another data set ({found}); choose another --name=, or delete it")
-            os.remove(meta)
+            if anew:
+                os.remove(meta)
     except ValueError:
         os.remove(meta)  # damaged: nothing to lose
     except OSError as error:
@@ -73,7 +74,8 @@ def write_file(path, content):
 
 
 def write_meta(folder, tokenizer, eot, vocab_size, splits, shards, source, **extra):
-    """meta.json, last: splits is {split: (tokens, bytes of text)}"""
+    """meta.json, of a data set that is complete unless extra says complete=False; splits is {split: (tokens,
+    bytes of text)}"""
     meta = {
         "dataset": os.path.basename(folder),
         "dtype": dtype_of(vocab_size).name,
@@ -139,12 +141,16 @@ class Split:
         else:
             os.remove(partial)
 
-    def shards(self):
-        """{file: {tokens, sha256}} of all shards"""
+    def shards(self, known):
+        """{file: {tokens, sha256}} of the shards that have their name; those in `known` are not read again"""
         found = {}
-        for number in range(-(-self.n // SHARD_TOKENS)):
-            with open(self.path(number), "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            n = min(SHARD_TOKENS, self.n - number * SHARD_TOKENS)
-            found[os.path.basename(self.path(number))] = {"tokens": n, "sha256": digest}
+        for start in range(0, self.n, SHARD_TOKENS):
+            path = self.path(start // SHARD_TOKENS)
+            name = os.path.basename(path)
+            if name in known:
+                found[name] = known[name]
+            elif os.path.exists(path):
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                found[name] = {"tokens": min(SHARD_TOKENS, self.n - start), "sha256": digest}
         return found

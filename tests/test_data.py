@@ -139,7 +139,8 @@ def meta_with(**changes):
         ("train_00000.bin", lambda b: b"\x1c\x00" + b[2:], ["token id 28", "vocab_size is 28"]),
         ("meta.json", lambda b: b[:50], ["meta.json is damaged"]),
         ("meta.json", lambda b: b"\xff" + b, ["meta.json is damaged"]),
-        ("meta.json", meta_with(complete=False), ["is not complete"]),
+        ("meta.json", meta_with(complete=False), ["is not complete", "--tokenize_on_fly"]),
+        ("meta.json", meta_with(complete=False, command="python x.py"), ["go on with it: python x.py"]),
         ("meta.json", meta_with(shards={}), ["no split 'train'"]),
     ],
 )
@@ -151,6 +152,111 @@ def test_damaged_data_is_refused(data_dir, capsys, name, change, says):
         windows(data_dir)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and all(text in error for text in says), error
+
+
+def growing(folder, monkeypatch):
+    """a data set that was stopped in its third shard of 200 tokens, and the meta.json of the complete one"""
+    import tokens
+
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 200)
+    data_dir = write_data(folder)
+    with open(os.path.join(data_dir, "tiny", "meta.json"), encoding="utf-8") as file:
+        whole = json.load(file)
+    os.rename(folder / "tiny" / "val_00000.bin", folder / "tiny" / "val_00000.bin.partial")
+    shards = {name: whole["shards"][name] for name in ("train_00000.bin", "train_00001.bin")}
+    part = dict(complete=False, command="python go on", shards=shards, tokens=dict(train=450, val=150))
+    damage(data_dir, "meta.json", meta_with(**part))
+    return data_dir, whole
+
+
+def test_a_data_set_that_nothing_writes_is_used_up_and_then_told(tmp_path, monkeypatch):
+    """bugs guarded: training that waits for ever for a dead preparation, or ends before it has used what is
+    there; a position taken modulo the shards of the moment"""
+    data_dir, whole = growing(tmp_path / "d", monkeypatch)
+    cfg = settings(data_dir=data_dir, tokenize_on_fly=True)
+    meta, told = data.meta(cfg), []
+    w = data.Windows(cfg, meta, "train")
+    assert (w.total, w.ready) == (None, 24) and w.has(23) and not w.has(24)
+    assert w.wait_for(23, say=told.append) == "" and "python go on" in w.wait_for(24, say=told.append)
+    with pytest.raises(AssertionError):
+        w.batch(20, 5, CPU)
+    batches = [w.batch(8 * i, 8, CPU) for i in range(3)]
+    damage(data_dir, "meta.json", lambda _: json.dumps(whole).encode())
+    os.rename(tmp_path / "d" / "tiny" / "val_00000.bin.partial", tmp_path / "d" / "tiny" / "val_00000.bin")
+    assert w.wait_for(24, say=told.append) == "" and w.total == 30 and not told
+    assert meta["complete"], "train.py saves its digest"
+    for i, batch in enumerate(batches):
+        assert torch.equal(batch[0], windows(data_dir).batch(8 * i, 8, CPU)[0])
+    assert torch.equal(w.batch(24, 40, CPU)[1], windows(data_dir).batch(24, 40, CPU)[1])
+
+
+def test_a_wait_ends_with_a_signal_or_with_the_data(tmp_path, monkeypatch):
+    """bug guarded: a wait that cannot be interrupted, that takes the tokens for lost while they come, or
+    that says so every second"""
+    import fcntl
+
+    data_dir, whole = growing(tmp_path / "d", monkeypatch)
+    w, told, slept = windows(data_dir, tokenize_on_fly=True), [], []
+    lock = open(tmp_path / "d" / "tiny" / ".lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 5:  # as a preparation ends: meta.json, then the lock
+            os.rename(tmp_path / "d/tiny/val_00000.bin.partial", tmp_path / "d/tiny/val_00000.bin")
+            damage(data_dir, "meta.json", lambda _: json.dumps(whole).encode())
+            lock.close()
+
+    monkeypatch.setattr(data.time, "sleep", sleep)
+    assert w.wait_for(24, stop=lambda: len(slept) == 2, say=told.append) == "" and not w.has(24)
+    assert len(told) == 1 and "waiting" in told[0]
+    assert w.wait_for(24, say=told.append) == "" and w.has(24) and len(slept) == 5
+    assert len(told) == 3 and "going on" in told[2] and max(slept) <= 1
+
+
+def test_validation_on_the_fly_is_the_same_before_and_after(tmp_path, monkeypatch, capsys):
+    """bug guarded: another validation set once the split has grown; all of it asked of a set that grows"""
+    data_dir, whole = growing(tmp_path / "d", monkeypatch)
+
+    def found():
+        w = windows(data_dir, "val", tokenize_on_fly=True)
+        return [x.tolist() for x, _ in w.fixed(64, 3, CPU)]
+
+    before = found()
+    with pytest.raises(SystemExit) as stop:  # 10 windows, of which 9 are there
+        windows(data_dir, "val", tokenize_on_fly=True, eval_tokens=160)
+    assert stop.value.code == 1 and "nothing writes it" in capsys.readouterr().err
+    os.rename(tmp_path / "d/tiny/val_00000.bin.partial", tmp_path / "d/tiny/val_00000.bin")
+    assert found() == before, "renamed after meta.json was read"
+    damage(data_dir, "meta.json", lambda _: json.dumps(whole).encode())
+    assert found() == before and sum(map(len, before)) == 4
+    ids = np.fromfile(tmp_path / "d/tiny/val_00000.bin", "<u2")
+    assert sum(before, []) == ids[:64].reshape(4, 16).tolist()
+    with pytest.raises(SystemExit):
+        windows(data_dir, tokenize_on_fly=True, eval_tokens=0)
+    assert "eval_tokens = 0" in capsys.readouterr().err
+    windows(data_dir, tokenize_on_fly=True, eval_tokens=0, eval_every=0)
+
+
+def test_the_same_tokens_are_known_while_shards_are_added():
+    """bug guarded: a run that cannot be resumed once its data set has grown, or that goes on with others"""
+
+    def digest(hashes, complete):
+        shards = {f"train_{i:05d}.bin": dict(tokens=9, sha256=each) for i, each in enumerate(hashes)}
+        return data.digest(dict(complete=complete, shards=shards, dtype="uint16"))
+
+    for saved, now, want in (
+        (("ab", False), ("abc", False), True),
+        (("ab", False), ("abc", True), True),
+        (("abc", False), ("ab", False), True),  # prepared again
+        (("abc", True), ("abc", True), True),
+        (("ab", False), ("xbc", True), False),
+        (("ab", True), ("abc", True), False),
+        (("ab", True), ("abc", False), False),
+        (("abc", False), ("ab", True), False),
+    ):
+        assert data.same_tokens(digest(*saved), digest(*now)) is want, (saved, now)
+        assert data.same_tokens(digest(*now), digest(*saved)) is want, (saved, now)
 
 
 def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):

@@ -10,9 +10,11 @@ import pytest
 import sources
 import stream
 import tokens
-from conftest import run, start
+import torch
+from conftest import RUN, final, rows, run, settings, start, train
 
 import config
+import data
 from tokenizer import make_tokenizer, with_content
 
 WORDS = (
@@ -162,7 +164,7 @@ def test_killed_and_continued(corpus, tmp_path, name, more):
         child.send_signal(signal.SIGKILL)
         child.communicate()
         kills += 1
-        assert not os.path.exists(place / "meta.json")
+        assert stream.read_json(place / "meta.json")["complete"] is False
     out, _ = run("prepare/text.py", *flags, patch=patch)
     assert "going on" in out
     whole = tmp_path / "whole" / "text"
@@ -282,6 +284,15 @@ def test_bad_input(tmp_path, name):
     assert not os.path.exists(tmp_path / "data" / "text")
 
 
+def test_a_start_that_fails_leaves_nothing(tmp_path):
+    """bug guarded: a meta.json without tokens, which training waits for, where the first document is no
+    text"""
+    (tmp_path / "latin1.txt").write_bytes(BAD["latin1.txt"][0])
+    flags = text_flags(tmp_path, tmp_path / "data", "latin1.txt", "gpt2")
+    run("prepare/text.py", *flags, patch=TIKTOKEN, code=2)
+    assert not os.path.exists(tmp_path / "data" / "text")
+
+
 @pytest.mark.parametrize(
     "flag, expected",
     [
@@ -313,12 +324,13 @@ def test_a_kill_after_a_shard_is_renamed(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["train_00000.bin.partial"]
     split.write(np.arange(5, 19, dtype="<u2"))
     split.finish()
-    found = [np.fromfile(tmp_path / name, "<u2") for name in sorted(split.shards())]
+    found = [np.fromfile(tmp_path / name, "<u2") for name in sorted(split.shards({}))]
     assert np.concatenate(found).tolist() == list(range(19)) and [part.size for part in found] == [8, 8, 3]
 
 
 def test_tokens_reach_the_disk_before_the_progress_that_counts_them(corpus, tmp_path):
-    """bug guarded: progress.json that survives a power cut which the tokens do not"""
+    """bug guarded: progress.json that survives a power cut which the tokens do not; tokens in meta.json, for
+    a training to read, that a continued preparation would write again"""
     patch = (
         PATCH
         + """
@@ -332,6 +344,13 @@ def write(path, content):
     synced.clear()
     real_write(path, content)
 os.fsync, stream.write_bytes = fsync, write
+real_file = tokens.write_file
+def write_file(path, content):
+    meta, progress = json.loads(content), stream.read_json(os.path.dirname(path) + "/progress.json")
+    if path.endswith("meta.json") and not meta["complete"]:
+        assert (meta["tokens"], meta["shards"]) == (progress["tokens"], progress["shards"])
+    real_file(path, content)
+tokens.write_file = write_file
 """
     )
     run("prepare/text.py", *text_flags(corpus[0], tmp_path), patch=patch)
@@ -392,7 +411,7 @@ def test_one_process_at_a_time(corpus, tmp_path):
     while not stream.read_json(place / "progress.json").get("tokens"):
         assert child.poll() is None, child.communicate()
     _, err = run("prepare/text.py", *flags, code=2)
-    assert "by another process" in err
+    assert "by another process" in err and not stream.read_json(place / "meta.json")["complete"]
     out, err = child.communicate(timeout=60)
     assert child.returncode == 0, err
     documents_of(place)
@@ -511,3 +530,87 @@ def test_endless_line_in_a_file(tmp_path, capsys):
     assert max(len(text.encode()) for _, text, _, _ in pieces) <= sources.LONGEST
     assert [(first, last) for _, _, first, last in pieces][0] == (True, False)
     assert capsys.readouterr().out.count("warning") == 1
+
+
+HOLD = """
+import os, time, tokens
+real = tokens.Split.write
+def write(self, ids):
+    while not os.path.exists({!r}): time.sleep(0.01)
+    real(self, ids)
+tokens.Split.write = write
+"""
+
+
+def started(flags, place, patch=SLOW):
+    """a preparation that holds its lock"""
+    child, deadline = start("prepare/text.py", *flags, patch=PATCH + patch), time.time() + 60
+    while not data.is_being_written(place):
+        assert child.poll() is None and time.time() < deadline, child.communicate()
+        time.sleep(0.01)
+    return child
+
+
+def test_batches_read_while_the_preparation_writes(corpus, tmp_path, monkeypatch):
+    """bug guarded: other batches beside a preparation that writes, is killed and goes on, than after it; a
+    shard listed before it is whole, or taken back"""
+    real = time.sleep
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: real(seconds / 50))
+    flags, place = text_flags(corpus[0], tmp_path), tmp_path / "text"
+    cfg = settings(
+        data_dir=tmp_path, dataset="text", vocab_size=0, tokenize_on_fly=True, seq_len=64, eval_tokens=640
+    )
+    child = started(flags, place)
+    meta, cpu, told, batches, seen = data.meta(cfg), torch.device("cpu"), [], [], []
+    w = data.Windows(cfg, meta, "train")
+    val = [x for x, _ in data.Windows(cfg, meta, "val").fixed(640, 4, cpu)]
+    kill = True
+    while w.total is None or len(batches) * 40 < w.total + 40:
+        if fault := w.wait_for(len(batches) * 40 + 39, say=told.append):
+            assert not kill and child.wait() == -signal.SIGKILL and "prepare/text.py --files" in fault
+            child = started(flags, place)
+            continue
+        batches.append(w.batch(len(batches) * 40, 40, cpu))
+        seen.append(w.ready)
+        if kill and w.ready > 4 * 63:
+            child.kill()
+            child.wait()
+            kill = False
+    assert child.wait(60) == 0 and not kill and "waiting" in told[0] and len({*seen}) > 4
+    cfg.tokenize_on_fly = False
+    after = data.Windows(cfg, data.meta(cfg), "train")
+    for i, batch in enumerate(batches):
+        assert torch.equal(torch.stack(batch), torch.stack(after.batch(i * 40, 40, cpu))), i
+    cfg.tokenize_on_fly = True
+    later = data.Windows(cfg, data.meta(cfg), "val").fixed(640, 4, cpu)
+    assert torch.equal(torch.cat(val), torch.cat([x for x, _ in later]))
+    assert data.same_tokens(data.digest(meta), data.digest(data.meta(cfg)))
+
+
+def test_train_beside_a_preparation_that_dies_and_goes_on(corpus, tmp_path):
+    """bug guarded: a run on the fly that ends with other weights, or that has lost its steps where the
+    preparation died"""
+    flags, place = text_flags(corpus[0], tmp_path), tmp_path / "text"
+    of = dict(dataset="text", vocab_size=0, batch_size=60, max_steps=12, eval_every=4, tokenize_on_fly=True)
+    of |= dict(save_every=0, sample_every=0)
+    stopped(flags, place, 10_000)  # two shards
+    _, err = train(tmp_path, tmp_path / "runs", "fly", code=1, **of)
+    assert "error:" in err and "prepare/text.py --files" in err and "--resume=auto" in err
+    child = started(flags, place, HOLD.format(str(tmp_path / "go")))
+    more = dict(data_dir=tmp_path, out_dir=tmp_path / "runs", run_id="fly", resume="auto")
+    trainer = start("train.py", *(f"--{key}={value}" for key, value in (RUN | of | more).items()))
+    line = " "
+    while "waiting for more train tokens" not in line:
+        line = trainer.stderr.readline()
+        assert line, trainer.communicate()
+    (tmp_path / "go").touch()
+    _, err = trainer.communicate(timeout=60)
+    assert trainer.returncode == 0 and "going on" in err and child.wait(60) == 0, err
+    train(tmp_path, tmp_path / "runs", "after", **of)
+    fly, after = (final(tmp_path / "runs" / name, 12) for name in ("fly", "after"))
+    assert all(torch.equal(fly[0][key], after[0][key]) for key in after[0])
+    fly, after = (
+        [(row["step"], row.get("loss"), row.get("val_loss")) for row in rows(tmp_path / "runs" / name)]
+        for name in ("fly", "after")
+    )
+    assert fly == after

@@ -52,7 +52,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(data_dir, out_dir):
     """bug guarded: an overflow in the backward only, which the loss does not show"""
     patch = "import torch, optim\nreal = optim.make_optimizers\ncount = [0]\n"
     patch += "def hook(grad):\n    count[0] += 1\n    return grad * float('inf') if count[0] == 4 else grad\n"
-    patch += "def make(cfg, model, dtype):\n    model.norm.weight.register_hook(hook)\n    return real(cfg, model, dtype)\n"
+    patch += "def make(cfg, model, dtype):\n    model.norm.weight.register_hook(hook)\n"
+    patch += "    return real(cfg, model, dtype)\n"
     patch += "optim.make_optimizers = make"
     train(data_dir, out_dir, "r", patch=patch, max_steps=8, save_every=0, sample_every=0)
     told = [row for row in lines(f"{out_dir}/r", EVENTS) if row["event"] == "anomaly"]
