@@ -7,6 +7,8 @@ anybody acts, since a rank that leaves alone leaves the others waiting.
 """
 
 import datetime
+import os
+import signal
 
 import torch
 import torch.distributed as dist
@@ -52,6 +54,35 @@ def total(tensor):
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+# signals: the flag is polled, so that nothing is left half done
+
+interrupted = 0  # the signal that asks this run to stop
+
+
+def listen():
+    """from now on the first SIGINT, SIGTERM or SIGHUP sets the flag, and the second exits at once"""
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless nohup says not to care
+        signal.signal(signal.SIGHUP, on_signal)
+
+
+def on_signal(signum, frame):
+    global interrupted
+    if interrupted:  # a rename is one call, which this cannot cut in two
+        os.write(2, b"\nstopped at once, nothing saved; --resume=auto goes on from the last checkpoint\n")
+        os._exit(128 + signum)
+    interrupted = signum
+    os.write(2, b"\nstopping: saving the state first; once more to stop at once\n")
+
+
+def asked_to_stop():
+    """the signal that asked any rank to stop, or 0; every rank must ask"""
+    global interrupted
+    interrupted = int(largest(interrupted))
+    return interrupted
 
 
 # one model on many devices

@@ -157,10 +157,13 @@ def write_config(run_dir, cfg, facts):
     write_json(os.path.join(run_dir, "config.json"), found | facts)
 
 
-def repetition(ids):
-    """share of the 4-grams of a text that it has had before; 0 for text that never repeats itself"""
-    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+def finished(run_dir, cfg, step, patience):
+    """why the run is at its end, at this step and with these settings, or ''; patience: the setting then"""
+    end = last(run_dir, EVENTS)
+    if end.get("event") != "finish" or end["step"] != step:
+        return ""
+    out_of_patience = end["why"] == "patience" and cfg.patience == patience
+    return end["why"] if step >= cfg.max_steps or out_of_patience else ""
 
 
 def set_aside(run_dir):

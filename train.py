@@ -33,10 +33,11 @@ import optim
 import quant
 import ranks
 import record
+import samples
 import trackers
 from config import fail
-from model import Transformer, generate, mean_loss, router_health, router_loss
-from tokenizer import continuation, encode_prompt, make_tokenizer, with_content
+from model import Transformer, mean_loss, router_health, router_loss
+from tokenizer import make_tokenizer, with_content
 
 # machine and data
 
@@ -52,16 +53,12 @@ if cfg.deterministic:
     machine.make_deterministic()
 meta = data.meta(cfg)
 cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
-tokenizer_spec = with_content(meta["tokenizer"], os.path.join(cfg.data_dir, cfg.dataset))
-tokenizer_spec["eot"] = meta["eot"]
+tokenizer_spec = {"eot": meta["eot"]}  # with all that a checkpoint needs to make the tokenizer
+tokenizer_spec |= with_content(meta["tokenizer"], os.path.join(cfg.data_dir, cfg.dataset))
 tokenizer = make_tokenizer(tokenizer_spec)
 train_windows = data.Windows(cfg, meta, "train")
 val_windows = data.Windows(cfg, meta, "val") if cfg.eval_every else None
-try:
-    texts = cfg.sample_prompts if cfg.sample_every else []
-    prompts = [encode_prompt(tokenizer, meta["eot"], text) for text in texts]
-except ValueError as error:
-    fail(f"sample_prompts: {error}; set prompts for this data set, or --sample_every=0")
+prompts = samples.encode(cfg, tokenizer, meta["eot"]) if cfg.sample_every else []
 
 # model, optimizer, and where the run starts
 
@@ -95,14 +92,12 @@ if origin:
         best, stale_evals = trainer["best"], trainer["stale_evals"]
     if step > cfg.max_steps:
         fail(f"max_steps = {cfg.max_steps} is less than the {step} steps of {origin}; raise it")
-    end = record.last(run_dir, record.EVENTS, event="finish") if same_run else {}
-    out_of_patience = end.get("why") == "patience" and cfg.patience == part["config"]["patience"]
-    if end == record.last(run_dir, record.EVENTS) and end.get("step") == step:
-        if step >= cfg.max_steps or out_of_patience:
-            print(f"run {cfg.run_id} is finished: step {step}, ended by {end['why']}")
-            print(f"to go on, raise {'or switch off patience' if out_of_patience else 'max_steps'}")
-            print(record.to_json(end["result"]))
-            raise SystemExit(0)
+    if same_run and (why := record.finished(run_dir, cfg, step, part["config"]["patience"])):
+        end = record.last(run_dir, record.EVENTS)
+        print(f"run {cfg.run_id} is finished: step {step}, ended by {why}")
+        print(f"to go on, raise {'or switch off patience' if why == 'patience' else 'max_steps'}")
+        print(record.to_json(end["result"]))
+        raise SystemExit(0)
     del part, trainer  # 12 bytes a parameter
 elif cfg.init_from:
     part = checkpoint.load(checkpoint.locate(cfg.init_from, setting="init_from"))
@@ -141,33 +136,9 @@ if origin:
 else:
     record.event(run_dir, "start", step=0, init_from=cfg.init_from, passed_over=passed_over)
 
-# signals, logging, saving, evaluating, sampling
+# logging, saving, evaluating, sampling
 
-interrupted = 0  # the signal that asks this run to stop; polled, so that nothing is left half done
-
-
-def on_signal(signum, frame):
-    global interrupted
-    if interrupted:  # the second one: at once. a rename is one call, which this cannot cut in two
-        os.write(2, b"\nstopped at once, nothing saved; --resume=auto goes on from the last checkpoint\n")
-        os._exit(128 + signum)
-    interrupted = signum
-    os.write(2, b"\nstopping: saving the state first; once more to stop at once\n")
-
-
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless nohup says not to care
-    signal.signal(signal.SIGHUP, on_signal)
-
-
-def asked_to_stop():
-    """the signal that asked any rank to stop, or 0; every rank must ask"""
-    global interrupted
-    interrupted = int(ranks.largest(interrupted))
-    return interrupted
-
-
+ranks.listen()
 on_terminal = sys.stderr.isatty() and ranks.is_main
 bar = tqdm(total=cfg.max_steps, initial=step, disable=not on_terminal, unit="step", dynamic_ncols=True)
 boundary_steps = optim.boundary_steps(cfg)
@@ -245,7 +216,7 @@ def save_end():
         if save("end"):
             return
         for _ in range(60):
-            if asked_to_stop():
+            if ranks.asked_to_stop():
                 return
             time.sleep(1)
     fail(f"the end of run {cfg.run_id} is not saved; free disk space, then --resume=auto", code=1)
@@ -256,7 +227,7 @@ def evaluate():
     began = time.perf_counter()
     batches = val_windows.fixed(cfg.eval_tokens, cfg.batch_size, device)
     with machine.autocast(device, dtype):
-        loss = mean_loss(model, batches, asked_to_stop)
+        loss = mean_loss(model, batches, ranks.asked_to_stop)
     if loss is None:
         return None
     perplexity = math.exp(min(loss, 700.0))  # e^700 is about the largest that a float holds
@@ -282,45 +253,25 @@ def note_best(loss):
         checkpoint.remove(checkpoint.step_dir(run_dir, former["step"]))
 
 
-MODES = {
-    "greedy": dict(temperature=0.0),
-    "top_k": dict(temperature=0.8, top_k=50),
-    "nucleus": dict(temperature=0.8, top_p=0.95),
-}
-
-
 def sample():
-    """every prompt in every mode into samples.jsonl, from a generator of its own"""
-    generator = torch.Generator().manual_seed(cfg.seed)
+    """every prompt in every mode into samples.jsonl"""
     model.eval()
-    for mode, options in MODES.items():
-        for text, ids in zip(cfg.sample_prompts, prompts):
-            prompt, new = torch.tensor([ids], device=device), []
-            with machine.autocast(device, dtype):
-                for token in generate(model, prompt, cfg.sample_tokens, generator=generator, **options):
-                    new.append(token.item())
-                    if asked_to_stop():
-                        return
-            made = dict(
-                prompt=text,
-                generated_text=continuation(tokenizer, ids, new),
-                repetition=record.repetition(new),
-            )
-            keep(record.SAMPLES, step=step, mode=mode, **made)
+    with machine.autocast(device, dtype):
+        for row in samples.write(cfg, model, tokenizer, prompts, device, ranks.asked_to_stop):
+            keep(record.SAMPLES, step=step, **row)
     model.train()
 
 
 def hand_over():
     """what an interrupted run leaves: the state at the beginning of its step"""
     on_disk = save("interrupt")
-    record.event(run_dir, "interrupt", step=step, signal=interrupted)
+    record.event(run_dir, "interrupt", step=step, signal=ranks.interrupted)
     bar.close()
-    if on_disk:
+    if on_disk and ranks.is_main:
         how = "go on with the same command and --resume=auto"
-        if ranks.is_main:
-            print(f"stopped by signal {interrupted}, saved step {step}; {how}", file=sys.stderr)
+        print(f"stopped by signal {ranks.interrupted}, saved step {step}; {how}", file=sys.stderr)
     trackers.finish(mirrors)
-    sys.exit(128 + interrupted)
+    sys.exit(128 + ranks.interrupted)
 
 
 # the loop
@@ -387,10 +338,10 @@ while True:
             if cfg.patience and stale_evals >= cfg.patience and not why and save("end"):
                 why, sample_due = "patience", cfg.sample_every > 0
                 log_line(f"patience: {stale_evals} evaluations without a better loss than at {best}")
-        if sample_due and not asked_to_stop():
+        if sample_due and not ranks.asked_to_stop():
             sample()
         speedometer.go_on()
-    if asked_to_stop():
+    if ranks.asked_to_stop():
         hand_over()
     if why:
         break
@@ -399,9 +350,9 @@ while True:
     last_sample = (step + 1) * sequences_per_step - 1
     if not train_windows.has(last_sample):
         speedometer.pause()
-        fault = train_windows.wait_for(last_sample, stop=lambda: interrupted, say=log_line)
+        fault = train_windows.wait_for(last_sample, stop=lambda: ranks.interrupted, say=log_line)
         speedometer.go_on()
-        if asked_to_stop():
+        if ranks.asked_to_stop():
             hand_over()
         if fault:
             save("no data")
@@ -419,12 +370,10 @@ while True:
             loss_sum += loss.detach()
             if cfg.n_expert:
                 routers, n_routers = routers + router.detach(), n_routers + 1
-            if interrupted and ranks.WORLD == 1:  # of several, none may leave before all know
+            if ranks.interrupted and ranks.WORLD == 1:  # of several, none may leave before all know
                 hand_over()
     except Exception:
-        if (
-            interrupted and ranks.WORLD == 1
-        ):  # Ctrl-C reached the compiler, too, that torch.compile had started
+        if ranks.interrupted and ranks.WORLD == 1:  # Ctrl-C also reached the compiler of torch.compile
             hand_over()
         raise
     for optimizer in optimizers:

@@ -9,6 +9,7 @@ from conftest import settings
 
 import checkpoint
 import record
+import samples
 from checkpoint import MODEL, TRAINER
 
 
@@ -220,8 +221,8 @@ def test_a_full_disk_leaves_the_former_best(run_dir, monkeypatch, capsys):
 
 
 def test_repetition():
-    assert record.repetition([1, 2, 3]) == 0 == record.repetition([1, 2, 3, 4, 5])
-    assert record.repetition([7] * 13) == 0.9
+    assert samples.repetition([1, 2, 3]) == 0 == samples.repetition([1, 2, 3, 4, 5])
+    assert samples.repetition([7] * 13) == 0.9
 
 
 def test_json_lines_have_no_nan(run_dir):
