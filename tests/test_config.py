@@ -124,6 +124,8 @@ STATED = {
     "train_tinystories": 12_194_688,
     "train_text": 10_621_824 + 384 * 4096,  # with the vocabulary that prepare/text.py makes by default
     "train_baseline_95m": 95_367_936,
+    "train_dense_300m": 300_270_592,
+    "train_moe_500m": 505_965_312,
 }
 
 
@@ -134,6 +136,26 @@ def test_every_shipped_config_builds(path):
     cfg.vocab_size = cfg.vocab_size or 4096
     with torch.device("meta"):
         assert Transformer(cfg).counts()["total"] == STATED[cfg.run_id]
+
+
+def test_the_other_two_systems_are_the_plan():
+    """bugs guarded: a number of the plan that drifts; parameters of idle experts counted as active"""
+    import optim
+
+    cfg = config.load(["config/train_dense_300m.py"])
+    plan = dict(max_steps=100_000, total_batch_size=512 * 2048, warmup_steps=2000, dropout=0.1, n_kv_head=16)
+    plan |= dict(eval_every=1000, save_every=10_000, weight_decay=0.1, grad_clip=1.0, adam_eps=1e-8)
+    assert {key: getattr(cfg, key) for key in plan} == plan and cfg.patience > 0 and not cfg.ternary
+    assert optim.lr(cfg, 1999) == 6e-4 and abs(optim.lr(cfg, 99_999) - 6e-5) < 1e-9
+    with torch.device("meta"):
+        assert Transformer(cfg).embed.weight.shape == (50_304, 1024)
+    cfg = config.load(["config/train_moe_500m.py"])
+    with torch.device("meta"):
+        counts = Transformer(cfg).counts()
+    idle = 12 * 6 * 3 * 768 * 2048
+    assert counts["active"] == counts["total"] - idle == 166_226_688 and counts["ternary"] == 0
+    assert cfg.max_steps == -(-10_000_000_000 // cfg.total_batch_size) and cfg.keep_last == 3
+    assert optim.lr(cfg, 999) == 1e-3 and cfg.min_lr == 1e-4
 
 
 def test_baseline_is_the_plan():

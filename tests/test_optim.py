@@ -112,3 +112,73 @@ def test_a_step_that_is_not_finite_changes_nothing():
     update(True)
     after = list(model.parameters()), [s for v in optimizer.state.values() for s in v.values()]
     assert all(torch.equal(a, b) for x, y in zip(before, after) for a, b in zip(x, y))
+
+
+def with_grads(shapes, seed=0):
+    torch.manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    return params
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (64, 24), (24, 64)])
+def test_muon_is_that_of_torch(shape):
+    """bugs guarded: a tall matrix orthogonalized along the wrong side, momentum or Nesterov's step off by
+    one, decay with the adjusted rate"""
+    ours, theirs = with_grads([shape] * 3), with_grads([shape] * 3)
+    start = ours[0].detach().clone()
+    mine = optim.Muon([dict(params=ours, decays=True)], 0.01, 0.9, torch.bfloat16)
+    mine.param_groups[0]["weight_decay"] = 0.1
+    other = torch.optim.Muon(theirs, lr=0.01, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        mine.step()
+        other.step()
+    moved = (theirs[0] - start).square().mean().sqrt()
+    for a, b in zip(ours, theirs):  # bfloat16 in another order of operations: 2 % of the way
+        assert (a - b).square().mean().sqrt() < 0.02 * moved
+
+
+def test_muon_takes_each_expert_by_itself():
+    """bug guarded: a stack flattened into one tall matrix, whose updates are several times smaller"""
+    stack, single = with_grads([(4, 32, 16)])[0], []
+    for expert, grad in zip(stack.detach().clone(), stack.grad):
+        single.append(torch.nn.Parameter(expert))
+        single[-1].grad = grad.clone()
+    for params in ([stack], single):
+        optim.Muon([dict(params=params)], 0.01, 0.95, torch.float32).step()
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in single]), rtol=0, atol=1e-6)
+    rms = (stack - with_grads([(4, 32, 16)])[0]).square().mean((-2, -1)).sqrt()
+    assert ((rms > 0.8 * 0.2 * 0.01) & (rms < 1.2 * 0.2 * 0.01)).all(), "0.2 lr, as AdamW's"
+
+
+def test_muon_skips_a_step_that_is_not_finite():
+    """bug guarded: a NaN that stays in the momentum for ever"""
+    params = with_grads([(8, 8), (2, 8, 8)])
+    muon = optim.Muon([dict(params=params)], 0.01, 0.95, torch.float32)
+    muon.step()
+    before = [p.detach().clone() for p in params] + [muon.state[p]["momentum_buffer"].clone() for p in params]
+    params[0].grad[0, 0] = float("nan")
+    muon.found_inf = torch.tensor(1.0)
+    muon.step()
+    after = [p.detach() for p in params] + [muon.state[p]["momentum_buffer"] for p in params]
+    assert all(map(torch.equal, before, after))
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    """bug guarded: a router or an embedding under Muon, a parameter in no group or in two"""
+    cfg = settings(optimizer="muon", n_expert=3, muon_momentum=0.8)
+    model = Transformer(cfg)
+    muon, adamw = optim.make_optimizers(cfg, model)
+    optim.set_rates([muon, adamw], cfg, 3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    (group,) = muon.param_groups
+    assert {names[id(p)] for p in group["params"]} == {
+        n for n in names.values() if n.endswith("_proj.weight")
+    }
+    assert group["lr"] == optim.lr(cfg, 3) and group["weight_decay"] == 0.1 and group["momentum"] == 0.8
+    rest = [names[id(p)] for p in adamw.param_groups[0]["params"]]
+    assert "embed.weight" in rest and "blocks.0.ffn.router.weight" in rest
+    assert adamw.param_groups[0]["weight_decay"] == 0.0 and adamw.param_groups[0]["lr"] == group["lr"]
