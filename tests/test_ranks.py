@@ -1,0 +1,136 @@
+"""train.py under torchrun: two processes are one, whatever kills one of them. On the CPU, over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import EVENTS, NAN, ROOT, RUN, final, flags, lines, rows, train, write_data
+
+# two micro-steps for one process, one for each of two
+PLAIN = dict(total_batch_size=128, max_steps=20, dropout=0.1, sample_every=20)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """(data_dir, out_dir) with the run of one process"""
+    folder = tmp_path_factory.mktemp("one")
+    data_dir, out_dir = write_data(folder / "data"), str(folder / "runs")
+    train(data_dir, out_dir, "one", **PLAIN)
+    return data_dir, out_dir
+
+
+def launch(where, run_id, tmp_path, patch="", more=(), **changes):
+    """two ranks of train.py as children of a torchrun; patch is Python that runs first in each of them"""
+    script = tmp_path / "patched.py"
+    script.write_text(
+        f"import runpy, sys\nsys.path[:0] = [{ROOT!r}]\n{patch}\n"
+        f"sys.argv[0] = 'train.py'\nrunpy.run_path({os.path.join(ROOT, 'train.py')!r}, run_name='__main__')\n"
+    )
+    values = dict(data_dir=where[0], out_dir=where[1], dataset="tiny", run_id=run_id) | RUN | PLAIN | changes
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more]
+    env, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    command = [*torchrun, str(script), *flags(**values)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def two(where, run_id, tmp_path, code=0, **how):
+    child = launch(where, run_id, tmp_path, **how)
+    out, err = child.communicate(timeout=150)
+    assert child.returncode == code, f"{out[-2000:]}\n{err[-6000:]}"
+    return out, err
+
+
+def assert_same(where, a, b):
+    for left, right in zip(*(final(f"{where[1]}/{run_id}", 20) for run_id in (a, b))):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+    assert rows(f"{where[1]}/{a}") == rows(f"{where[1]}/{b}")
+    samples = [lines(f"{where[1]}/{run_id}", "samples/samples.jsonl") for run_id in (a, b)]
+    assert samples[0] == samples[1]
+
+
+def test_two_processes_are_one_bit_for_bit(one, tmp_path):
+    """bugs guarded: ranks that see the same data, draw the same dropout, divide by the wrong number, log
+    only their own loss, write each line twice"""
+    out, _ = two(one, "two", tmp_path)
+    assert_same(one, "one", "two")
+    result = json.loads(out.strip().split("\n")[-1])
+    assert result["step"] == 20 and result["tokens"] == 20 * 128 and out.count('{"run_id"') == 1
+    assert json.load(open(f"{one[1]}/two/config.json"))["world_size"] == 2
+
+
+def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(one, tmp_path):
+    """bugs guarded: a rank that leaves alone while the other waits for its gradients; a checkpoint that only
+    as many ranks can read"""
+    patch = "import os, signal, torch\nreal, n = torch.optim.AdamW.step, [0]\n"
+    patch += "def step(*a, **k):\n    n[0] += 1\n"
+    patch += "    if n[0] == 7 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
+    patch += "    return real(*a, **k)\ntorch.optim.AdamW.step = step"
+    _, err = two(one, "signalled", tmp_path, code=1, patch=patch)
+    assert err.count("stopped by signal 15, saved step 7; go on with the same command") == 1
+    assert lines(f"{one[1]}/signalled", EVENTS)[-1]["event"] == "interrupt"
+    train(*one, "signalled", resume="auto", **PLAIN)
+    assert_same(one, "one", "signalled")
+
+
+def test_a_killed_rank_is_restarted_by_torchrun(one, tmp_path):
+    """bug guarded: a restart that begins anew, or goes on from another step on each rank"""
+    patch = "import os, signal, torch\nreal, n = torch.optim.AdamW.step, [0]\n"
+    patch += "def step(*a, **k):\n    n[0] += 1\n"
+    patch += "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1'\n"
+    patch += "    if n[0] == 13 and first: os.kill(os.getpid(), signal.SIGKILL)\n"
+    patch += "    return real(*a, **k)\ntorch.optim.AdamW.step = step"
+    two(one, "killed", tmp_path, patch=patch, more=["--max-restarts=1"], resume="auto")
+    assert_same(one, "one", "killed")
+    resumed = [row["step"] for row in lines(f"{one[1]}/killed", EVENTS) if row["event"] == "resume"]
+    assert resumed in ([10], [12])
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_both(one, tmp_path):
+    """bug guarded: ranks whose weights part for ever"""
+    patch = "import os\n" + NAN.format(bad="count[0] == 4 and os.environ['RANK'] == '1'")
+    two(one, "nan", tmp_path, patch=patch, sample_every=0)
+    told = [
+        (row["step"], row["steps"]) for row in lines(f"{one[1]}/nan", EVENTS) if row["event"] == "anomaly"
+    ]
+    assert told == [(4, 1)] and all(w.isfinite().all() for w in final(f"{one[1]}/nan", 20)[0].values())
+
+
+def test_a_sharded_mixture_is_the_whole_one(one, tmp_path):
+    """bugs guarded: Muon on a shard of a matrix; ternary scales of a shard; a sharded checkpoint that one
+    process cannot read; an evaluation that not every rank takes part in"""
+    how = dict(n_expert=3, optimizer="muon", ternary=False, schedule="constant", dropout=0.0, eval_tokens=192)
+    train(*one, "mixture", **PLAIN | how)
+    two(one, "sharded", tmp_path, fsdp=True, **how | dict(max_steps=11))
+    train(*one, "sharded", resume="auto", **PLAIN | how)
+    for left, right in zip(*(final(f"{one[1]}/{name}", 20) for name in ("mixture", "sharded"))):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
+    losses = [
+        [row.get("loss", row.get("val_loss")) for row in rows(f"{one[1]}/{n}")]
+        for n in ("mixture", "sharded")
+    ]
+    assert (
+        losses[0][:13] == pytest.approx(losses[1][:13], abs=1e-5)
+        and len(lines(f"{one[1]}/sharded", "metrics/router.jsonl")) == 20
+    )
+    how = dict(schedule="constant", max_steps=3, sample_every=0)
+    train(*one, "bits", **PLAIN | how)
+    two(one, "bit_shards", tmp_path, fsdp=True, **how)
+    assert [row["total"] for row in lines(f"{one[1]}/bits", "metrics/bitnet.jsonl")] == pytest.approx(
+        [row["total"] for row in lines(f"{one[1]}/bit_shards", "metrics/bitnet.jsonl")]
+    )
+
+
+@pytest.mark.parametrize("ternary, steps", [(True, 5), (False, 20)])
+def test_four_micro_steps_are_two_on_each_of_two(one, tmp_path, ternary, steps):
+    """bug guarded: gradients averaged at every micro-step, or only the last one's counted. The sums have
+    another order: a ternary model's roundings may flip later"""
+    how = dict(total_batch_size=256, ternary=ternary, sample_every=0, eval_every=0, schedule="linear")
+    train(*one, f"four{ternary}", **PLAIN | how)
+    two(one, f"twice_two{ternary}", tmp_path, **how)
+    a, b = (
+        [row["loss"] for row in rows(f"{one[1]}/{name}{ternary}")][:steps] for name in ("four", "twice_two")
+    )
+    assert len(a) == steps and a == pytest.approx(b, abs=1e-4)
