@@ -65,6 +65,10 @@ def screen(now, width):
         )
         flips = f"{show(health.get('flip_rate'), '.2%')} flipped, {near} near a threshold"
         rows.append(("codes", f"0 {zero}, +1 {plus}, -1 {minus}; {flips}"))
+    if now["router"]:
+        load, entropy, dead = (now["router"].get(key) for key in ("load_max", "entropy", "dead"))
+        most = f"busiest expert {show(load, '.2f')} of the mean"
+        rows.append(("routers", f"{most}, entropy {show(entropy, '.2f')}, {show(dead)} dead"))
     rows.append(("checkpoint", f"step {saved['step']:,}, {clock(saved['age'])} old" if saved else "none"))
     need = f", {now['disk_need_gb']:.3g} GB of checkpoints to come" if now["disk_need_gb"] else ""
     rows.append(("disk", f"{now['disk_free_gb']:.3g} GB free{need}"))

@@ -21,6 +21,8 @@ is_main = RANK == 0
 
 def start(device):
     """meet the other ranks, where there are any"""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if WORLD > 1:
         # numbers of the CPU go over gloo on every machine: sharing a flag does not wait for a GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

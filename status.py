@@ -49,7 +49,7 @@ def checkpoints(run_dir):
 
 
 def read_run(run_dir):
-    """what a run has written: config; rows (of training), evals, health, events, greedy, lists of lines;
+    """what a run has written: config; rows (of training), evals, health, routers, events, greedy, lists;
     starts, the times at which a process began; checkpoints"""
 
     def lines(name):
@@ -61,6 +61,7 @@ def read_run(run_dir):
         rows=[row for row in scalars if "loss" in row],
         evals=[row for row in scalars if number(row.get("val_loss")) is not None],
         health=[{"step": row["step"]} | row["total"] for row in health if type(row.get("total")) is dict],
+        routers=[row["total"] for row in lines(record.ROUTER) if type(row.get("total")) is dict],
         events=events,
         greedy=[row for row in lines(record.SAMPLES) if row.get("mode") == "greedy"],
         starts=column([row for row in events if row.get("event") in ("start", "resume")], "time"),
@@ -203,6 +204,7 @@ def status(run_dir, window=50):
         anomalies={"count": len(odd), "last": odd[-3:]},
         ternary=settings.get("ternary"),
         bitnet={key: number(value) for key, value in health.items()} or None,
+        router=run["routers"][-1] if run["routers"] else None,
         device=run["config"].get("device"),
         disk_free_gb=shutil.disk_usage(run_dir).free / 1e9,
         disk_need_gb=0.0 if state == "finished" else disk_need_gb(run, step),
@@ -298,6 +300,12 @@ def warnings(run, now, limit, window):
         told.append(
             f"ternary: the flip rate, {flip:.4f} a line, is {flips['word']} and should fall with the rate; "
             f"lower {'min_lr' if is_late else 'learning_rate'}"
+        )
+    dead = [row.get("dead") or 0 for row in run["routers"][-3:]]
+    if is_running and len(dead) == 3 and min(dead) > 0:
+        told.append(
+            f"dead experts: {dead[-1]} got no token in three lines; raise router_balance or lower "
+            "learning_rate"
         )
     return told
 

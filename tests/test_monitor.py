@@ -29,7 +29,17 @@ def child_pid():
 
 
 def write_run(
-    path, losses=(), evals=(), health=(), greedy=(), events=(), age=0.0, pid=None, row=(), **settings
+    path,
+    losses=(),
+    evals=(),
+    health=(),
+    routers=(),
+    greedy=(),
+    events=(),
+    age=0.0,
+    pid=None,
+    row=(),
+    **settings,
 ):
     """a run folder as train.py leaves it, a line every 10 steps and 10 s, the newest `age` seconds old.
     health: dicts; greedy: repetitions, at 10, 20, ...; row: fields of every training line, row[key] may be
@@ -45,6 +55,7 @@ def write_run(
     text = {
         "scalars": rows + [dict(step=step, val_loss=loss) for step, loss in evals],
         "bitnet": [dict(step=10 * i + 10, total=total, layers={}) for i, total in enumerate(health)],
+        "router": [dict(step=10 * i + 10, total=total, layers=[]) for i, total in enumerate(routers)],
         "events": [dict(event="start", step=0, time=began), *events],
     }
     os.makedirs(f"{path}/metrics")
@@ -257,6 +268,8 @@ RISE = [(0, 2.5), (200, 2.0), (400, 2.1), (600, 2.2)]
         ("save failed", dict(losses=noisy(0.01), events=[SKIP | dict(what="save failed")])),
         ("disk", dict(losses=noisy(0.01), max_steps=10**13)),  # 1e11 checkpoints of 4,000 bytes
         ("ternary", dict(losses=noisy(0.01), health=[HEALTHY | dict(zero=0.8)])),
+        ("dead experts", dict(losses=noisy(0.01), routers=[dict(load_max=3.0, entropy=1.0, dead=2)] * 3)),
+        ("", dict(losses=noisy(0.01), routers=[dict(dead=2), dict(dead=0), dict(dead=2)])),  # not for long
         ("ternary", dict(losses=noisy(0.01), health=[HEALTHY | dict(near_threshold=0.4)])),
         ("ternary", dict(losses=noisy(0.01), health=[HEALTHY | dict(flip_rate=i / 100) for i in range(60)])),
         ("ternary", dict(losses=noisy(0.01), row=LATE, health=[HEALTHY | dict(flip_rate=0.1)] * 60)),

@@ -18,8 +18,14 @@ def assert_same_run(a, b):
     assert rows(a) == rows(b)
     assert lines(a, "samples/samples.jsonl") == lines(b, "samples/samples.jsonl")
     assert json.load(open(f"{a}/best.json")) == json.load(open(f"{b}/best.json"))
-    total = [row["total"] | {"flip_rate": 0} for row in lines(a, "metrics/bitnet.jsonl")]
-    assert total == [row["total"] | {"flip_rate": 0} for row in lines(b, "metrics/bitnet.jsonl")]
+    for name in ("bitnet", "router"):  # flips of the first line after a resume are not known
+        found = [
+            path
+            for path in (f"{a}/metrics/{name}.jsonl", f"{b}/metrics/{name}.jsonl")
+            if os.path.exists(path)
+        ]
+        totals = [[row["total"] | {"flip_rate": 0} for row in lines("", path)] for path in found]
+        assert len(found) in (0, 2) and totals[:1] == totals[1:]
 
 
 def test_kill_9_and_resume_is_the_unbroken_run(data_dir, out_dir):
@@ -36,6 +42,33 @@ def test_kill_9_and_resume_is_the_unbroken_run(data_dir, out_dir):
     resumed = [row["step"] for row in lines(f"{out_dir}/broken", EVENTS) if row["event"] == "resume"]
     assert resumed[:2] == [6, 15] or resumed[:2] == [5, 15]
     assert resumed[2] >= 19 and json.loads(out.strip().split("\n")[-1])["step"] == 24
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(n_expert=3, optimizer="muon"),
+        dict(n_expert=3, ternary=False, dropout=0.2),
+        dict(ternary=False, dtype="float16", learning_rate=1e-2),
+    ],
+)
+def test_the_other_systems_resume_bit_for_bit(data_dir, out_dir, how):
+    """bugs guarded: Muon's momentum lost, a gradient scaler that begins again, the routers' record cut off"""
+    how = how | dict(log_every=2, sample_every=0)
+    train(data_dir, out_dir, "whole", **how)
+    assert kill_at(data_dir, out_dir, 14, **how)[0] == -signal.SIGKILL
+    train(data_dir, out_dir, "broken", resume="auto", **how)
+    for left, right in zip(final(f"{out_dir}/whole"), final(f"{out_dir}/broken")):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+    assert rows(f"{out_dir}/whole") == rows(f"{out_dir}/broken")
+    scalers = [
+        checkpoint.load(checkpoint.step_dir(f"{out_dir}/{name}", 24), "trainer.pt")["scaler"]
+        for name in ("whole", "broken")
+    ]
+    assert scalers[0] == scalers[1] and bool(scalers[0]) == (how.get("dtype") == "float16")
+    if "n_expert" in how:
+        tables = [lines(f"{out_dir}/{name}", "metrics/router.jsonl") for name in ("whole", "broken")]
+        assert [row["step"] for row in tables[0]] == list(range(2, 25, 2)) and tables[0][-1] == tables[1][-1]
 
 
 def test_compiled_run_resumes_bit_for_bit(data_dir, out_dir):

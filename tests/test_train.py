@@ -69,6 +69,23 @@ def test_a_run_that_overflows_ends_with_one_line(data_dir, out_dir):
     assert "5 steps in a row" in err
 
 
+def test_an_overflow_in_float16_lowers_the_scale_and_is_no_anomaly(data_dir, out_dir):
+    """bugs guarded: the scaler's search for its scale told as a fault of the run; an overflow that is not
+    skipped; a clip of gradients that are still scaled"""
+    how = dict(ternary=False, dtype="float16", max_steps=12, save_every=0, sample_every=0, eval_every=0)
+    patch = "import torch\nreal = torch.amp.GradScaler.__init__\n"
+    patch += "def init(self, *a, **k): real(self, *a, init_scale=2.0**40, **k)\n"
+    patch += "torch.amp.GradScaler.__init__ = init"
+    train(data_dir, out_dir, "r", patch=patch, schedule="linear", **how)
+    scales = [row["loss_scale"] for row in lines(f"{out_dir}/r", SCALARS)]
+    assert scales[0] == 2.0**39 and 1 <= scales[-1] < 2.0**39
+    assert not [row for row in lines(f"{out_dir}/r", EVENTS) if row["event"] == "anomaly"]
+    train(data_dir, out_dir, "plain", schedule="linear", **how | dict(dtype="float32"))
+    norm = lines(f"{out_dir}/plain", SCALARS)[0]["grad_norm"]
+    train(data_dir, out_dir, "scaled", schedule="linear", **how)
+    assert lines(f"{out_dir}/scaled", SCALARS)[0]["grad_norm"] == pytest.approx(norm, rel=0.02)
+
+
 def test_five_in_a_row_end_the_run(data_dir, out_dir):
     """bug guarded: a run that skips for days; the fifth in a row is found although the log comes every 6
     steps"""
