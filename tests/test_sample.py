@@ -68,7 +68,7 @@ def trained(ternary):
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     for step in range(60):
         some = ids[step % 8 * 32 :][:32]
-        model(some[:, :-1], some[:, 1:]).backward()
+        model(some[:, :-1], some[:, 1:])[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
