@@ -26,6 +26,7 @@ import time
 import numpy as np
 import torch
 
+import ranks
 from config import fail
 from files import write_json
 
@@ -213,11 +214,14 @@ class Windows:
 
     def wait_for(self, sample, stop=lambda: False, say=tell):
         """return when has(sample), or when stop() is true, asked every second: '' or, where the preparation
-        has ended before, what is wrong and what to do about it. say(line) tells of the wait and its end."""
+        has ended before, what is wrong and what to do about it. Every rank must ask, and stop() be the same
+        on all. say(line) tells of the wait and its end."""
         waits = False
         while not self.has(sample) and not stop():
-            is_growing = is_being_written(self.folder)  # asked first: the lock goes after the last meta.json
-            self.meta.update(meta(self.cfg))
+            # of rank 0, for all; whether it is written is asked first: the lock goes after the last meta.json
+            found = (is_being_written(self.folder), meta(self.cfg)) if ranks.is_main else None
+            is_growing, new = ranks.share(found)
+            self.meta.update(new)
             self.update_shards()
             if self.has(sample):
                 break

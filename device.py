@@ -47,9 +47,9 @@ def pick(wanted):
         has_mps = torch.backends.mps.is_available()
         wanted = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     device = torch.device(wanted)
-    if device.type == "cuda" and WORLD > 1:
-        device = torch.device("cuda", LOCAL_RANK)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda":  # with its number, which some calls insist on
+        device = torch.device("cuda", LOCAL_RANK if WORLD > 1 else device.index or 0)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         fail(f"device = {wanted!r} is not there: torch sees {found} CUDA devices; use auto or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

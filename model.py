@@ -112,9 +112,9 @@ class FloatExperts(nn.Module):
         return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), self.weight.unbind())])
 
 
-def grouped_mm_pays(device, dtype):
+def grouped_mm_pays(device, dtype, n_embd, ffn_dim):
     """whether one product for all experts is faster than a loop: its kernel is for CUDA and bfloat16"""
-    return device.type == "cuda" and dtype == torch.bfloat16
+    return device.type == "cuda" and dtype == torch.bfloat16 and n_embd % 8 == ffn_dim % 8 == 0
 
 
 # what a router tells of a batch, before the share of the tokens that each expert got (E,), 1 / E when even:
@@ -153,7 +153,8 @@ def router_health(router):
 class Experts(nn.Module):
     """n_expert SwiGLU networks; a router sends each token through the n_expert_active that it finds likeliest
     and adds their outputs, weighted by the chances of these, which are made to sum to 1 (Mixtral, arXiv
-    2401.04088, section 2.1). No token is dropped, so that a token's output depends on no other token."""
+    2401.04088, section 2.1); with one active, by its chance, as in the Switch Transformer. No token is
+    dropped, so that a token's output depends on no other token."""
 
     def __init__(self, cfg, Linear):
         super().__init__()
@@ -171,14 +172,16 @@ class Experts(nn.Module):
             logits = F.linear(rows.float(), self.router.weight)  # (N, E), fp32
         chance = logits.softmax(-1)
         weight, chosen = chance.topk(k, -1)  # (N, k)
-        weight = weight / weight.sum(-1, keepdim=True)
+        if k > 1:  # of one, that would leave the router without a gradient from the loss
+            weight = weight / weight.sum(-1, keepdim=True)
 
         # each token k times, sorted by expert: permutations both ways, so that nothing is added in any order
         slots = chosen.flatten()
         order = slots.argsort(stable=True)
         sizes = (slots[:, None] == torch.arange(self.n_expert, device=x.device)).sum(0)  # (E,)
         y = rows[:, None].expand(-1, k, -1).reshape(len(slots), -1)[order]
-        if grouped_mm_pays(x.device, output_dtype(x)) and not self.ternary:
+        sides = self.down_proj.weight.shape[-2:]
+        if not self.ternary and grouped_mm_pays(x.device, output_dtype(x), *sides):
             y = self.swiglu(y, sizes.cumsum(0).int())
         else:
             y = self.loop(y, sizes)

@@ -111,7 +111,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             batches = {}  # a stack is a batch already
             for p in group["params"]:
-                batches.setdefault(p.shape if p.dim() == 2 else p, []).append(p)
+                is_single = p.dim() == 2 and ranks.local(p) is p  # a sharded one is put together by itself
+                batches.setdefault(p.shape if is_single else p, []).append(p)
             for batch in batches.values():
                 self.update(batch, **{key: group[key] for key in ("lr", "momentum", "weight_decay")})
 

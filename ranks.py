@@ -60,7 +60,8 @@ def total(tensor):
 
 # signals: the flag is polled, so that nothing is left half done
 
-interrupted = 0  # the signal that asks this run to stop
+received = 0  # the signal that this process got
+interrupted = 0  # the one that any rank got, as far as that was asked
 
 
 def listen():
@@ -72,18 +73,18 @@ def listen():
 
 
 def on_signal(signum, frame):
-    global interrupted
-    if interrupted:  # a rename is one call, which this cannot cut in two
+    global received
+    if received:  # a rename is one call, which this cannot cut in two
         os.write(2, b"\nstopped at once, nothing saved; --resume=auto goes on from the last checkpoint\n")
         os._exit(128 + signum)
-    interrupted = signum
+    received = signum
     os.write(2, b"\nstopping: saving the state first; once more to stop at once\n")
 
 
 def asked_to_stop():
     """the signal that asked any rank to stop, or 0; every rank must ask"""
     global interrupted
-    interrupted = int(largest(interrupted))
+    interrupted = int(largest(received or interrupted))
     return interrupted
 
 
@@ -112,11 +113,10 @@ def replicate(model, device):
 
 
 def sync_gradients(model, wanted):
-    """whether the next backward averages the gradients over the ranks: only the last micro-step's need do"""
+    """whether the next backward averages the gradients over the ranks: only the last micro-step's need do.
+    Sharded ones always do, since to wait they would have to be kept whole."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model.require_backward_grad_sync = wanted
-    elif hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(wanted)
 
 
 def local(tensor):
@@ -149,6 +149,8 @@ def gather(state):
 def load(model, optimizers, state, optimizer_states):
     """give back what gather made of a model and its optimizers, on however many ranks; optimizer_states may
     be empty"""
+    if isinstance(optimizer_states, dict):  # of a run before there were several
+        optimizer_states = [optimizer_states]
     own = model.state_dict()
     model.load_state_dict({key: as_sharded(value, own.get(key)) for key, value in state.items()})
     for optimizer, saved in zip(optimizers, optimizer_states):

@@ -41,8 +41,9 @@ def mirrored(cfg, name, row):
     """(step, numbers, texts) of a line of the record: its finite numbers, the totals of ternary health, the
     greedy samples"""
     numbers, texts = row, {}
-    if name == record.BITNET:
-        numbers = {f"bitnet/{key}": value for key, value in row["total"].items()}
+    if name in (record.BITNET, record.ROUTER):
+        kind = os.path.basename(name).removesuffix(".jsonl")
+        numbers = {f"{kind}/{key}": value for key, value in row["total"].items()}
     elif name == record.SAMPLES:
         text = {f"sample/{cfg.sample_prompts.index(row['prompt'])}": row["prompt"] + row["generated_text"]}
         numbers, texts = {}, text if row["mode"] == "greedy" else {}
@@ -63,7 +64,7 @@ def open_tensorboard(cfg, run_dir, step):
         writer.flush()
 
     log(step, {}, {"settings": "\n".join(f"{name} = {value!r}" for name, value in settings(cfg).items())})
-    for name, kind in ((record.SCALARS, "loss"), (record.BITNET, "total")):
+    for name, kind in ((record.SCALARS, "loss"), (record.BITNET, "total"), (record.ROUTER, "total")):
         if row := record.last(run_dir, name, kind, step=step):  # purged too, but not made again
             log(*mirrored(cfg, name, row))
     return log, writer.close

@@ -51,7 +51,7 @@ machine.explain_out_of_memory(cfg, device)
 ranks.start(device)
 if cfg.deterministic:
     machine.make_deterministic()
-meta = data.meta(cfg)
+meta = ranks.share(data.meta(cfg) if ranks.is_main else None)
 cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
 tokenizer_spec = {"eot": meta["eot"]}  # with all that a checkpoint needs to make the tokenizer
 tokenizer_spec |= with_content(meta["tokenizer"], os.path.join(cfg.data_dir, cfg.dataset))
@@ -85,10 +85,12 @@ if origin:
     if not data.same_tokens(trainer["data"], data.digest(meta)):
         fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {origin}, this would be another run")
     ranks.load(model, optimizers, part["model"], trainer["optimizer"])
-    if trainer["scaler"] and scaler.is_enabled():
+    if trainer.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(trainer["scaler"])
     step, (skipped, told) = trainer["step"], trainer["skipped"]
-    if same_run and trainer["best"].get("step") in checkpoint.steps(run_dir):  # a branch has its own best
+    # a branch has its own best, and so have other validation windows
+    same_eval = same_run and cfg.tokenize_on_fly == part["config"].get("tokenize_on_fly", False)
+    if ranks.share(same_eval and trainer["best"].get("step") in checkpoint.steps(run_dir)):
         best, stale_evals = trainer["best"], trainer["stale_evals"]
     if step > cfg.max_steps:
         fail(f"max_steps = {cfg.max_steps} is less than the {step} steps of {origin}; raise it")
@@ -100,7 +102,8 @@ if origin:
         raise SystemExit(0)
     del part, trainer  # 12 bytes a parameter
 elif cfg.init_from:
-    part = checkpoint.load(checkpoint.locate(cfg.init_from, setting="init_from"))
+    found = checkpoint.locate(cfg.init_from, setting="init_from") if ranks.is_main else None
+    part = checkpoint.load(ranks.share(found))
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.SHAPE, f"init_from {cfg.init_from}")
     ranks.load(model, [], part["model"], [])
     del part
@@ -264,6 +267,7 @@ def sample():
 
 def hand_over():
     """what an interrupted run leaves: the state at the beginning of its step"""
+    ranks.asked_to_stop()
     on_disk = save("interrupt")
     record.event(run_dir, "interrupt", step=step, signal=ranks.interrupted)
     bar.close()
@@ -350,7 +354,7 @@ while True:
     last_sample = (step + 1) * sequences_per_step - 1
     if not train_windows.has(last_sample):
         speedometer.pause()
-        fault = train_windows.wait_for(last_sample, stop=lambda: ranks.interrupted, say=log_line)
+        fault = train_windows.wait_for(last_sample, stop=ranks.asked_to_stop, say=log_line)
         speedometer.go_on()
         if ranks.asked_to_stop():
             hand_over()
@@ -370,10 +374,10 @@ while True:
             loss_sum += loss.detach()
             if cfg.n_expert:
                 routers, n_routers = routers + router.detach(), n_routers + 1
-            if ranks.interrupted and ranks.WORLD == 1:  # of several, none may leave before all know
+            if ranks.received and ranks.WORLD == 1:  # of several, none may leave before all know
                 hand_over()
     except Exception:
-        if ranks.interrupted and ranks.WORLD == 1:  # Ctrl-C also reached the compiler of torch.compile
+        if ranks.received and ranks.WORLD == 1:  # Ctrl-C also reached the compiler of torch.compile
             hand_over()
         raise
     for optimizer in optimizers:
@@ -383,7 +387,7 @@ while True:
     for optimizer in optimizers:
         # a step that is not finite is skipped on the device: where found_inf is 1, nothing changes
         optimizer.found_inf = bad
-        scaler.step(optimizer)
+        optimizer.step()
         optimizer.zero_grad()
     if scaler.is_enabled():  # its overflows are how it finds the scale
         bad = bad * (scaler.get_scale() < 1)

@@ -21,9 +21,10 @@ from types import ModuleType, SimpleNamespace
 
 DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "default.py")
 SCHEDULES = ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant")
-RANK, WORLD, LOCAL_RANK = (  # what torchrun says: facts, not settings
-    int(os.environ.get(name, default))
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+# what torchrun says of this process: facts, not settings
+RANK, WORLD, LOCAL_RANK = (
+    int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
+    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

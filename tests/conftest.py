@@ -31,6 +31,8 @@ RUN = TINY | dict(
     sample_tokens=4,
     save_every=5,
     compile=False,
+    device="cpu",
+    dtype="float32",
 )
 
 
