@@ -25,7 +25,7 @@ demo: setup
 	@echo "  README.md                                                                how to change an experiment"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

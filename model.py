@@ -164,6 +164,8 @@ class Experts(nn.Module):
         self.gate_proj = Stack(cfg.n_expert, cfg.n_embd, cfg.ffn_dim)
         self.up_proj = Stack(cfg.n_expert, cfg.n_embd, cfg.ffn_dim)
         self.down_proj = Stack(cfg.n_expert, cfg.ffn_dim, cfg.n_embd)
+        # its sizes differ from batch to batch: compiled, each would be another program
+        self.loop = torch.compiler.disable(self.loop)
 
     def forward(self, x):
         """(y, router) for x (B, T, C); router (3 + E,): see ROUTER"""
@@ -196,7 +198,6 @@ class Experts(nn.Module):
     def swiglu(self, x, sizes):
         return self.down_proj(F.silu(self.gate_proj(x, sizes)) * self.up_proj(x, sizes), sizes)
 
-    @torch.compiler.disable  # the sizes differ from batch to batch: compiled, each would be another program
     def loop(self, x, sizes):
         return self.swiglu(x, sizes.tolist())
 

@@ -170,3 +170,18 @@ def test_baseline_is_the_plan():
     assert optim.lr(cfg, 374) == 1.5e-3 and optim.lr(cfg, 200_000) == 1e-3
     assert abs(optim.lr(cfg, 399_999) - 1.5e-5) < 1e-8
     assert optim.weight_decay(cfg, 199_999) == 0.1 and optim.weight_decay(cfg, 200_000) == 0
+
+
+def test_a_cuda_device_has_its_number(monkeypatch):
+    """bug guarded: `auto` on one GPU gives a device without an index, which set_device refuses"""
+    import device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device.pick("auto") == device.pick("cuda") == torch.device("cuda", 0)
+    assert device.pick("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(SystemExit):
+        device.pick("cuda:2")
+    monkeypatch.setattr(device, "WORLD", 2)
+    monkeypatch.setattr(device, "LOCAL_RANK", 1)
+    assert device.pick("auto") == torch.device("cuda", 1)

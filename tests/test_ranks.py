@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from conftest import EVENTS, NAN, ROOT, RUN, final, flags, lines, rows, train, write_data
+from conftest import EVENTS, NAN, ROOT, RUN, SCALARS, final, flags, lines, rows, train, write_data
 
 # two micro-steps for one process, one for each of two
 PLAIN = dict(total_batch_size=128, max_steps=20, dropout=0.1, sample_every=20)
@@ -75,6 +77,23 @@ def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(one, tmp_path):
     assert lines(f"{one[1]}/signalled", EVENTS)[-1]["event"] == "interrupt"
     train(*one, "signalled", resume="auto", **PLAIN)
     assert_same(one, "one", "signalled")
+
+
+def test_a_signal_to_the_launcher_saves_once(one, tmp_path):
+    """bug guarded: a rank that has heard of the other's signal takes its own for the second one, and exits
+    without saving"""
+    patch = "import time, torch\nreal = torch.optim.AdamW.step\n"
+    patch += "def step(*a, **k): time.sleep(0.1); return real(*a, **k)\ntorch.optim.AdamW.step = step"
+    child = launch(one, "ended", tmp_path, patch=patch, max_steps=10_000, sample_every=0)
+    path, deadline = f"{one[1]}/ended/{SCALARS}", time.time() + 100
+    while not (os.path.exists(path) and '"step": 3, "epoch"' in open(path, encoding="utf-8").read()):
+        assert child.poll() is None and time.time() < deadline, child.communicate()
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode != 0 and "nothing saved" not in err
+    assert err.count("stopped by signal 15, saved step") == 1
+    assert lines(f"{one[1]}/ended", EVENTS)[-1]["event"] == "interrupt"
 
 
 def test_a_killed_rank_is_restarted_by_torchrun(one, tmp_path):

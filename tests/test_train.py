@@ -86,6 +86,24 @@ def test_an_overflow_in_float16_lowers_the_scale_and_is_no_anomaly(data_dir, out
     assert lines(f"{out_dir}/scaled", SCALARS)[0]["grad_norm"] == pytest.approx(norm, rel=0.02)
 
 
+def test_an_overflow_under_muon_moves_nothing(data_dir, out_dir):
+    """bug guarded: the scaler looks at each optimizer's gradients alone, so that an infinity in a matrix
+    leaves the embedding to AdamW's momentum"""
+    patch = "import torch\nreal = torch.amp.GradScaler.__init__\n"
+    patch += "def init(self, *a, **k): real(self, *a, init_scale=2.0**16, **k)\n"
+    patch += "torch.amp.GradScaler.__init__ = init\nimport optim\nmake, count = optim.make_optimizers, [0]\n"
+    patch += "def hook(grad):\n    count[0] += 1\n    return grad * float('inf') if count[0] == 4 else grad\n"
+    patch += "def hooked(cfg, model, dtype):\n    model.blocks[0].attn.q_proj.weight.register_hook(hook)\n"
+    patch += "    return make(cfg, model, dtype)\noptim.make_optimizers = hooked"
+    how = dict(
+        ternary=False, dtype="float16", optimizer="muon", sample_every=0, eval_every=0, schedule="constant"
+    )
+    train(data_dir, out_dir, "r", patch=patch, max_steps=4, save_every=1, keep_last=0, **how)
+    before, after = (final(f"{out_dir}/r", step)[0] for step in (3, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(before["embed.weight"], final(f"{out_dir}/r", 2)[0]["embed.weight"])
+
+
 def test_five_in_a_row_end_the_run(data_dir, out_dir):
     """bug guarded: a run that skips for days; the fifth in a row is found although the log comes every 6
     steps"""
