@@ -24,7 +24,7 @@ import torch
 from config import fail
 from files import write_json
 
-FORMAT = 1
+FORMAT = 2  # 1: one optimizer in trainer.pt, no scaler; its weights are read, it is not resumed
 MODEL, TRAINER = "checkpoint.pt", "trainer.pt"
 SHAPE = (
     "n_layer n_head n_kv_head n_embd ffn_dim n_expert n_expert_active vocab_size vocab_multiple "
@@ -212,8 +212,8 @@ def check_disk(cfg, run_dir, params, steps_left):
 def load(folder, name=MODEL):
     """one file of a verified checkpoint, on the CPU"""
     found = torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True)
-    if found["format"] != FORMAT:
-        fail(f"{folder} has checkpoint format {found['format']}, this version reads {FORMAT}")
+    if found["format"] > FORMAT or (name == TRAINER and found["format"] != FORMAT):
+        fail(f"{folder}/{name} has checkpoint format {found['format']}, this version reads {FORMAT}")
     return found
 
 

@@ -36,9 +36,6 @@ def meta(cfg):
     not, or where it is not complete without cfg.tokenize_on_fly."""
     folder = os.path.join(cfg.data_dir, cfg.dataset)
     path = os.path.join(folder, "meta.json")
-    if cfg.tokenize_on_fly and cfg.eval_every and not cfg.eval_tokens:
-        how = "set it, as the validation set is still growing, or --eval_every=0"
-        fail(f"eval_tokens = 0 (all) cannot go with tokenize_on_fly; {how}")
     waits = cfg.tokenize_on_fly and not os.path.exists(path) and is_being_written(folder)
     if waits:
         tell(f"waiting for the tokenizer of {folder}, which is being made")
@@ -121,11 +118,9 @@ def digest(meta):
 
 def same_tokens(saved, now):
     """whether two digests can be of one data set, the one perhaps taken when it had fewer shards"""
-    if isinstance(saved, str):  # of a run before there were growing sets
-        return saved == hashlib.sha256(json.dumps(now["shards"], sort_keys=True).encode()).hexdigest()
     either = saved["shards"] | now["shards"]
     is_whole = all(one["shards"] == either for one in (saved, now) if one["complete"])
-    return is_whole and either == now["shards"] | saved["shards"]
+    return is_whole and either == now["shards"] | saved["shards"]  # and where both have a shard, the same
 
 
 def default_command(cfg):

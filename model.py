@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)"""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202), and None, where Experts tell of their router"""
 
     def __init__(self, cfg, Linear):
         super().__init__()
@@ -93,7 +93,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(cfg.ffn_dim, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
 
 
 class FloatExperts(nn.Module):
@@ -214,8 +214,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         """(x, router): what the router of a mixture of experts did, None elsewhere"""
         x = x + self.dropout(self.attn(self.attn_norm(x), cos, sin, cache))
-        y = self.ffn(self.ffn_norm(x))
-        y, router = y if isinstance(self.ffn, Experts) else (y, None)
+        y, router = self.ffn(self.ffn_norm(x))
         return x + self.dropout(y), router
 
 

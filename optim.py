@@ -118,20 +118,20 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, batch, lr, momentum, weight_decay):
         """one step of parameters of one shape"""
-        keep = torch.zeros((), device=batch[0].device) if self.found_inf is None else self.found_inf
-        keep, directions = keep != 0, []
+        found_inf = torch.zeros((), device=batch[0].device) if self.found_inf is None else self.found_inf
+        skip, directions = found_inf != 0, []
         for p in batch:
             if p not in self.state:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             mean = self.state[p]["momentum_buffer"]
             old, grad = ranks.local(mean), ranks.local(p.grad)
-            old.copy_(torch.where(keep, old, old.lerp(grad, 1 - momentum)))
+            old.copy_(torch.where(skip, old, old.lerp(grad, 1 - momentum)))
             directions.append(whole(p.grad.lerp(mean, momentum)))  # Nesterov's
         updates = orthogonalize(torch.stack(directions), self.dtype)
         rate = 0.2 * lr * math.sqrt(max(batch[0].shape[-2:]))
         for p, update in zip(batch, updates):
             old, update = ranks.local(p), ranks.local(ranks.as_sharded(update.to(p.dtype), p))
-            old.copy_(torch.where(keep, old, old * (1 - lr * weight_decay) - rate * update))
+            old.copy_(torch.where(skip, old, old * (1 - lr * weight_decay) - rate * update))
 
 
 def make_optimizers(cfg, model, dtype=torch.float32):

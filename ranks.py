@@ -149,8 +149,6 @@ def gather(state):
 def load(model, optimizers, state, optimizer_states):
     """give back what gather made of a model and its optimizers, on however many ranks; optimizer_states may
     be empty"""
-    if isinstance(optimizer_states, dict):  # of a run before there were several
-        optimizer_states = [optimizer_states]
     own = model.state_dict()
     model.load_state_dict({key: as_sharded(value, own.get(key)) for key, value in state.items()})
     for optimizer, saved in zip(optimizers, optimizer_states):

@@ -6,6 +6,7 @@ that fails or hangs costs a warning and its own lines, never a step of training.
 step k, TensorBoard hides what was drawn from there on; W&B and trackio draw those steps a second time.
 """
 
+import contextlib
 import hashlib
 import html
 import math
@@ -27,10 +28,9 @@ HANGS = 100  # seconds without an answer that count as hanging
 def need(cfg):
     """import what the settings ask for, before the run starts; exits with 2 where it is not installed"""
     for name, module in LIBRARIES.items():
-        try:
-            library(module, name) if getattr(cfg, name) else None
-        except Exception:  # installed but broken: the mirror meets it again, and warns
-            continue
+        if getattr(cfg, name):
+            with contextlib.suppress(Exception):  # installed but broken: the mirror meets it again, and warns
+                library(module, name)
 
 
 def settings(cfg):

@@ -43,8 +43,7 @@ from tokenizer import make_tokenizer, with_content
 
 if not ranks.is_main:
     sys.stdout = open(os.devnull, "w")
-elif cfg.tensorboard or cfg.wandb or cfg.trackio:
-    trackers.need(cfg)
+trackers.need(cfg)
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
 machine.explain_out_of_memory(cfg, device)
@@ -85,7 +84,7 @@ if origin:
     if not data.same_tokens(trainer["data"], data.digest(meta)):
         fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {origin}, this would be another run")
     ranks.load(model, optimizers, part["model"], trainer["optimizer"])
-    if trainer.get("scaler") and scaler.is_enabled():
+    if trainer["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(trainer["scaler"])
     step, (skipped, told) = trainer["step"], trainer["skipped"]
     # a branch has its own best, and so have other validation windows

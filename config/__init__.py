@@ -305,5 +305,11 @@ def check(cfg, faults):
             cfg.resume == "auto",
             "resume and init_from exclude each other: resume goes on, init_from begins at step 0",
         )
+    if cfg.tokenize_on_fly and cfg.eval_every:
+        need(
+            cfg.eval_tokens > 0,
+            "eval_tokens = 0 (all) cannot go with tokenize_on_fly, whose validation set still grows: set it, "
+            "or --eval_every=0",
+        )
     if cfg.patience:
         need(cfg.eval_every > 0, f"patience = {cfg.patience} needs evaluations: set eval_every")

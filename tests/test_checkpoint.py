@@ -15,7 +15,7 @@ from checkpoint import MODEL, TRAINER
 
 def save(run_dir, step):
     part = dict(format=1, step=step, model={"w": torch.full((1000,), float(step))})
-    return checkpoint.save(str(run_dir), step, part, dict(format=1, step=step, optimizer={}))
+    return checkpoint.save(str(run_dir), step, part, dict(format=checkpoint.FORMAT, step=step, optimizer={}))
 
 
 @pytest.fixture
@@ -243,3 +243,19 @@ def test_a_second_process_is_refused(run_dir, capsys):
     assert "another process" in capsys.readouterr().err
     lock.close()
     record.open_run(run_dir).close()
+
+
+def test_an_older_or_newer_format_is_told(tmp_path, capsys):
+    """bug guarded: a traceback where the state of an older version is resumed; weights that are still good
+    refused"""
+    for step, number, readable in ((1, 1, True), (2, checkpoint.FORMAT + 1, False)):
+        part = dict(format=number, step=step)
+        folder = checkpoint.save(str(tmp_path), step, part, part)
+        with pytest.raises(SystemExit):
+            checkpoint.load(folder, checkpoint.TRAINER)
+        assert f"has checkpoint format {number}, this version reads" in capsys.readouterr().err
+        if readable:
+            assert checkpoint.load(folder)["step"] == step
+        else:
+            with pytest.raises(SystemExit):
+                checkpoint.load(folder)
