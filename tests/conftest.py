@@ -12,9 +12,11 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "prepare")]
+# the suite's models are so small that a second thread only waits, and the children want the other core
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import tokens  # noqa: E402
-import torch  # noqa: E402
+from fork import Script  # noqa: E402
 
 import checkpoint  # noqa: E402
 import config  # noqa: E402
@@ -34,13 +36,6 @@ RUN = TINY | dict(
     device="cpu",
     dtype="float32",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """the suite's models are so small that a second thread only waits, and the children want the other
-    core"""
-    torch.set_num_threads(1)
 
 
 def write_data(folder, name="tiny", n_train=500, n_val=200, vocab_size=28, top=None):
@@ -78,20 +73,19 @@ def start(script, *args, cwd=ROOT, patch=""):
     code = f"import sys, runpy; sys.argv = {[script, *args]!r}\n"
     code += f"sys.path[:0] = {[os.path.dirname(path), ROOT]!r}\n{patch}\n"
     code += f"runpy.run_path({path!r}, run_name='__main__')"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, stdout=pipe, stderr=pipe, text=True)
 
 
-def run(script, *args, code=0, **how):
+def run(script, *args, code=0, cwd=ROOT, patch=""):
     """(stdout, stderr) of a script that ends with this exit code, within two minutes"""
-    child = start(script, *args, **how)
-    out, err = child.communicate(timeout=120)
-    assert child.returncode == code, (
-        f"exit code {child.returncode}, expected {code}\n{out[-2000:]}\n{err[-4000:]}"
-    )
+    if script.startswith("prepare/"):  # they do not import torch, and their pools end with an interpreter
+        child = start(script, *args, cwd=cwd, patch=patch)
+        out, err = child.communicate(timeout=120)
+        ended = child.returncode
+    else:
+        ended, out, err = Script(os.path.join(ROOT, script), args, cwd, patch).wait(120)
+    assert ended == code, f"exit code {ended}, expected {code}\n{out[-2000:]}\n{err[-4000:]}"
     assert "Traceback" not in err or code < 0, err
     return out, err
 
@@ -130,14 +124,14 @@ def kill_at(data_dir, out_dir, step, how=signal.SIGKILL, run_id="broken", **chan
     values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes
     slow = "import time, torch; f = torch.optim.AdamW.step\n"
     slow += "def step(*a, **k): time.sleep(0.05); return f(*a, **k)\ntorch.optim.AdamW.step = step"
-    child = start("train.py", *flags(**values), patch=slow)
+    child = Script(os.path.join(ROOT, "train.py"), flags(**values), ROOT, slow)
     path, deadline = os.path.join(out_dir, run_id, SCALARS), time.time() + 100
     while not (os.path.exists(path) and f'"step": {step}, "epoch"' in open(path, encoding="utf-8").read()):
-        assert child.poll() is None and time.time() < deadline, child.communicate()
+        assert not child.ended() and time.time() < deadline, child.wait(0)
         time.sleep(0.01)
-    child.send_signal(how)
-    _, err = child.communicate(timeout=60)
-    return child.returncode, err
+    child.kill(how)
+    ended, _, err = child.wait(60)
+    return ended, err
 
 
 NAN = """
