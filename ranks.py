@@ -9,6 +9,7 @@ anybody acts, since a rank that leaves alone leaves the others waiting.
 import datetime
 import os
 import signal
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -102,14 +103,26 @@ def shard(model, device):
     fully_shard(model, mesh=mesh)
 
 
-def replicate(model, device):
-    """model with its gradients averaged over the ranks, each of which has it whole (DDP)"""
+def replicate(model, device, shape):
+    """model with its gradients averaged over the ranks, each of which has it whole (DDP); its batches have
+    this shape, (B, T)"""
     if WORLD == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with (
+        warnings.catch_warnings()
+    ):  # torch 2.13 warns of the first, the name of its successor is unknown to 2.11
+        warnings.simplefilter("ignore", FutureWarning)
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    # after its first backward DDP packs the gradients in the order in which they came, and so the sums over
+    # three ranks or more get other last bits. that one is thrown away here: the first step after a resume
+    # is then a step like any other
+    idx = torch.zeros(shape, dtype=torch.long, device=device)
+    model(idx, idx)[0].backward()
+    model.zero_grad()
+    return model
 
 
 def sync_gradients(model, wanted):

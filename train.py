@@ -108,7 +108,8 @@ elif cfg.init_from:
     del part
 step_model, is_compiled = machine.compiled(model, cfg.compile, device)
 if not cfg.fsdp:
-    step_model = ranks.replicate(step_model, device)
+    with machine.autocast(device, dtype):
+        step_model = ranks.replicate(step_model, device, (cfg.batch_size, cfg.seq_len))
 
 # the folder of the run
 

@@ -34,12 +34,13 @@ def main(out, err, cwd, env, script, args, patch):
 
 
 class Script:
-    """a script of the project as a process; patch is Python that runs before it, inside that process"""
+    """a script of the project as a process; patch is Python that runs before it, inside that process; env
+    is added to its environment"""
 
-    def __init__(self, script, args, cwd, patch=""):
+    def __init__(self, script, args, cwd, patch="", **env):
         self.folder = tempfile.TemporaryDirectory()
         self.files = [os.path.join(self.folder.name, name) for name in ("out", "err")]
-        what = (*self.files, cwd, dict(os.environ), script, args, patch)
+        what = (*self.files, cwd, os.environ | env, script, args, patch)
         self.process = CONTEXT.Process(target=main, args=what)
         self.process.start()
 
