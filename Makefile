@@ -11,6 +11,10 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+.venv/dev: .venv/ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
 demo: setup
 	@test -f data/arithmetic/meta.json || $(BIN)/python prepare/arithmetic.py
 	$(BIN)/python train.py config/train_simple.py --run_id=demo --resume=auto
@@ -24,9 +28,9 @@ demo: setup
 	@echo "  $(BIN)/python train.py --help                                              every setting"
 	@echo "  README.md                                                                how to change an experiment"
 
-test: setup
+test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-lint: setup
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
