@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -94,6 +95,15 @@ def train(data_dir, out_dir, run_id, code=0, patch="", **changes):
     """train a tiny run; (stdout, stderr)"""
     values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes
     return run("train.py", *flags(**values), code=code, patch=patch)
+
+
+def start_ranks(n, patch="", **values):
+    """n ranks of train.py as processes: as torchrun starts them, in half the time"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    env = dict(TORCHELASTIC_RUN_ID="x", WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    each = [env | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(n)]
+    return [Script(os.path.join(ROOT, "train.py"), flags(**values), ROOT, patch, **env) for env in each]
 
 
 def lines(run_dir, name):

@@ -50,6 +50,14 @@ class Script:
     def kill(self, how=signal.SIGKILL):
         os.kill(self.process.pid, how)
 
+    def told(self):
+        """[stdout, stderr] up to now"""
+        texts = []
+        for path in self.files:
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+                texts.append(file.read())
+        return texts
+
     def wait(self, timeout):
         """(exit code, minus the signal that killed it; stdout; stderr) once it has ended, or was after this
         many seconds"""
@@ -57,8 +65,4 @@ class Script:
         if not self.ended():
             self.kill()
             self.process.join()
-        texts = []
-        for path in self.files:
-            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-                texts.append(file.read())
-        return self.process.exitcode, *texts
+        return self.process.exitcode, *self.told()

@@ -11,7 +11,7 @@ import sources
 import stream
 import tokens
 import torch
-from conftest import RUN, final, rows, run, settings, start, train
+from conftest import RUN, final, rows, run, settings, start, start_ranks, train
 
 import config
 import data
@@ -588,24 +588,23 @@ def test_batches_read_while_the_preparation_writes(corpus, tmp_path, monkeypatch
 
 
 def test_train_beside_a_preparation_that_dies_and_goes_on(corpus, tmp_path):
-    """bug guarded: a run on the fly that ends with other weights, or that has lost its steps where the
-    preparation died"""
+    """bugs guarded: a run on the fly that ends with other weights, or that has lost its steps where the
+    preparation died; ranks that do not wait together"""
     flags, place = text_flags(corpus[0], tmp_path), tmp_path / "text"
-    of = dict(dataset="text", vocab_size=0, batch_size=60, max_steps=12, eval_every=4, tokenize_on_fly=True)
-    of |= dict(save_every=0, sample_every=0)
+    of = dict(dataset="text", vocab_size=0, batch_size=30, max_steps=12, eval_every=4, tokenize_on_fly=True)
+    of |= dict(save_every=0, sample_every=0, total_batch_size=960)
     stopped(flags, place, 10_000)  # two shards
     _, err = train(tmp_path, tmp_path / "runs", "fly", code=1, **of)
     assert "error:" in err and "prepare/text.py --files" in err and "--resume=auto" in err
     child = started(flags, place, HOLD.format(str(tmp_path / "go")))
     more = dict(data_dir=tmp_path, out_dir=tmp_path / "runs", run_id="fly", resume="auto")
-    trainer = start("train.py", *(f"--{key}={value}" for key, value in (RUN | of | more).items()))
-    line = " "
-    while "waiting for more train tokens" not in line:
-        line = trainer.stderr.readline()
-        assert line, trainer.communicate()
+    first, second = start_ranks(2, **RUN | of | more)
+    while "waiting for more train tokens" not in "".join(first.told()):
+        assert not first.ended(), first.wait(0)
+        time.sleep(0.01)
     (tmp_path / "go").touch()
-    _, err = trainer.communicate(timeout=60)
-    assert trainer.returncode == 0 and "going on" in err and child.wait(60) == 0, err
+    code, _, err = first.wait(60)
+    assert code == 0 and "going on" in err and second.wait(60) == (0, "", "") and child.wait(60) == 0, err
     train(tmp_path, tmp_path / "runs", "after", **of)
     fly, after = (final(tmp_path / "runs" / name, 12) for name in ("fly", "after"))
     assert all(torch.equal(fly[0][key], after[0][key]) for key in after[0])

@@ -3,17 +3,27 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import EVENTS, NAN, ROOT, RUN, SCALARS, final, flags, lines, rows, train, write_data
-from fork import Script
+from conftest import (
+    EVENTS,
+    NAN,
+    ROOT,
+    RUN,
+    SCALARS,
+    final,
+    flags,
+    lines,
+    rows,
+    start_ranks,
+    train,
+    write_data,
+)
 
-TRAIN = os.path.join(ROOT, "train.py")
 # two micro-steps for one process, one for each of two
 PLAIN = dict(total_batch_size=128, max_steps=20, dropout=0.1, sample_every=20)
 
@@ -32,7 +42,7 @@ def launch(where, run_id, tmp_path, patch="", more=(), **changes):
     script = tmp_path / "patched.py"
     script.write_text(
         f"import runpy, sys\nsys.path[:0] = [{ROOT!r}]\n{patch}\n"
-        f"sys.argv[0] = 'train.py'\nrunpy.run_path({TRAIN!r}, run_name='__main__')\n"
+        f"sys.argv[0] = 'train.py'\nrunpy.run_path({os.path.join(ROOT, 'train.py')!r}, run_name='__main__')\n"
     )
     values = dict(data_dir=where[0], out_dir=where[1], dataset="tiny", run_id=run_id) | RUN | PLAIN | changes
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more]
@@ -51,14 +61,9 @@ def finish(child, code=0):
 
 
 def two(where, run_id, n=2, patch="", **changes):
-    """stdout of each of n ranks of train.py, which end well: as torchrun starts them, in half the time"""
+    """stdout of each of n ranks of train.py, which end well"""
     values = dict(data_dir=where[0], out_dir=where[1], dataset="tiny", run_id=run_id) | RUN | PLAIN | changes
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    env = dict(TORCHELASTIC_RUN_ID="x", WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    each = [env | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(n)]
-    children = [Script(TRAIN, flags(**values), ROOT, patch, **env) for env in each]
-    results = [child.wait(150) for child in children]
+    results = [child.wait(150) for child in start_ranks(n, patch, **values)]
     assert [code for code, _, _ in results] == [0] * n, results
     return [out for _, out, _ in results]
 
