@@ -21,6 +21,9 @@ import sys
 
 import torch
 
+import data
+import ranks
+import record
 from config import fail
 from files import write_json
 
@@ -31,6 +34,7 @@ SHAPE = (
     "rope_theta norm_eps tie_embeddings"
 ).split()
 # what a resumed run must share with its origin
+VALIDATION = ("tokenize_on_fly", "eval_tokens")
 RUN = SHAPE + "ternary optimizer dataset seed seq_len total_batch_size".split()
 
 
@@ -158,11 +162,16 @@ def locate(path, resumable=False, setting="ckpt"):
 
 def origin(cfg, run_dir):
     """(step folder that a run goes on from or None, whether it is this run's own, what was passed over), by
-    cfg.resume. Exits with 2 where the run folder already holds a run that this one would overwrite."""
+    cfg.resume; the run's folder is locked from now on. Exits with 2 where it already holds a run that this
+    one would overwrite."""
+    record.open_run(run_dir)  # before anything is chosen from it: its former process may still be saving
     if cfg.resume == "auto":
         folder, passed = newest(run_dir, resumable=True)
         for step, wrong in passed:
             print(f"resume: passed over step {step}: {wrong}")
+        if passed and not folder:
+            print(f"resume: none is whole, starting anew; the old run is now {record.set_aside(run_dir)}")
+            record.open_run(run_dir)
         return folder, True, passed
     folder = locate(cfg.resume, resumable=True, setting="resume") if cfg.resume else None
     same_run = bool(folder) and os.path.realpath(folder).startswith(os.path.realpath(run_dir) + os.sep)
@@ -189,6 +198,27 @@ def must_agree(cfg, part, tokenizer, names, what):
         print(f"changed: {told[key]}")
 
 
+def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, scaler):
+    """give the state of a verified checkpoint back to model, optimizers and scaler; returns the rest of its
+    trainer.pt, and the patience it was saved with. is_own: whether it is this run's; tokens: data.digest.
+    Exits with 2 where it is of another run, or beyond the end of this one."""
+    on_disk = next(model.parameters()).device.type != "cpu"  # until it goes to the device
+    part, trainer = load(folder, mmap=on_disk), load(folder, TRAINER, mmap=on_disk)
+    must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}")
+    if not data.same_tokens(trainer["data"], tokens):
+        fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {folder}, this would be another run")
+    if trainer["step"] > cfg.max_steps:
+        fail(f"max_steps = {cfg.max_steps} is less than the {trainer['step']} steps of {folder}; raise it")
+    ranks.load(model, optimizers, part["model"], trainer.pop("optimizer"))
+    if trainer["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(trainer["scaler"])
+    # a branch has its own best, and so have other validation windows
+    same_eval = is_own and all(getattr(cfg, name) == part["config"][name] for name in VALIDATION)
+    if not ranks.share(same_eval and trainer["best"].get("step") in steps(run_dir)):
+        trainer |= dict(best={}, stale_evals=0)
+    return trainer | dict(patience=part["config"]["patience"])
+
+
 def check_disk(cfg, run_dir, params, steps_left):
     """exit with 2 where the disk has no room for two checkpoints; print where it has none for all that will
     be kept"""
@@ -209,9 +239,10 @@ def check_disk(cfg, run_dir, params, steps_left):
         )
 
 
-def load(folder, name=MODEL):
-    """one file of a verified checkpoint, on the CPU"""
-    found = torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True)
+def load(folder, name=MODEL, mmap=False):
+    """one file of a verified checkpoint, on the CPU; with mmap its tensors are read when they are used, and
+    the processes of a machine share them"""
+    found = torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True, mmap=mmap)
     if found["format"] > FORMAT or (name == TRAINER and found["format"] != FORMAT):
         fail(f"{folder}/{name} has checkpoint format {found['format']}, this version reads {FORMAT}")
     return found

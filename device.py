@@ -48,10 +48,13 @@ def pick(wanted):
         wanted = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     device = torch.device(wanted)
     if device.type == "cuda":  # with its number, which some calls insist on
+        if WORLD > 1 and device.index is not None:
+            fail(f"device = {wanted!r}: under torchrun each process has a card of its own; use cuda or auto")
         device = torch.device("cuda", LOCAL_RANK if WORLD > 1 else device.index or 0)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        fail(f"device = {wanted!r} is not there: torch sees {found} CUDA devices; use auto or cpu")
+        how = f"--nproc_per_node={found}" if WORLD > 1 and found else "auto or cpu"
+        fail(f"device = {wanted!r} is not there: torch sees {found} CUDA devices; use {how}")
     if device.type == "mps" and not torch.backends.mps.is_available():
         fail(f"device = {wanted!r} is not there: this torch has no MPS; use auto or cpu")
     return device
@@ -100,7 +103,9 @@ def explain_out_of_memory(cfg, device):
         if not issubclass(kind, torch.OutOfMemoryError):
             return sys.__excepthook__(kind, error, trace)
         smaller = next((n for n in range(cfg.batch_size // 2, 0, -1) if cfg.batch_size % n == 0), 0)
-        how = f"--batch_size={smaller} --total_batch_size={cfg.total_batch_size} gives the same result"
+        how = f"--batch_size={smaller} --total_batch_size={cfg.total_batch_size}"
+        if not cfg.dropout and not cfg.n_expert:
+            how += " gives the same result"
         how = f"halve it: {how}" if smaller else "shorten seq_len or make the model smaller"
         where = f"out of memory on {describe(device)} with batch_size = {cfg.batch_size}"
         print(f"\nerror: {where}; {how}", file=sys.stderr)
@@ -110,7 +115,10 @@ def explain_out_of_memory(cfg, device):
 
 def make_deterministic():
     """the same bits from the same run on the same machine: compiled embedding gradients use atomics
-    otherwise"""
+    otherwise, and the compiler times on the device which of two forms of a product it takes"""
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = (
+        "1"  # read where torch._inductor is imported, which comes later
+    )
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # guards a bug that we do not have, at a cost
     torch.backends.cudnn.benchmark = False
@@ -173,7 +181,7 @@ def utilization(device):
         return None
     try:
         return torch.cuda.utilization(device) / 100
-    except (ModuleNotFoundError, RuntimeError):  # needs the optional nvidia-ml-py
+    except Exception:  # needs the optional nvidia-ml-py, whose errors are its own: a slice of a card has none
         return None
 
 

@@ -113,13 +113,18 @@ class FloatExperts(nn.Module):
 
 
 def grouped_mm_pays(device, dtype, n_embd, ffn_dim):
-    """whether one product for all experts is faster than a loop: its kernel is for CUDA and bfloat16"""
-    return device.type == "cuda" and dtype == torch.bfloat16 and n_embd % 8 == ffn_dim % 8 == 0
+    """whether one product for all experts is faster than a loop, and right: its kernel is for bfloat16 on
+    Hopper. Elsewhere torch loops itself, with a wait for the device, and on Blackwell the gradient of an
+    expert without tokens is not zero (PyTorch's issues 186620 and 172439)."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or n_embd % 8 or ffn_dim % 8:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 # what a router tells of a batch, before the share of the tokens that each expert got (E,), 1 / E when even:
 # balance: E sum_e(load_e * mean chance_e), 1 when even, the auxiliary loss of the Switch Transformer (arXiv
-#          2101.03961, equation 4), over all k choices
+#          2101.03961, equation 4), over all k choices; a product of means over the micro-batch, so that
+#          another batch_size gives another loss
 # z:       mean square of the log-sum-exp of its logits (ST-MoE, arXiv 2202.08906, equation 5)
 # entropy: of its chances, in nats per token, ln(E) when it does not care
 ROUTER = ("balance", "z", "entropy")

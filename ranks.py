@@ -18,16 +18,20 @@ from config import RANK, WORLD
 from quant import whole
 
 is_main = RANK == 0
+control = None  # the group for flags and values, on which rank 0 may keep the others waiting
 
 
 def start(device):
     """meet the other ranks, where there are any"""
+    global control
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1:
         # numbers of the CPU go over gloo on every machine: sharing a flag does not wait for a GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        # to scan 200 GB of tokens, or to wait for the first of them, takes longer than any sum may
+        control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
 
 def stop():
@@ -39,8 +43,23 @@ def share(value):
     """rank 0's value (anything that can be pickled) on every rank"""
     box = [value]
     if WORLD > 1:
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, group=control, device=torch.device("cpu"))
     return box[0]
+
+
+def from_main(make):
+    """what make() returns on rank 0, on every rank. Where it exits there, with its line on stderr, all exit
+    with its code."""
+    found = code = None
+    if is_main:
+        try:
+            found = make()
+        except SystemExit as end:
+            code = end.code
+    found, code = share((found, code))
+    if code is not None:
+        raise SystemExit(code)
+    return found
 
 
 def largest(number):
@@ -48,7 +67,7 @@ def largest(number):
     if WORLD == 1:
         return number
     box = torch.tensor(float(number), dtype=torch.float64)
-    dist.all_reduce(box, dist.ReduceOp.MAX)
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=control)
     return box.item()
 
 
@@ -119,8 +138,9 @@ def replicate(model, device, shape):
     # after its first backward DDP packs the gradients in the order in which they came, and so the sums over
     # three ranks or more get other last bits. that one is thrown away here: the first step after a resume
     # is then a step like any other
-    idx = torch.zeros(shape, dtype=torch.long, device=device)
-    model(idx, idx)[0].backward()
+    B, T = shape
+    rows = torch.zeros(B, T + 1, dtype=torch.long, device=device)
+    model(rows[:, :-1], rows[:, 1:])[0].backward()  # strided as Windows.tensor does, or it compiles twice
     model.zero_grad()
     return model
 

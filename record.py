@@ -16,12 +16,13 @@ import sys
 import time
 from importlib import metadata
 
-from config import RANK, fail
+from config import RANK, WORLD, fail, settings_of
 from files import write_json
 
 SCALARS, BITNET = os.path.join("metrics", "scalars.jsonl"), os.path.join("metrics", "bitnet.jsonl")
 ROUTER = os.path.join("metrics", "router.jsonl")
 EVENTS, SAMPLES = os.path.join("metrics", "events.jsonl"), os.path.join("samples", "samples.jsonl")
+lock = None  # the open file that holds the lock of the run's folder
 
 
 def plain(value):
@@ -145,9 +146,9 @@ def write_config(run_dir, cfg, facts):
     here = os.path.dirname(os.path.abspath(__file__))
     git = ["git", "-C", here, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    settings = {key: value for key, value in vars(cfg).items() if key != "origin"}
+    settings = settings_of(cfg).items()
     found = {
-        "settings": {k: {"value": v, "origin": cfg.origin.get(k, "derived")} for k, v in settings.items()},
+        "settings": {k: {"value": v, "origin": cfg.origin.get(k, "derived")} for k, v in settings},
         "versions": {name: metadata.version(name) for name in ("torch", "numpy")}
         | {"python": sys.version.split()[0]},
         "git_commit": commit or None,
@@ -155,6 +156,24 @@ def write_config(run_dir, cfg, facts):
         "host": platform.node(),
     }
     write_json(os.path.join(run_dir, "config.json"), found | facts)
+
+
+def opening(cfg, facts):
+    """what a run prints first: every setting with where it came from, model, device, length; facts as for
+    write_config"""
+    values = settings_of(cfg).items()
+    lines = [f"{name:20} {value!r:24} {cfg.origin.get(name, 'derived')}" for name, value in values]
+    params, several = facts["params"], f"{WORLD} x " if WORLD > 1 else ""
+    active = f"{params['active']:,} of them active for a token, " if cfg.n_expert else ""
+    compiled = "on" if facts["compile"] else "off"
+    lines += [
+        f"model: {params['total']:,} parameters, {active}{params['ternary']:,} ternary; "
+        f"{several}{facts['device']}, {facts['dtype']}, compile {compiled}",
+        f"step: {cfg.total_batch_size:,} tokens = "
+        f"{several}{cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}; "
+        f"{cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens",
+    ]
+    return "\n".join(lines)
 
 
 def finished(run_dir, cfg, step, patience):
@@ -176,8 +195,9 @@ def set_aside(run_dir):
 
 
 def open_run(run_dir):
-    """make the folders of a run and lock it for this process; returns the lock, to be held. Exits with 2
-    where it cannot be written or another process trains this run."""
+    """make the folders of a run and lock it, until this process ends. Exits with 2 where it cannot be written
+    or another process trains this run."""
+    global lock
     try:
         for name in ("metrics", "samples", "checkpoints"):
             os.makedirs(os.path.join(run_dir, name), exist_ok=True)
@@ -188,4 +208,3 @@ def open_run(run_dir):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"{run_dir} is being trained by another process; wait for it, or choose another --run_id=")
-    return lock

@@ -18,7 +18,7 @@ import threading
 import time
 
 import record
-from config import library
+from config import library, settings_of
 
 LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 TIMEOUT = 60  # seconds that W&B is given to begin, and to end
@@ -31,10 +31,6 @@ def need(cfg):
         if getattr(cfg, name):
             with contextlib.suppress(Exception):  # installed but broken: the mirror meets it again, and warns
                 library(module, name)
-
-
-def settings(cfg):
-    return {name: value for name, value in vars(cfg).items() if name != "origin"}
 
 
 def mirrored(cfg, name, row):
@@ -63,7 +59,7 @@ def open_tensorboard(cfg, run_dir, step):
             writer.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
         writer.flush()
 
-    log(step, {}, {"settings": "\n".join(f"{name} = {value!r}" for name, value in settings(cfg).items())})
+    log(step, {}, {"settings": "\n".join(f"{name} = {value!r}" for name, value in settings_of(cfg).items())})
     for name, kind in ((record.SCALARS, "loss"), (record.BITNET, "total"), (record.ROUTER, "total")):
         if row := record.last(run_dir, name, kind, step=step):  # purged too, but not made again
             log(*mirrored(cfg, name, row))
@@ -87,7 +83,7 @@ def open_wandb(cfg, run_dir, step):
         id=hashlib.blake2b(f"{cfg.run_id} {began}".encode(), digest_size=8).hexdigest(),
         resume="allow",
         dir=run_dir,
-        config=settings(cfg),
+        config=settings_of(cfg),
         allow_val_change=True,
         settings=wandb.Settings(console="off", init_timeout=TIMEOUT, finish_timeout=TIMEOUT),
     )
@@ -101,8 +97,10 @@ def open_wandb(cfg, run_dir, step):
 def open_trackio(cfg, run_dir, step):
     import trackio
 
-    name, resume = cfg.wandb_name or cfg.run_id, "allow" if step else "never"
-    run = trackio.init(cfg.wandb_project, name, config=settings(cfg), resume=resume, embed=False)
+    starts = [row["event"] for row in record.read(run_dir, record.EVENTS)]
+    is_new = [kind for kind in starts if kind in ("start", "resume")][-1] == "start"
+    name, resume = cfg.wandb_name or cfg.run_id, "never" if is_new else "allow"
+    run = trackio.init(cfg.wandb_project, name, config=settings_of(cfg), resume=resume, embed=False)
     return lambda step, numbers, texts: run.log(numbers | panels(trackio, texts), step=step), run.finish
 
 

@@ -11,6 +11,7 @@ Ctrl-C drops the step under way, saves, says how to resume, and exits; a second 
 line of stdout is one JSON object with the result.
 """
 
+import atexit
 import hashlib
 import math
 import os
@@ -50,7 +51,7 @@ machine.explain_out_of_memory(cfg, device)
 ranks.start(device)
 if cfg.deterministic:
     machine.make_deterministic()
-meta = ranks.share(data.meta(cfg) if ranks.is_main else None)
+meta = ranks.from_main(lambda: data.meta(cfg))
 cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
 tokenizer_spec = {"eot": meta["eot"]}  # with all that a checkpoint needs to make the tokenizer
 tokenizer_spec |= with_content(meta["tokenizer"], os.path.join(cfg.data_dir, cfg.dataset))
@@ -62,12 +63,7 @@ prompts = samples.encode(cfg, tokenizer, meta["eot"]) if cfg.sample_every else [
 # model, optimizer, and where the run starts
 
 run_dir = os.path.join(cfg.out_dir, cfg.run_id)
-# locked before anything is chosen from it: the run's former process may still be saving
-lock = record.open_run(run_dir) if ranks.is_main else None
-origin, same_run, passed_over = ranks.share(checkpoint.origin(cfg, run_dir) if ranks.is_main else None)
-if passed_over and not origin and ranks.is_main:
-    print(f"resume: no checkpoint is whole, starting anew; the old run is now {record.set_aside(run_dir)}")
-    lock = record.open_run(run_dir)
+origin, same_run, passed_over = ranks.from_main(lambda: checkpoint.origin(cfg, run_dir))
 torch.manual_seed(cfg.seed)
 model = Transformer(cfg)  # drawn on the CPU: the same initial weights on every device
 counts = model.counts()
@@ -77,32 +73,25 @@ model.to(device)
 optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 step, best, stale_evals = 0, {}, 0  # best: {step, val_loss}; stale_evals: evaluations since then
+# what the routers did, summed over this rank's micro-steps since the last line, and the number of all ranks'
+routers, n_routers = torch.zeros((), device=device), 0
 skipped, told = 0, 0  # steps whose loss or gradient was not finite, and those of them already reported
 if origin:
-    part, trainer = checkpoint.load(origin), checkpoint.load(origin, checkpoint.TRAINER)
-    checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.RUN, f"resume from {origin}")
-    if not data.same_tokens(trainer["data"], data.digest(meta)):
-        fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {origin}, this would be another run")
-    ranks.load(model, optimizers, part["model"], trainer["optimizer"])
-    if trainer["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(trainer["scaler"])
-    step, (skipped, told) = trainer["step"], trainer["skipped"]
-    # a branch has its own best, and so have other validation windows
-    same_eval = same_run and cfg.tokenize_on_fly == part["config"].get("tokenize_on_fly", False)
-    if ranks.share(same_eval and trainer["best"].get("step") in checkpoint.steps(run_dir)):
-        best, stale_evals = trainer["best"], trainer["stale_evals"]
-    if step > cfg.max_steps:
-        fail(f"max_steps = {cfg.max_steps} is less than the {step} steps of {origin}; raise it")
-    if same_run and (why := record.finished(run_dir, cfg, step, part["config"]["patience"])):
+    tokens, parts = data.digest(meta), (model, optimizers, scaler)
+    former = checkpoint.resume(cfg, origin, run_dir, same_run, tokenizer_spec, tokens, *parts)
+    step, (skipped, told) = former["step"], former["skipped"]
+    best, stale_evals = former["best"], former["stale_evals"]
+    if cfg.n_expert:
+        routers, n_routers = former["routers"]
+        routers = routers.to(device) if ranks.is_main else torch.zeros_like(routers, device=device)
+    if same_run and (why := record.finished(run_dir, cfg, step, former["patience"])):
         end = record.last(run_dir, record.EVENTS)
         print(f"run {cfg.run_id} is finished: step {step}, ended by {why}")
         print(f"to go on, raise {'or switch off patience' if why == 'patience' else 'max_steps'}")
         print(record.to_json(end["result"]))
         raise SystemExit(0)
-    del part, trainer  # 12 bytes a parameter
 elif cfg.init_from:
-    found = checkpoint.locate(cfg.init_from, setting="init_from") if ranks.is_main else None
-    part = checkpoint.load(ranks.share(found))
+    part = checkpoint.load(ranks.from_main(lambda: checkpoint.locate(cfg.init_from, setting="init_from")))
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.SHAPE, f"init_from {cfg.init_from}")
     ranks.load(model, [], part["model"], [])
     del part
@@ -114,25 +103,20 @@ if not cfg.fsdp:
 # the folder of the run
 
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=counts)
-if ranks.is_main:
+
+
+def open_folder():
+    """make the folder that of a run at this step"""
     checkpoint.check_disk(cfg, run_dir, counts["total"], cfg.max_steps - step)
     for folder in checkpoint.clean(run_dir, step if same_run else -1):
         print(f"set aside: {folder}, a later step than the one this run goes on from")
     record.rewind(run_dir, step if same_run and origin else None)
     record.write_best(run_dir, best)
     record.write_config(run_dir, cfg, facts | dict(origin=origin, world_size=ranks.WORLD))
-for name, value in vars(cfg).items():
-    if name != "origin":
-        print(f"{name:20} {value!r:24} {cfg.origin.get(name, 'derived')}")
-active = f"{counts['active']:,} of them active for a token, " if cfg.n_expert else ""
-several = f"{ranks.WORLD} x " if ranks.WORLD > 1 else ""
-print(
-    f"model: {counts['total']:,} parameters, {active}{counts['ternary']:,} ternary; "
-    f"{several}{facts['device']}, {facts['dtype']}, compile {'on' if is_compiled else 'off'}\n"
-    f"step: {cfg.total_batch_size:,} tokens = "
-    f"{several}{cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}; "
-    f"{cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens"
-)
+
+
+ranks.from_main(open_folder)
+print(record.opening(cfg, facts))
 if origin:
     record.event(run_dir, "resume", step=step, path=origin, passed_over=passed_over)
     print(f"resume: from step {step}, {origin}")
@@ -145,7 +129,6 @@ ranks.listen()
 on_terminal = sys.stderr.isatty() and ranks.is_main
 bar = tqdm(total=cfg.max_steps, initial=step, disable=not on_terminal, unit="step", dynamic_ncols=True)
 boundary_steps = optim.boundary_steps(cfg)
-saved_config = {name: value for name, value in vars(cfg).items() if name != "origin"}
 
 
 def log_line(text, on_bar=False):
@@ -160,6 +143,7 @@ def log_line(text, on_bar=False):
 
 
 mirrors = trackers.start(cfg, run_dir, step, warn=log_line) if ranks.is_main else []
+atexit.register(trackers.finish, mirrors)  # however the run ends, the last lines tell why
 
 
 def keep(name, **row):
@@ -179,13 +163,16 @@ def save(why):
     whether it is on disk: a full disk costs a warning, and leaves what was there."""
     if ranks.share(step in checkpoint.steps(run_dir)):
         return True
+    weights = ranks.gather(model.state_dict())
+    if cfg.tie_embeddings:  # gathered from shards they would be two
+        weights["head.weight"] = weights["embed.weight"]
     model_part = dict(
         format=checkpoint.FORMAT,
         step=step,
         tokens=step * cfg.total_batch_size,
-        config=saved_config,
+        config=config.settings_of(cfg),
         tokenizer=tokenizer_spec,
-        model=ranks.gather(model.state_dict()),
+        model=weights,
     )
     trainer_part = dict(
         format=checkpoint.FORMAT,
@@ -193,6 +180,7 @@ def save(why):
         data=data.digest(meta),
         optimizer=[ranks.gather(optimizer.state_dict()) for optimizer in optimizers],
         scaler=scaler.state_dict(),
+        routers=[ranks.total(routers.clone()), n_routers] if cfg.n_expert else None,
         skipped=[int(skips[0]), told],
         **before_evaluation,
     )
@@ -274,7 +262,6 @@ def hand_over():
     if on_disk and ranks.is_main:
         how = "go on with the same command and --resume=auto"
         print(f"stopped by signal {ranks.interrupted}, saved step {step}; {how}", file=sys.stderr)
-    trackers.finish(mirrors)
     sys.exit(128 + ranks.interrupted)
 
 
@@ -286,7 +273,6 @@ sequences_per_step = cfg.batch_size * cfg.accumulation * ranks.WORLD
 speedometer = machine.Speedometer(device)
 last = record.last(run_dir, record.SCALARS, "loss")  # the last training line
 codes = quant.codes(model) if cfg.ternary and step % cfg.log_every == 0 else None  # those of the last line
-routers, n_routers = 0.0, 0  # what the routers did, summed over the micro-steps since the last line
 val_loss = None
 owed = False  # whether a scheduled save has failed and is to be tried again
 model.train()
@@ -362,7 +348,7 @@ while True:
             save("no data")
             fail(f"{fault}; then --resume=auto", code=1)
     batch = batch or next_batch(0)
-    loss_sum = torch.zeros((), device=device)
+    loss_sum, router_sum = torch.zeros((), device=device), 0.0
     try:
         for micro in range(cfg.accumulation):
             torch.manual_seed(seed(micro))
@@ -373,7 +359,7 @@ while True:
             scaler.scale((loss + router_loss(cfg, router)) / cfg.accumulation).backward()
             loss_sum += loss.detach()
             if cfg.n_expert:
-                routers, n_routers = routers + router.detach(), n_routers + 1
+                router_sum += router.detach()
             if ranks.received and ranks.WORLD == 1:  # of several, none may leave before all know
                 hand_over()
     except Exception:
@@ -390,8 +376,9 @@ while True:
         optimizer.step()
         optimizer.zero_grad()
     if scaler.is_enabled():  # its overflows are how it finds the scale
-        bad = bad * (scaler.get_scale() < 1)
+        bad = bad * (scaler.scale(torch.ones((), device=device)) < 1)  # get_scale() would wait for the device
         scaler.update()
+    routers, n_routers = routers + router_sum, n_routers + cfg.accumulation * ranks.WORLD
     skips[0] += bad
     skips[1] = (skips[1] + 1) * bad
     skips[2] = torch.maximum(skips[2], skips[1])
@@ -434,7 +421,7 @@ while True:
                 health, codes = quant.health(model, codes, seen)
             keep(record.BITNET, step=step, **health)
         if cfg.n_expert:
-            mean, routers, n_routers = ranks.total(routers / (n_routers * ranks.WORLD)), 0.0, 0
+            mean, routers, n_routers = ranks.total(routers) / n_routers, torch.zeros((), device=device), 0
             keep(record.ROUTER, step=step, **router_health(mean))
         if skipped > told:
             record.event(run_dir, "anomaly", step=step, what="not finite, skipped", steps=int(skipped - told))

@@ -35,6 +35,11 @@ def fail(*faults, code=2):
     raise SystemExit(code)
 
 
+def settings_of(cfg):
+    """{setting: value}, without where each came from"""
+    return {name: value for name, value in vars(cfg).items() if name != "origin"}
+
+
 def library(name, package=""):
     """an optional library, imported where it is needed; exits with 2 and how to install it where it is not
     there"""

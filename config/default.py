@@ -36,7 +36,7 @@ tie_embeddings = True  # the head shares the embedding's matrix
 vocab_multiple = 1  # embedding and head get a multiple of so many rows; those over vocab_size are not used
 ternary = True  # BitNet b1.58; False trains the float twin: the same shape, data order and schedule
 n_expert = 0  # 0 = an ordinary feed-forward network | experts per block, each of inner width ffn_dim
-n_expert_active = 2  # experts that a token goes through
+n_expert_active = 2  # experts that a token goes through; with 1 weighted as in Switch, else as in Mixtral
 router_balance = 0.01  # weight in the loss of the routers' unevenness (1 = even), mean over blocks
 router_z = 0.001  # weight in the loss of the size of the routers' logits, mean over blocks
 

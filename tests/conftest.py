@@ -120,7 +120,7 @@ def final(run_dir, step=24):
 
 def rows(run_dir):
     """what a run logged, without what depends on the clock"""
-    clocked = {"time", "tokens_per_sec", "step_ms", "memory_gb"}
+    clocked = {"time", "tokens_per_sec", "step_ms", "memory_gb", "mfu", "gpu_util"}
     return [{k: v for k, v in row.items() if k not in clocked} for row in lines(run_dir, SCALARS)]
 
 

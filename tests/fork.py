@@ -3,6 +3,7 @@
 The process forked from (the forkserver of multiprocessing) runs nothing else and has no second thread.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -26,11 +27,14 @@ def main(out, err, cwd, env, script, args, patch):
     sys.argv = [os.path.basename(script), *args]
     sys.path[:0] = [os.path.dirname(script)]
     exec("import sys\n" + patch, {})
+    atexit._clear()
     try:
         runpy.run_path(script, run_name="__main__")
     except Exception:
         sys.excepthook(*sys.exc_info())  # train.py has its own, which multiprocessing would pass by
         sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()  # as an interpreter does, and multiprocessing does not
 
 
 class Script:

@@ -20,7 +20,8 @@ def save(run_dir, step):
 
 @pytest.fixture
 def run_dir(tmp_path):
-    record.open_run(str(tmp_path)).close()
+    record.open_run(str(tmp_path))
+    record.lock.close()
     return str(tmp_path)
 
 
@@ -237,12 +238,14 @@ def test_json_lines_have_no_nan(run_dir):
 
 def test_a_second_process_is_refused(run_dir, capsys):
     """bug guarded: the same command twice writes two runs into one folder"""
-    lock = record.open_run(run_dir)
+    record.open_run(run_dir)
+    lock = record.lock
     with pytest.raises(SystemExit):
         record.open_run(run_dir)
     assert "another process" in capsys.readouterr().err
     lock.close()
-    record.open_run(run_dir).close()
+    record.open_run(run_dir)
+    record.lock.close()
 
 
 def test_an_older_or_newer_format_is_told(tmp_path, capsys):

@@ -76,6 +76,18 @@ def assert_same(where, a, b):
     assert samples[0] == samples[1]
 
 
+def test_a_fault_that_rank_0_finds_ends_all_in_silence(one):
+    """bug guarded: a line that tells the user's mistake, lost between the tracebacks of ranks that waited"""
+    values = RUN | PLAIN | dict(data_dir=one[0], out_dir=one[1])
+    for wrong, told in (
+        ({"dataset": "nope"}, "data set"),
+        ({"run_id": "one", "dataset": "tiny"}, "holds a run"),
+    ):
+        first, second = (child.wait(60) for child in start_ranks(2, **values | wrong))
+        assert first[0] == second[0] == 2 and first[2].count("error: ") == 1 and told in first[2]
+        assert not second[2]
+
+
 def test_two_processes_are_one_bit_for_bit(one):
     """bugs guarded: ranks that see the same data, draw the same dropout, divide by the wrong number, log
     only their own loss, write each line twice"""
@@ -179,6 +191,8 @@ def test_a_sharded_mixture_is_the_whole_one(one):
         losses[0][:13] == pytest.approx(losses[1][:13], abs=1e-5)
         and len(lines(f"{one[1]}/sharded", "metrics/router.jsonl")) == 20
     )
+    weights = final(f"{one[1]}/sharded", 20)[0]
+    assert weights["head.weight"].data_ptr() == weights["embed.weight"].data_ptr(), "written twice"
     two(one, "sharded_on", fsdp=True, resume=f"{one[1]}/mixture/checkpoints/step_000010", **how)
     for left, right in zip(*(final(f"{one[1]}/{name}", 20) for name in ("mixture", "sharded_on"))):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)

@@ -41,7 +41,8 @@ def begin(tmp_path, name, how, step=0):
     """(mirrors, cfg, run_dir, warnings) of one tracker on a run that has begun"""
     cfg = settings(run_id="r", **{name: True}, **how)
     run_dir, warnings = str(tmp_path / "runs" / cfg.run_id), []
-    record.open_run(run_dir).close()
+    record.open_run(run_dir)
+    record.lock.close()
     if not os.path.exists(os.path.join(run_dir, record.EVENTS)):
         record.event(run_dir, "start", step=0)
     return trackers.start(cfg, run_dir, step, warnings.append), cfg, run_dir, warnings
