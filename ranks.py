@@ -9,6 +9,7 @@ anybody acts, since a rank that leaves alone leaves the others waiting.
 import datetime
 import os
 import signal
+import time
 import warnings
 
 import torch
@@ -80,12 +81,14 @@ def total(tensor):
 
 # signals: the flag is polled, so that nothing is left half done
 
-received = 0  # the signal that this process got
+received, received_at = 0, 0.0  # the signal that this process got, and when
 interrupted = 0  # the one that any rank got, as far as that was asked
 
 
 def listen():
-    """from now on the first SIGINT, SIGTERM or SIGHUP sets the flag, and the second exits at once"""
+    """from now on the first SIGINT, SIGTERM or SIGHUP sets the flag, and the second exits at once. One of
+    several ranks may get the same one twice, from SLURM and from torchrun: it takes a second for another
+    only after five seconds."""
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless nohup says not to care
@@ -93,11 +96,13 @@ def listen():
 
 
 def on_signal(signum, frame):
-    global received
+    global received, received_at
+    if received and WORLD > 1 and time.monotonic() < received_at + 5:
+        return
     if received:  # a rename is one call, which this cannot cut in two
         os.write(2, b"\nstopped at once, nothing saved; --resume=auto goes on from the last checkpoint\n")
         os._exit(128 + signum)
-    received = signum
+    received, received_at = signum, time.monotonic()
     os.write(2, b"\nstopping: saving the state first; once more to stop at once\n")
 
 

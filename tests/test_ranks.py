@@ -50,7 +50,8 @@ def launch(where, run_id, tmp_path, patch="", more=(), **changes):
     env = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     pipe = subprocess.PIPE
     command = [*torchrun, str(script), *flags(**values)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+    how = dict(stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, **how)
 
 
 def finish(child, code=0):
@@ -112,21 +113,26 @@ def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(one, tmp_path):
     assert_same(one, "one", "signalled")
 
 
-def test_a_signal_to_the_launcher_saves_once(one, tmp_path):
-    """bug guarded: a rank that has heard of the other's signal takes its own for the second one, and exits
-    without saving"""
+@pytest.mark.parametrize("to_all", [False, True])
+def test_a_signal_to_the_launcher_saves_once(one, tmp_path, to_all):
+    """bugs guarded: a rank that has heard of the other's signal takes its own for the second one, and exits
+    without saving; or the launcher's for a second one where SLURM has sent it to all"""
+    run_id = f"ended{to_all}"
     patch = "import time, torch\nreal = torch.optim.AdamW.step\n"
     patch += "def step(*a, **k): time.sleep(0.1); return real(*a, **k)\ntorch.optim.AdamW.step = step"
-    child = launch(one, "ended", tmp_path, patch=patch, max_steps=10_000, sample_every=0)
-    path, deadline = f"{one[1]}/ended/{SCALARS}", time.time() + 100
+    child = launch(one, run_id, tmp_path, patch=patch, max_steps=10_000, sample_every=0)
+    path, deadline = f"{one[1]}/{run_id}/{SCALARS}", time.time() + 100
     while not (os.path.exists(path) and '"step": 3, "epoch"' in open(path, encoding="utf-8").read()):
         assert child.poll() is None and time.time() < deadline, child.communicate()
         time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
+    found = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
+    assert len(found) == 2
+    for pid in [*map(int, found if to_all else []), child.pid]:
+        os.kill(pid, signal.SIGTERM)
     _, err = child.communicate(timeout=60)
     assert child.returncode != 0 and "nothing saved" not in err
     assert err.count("stopped by signal 15, saved step") == 1
-    assert lines(f"{one[1]}/ended", EVENTS)[-1]["event"] == "interrupt"
+    assert lines(f"{one[1]}/{run_id}", EVENTS)[-1]["event"] == "interrupt"
 
 
 def test_a_killed_rank_is_restarted_by_torchrun(one, tmp_path):

@@ -54,8 +54,9 @@ def test_kill_9_and_resume_is_the_unbroken_run(data_dir, out_dir):
     ],
 )
 def test_every_kind_of_run_resumes_bit_for_bit(data_dir, out_dir, how):
-    """bugs guarded: Muon's momentum lost, a gradient scaler that begins again, what the routers did before lost from their next line,
-    a compiled model that draws its dropout from other random numbers after a resume"""
+    """bugs guarded: Muon's momentum lost, a gradient scaler that begins again, a first line of the routers
+    that tells only of the steps since the resume, a compiled model that draws its dropout from other random
+    numbers after one"""
     how = how | dict(log_every=4, sample_every=0)
     train(data_dir, out_dir, "whole", **how)
     assert kill_at(data_dir, out_dir, 16, **how)[0] == -signal.SIGKILL  # 15 is saved
