@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import settings
+from conftest import SCALARS, lines, settings, train
 
 import model as model_module
 import quant
@@ -111,6 +111,21 @@ def test_what_routers_tell():
     assert found["layers"][0]["dead"] == 2 and found["layers"][1]["load_max"] == 1.0
     assert found["layers"][0]["load"] == [0.5, 0.5, 0.0, 0.0]
 
+    # on tokens that differ, from the formulas
+    layer, cfg = experts()
+    x = torch.randn(1, 64, cfg.n_embd)
+    _, router = layer(x)
+    logits = x[0] @ layer.router.weight.T
+    chance = logits.softmax(-1)
+    load = torch.bincount(chance.topk(2).indices.flatten(), minlength=4) / 128
+    torch.testing.assert_close(router[3:], load)
+    torch.testing.assert_close(router[0], 4 * (load * chance.mean(0)).sum())
+    torch.testing.assert_close(router[1], logits.logsumexp(-1).square().mean())
+    router[1].backward()
+    assert layer.router.weight.grad.any()
+    with torch.autocast("cpu", torch.bfloat16):  # the router stays in fp32
+        torch.testing.assert_close(layer(x)[1], router, rtol=1e-6, atol=0)
+
     # the Switch loss: of all tokens to two experts that are likely for all, and its gradient evens them out
     layer, cfg = experts()
     x = torch.randn(1, 64, cfg.n_embd)
@@ -121,6 +136,17 @@ def test_what_routers_tell():
         layer(x)[1][0].backward()
         step.step()
     assert 0.95 < layer(x)[1][0].item() < before
+
+
+def test_the_loss_that_is_trained_has_the_routers(data_dir, out_dir):
+    """bug guarded: auxiliary losses that are logged and never trained"""
+    how = dict(n_expert=3, max_steps=1, sample_every=0, eval_every=0, save_every=0)
+    norms = []
+    for balance, z in ((0.0, 0.0), (10.0, 0.0), (0.0, 10.0)):
+        run_id = f"r{balance}{z}"
+        train(data_dir, out_dir, run_id, router_balance=balance, router_z=z, **how)
+        norms.append(lines(f"{out_dir}/{run_id}", SCALARS)[0]["grad_norm"])
+    assert len({*norms}) == 3
 
 
 def test_experts_in_a_model():

@@ -24,6 +24,8 @@ from conftest import (
     write_data,
 )
 
+import ranks
+
 # two micro-steps for one process, one for each of two
 PLAIN = dict(total_batch_size=128, max_steps=20, dropout=0.1, sample_every=20)
 
@@ -56,7 +58,11 @@ def launch(where, run_id, tmp_path, patch="", more=(), **changes):
 
 def finish(child, code=0):
     """(stdout, stderr) of what launch started, and its exit code is this one"""
-    out, err = child.communicate(timeout=150)
+    try:
+        out, err = child.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGTERM)  # torchrun ends its ranks
+        raise
     assert child.returncode == code, f"{out[-2000:]}\n{err[-6000:]}"
     return out, err
 
@@ -156,6 +162,44 @@ def test_three_ranks_resume_bit_for_bit(one):
     two(one, "three_resumed", resume=f"{one[1]}/three/checkpoints/step_000010", **how)
     for left, right in zip(*(final(f"{one[1]}/{name}", 20) for name in ("three", "three_resumed"))):
         torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+def test_what_routers_did_is_summed_over_ranks_and_resumes(one):
+    """bugs guarded: a line of the routers that tells of rank 0's tokens alone; the sums since the last line
+    counted once for each rank after a resume, or those of rank 0 alone saved"""
+    how = dict(n_expert=3, ternary=False, log_every=4, sample_every=0, eval_every=0, keep_last=0)
+    train(*one, "m1", **PLAIN | how)
+    two(one, "m2", resume=f"{one[1]}/m1/checkpoints/step_000010", **how)
+    train(*one, "m3", resume=f"{one[1]}/m2/checkpoints/step_000015", **PLAIN | how)
+    m1, m2, m3 = (
+        {row["step"]: row["total"] for row in lines(f"{one[1]}/{name}", "metrics/router.jsonl")}
+        for name in ("m1", "m2", "m3")
+    )
+    assert list(m1) == [4, 8, 12, 16, 20] and list(m2) == [12, 16, 20] and list(m3) == [16, 20]
+    assert all(row == pytest.approx(m1[step], rel=1e-3) for step, row in [*m2.items(), *m3.items()])
+
+
+def test_a_time_limit_on_one_rank_ends_both(one):
+    """bug guarded: clocks that differ by a step leave one rank waiting for the other's gradients"""
+    patch = "import os, device\n"
+    patch += "if os.environ['RANK'] == '1': device.Speedometer.seconds = lambda self: 1e9"
+    out, _ = two(one, "minutes", patch=patch, max_minutes=60)
+    assert json.loads(out.strip().split("\n")[-1])["step"] == 0
+
+
+def test_a_second_signal_within_five_seconds_is_the_first(monkeypatch):
+    """bugs guarded: torchrun's signal after SLURM's ends a rank before it has saved; a Ctrl-C that no second
+    one hastens"""
+    clock, ended = [100.0], []
+    monkeypatch.setattr(ranks, "received", 0)
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    monkeypatch.setattr(ranks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ranks.os, "write", lambda *a: None)
+    monkeypatch.setattr(ranks.os, "_exit", ended.append)
+    for second in (0, 4, 6):
+        clock[0] = 100.0 + second
+        ranks.on_signal(15, None)
+        assert ended == ([143] if second == 6 else [])
 
 
 def test_float16_on_two_ranks(one):

@@ -137,6 +137,8 @@ def test_starting_and_resuming_follow_their_rules(data_dir, out_dir):
     ):
         _, err = train(data_dir, out_dir, "a", code=2, resume="auto", sample_every=0, **changes)
         assert all(text in err for text in says), err
+    _, err = train(data_dir, out_dir, "a", code=2, resume="auto", sample_every=0, max_steps=8)
+    assert "max_steps = 8 is less than the 10 steps" in err and "raise it" in err
     # a path with another run_id branches off; what may change is printed
     origin = checkpoint.step_dir(f"{out_dir}/a", 5)
     out, _ = train(data_dir, out_dir, "b", max_steps=10, resume=origin, sample_every=0, grad_clip=0.5)
@@ -148,6 +150,11 @@ def test_starting_and_resuming_follow_their_rules(data_dir, out_dir):
     out, _ = train(data_dir, out_dir, "a", max_steps=10, resume=origin, sample_every=0, grad_clip=0.5)
     assert "set aside" in out and rows(f"{out_dir}/a")[-1] == rows(f"{out_dir}/b")[-1]
     assert [row["step"] for row in lines(f"{out_dir}/a", SCALARS) if "loss" in row] == list(range(1, 11))
+    # other validation windows have a best of their own, and so has a branch, though its losses are worse
+    how = dict(max_steps=12, sample_every=0, learning_rate=3.0, stage2_lr=3.0, min_lr=3.0)
+    for run_id, resume, more in (("c", f"{out_dir}/a", {}), ("a", "auto", dict(eval_tokens=48))):
+        train(data_dir, out_dir, run_id, resume=resume, **how | more)
+        assert json.load(open(f"{out_dir}/{run_id}/best.json"))["step"] == 12
 
 
 def test_retention_keeps_boundary_best_and_newest(data_dir, out_dir):

@@ -86,6 +86,16 @@ def test_an_overflow_in_float16_lowers_the_scale_and_is_no_anomaly(data_dir, out
     assert lines(f"{out_dir}/scaled", SCALARS)[0]["grad_norm"] == pytest.approx(norm, rel=0.02)
 
 
+def test_float16_that_overflows_for_ever_ends(data_dir, out_dir):
+    """bug guarded: a scale halved for days, because overflows are no anomaly"""
+    patch = "import torch\nreal = torch.amp.GradScaler.__init__\n"
+    patch += "def init(self, *a, **k): real(self, *a, init_scale=2.0, **k)\n"
+    patch += "torch.amp.GradScaler.__init__ = init\n" + NAN.format(bad="True").replace("real", "net")
+    how = dict(ternary=False, dtype="float16", sample_every=0, eval_every=0, save_every=0)
+    _, err = train(data_dir, out_dir, "r", patch=patch, code=1, **how)
+    assert "steps in a row were not finite" in err
+
+
 def test_an_overflow_under_muon_moves_nothing(data_dir, out_dir):
     """bug guarded: the scaler looks at each optimizer's gradients alone, so that an infinity in a matrix
     leaves the embedding to AdamW's momentum"""
@@ -149,8 +159,9 @@ def test_max_minutes_and_patience_end_as_if_finished(data_dir, out_dir):
     assert json.loads(out.strip().split("\n")[-1])["step"] == 24, "without patience it goes on"
     # a signal between an evaluation and the update does not count that evaluation twice
     how |= dict(patience=4, sample_every=4)
-    patch = "import os, signal, model\nreal = model.generate\n"
-    patch += "def signalled(*a, **k):\n    os.kill(os.getpid(), signal.SIGTERM)\n    return real(*a, **k)\n"
+    patch = "import os, signal, model\nreal, count = model.generate, [0]\n"
+    patch += "def signalled(*a, **k):\n    count[0] += 1\n"
+    patch += "    if count[0] == 4: os.kill(os.getpid(), signal.SIGTERM)\n    return real(*a, **k)\n"
     patch += "model.generate = signalled"
     train(data_dir, out_dir, "i", patch=patch, code=128 + signal.SIGTERM, **how)
     out, _ = train(data_dir, out_dir, "i", resume="auto", **how)
