@@ -30,8 +30,8 @@ def stage(cfg, step):
 
 
 def boundary_steps(cfg):
-    """the steps of the last update of stage 1 and of the first of stage 2: the checkpoints of the state before
-    these updates are kept. None where there is one stage."""
+    """the steps of the last update of stage 1 and of the first of stage 2, whose checkpoints (of the state
+    before them) are kept; none where there is one stage"""
     return {boundary(cfg) - 1, boundary(cfg)} if 0 < boundary(cfg) < cfg.max_steps else set()
 
 
