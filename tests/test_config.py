@@ -124,6 +124,7 @@ STATED = {
     "train_tinystories": 12_194_688,
     "train_text": 10_621_824 + 384 * 4096,  # with the vocabulary that prepare/text.py makes by default
     "train_baseline_95m": 95_367_936,
+    "train_best_95m": 95_367_936,
     "train_dense_300m": 300_270_592,
     "train_moe_500m": 505_965_312,
 }
@@ -170,6 +171,9 @@ def test_baseline_is_the_plan():
     assert optim.lr(cfg, 374) == 1.5e-3 and optim.lr(cfg, 200_000) == 1e-3
     assert abs(optim.lr(cfg, 399_999) - 1.5e-5) < 1e-8
     assert optim.weight_decay(cfg, 199_999) == 0.1 and optim.weight_decay(cfg, 200_000) == 0
+    best = config.load(["config/train_best_95m.py"])
+    differs = {name for name in vars(cfg) if getattr(cfg, name) != getattr(best, name)} - {"origin"}
+    assert differs == {"run_id", "optimizer"} and best.optimizer == "muon"
 
 
 def test_a_cuda_device_has_its_number(monkeypatch):
