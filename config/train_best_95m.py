@@ -1,5 +1,5 @@
-# the baseline with what trained ternary models best in a small comparison (docs/results.md): Muon for the matrices.
-# 95,367,936 parameters, 70,778,880 of them ternary; not trained at this size. data: python prepare/fineweb_edu.py
+# the baseline with what trained ternary models best in a small comparison, Muon (docs/results.md): 95,367,936
+# parameters, 70,778,880 of them ternary. not trained at this size. data: python prepare/fineweb_edu.py
 
 dataset = "fineweb_edu"
 vocab_size = 32000
