@@ -114,7 +114,8 @@ def plot_codes(run_dir, matrix, path):
     axes, before, former = figure.subplots(2, n), None, None
     for (top, bottom), i in zip(axes.T, range(n)):
         part = checkpoint.load(folders[i * (len(folders) - 1) // (n - 1)])
-        codes = quant.ternarize(part["model"][f"{matrix}.weight"])[0].numpy()
+        # experts one below the other
+        codes = quant.ternarize(part["model"][f"{matrix}.weight"])[0].flatten(0, -2).numpy()
         top.imshow(
             codes[:64, :64], cmap=ListedColormap(CODE_COLORS), vmin=-1, vmax=1, interpolation="nearest"
         )

@@ -11,6 +11,7 @@ import time
 import matplotlib.figure
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, lines, run, start, train, write_data
 
 import checkpoint
@@ -382,6 +383,16 @@ def test_codes_shows_what_flipped(real, monkeypatch):
             assert (flips_ax.images[0].get_array() == corner).all()
         before = codes
     assert len(bottom[0].images) == 0
+
+
+def test_codes_of_experts(data_dir, out_dir, monkeypatch):
+    """bug guarded: a stack of matrices ends in a traceback"""
+    train(data_dir, out_dir, "r", n_expert=2, max_steps=10, sample_every=0, eval_every=0)
+    figure = caught(monkeypatch, [f"{out_dir}/r", "--codes=x.png", "--matrix=blocks.0.ffn.up_proj"])
+    weight = checkpoint.load(checkpoint.step_dir(f"{out_dir}/r", 10))["model"]["blocks.0.ffn.up_proj.weight"]
+    codes = torch.cat([quant.ternarize(expert)[0] for expert in weight]).numpy()
+    shown = figure.axes[len(figure.axes) // 2 - 1].images[0].get_array()
+    assert codes.shape == (96, 32) and (shown == codes[:64, :64]).all()
 
 
 def test_codes_needs_two_checkpoints_of_a_ternary_run(real, tmp_path, capsys):
