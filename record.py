@@ -5,6 +5,8 @@ A line is appended whole. A run that resumes from step k drops what is made agai
 beyond k, and each evaluation, sample and best from k on, is there once, whatever was killed.
 """
 
+import atexit
+import contextlib
 import fcntl
 import json
 import math
@@ -22,6 +24,7 @@ from files import write_json
 SCALARS, BITNET = os.path.join("metrics", "scalars.jsonl"), os.path.join("metrics", "bitnet.jsonl")
 ROUTER = os.path.join("metrics", "router.jsonl")
 EVENTS, SAMPLES = os.path.join("metrics", "events.jsonl"), os.path.join("samples", "samples.jsonl")
+FOLDERS = ("metrics", "samples", "checkpoints")
 lock = None  # the open file that holds the lock of the run's folder
 
 
@@ -194,12 +197,21 @@ def set_aside(run_dir):
     return path
 
 
+def forget(run_dir):
+    """remove the folder of a run that ended before it began: one with a file in it stays as it is"""
+    with contextlib.suppress(OSError):
+        for name in FOLDERS:
+            os.rmdir(os.path.join(run_dir, name))
+        os.remove(os.path.join(run_dir, ".lock"))
+        os.rmdir(run_dir)
+
+
 def open_run(run_dir):
     """make the folders of a run and lock it, until this process ends. Exits with 2 where it cannot be written
     or another process trains this run."""
     global lock
     try:
-        for name in ("metrics", "samples", "checkpoints"):
+        for name in FOLDERS:
             os.makedirs(os.path.join(run_dir, name), exist_ok=True)
         lock = open(os.path.join(run_dir, ".lock"), "w")
     except OSError as error:
@@ -208,3 +220,4 @@ def open_run(run_dir):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"{run_dir} is being trained by another process; wait for it, or choose another --run_id=")
+    atexit.register(forget, run_dir)

@@ -69,6 +69,8 @@ model = Transformer(cfg)  # drawn on the CPU: the same initial weights on every 
 counts = model.counts()
 if cfg.fsdp and ranks.WORLD > 1:
     ranks.shard(model, device)
+elif cfg.fsdp:
+    print("fsdp: off, one process has nobody to share with; start several by torchrun", file=sys.stderr)
 model.to(device)
 optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -77,8 +79,10 @@ step, best, stale_evals = 0, {}, 0  # best: {step, val_loss}; stale_evals: evalu
 routers, n_routers = torch.zeros((), device=device), 0
 skipped, told = 0, 0  # steps whose loss or gradient was not finite, and those of them already reported
 if origin:
-    tokens, parts = data.digest(meta), (model, optimizers, scaler)
-    former = checkpoint.resume(cfg, origin, run_dir, same_run, tokenizer_spec, tokens, *parts)
+    tokens = data.digest(meta)
+    former = checkpoint.resume(
+        cfg, origin, run_dir, same_run, tokenizer_spec, tokens, model, optimizers, scaler
+    )
     step, (skipped, told) = former["step"], former["skipped"]
     best, stale_evals = former["best"], former["stale_evals"]
     if cfg.n_expert:
@@ -106,16 +110,22 @@ facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile
 
 
 def open_folder():
-    """make the folder that of a run at this step"""
+    """make the folder that of a run at this step; returns the step at which an evaluation, and that at which
+    samples, are dropped from the record and so to be made again, where they are"""
     checkpoint.check_disk(cfg, run_dir, counts["total"], cfg.max_steps - step)
     for folder in checkpoint.clean(run_dir, step if same_run else -1):
         print(f"set aside: {folder}, a later step than the one this run goes on from")
+    again = [
+        step if same_run and record.last(run_dir, *line, step=step) else -1
+        for line in ((record.SCALARS, "val_loss"), (record.SAMPLES, "mode"))
+    ]
     record.rewind(run_dir, step if same_run and origin else None)
     record.write_best(run_dir, best)
     record.write_config(run_dir, cfg, facts | dict(origin=origin, world_size=ranks.WORLD))
+    return again
 
 
-ranks.from_main(open_folder)
+evaluated, sampled = ranks.from_main(open_folder)
 print(record.opening(cfg, facts))
 if origin:
     record.event(run_dir, "resume", step=step, path=origin, passed_over=passed_over)
@@ -313,8 +323,9 @@ while True:
 
     # save, then evaluate, then sample: what fails here costs nothing that was trained
     save_due = scheduled(step) or (owed and step % cfg.log_every == 0)
-    eval_due = cfg.eval_every > 0 and (bool(why) or step % cfg.eval_every == 0)
-    sample_due = cfg.sample_every > 0 and (bool(why) or (step > 0 and step % cfg.sample_every == 0))
+    eval_due = cfg.eval_every > 0 and (bool(why) or step % cfg.eval_every == 0 or step == evaluated)
+    sample_due = bool(why) or (step > 0 and step % (cfg.sample_every or 1) == 0) or step == sampled
+    sample_due = cfg.sample_every > 0 and sample_due
     if why or save_due or eval_due or sample_due:
         speedometer.pause()
         if why:

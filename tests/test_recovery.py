@@ -150,11 +150,33 @@ def test_starting_and_resuming_follow_their_rules(data_dir, out_dir):
     out, _ = train(data_dir, out_dir, "a", max_steps=10, resume=origin, sample_every=0, grad_clip=0.5)
     assert "set aside" in out and rows(f"{out_dir}/a")[-1] == rows(f"{out_dir}/b")[-1]
     assert [row["step"] for row in lines(f"{out_dir}/a", SCALARS) if "loss" in row] == list(range(1, 11))
-    # other validation windows have a best of their own, and so has a branch, though its losses are worse
-    how = dict(max_steps=12, sample_every=0, learning_rate=3.0, stage2_lr=3.0, min_lr=3.0)
-    for run_id, resume, more in (("c", f"{out_dir}/a", {}), ("a", "auto", dict(eval_tokens=48))):
-        train(data_dir, out_dir, run_id, resume=resume, **how | more)
-        assert json.load(open(f"{out_dir}/{run_id}/best.json"))["step"] == 12
+    # a branch has a best of its own, though its losses are worse, and so have other validation windows
+    how = dict(sample_every=0, learning_rate=3.0, stage2_lr=3.0, min_lr=3.0)
+    for run_id, max_steps, resume, eval_tokens, its_own in (
+        ("c", 12, f"{out_dir}/a", 64, (12,)),
+        ("a", 12, "auto", 64, (10,)),
+        ("a", 14, "auto", 48, (12, 14)),
+    ):
+        train(data_dir, out_dir, run_id, max_steps=max_steps, resume=resume, eval_tokens=eval_tokens, **how)
+        assert json.load(open(f"{out_dir}/{run_id}/best.json"))["step"] in its_own
+    # a refused start leaves no folder behind
+    train(data_dir, out_dir, "d", code=2, resume=origin, seed=1)
+    train(data_dir, out_dir, "d", code=2, resume=f"{out_dir}/nothing")
+    assert not os.path.exists(f"{out_dir}/d")
+
+
+def test_a_finished_run_that_goes_on_loses_no_evaluation(data_dir, out_dir):
+    """bugs guarded: the evaluation, the samples and the best of the former end dropped, since they are no
+    longer due there"""
+    for max_steps in (10, 16):
+        how = dict(max_steps=max_steps, resume="auto", sample_every=8, save_every=0)
+        train(data_dir, out_dir, "r", **how)
+    losses = {row["step"]: row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row}
+    assert list(losses) == [0, 6, 10, 12, 16]
+    del losses[0]
+    best = json.load(open(f"{out_dir}/r/best.json"))
+    assert best["val_loss"] == min(losses.values()) == losses[best["step"]]
+    assert {row["step"] for row in lines(f"{out_dir}/r", "samples/samples.jsonl")} == {8, 10, 16}
 
 
 def test_retention_keeps_boundary_best_and_newest(data_dir, out_dir):
