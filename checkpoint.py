@@ -33,8 +33,8 @@ SHAPE = (
     "n_layer n_head n_kv_head n_embd ffn_dim n_expert n_expert_active vocab_size vocab_multiple "
     "rope_theta norm_eps tie_embeddings"
 ).split()
+VALIDATION = ("tokenize_on_fly", "eval_tokens")  # what says on which windows a loss was measured
 # what a resumed run must share with its origin
-VALIDATION = ("tokenize_on_fly", "eval_tokens")
 RUN = SHAPE + "ternary optimizer dataset seed seq_len total_batch_size".split()
 
 
@@ -193,7 +193,8 @@ def must_agree(cfg, part, tokenizer, names, what):
     if part["tokenizer"]["sha256"] != tokenizer["sha256"]:
         faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
     if faults:
-        fail(*(f"{what}: {text}; these must agree" for text in faults))
+        how = "; --init_from= takes the weights alone" if names is RUN else ""
+        fail(*(f"{what}: {text}; these must agree{how}" for text in faults))
     for key in sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from", "ternary"}):
         print(f"changed: {told[key]}")
 
@@ -204,11 +205,11 @@ def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, s
     Exits with 2 where it is of another run, or beyond the end of this one."""
     on_disk = next(model.parameters()).device.type != "cpu"  # until it goes to the device
     part, trainer = load(folder, mmap=on_disk), load(folder, TRAINER, mmap=on_disk)
+    if trainer["step"] > cfg.max_steps:
+        fail(f"max_steps = {cfg.max_steps} is less than the {trainer['step']} steps of {folder}; raise it")
     must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}")
     if not data.same_tokens(trainer["data"], tokens):
         fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {folder}, this would be another run")
-    if trainer["step"] > cfg.max_steps:
-        fail(f"max_steps = {cfg.max_steps} is less than the {trainer['step']} steps of {folder}; raise it")
     ranks.load(model, optimizers, part["model"], trainer.pop("optimizer"))
     if trainer["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(trainer["scaler"])

@@ -267,7 +267,8 @@ def check(cfg, faults):
         )
         need(
             not cfg.n_expert or 1 <= cfg.n_expert_active <= cfg.n_expert,
-            f"n_expert_active = {cfg.n_expert_active} must be from 1 to n_expert = {cfg.n_expert}",
+            f"n_expert_active = {cfg.n_expert_active} must be from 1 to n_expert = {cfg.n_expert}; set both, "
+            "or n_expert = 0 for none",
         )
         micro = cfg.batch_size * cfg.seq_len
         each, micro = f"batch_size {cfg.batch_size} x seq_len {cfg.seq_len}", micro * WORLD
@@ -285,7 +286,7 @@ def check(cfg, faults):
     )
     need(
         cfg.dtype != "float16" or not (cfg.n_expert or cfg.fsdp),
-        "dtype = 'float16' is not for n_expert or fsdp; use bfloat16 or float32",
+        f"dtype = 'float16' is not for n_expert = {cfg.n_expert}, fsdp = {cfg.fsdp}; use bfloat16 or float32",
     )
     need(cfg.dtype in DTYPES, f"dtype = {cfg.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     need(

@@ -101,7 +101,8 @@ def test_two_processes_are_one_bit_for_bit(one):
     out, silent = two(one, "two")
     assert_same(one, "one", "two")
     result = json.loads(out.strip().split("\n")[-1])
-    assert result["step"] == 20 and result["tokens"] == 20 * 128 and not silent
+    assert result["step"] == 20 and result["tokens"] == 20 * 128
+    assert out.count('{"run_id"') == 1 and not silent
     assert json.load(open(f"{one[1]}/two/config.json"))["world_size"] == 2
 
 
