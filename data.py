@@ -16,6 +16,7 @@ those of the complete set; what is not there yet is waited for. Its first epoch 
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -46,7 +47,11 @@ def meta(cfg):
         command, flagged = cfg.prepare, [cfg.origin[key].startswith("--") for key in ("dataset", "prepare")]
         if not command or flagged == [True, False]:  # the config's command makes another data set
             command = default_command(cfg)
-        how = f"make it: {command}{where}" if command else f"no prepare/{cfg.dataset}.py is there to make it"
+        names = sorted(map(os.path.dirname, glob.glob("*/meta.json", root_dir=cfg.data_dir)))
+        there = f"{cfg.data_dir} holds {', '.join(names) or 'no data set'}"
+        how = f"no prepare/{cfg.dataset}.py is there to make it; {there}"
+        if command:
+            how = f"make it: {command}{where}"
         fail(f"data set {folder} is not there (no meta.json); {how}")
     try:
         with open(path, encoding="utf-8") as file:

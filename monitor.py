@@ -11,6 +11,7 @@ The state of a run, from the files it writes: progress, losses, ternary health, 
 It only reads, so it works beside a run that trains, and on one that ended long ago.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -67,8 +68,9 @@ def screen(now, width):
         rows.append(("codes", f"0 {zero}, +1 {plus}, -1 {minus}; {flips}"))
     if now["router"]:
         load, entropy, dead = (now["router"].get(key) for key in ("load_max", "entropy", "dead"))
-        most = f"busiest expert {show(load, '.2f')} of the mean"
-        rows.append(("routers", f"{most}, entropy {show(entropy, '.2f')}, {show(dead)} dead"))
+        even = f" (even {math.log(now['n_expert']):.2f})" if now["n_expert"] else ""
+        most = f"busiest expert {show(load, '.2f')} x the mean"
+        rows.append(("routers", f"{most}, entropy {show(entropy, '.2f')}{even}, {show(dead)} dead"))
     rows.append(("checkpoint", f"step {saved['step']:,}, {clock(saved['age'])} old" if saved else "none"))
     need = f", {now['disk_need_gb']:.3g} GB of checkpoints to come" if now["disk_need_gb"] else ""
     rows.append(("disk", f"{now['disk_free_gb']:.3g} GB free{need}"))

@@ -204,6 +204,7 @@ def status(run_dir, window=50):
         anomalies={"count": len(odd), "last": odd[-3:]},
         ternary=settings.get("ternary"),
         bitnet={key: number(value) for key, value in health.items()} or None,
+        n_expert=settings.get("n_expert"),
         router=run["routers"][-1] if run["routers"] else None,
         device=run["config"].get("device"),
         disk_free_gb=shutil.disk_usage(run_dir).free / 1e9,
