@@ -590,7 +590,7 @@ def test_batches_read_while_the_preparation_writes(corpus, tmp_path, monkeypatch
 
 def test_train_beside_a_preparation_that_dies_and_goes_on(corpus, tmp_path):
     """bugs guarded: a run on the fly that ends with other weights, or that has lost its steps where the
-    preparation died; ranks that do not wait together"""
+    preparation died; ranks that do not wait together; Ctrl-C that waits for tokens"""
     flags, place = text_flags(corpus[0], tmp_path), tmp_path / "text"
     of = dict(dataset="text", vocab_size=0, batch_size=30, max_steps=12, eval_every=4, tokenize_on_fly=True)
     of |= dict(save_every=0, sample_every=0, total_batch_size=960)
@@ -600,10 +600,15 @@ def test_train_beside_a_preparation_that_dies_and_goes_on(corpus, tmp_path):
     assert checkpoint.steps(tmp_path / "runs" / "fly")[0] > 0, "what was trained is saved"
     child = started(flags, place, HOLD.format(str(tmp_path / "go")))
     more = dict(data_dir=tmp_path, out_dir=tmp_path / "runs", run_id="fly", resume="auto")
-    first, second = start_ranks(2, **RUN | of | more)
-    while "waiting for more train tokens" not in "".join(first.told()):
-        assert not first.ended(), first.wait(0)
-        time.sleep(0.01)
+    for is_last in (False, True):
+        first, second = start_ranks(2, **RUN | of | more)
+        while "waiting for more train tokens" not in "".join(first.told()):
+            assert not first.ended(), first.wait(0)
+            time.sleep(0.01)
+        if not is_last:
+            second.kill(signal.SIGINT)
+            code, _, err = first.wait(60)
+            assert code == second.wait(60)[0] == 130 and "stopped by signal 2, saved step" in err, err
     (tmp_path / "go").touch()
     code, _, err = first.wait(60)
     assert code == 0 and "going on" in err and second.wait(60) == (0, "", "") and child.wait(60) == 0, err
