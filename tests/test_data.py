@@ -171,7 +171,8 @@ def growing(folder, monkeypatch):
 
 def test_a_data_set_that_nothing_writes_is_used_up_and_then_told(tmp_path, monkeypatch):
     """bugs guarded: training that waits for ever for a dead preparation, or ends before it has used what is
-    there; a position taken modulo the shards of the moment"""
+    there; a preparation taken for dead that ends between two looks; a position taken modulo the shards of the
+    moment"""
     data_dir, whole = growing(tmp_path / "d", monkeypatch)
     cfg = settings(data_dir=data_dir, tokenize_on_fly=True)
     meta, told = data.meta(cfg), []
@@ -181,8 +182,13 @@ def test_a_data_set_that_nothing_writes_is_used_up_and_then_told(tmp_path, monke
     with pytest.raises(AssertionError):
         w.batch(20, 5, CPU)
     batches = [w.batch(8 * i, 8, CPU) for i in range(3)]
-    damage(data_dir, "meta.json", lambda _: json.dumps(whole).encode())
-    os.rename(tmp_path / "d" / "tiny" / "val_00000.bin.partial", tmp_path / "d" / "tiny" / "val_00000.bin")
+
+    def ends_now(folder):
+        os.rename(tmp_path / "d/tiny/val_00000.bin.partial", tmp_path / "d/tiny/val_00000.bin")
+        damage(data_dir, "meta.json", lambda _: json.dumps(whole).encode())
+        return False
+
+    monkeypatch.setattr(data, "is_being_written", ends_now)
     assert w.wait_for(24, say=told.append) == "" and w.total == 30 and not told
     assert meta["complete"], "train.py saves its digest"
     for i, batch in enumerate(batches):
