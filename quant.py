@@ -31,7 +31,8 @@ would shrink).
 import torch
 from torch import nn
 
-HAS_VNNI = torch.cpu._is_vnni_supported()  # int8 units of the CPU
+# whether oneDNN has int8 products for this CPU
+HAS_INT8 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability()[:3] == "AVX"
 EPS = 1e-5  # the least mean|W| and max|x|: an all-zero matrix or token divides by this, not by zero
 
 
@@ -61,19 +62,36 @@ def quantize_activations(x):
 
 
 def int_matmul_pays(device, rows, n_in, n_out):
-    """whether torch._int_mm runs for these sizes on int8 units; without them it is slower than the fp32
-    product"""
+    """whether the int8 product of these sizes is faster than the fp32 one"""
     if device.type == "cuda":  # cuBLAS: more than 16 rows, both widths multiples of 8
         return rows > 16 and n_in % 8 == 0 and n_out % 8 == 0
-    return device.type == "cpu" and HAS_VNNI
+    # oneDNN reorders the weights first, which takes some 250 rows to earn back (docs/log.md)
+    return device.type == "cpu" and HAS_INT8 and rows >= 512 and rows * n_in * n_out >= 2**27
+
+
+@torch.library.custom_op("nanobit::int8_matmul", mutates_args=())
+def int8_matmul(q: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """q (N, in) @ t (out, in)^T by oneDNN, int8 on the CPU, as fp32 (N, out). AVX2 adds products in pairs in
+    16 bits, which saturate with any int8, but not with codes: 2 * 255 * 1 < 2^15."""
+    scale, zero = torch.ones(len(t)), torch.zeros(len(t), dtype=torch.int64)
+    weight = torch.ops.onednn.qlinear_prepack(t, None)
+    how = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, no scale, nothing after it
+    return torch.ops.onednn.qlinear_pointwise(q, 1.0, 0, weight, scale, zero, *how)
+
+
+@int8_matmul.register_fake
+def _(q, t):
+    return q.new_empty(len(q), len(t), dtype=torch.float32)
 
 
 def exact_matmul(q, t):
-    """the integer product q (N, in) @ t (out, in)^T as fp32 (N, out); q and t hold whole floats or int8"""
-    if int_matmul_pays(q.device, q.shape[0], t.shape[1], t.shape[0]):
-        return torch._int_mm(q.to(torch.int8), t.to(torch.int8).t()).float()
+    """the integer product q (N, in) @ t (out, in)^T as fp32 (N, out); q holds whole floats in [-128, 127], t
+    codes as floats or int8"""
     assert t.shape[1] * 127 < 2**24, "sums of this width are not exact in fp32"
-    return q.float() @ t.float().t()
+    if not int_matmul_pays(q.device, q.shape[0], t.shape[1], t.shape[0]):
+        return q.float() @ t.float().t()
+    q, t = q.to(torch.int8), t.to(torch.int8)
+    return torch._int_mm(q, t.t()).float() if q.is_cuda else int8_matmul(q, t)
 
 
 class TernaryLinear(torch.autograd.Function):

@@ -60,15 +60,32 @@ def test_rounding_is_half_to_even():
     assert q.tolist() == [[127, 0, 2, 2, 0]]
 
 
-def test_every_product_gives_the_same_bits(monkeypatch):
-    """bug guarded: the int8 and the fp32 product differing, so that a machine with VNNI trains another
-    model"""
-    bit, x = layer(3072, 64), torch.randn(33, 3072)
-    results = []
+needs_int8 = pytest.mark.skipif(not quant.HAS_INT8, reason="needs a CPU with oneDNN's int8 products")
+
+
+@needs_int8
+@pytest.mark.parametrize("shape", [(33, 3072, 64), (7, 5, 3), (1, 768, 384), (0, 64, 48)])
+def test_every_product_gives_the_same_bits(monkeypatch, shape):
+    """bugs guarded: sums of 16 bits that saturate; an odd width; a machine that trains another model"""
+    n, n_in, n_out = shape
+    torch.manual_seed(0)
+    q, t = torch.randint(-128, 128, (n, n_in)), torch.randint(-1, 2, (n_out, n_in))
+    if n:
+        q[0], q[-1], t[0], t[-1] = 127, -128, 1, -1
     for pays in (True, False):
         monkeypatch.setattr(quant, "int_matmul_pays", lambda *sizes, pays=pays: pays)
-        results.append(bit(x))
-    assert torch.equal(*results)
+        assert torch.equal(quant.exact_matmul(q.float(), t.float()), (q @ t.T).float())
+
+
+@needs_int8
+def test_int8_is_used_where_it_pays():
+    """bug guarded: a rule that never, or for a single token, takes the int8 product"""
+    cpu, wide = torch.device("cpu"), (1024, 768, 3072)
+    assert quant.int_matmul_pays(cpu, *wide) and not quant.int_matmul_pays(cpu, 1, *wide[1:])
+    bit, x = layer(*wide[1:]), torch.randn(wide[0], wide[1])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as told:
+        bit(x)
+    assert "nanobit::int8_matmul" in {event.key for event in told.key_averages()}
 
 
 def test_scale_does_not_depend_on_threads():
@@ -116,7 +133,7 @@ def test_gradient_dtypes_under_autocast():
 def test_compiled_equals_eager(monkeypatch, int8, autocast):
     """bugs guarded: a graph break, a compiler that contracts the rounding, a gradient that compiling cuts
     off"""
-    monkeypatch.setattr(quant, "HAS_VNNI", int8)
+    monkeypatch.setattr(quant, "int_matmul_pays", lambda *sizes: int8 and quant.HAS_INT8)
     torch._dynamo.reset()
     bit, x = layer(), torch.randn(4, 64, requires_grad=True)
 
