@@ -1,129 +1,489 @@
 """
-Time an experiment's training step beside its float twin's, in one run. Needs no prepared data.
+Time an experiment, or plan it. Needs no prepared data.
 
     python bench.py config/train_baseline_95m.py --batch_size=4 --total_batch_size=1024
-    python bench.py config/train_simple.py --pairs=50
+    python bench.py config/train_baseline_95m.py --compare          and nanoGPT, and the memory of both
+    python bench.py config/train_baseline_95m.py --sample           speed of generating text
+    python bench.py config/train_baseline_95m.py --plan             what lengths would take and reach
+    python bench.py config/train_baseline_95m.py --plan --step_ms=695 --steps=60000,400000 --budget_hours=144
 
-Steps of the two alternate, so that a machine whose speed drifts slows both. A step is forward, backward,
-clipping and the optimizer, as in train.py, on random tokens; the first steps, which compile, are not counted.
-The last line of stdout is one JSON object: params, params_active, params_ternary, step_ms, float_step_ms,
-tokens_per_sec, mfu (or null), peak_memory_gb, device, dtype, compile.
+A training step of the experiment and one of its float twin alternate, so that a machine whose speed drifts
+slows both. A step is that of train.py: a batch from token files, forward, backward, clipping, optimizer, on
+random tokens; the first steps, which compile, are counted apart. With --plan and a speed nothing is built and
+nothing timed. The last line of stdout is one JSON object.
 """
 
+import concurrent.futures
+import datetime
+import importlib.util
+import json
 import math
+import multiprocessing
+import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
 import config
-
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it
+from config import fail
 
 FLAGS = {
     "pairs": (15, "timed steps of each model"),
     "warmup": (3, "steps of each before that, not counted"),
+    "sample": (False, "time generating text instead of training"),
+    "compare": (False, "also time nanoGPT's model of the same size, and measure the twin's memory"),
+    "peers": ("..", "compare: the folder that holds a clone of nanoGPT"),
+    "plan": (False, "a table of what lengths would take, cost and reach, with a recommendation"),
+    "steps": ("", "plan: lengths to compare, as 60000,400000; '' = around the experiment's, or the budget"),
+    "step_ms": (0.0, "plan: milliseconds of a step; 0 = timed here"),
+    "tokens_per_sec": (0.0, "plan: the same as a throughput; given both, they are checked"),
+    "budget_hours": (0.0, "plan: hours there are; 0 = as many as it takes"),
+    "dataset_tokens": (0, "plan: tokens of training data; 0 = those of meta.json, where it is there"),
+    "price_per_hour": (0.0, "plan: rent of the machine; 0 = none"),
+    "watts": (0.0, "plan: what the machine draws, for the price of electricity"),
+    "price_per_kwh": (0.0, "plan: the price of a kilowatt-hour"),
+    "gpu_memory_gb": (0.0, "plan: memory of the card, for the largest batch_size; 0 = that of this device"),
+    "calibrate": ("", "plan: the folder of a finished run, whose loss the law is shifted to"),
 }
-cfg = config.load(sys.argv[1:], __doc__, FLAGS)
-if not cfg.vocab_size:
-    config.fail("vocab_size = 0 means the data set's, and bench.py reads none; set --vocab_size=")
-if cfg.pairs < 1 or cfg.warmup < 1:
-    config.fail(f"pairs = {cfg.pairs} and warmup = {cfg.warmup} must be at least 1")
+DISK_GB_PER_SEC, DECODE_TOKENS_PER_SEC = 0.5, 50.0  # assumed where nothing is timed
 
+
+def nanogpt_path(cfg):
+    return os.path.join(cfg.peers, "nanoGPT", "model.py")
+
+
+def settings():
+    """the checked settings; cfg.claimed_tokens is total_tokens where max_steps is given too, for the plan"""
+    cfg = config.load(sys.argv[1:], __doc__, FLAGS, check_run=False)
+    cfg.claimed_tokens, faults = 0, []
+    if cfg.plan and cfg.max_steps and cfg.total_tokens:
+        cfg.claimed_tokens, cfg.total_tokens = cfg.total_tokens, 0
+    try:
+        cfg.steps = sorted({int(float(text)) for text in cfg.steps.split(",")}) if cfg.steps else []
+    except (ValueError, OverflowError):
+        faults.append(f"steps = {cfg.steps!r} is not numbers with commas between them, as 60000,400000")
+        cfg.steps = []
+    if cfg.plan and cfg.steps and not cfg.max_steps and not cfg.total_tokens:
+        cfg.max_steps = cfg.steps[-1]
+    config.check(cfg, faults)
+    if cfg.steps and min(cfg.steps) < 1:
+        faults.append(f"steps = {cfg.steps} must each be at least 1")
+    if cfg.pairs < 1 or cfg.warmup < 1:
+        faults.append(f"pairs = {cfg.pairs} and warmup = {cfg.warmup} must be at least 1")
+    for key, (default, _) in FLAGS.items():
+        if type(default) in (int, float) and getattr(cfg, key) < 0:
+            faults.append(f"{key} = {getattr(cfg, key)} must not be negative")
+        if cfg.origin[key] != "default" and FLAGS[key][1].startswith("plan:") and not cfg.plan:
+            faults.append(f"--{key} is of --plan; add that")
+    if cfg.sample and (cfg.plan or cfg.compare):
+        faults.append("--sample times one thing, --plan and --compare another; use one of them")
+    if cfg.compare and not os.path.exists(nanogpt_path(cfg)):
+        how = "git clone https://github.com/karpathy/nanoGPT beside this folder, or say where it is: --peers="
+        faults.append(f"{nanogpt_path(cfg)} is not there; {how}")
+    path = os.path.join(cfg.data_dir, cfg.dataset, "meta.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
+        cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
+        cfg.dataset_tokens = cfg.dataset_tokens or meta["tokens"]["train"]
+    except (OSError, ValueError, KeyError, TypeError):  # it need not be there
+        if not cfg.vocab_size:
+            how = f"and {path} is not there; set --vocab_size="
+            faults.append(f"vocab_size = 0 means that of the data set, {how}")
+    if faults:
+        fail(*faults)
+    return cfg
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it
+    cfg = settings()  # mistakes are told before torch is imported
+
+import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 import device as machine
 import optim
+import planner
 import record
-from model import Transformer, router_loss
+from model import Transformer, generate, mean_loss, router_loss
+from planner import hours
 
-device = machine.pick(cfg.device)
-dtype = machine.pick_dtype(cfg.dtype, device)
-machine.explain_out_of_memory(cfg, device)
-if cfg.deterministic:
-    machine.make_deterministic()
+# what is timed
+
+
+def random_tokens(cfg, folder):
+    """a data set of random tokens for a hundred micro-steps; returns its Windows"""
+    n = 1 + 100 * cfg.batch_size * cfg.seq_len
+    meta = dict(complete=True, dtype="uint32", shards={"train_00000.bin": {"tokens": n}}, tokens={"train": n})
+    os.mkdir(os.path.join(folder, "random"))
+    ids = np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=n, dtype=np.uint32)
+    ids.tofile(os.path.join(folder, "random", "train_00000.bin"))
+    return data.Windows(SimpleNamespace(**vars(cfg) | dict(data_dir=folder, dataset="random")), meta, "train")
+
+
+def build(cfg, ternary, device):
+    torch.manual_seed(cfg.seed)
+    with torch.device(device):
+        return Transformer(SimpleNamespace(**vars(cfg) | dict(ternary=ternary)))
 
 
 class Contestant:
-    """a model of the experiment, ternary or float, with all that a training step needs"""
+    """a model with all that a training step needs. loss(x, y) is what is differentiated; ms, the times of its
+    steps; parts, those of the parts of steps that were timed part by part"""
 
-    def __init__(self, ternary):
-        torch.manual_seed(cfg.seed)
-        with torch.device(device):
-            self.model = Transformer(SimpleNamespace(**vars(cfg) | dict(ternary=ternary)))
-        self.compiled, self.is_compiled = machine.compiled(self.model, cfg.compile, device)
-        self.optimizers = optim.make_optimizers(cfg, self.model, machine.matrix_dtype(device))
-        self.ms = []
+    def __init__(self, cfg, name, model, loss, optimizers, windows, device, dtype):
+        self.cfg, self.name, self.model, self.loss, self.optimizers = cfg, name, model, loss, optimizers
+        self.windows, self.device, self.dtype = windows, device, dtype
+        self.n, self.ms, self.parts = 0, [], {}
         began = time.perf_counter()
-        for _ in range(cfg.warmup):
+        self.step()
+        self.first_seconds = time.perf_counter() - began
+        for _ in range(cfg.warmup - 1):
             self.step()
-        seconds = time.perf_counter() - began
-        print(
-            f"{'ternary' if ternary else 'float'}: first {cfg.warmup} steps, with compiling, {seconds:.1f} s"
-        )
+        print(f"{name}: {self.first_seconds:.1f} s for the first step, with compiling", flush=True)
         self.ms.clear()
 
-    def step(self):
-        """one optimizer step of cfg.accumulation micro-steps; its wall time goes to self.ms"""
-        rows = torch.randint(
-            cfg.vocab_size, (cfg.accumulation, cfg.batch_size, cfg.seq_len + 1), device=device
-        )
-        machine.synchronize(device)
+    def step(self, by_parts=False):
+        """one optimizer step of cfg.accumulation micro-steps"""
+
+        def mark(part):
+            if by_parts:
+                machine.synchronize(self.device)
+                now = time.perf_counter()
+                spent[part] = spent.get(part, 0.0) + 1e3 * (now - clock[0])
+                clock[0] = now
+
+        spent, cfg = {}, self.cfg
+        machine.synchronize(self.device)
         began = time.perf_counter()
-        for row in rows:
-            with machine.autocast(device, dtype):
-                loss, router = self.compiled(row[:, :-1], row[:, 1:])
-            ((loss + router_loss(cfg, router)) / cfg.accumulation).backward()
+        clock = [began]
+        for _ in range(cfg.accumulation):
+            batch = self.windows.batch(self.n * cfg.batch_size, cfg.batch_size, self.device)
+            self.n += 1
+            mark("data")
+            with machine.autocast(self.device, self.dtype):
+                loss = self.loss(*batch)
+            mark("forward")
+            (loss / cfg.accumulation).backward()
+            mark("backward")
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        machine.synchronize(device)
-        self.ms.append(1e3 * (time.perf_counter() - began))
+        mark("optimizer")
+        machine.synchronize(self.device)
+        if not by_parts:
+            self.ms.append(1e3 * (time.perf_counter() - began))
+        for part, ms in spent.items():
+            self.parts.setdefault(part, []).append(ms)
 
 
-ternary = Contestant(True)
-peak_memory_gb = machine.peak_memory_gb(device)  # before the twin takes its share
-twin = Contestant(False)
-for i in tqdm(range(cfg.pairs), desc="pairs", disable=not sys.stderr.isatty(), leave=False):
-    for contestant in (ternary, twin) if i % 2 == 0 else (twin, ternary):
-        contestant.step()
+def ours(cfg, ternary, windows, device, dtype):
+    """(Contestant of the experiment's model, whether it is compiled)"""
+    model = build(cfg, ternary, device)
+    compiled, is_compiled = machine.compiled(model, cfg.compile, device)
+    optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 
-counts = ternary.model.counts()
-step_ms, float_step_ms = statistics.median(ternary.ms), statistics.median(twin.ms)
-tokens_per_sec = 1e3 * cfg.total_batch_size / step_ms
-peak = machine.peak_flops(device, dtype)
-mfu = tokens_per_sec * ternary.model.flops_per_token() / peak if peak else None
-print(f"{counts['total']:,} parameters, {counts['ternary']:,} ternary")
-print(f"{machine.describe(device)}, {machine.name(dtype)}, compile {'on' if ternary.is_compiled else 'off'}")
-print(f"{cfg.total_batch_size:,} tokens a step = {cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}")
-for name, ms in (("ternary", ternary.ms), ("float", twin.ms)):
-    speed = 1e3 * cfg.total_batch_size / statistics.median(ms)
-    spread = f"({min(ms):.1f} to {max(ms):.1f})"
-    print(f"{name:8} {statistics.median(ms):9.1f} ms a step {spread}, {speed:9,.0f} tokens/s")
-ratios = sorted(a / b for a, b in zip(ternary.ms, twin.ms))
-print(
-    f"ternary / float: {step_ms / float_step_ms:.3f} by the medians of {cfg.pairs} pairs; "
-    f"pair by pair {ratios[len(ratios) // 4]:.3f} to {ratios[len(ratios) * 3 // 4]:.3f} (quartiles)"
-)
-if mfu:
-    print(f"MFU {mfu:.1%} of {peak / 1e12:.0f} TFLOP/s")
-print(
-    record.to_json(
-        dict(
-            params=counts["total"],
-            params_active=counts["active"],
-            params_ternary=counts["ternary"],
-            step_ms=step_ms,
-            float_step_ms=float_step_ms,
-            tokens_per_sec=tokens_per_sec,
-            mfu=mfu,
-            peak_memory_gb=peak_memory_gb,
-            device=machine.describe(device),
-            dtype=machine.name(dtype),
-            compile=ternary.is_compiled,
-        )
+    def loss(x, y):
+        value, router = compiled(x, y)
+        return value + router_loss(cfg, router)
+
+    name = "ternary" if ternary else "float"
+    return Contestant(cfg, name, model, loss, optimizers, windows, device, dtype), is_compiled
+
+
+def nanogpt(cfg, windows, device, dtype):
+    """nanoGPT's model of the same depth and width, from a clone of its repository, with our fused AdamW"""
+    spec = importlib.util.spec_from_file_location("nanogpt", nanogpt_path(cfg))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = ("n_layer", "n_head", "n_embd", "dropout")
+    size = module.GPTConfig(block_size=cfg.seq_len, **{name: getattr(cfg, name) for name in names})
+    torch.manual_seed(cfg.seed)
+    with torch.device(device):
+        model = module.GPT(size)
+    print(f"nanoGPT: {sum(p.numel() for p in model.parameters()):,} parameters")
+    compiled, _ = machine.compiled(model, cfg.compile, device)
+    groups = [[p for p in model.parameters() if (p.dim() < 2) == is_vector] for is_vector in (False, True)]
+    groups = [dict(params=groups[0], weight_decay=cfg.weight_decay), dict(params=groups[1], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    # random ids below our vocab_size are ids of its 50,304 too, where ours is no larger
+    return Contestant(
+        cfg,
+        "nanoGPT",
+        model,
+        lambda x, y: compiled(x, y.contiguous())[1],
+        [optimizer],
+        windows,
+        device,
+        dtype,
     )
-)
+
+
+def twin_memory_gb(cfg, ternary):
+    """peak memory of one model alone, in a process of its own"""
+    device = machine.pick(cfg.device)
+    with tempfile.TemporaryDirectory() as folder:
+        ours(cfg, ternary, random_tokens(cfg, folder), device, machine.pick_dtype(cfg.dtype, device))
+    return machine.peak_memory_gb(device)
+
+
+def matmul_flops(device, dtype):
+    """FLOP/s of a large square matrix product, the median of nine"""
+    n, seconds = 8192 if device.type == "cuda" else 1024, []
+    a = torch.randn(n, n, device=device).to(dtype)
+    for _ in range(12):
+        machine.synchronize(device)
+        began = time.perf_counter()
+        a @ a
+        machine.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / statistics.median(seconds[3:])
+
+
+def ratio_line(one, other):
+    """the two compared, and the ratio of their medians"""
+    ratios = sorted(a / b for a, b in zip(one.ms, other.ms))
+    ratio = statistics.median(one.ms) / statistics.median(other.ms)
+    quartiles = f"{ratios[len(ratios) // 4]:.3f} to {ratios[len(ratios) * 3 // 4]:.3f}"
+    print(
+        f"{one.name} / {other.name}: {ratio:.3f} by the medians of {len(ratios)} pairs; pair by pair "
+        f"{quartiles} (quartiles)"
+    )
+    return ratio
+
+
+def time_training(cfg, device, dtype, alone=False):
+    """time and print steps of the experiment, and unless alone of its twin and peers; what there is for the
+    JSON line"""
+    with tempfile.TemporaryDirectory() as folder:
+        windows = random_tokens(cfg, folder)
+        # by default the ternary model is the experiment: its twin is the float one, whatever cfg.ternary
+        first, is_compiled = ours(cfg, cfg.ternary if alone else True, windows, device, dtype)
+        peak_memory_gb = machine.peak_memory_gb(device)  # before the others take their share
+        others = [] if alone else [ours(cfg, False, windows, device, dtype)[0]]
+        if cfg.compare:
+            others.append(nanogpt(cfg, windows, device, dtype))
+        everyone = [first, *others]
+        for i in tqdm(range(cfg.pairs), desc="steps", disable=not sys.stderr.isatty(), leave=False):
+            for contestant in everyone[:: 1 if i % 2 == 0 else -1]:
+                contestant.step()
+        for _ in range(max(1, cfg.pairs // 3)):
+            first.step(by_parts=True)
+    print(f"{cfg.total_batch_size:,} tokens a step = {cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}")
+    for each in everyone:
+        median = statistics.median(each.ms)
+        spread = f"({min(each.ms):.1f} to {max(each.ms):.1f})"
+        speed = 1e3 * cfg.total_batch_size / median
+        print(f"{each.name:8} {median:9.1f} ms a step {spread}, {speed:9,.0f} tokens/s")
+    ratios = {each.name: ratio_line(first, each) for each in others}
+    parts = {name: statistics.median(ms) for name, ms in first.parts.items()}
+    shares = ", ".join(f"{name} {ms / sum(parts.values()):.1%}" for name, ms in parts.items())
+    print(f"time of a step: {shares}")
+    step_ms = statistics.median(first.ms)
+    tokens_per_sec = 1e3 * cfg.total_batch_size / step_ms
+    flops, peak = tokens_per_sec * first.model.flops_per_token(), machine.peak_flops(device, dtype)
+    reached = matmul_flops(device, dtype)
+    known = f"{flops / peak:.1%} of the known peak of {peak / 1e12:.0f}, " if peak else ""
+    print(f"MFU: {known}{flops / reached:.1%} of the {reached / 1e12:.3g} TFLOP/s of a large product here")
+    planned = planner.memory_gb(first.model.cfg, first.model.counts(), cfg.batch_size, dtype.itemsize)
+    print(
+        f"peak memory {peak_memory_gb:.2f} GB, of the process on a CPU; planned, without that: {planned:.2f}"
+    )
+    found = dict(
+        step_ms=step_ms,
+        float_step_ms=None if alone else statistics.median(others[0].ms),
+        tokens_per_sec=tokens_per_sec,
+        mfu=flops / peak if peak else None,
+        mfu_measured=flops / reached,
+        peak_memory_gb=peak_memory_gb,
+        parts_ms=parts,
+        compile_seconds=first.first_seconds,
+        compile=is_compiled,
+    )
+    if cfg.compare:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as alone_in:
+            gb = [alone_in.submit(twin_memory_gb, cfg, ternary).result() for ternary in (True, False)]
+        print(f"peak memory of each alone: ternary {gb[0]:.2f} GB, float {gb[1]:.2f} GB")
+        found |= dict(nanogpt_step_ms=statistics.median(others[1].ms), float_peak_memory_gb=gb[1])
+        found |= dict(peak_memory_gb=gb[0], ratios=ratios)
+    return found
+
+
+def time_sampling(cfg, device, dtype):
+    """tokens/s of reading a prompt of half the context and of writing the other half, batch 1; the median of
+    three"""
+    model = build(cfg, cfg.ternary, device).eval()
+    prompt = torch.randint(cfg.vocab_size, (1, max(1, cfg.seq_len // 2)), device=device)
+    n_new, prefill, decode = max(2, min(128, cfg.seq_len - prompt.shape[1])), [], []
+    for _ in range(4):
+        clock = [time.perf_counter()]
+        with machine.autocast(device, dtype):
+            for _ in generate(model, prompt, n_new, temperature=0.0):
+                machine.synchronize(device)
+                clock.append(time.perf_counter())
+        prefill.append(prompt.shape[1] / (clock[1] - clock[0]))
+        decode.append((n_new - 1) / (clock[-1] - clock[1]))
+    prefill, decode = (statistics.median(speeds[1:]) for speeds in (prefill, decode))
+    print(f"prefill of {prompt.shape[1]} tokens: {prefill:,.1f} tokens/s; decode: {decode:,.1f} tokens/s")
+    memory = machine.peak_memory_gb(device)
+    return dict(prefill_tokens_per_sec=prefill, decode_tokens_per_sec=decode, peak_memory_gb=memory)
+
+
+# the plan
+
+
+def once_seconds(cfg, counts, device, dtype):
+    """(seconds of one evaluation, of one round of samples, of one checkpoint), timed on a part of each"""
+    model = build(cfg, cfg.ternary, device).eval()
+    x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len), device=device)
+    n_evals = (cfg.eval_tokens or cfg.batch_size * cfg.seq_len) / x.numel()
+    took = []
+    with machine.autocast(device, dtype):
+        for _ in range(2):
+            began = time.perf_counter()
+            mean_loss(model, [(x, x)])
+            took.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for _ in generate(model, x[:1, :4], 8, temperature=0.0):
+            pass
+        machine.synchronize(device)
+        per_token = (time.perf_counter() - began) / 8
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        torch.save(model.state_dict(), os.path.join(folder, "checkpoint.pt"))
+        save = 3 * (time.perf_counter() - began)  # the optimizer's state is twice as much
+    return took[1] * n_evals, per_token * 3 * len(cfg.sample_prompts) * cfg.sample_tokens, save
+
+
+def assumed_seconds(cfg, counts, step_ms):
+    """the same where nothing is timed: a forward is a third of a step, the rest is assumed"""
+    evaluation = cfg.eval_tokens / cfg.total_batch_size * step_ms / 3e3
+    samples = 3 * len(cfg.sample_prompts) * cfg.sample_tokens / DECODE_TOKENS_PER_SEC
+    return evaluation, samples, 12 * counts["total"] / 1e9 / DISK_GB_PER_SEC
+
+
+def plan(cfg, counts, step_ms, once, device):
+    """print the plan; its part of the JSON line. once: see once_seconds"""
+    cost = dict(
+        step_ms=step_ms,
+        dataset_tokens=cfg.dataset_tokens,
+        per_hour=cfg.price_per_hour + cfg.watts / 1e3 * cfg.price_per_kwh,
+        budget_hours=cfg.budget_hours,
+        offset=cfg.offset,
+        now=datetime.datetime.now(),
+        **dict(zip(("eval_seconds", "sample_seconds", "save_seconds"), once)),
+    )
+    steps = cfg.steps or planner.candidates(cfg, step_ms, cfg.budget_hours)
+    rows = [planner.row(cfg, counts, n, cost) for n in steps]
+    print(f"\n{step_ms:,.1f} ms a step, {1e3 * cfg.total_batch_size / step_ms:,.0f} tokens/s")
+    print(
+        f"{'steps':>10} {'tokens':>8} {'T/P':>6} {'epochs':>6} {'hours':>8} {'in all':>8}  {'finish':16} "
+        f"{'disk GB':>7} {'loss':>5}" + (f" {'price':>8}" if cost["per_hour"] else "")
+    )
+    for each in rows:
+        epochs = "-" if each["epochs"] is None else f"{each['epochs']:.2f}"
+        price = f" {each['price']:8,.2f}" if cost["per_hour"] else ""
+        loss = "    -" if each["expected_loss"] is None else f"{each['expected_loss']:5.2f}"
+        print(
+            f"{each['steps']:10,} {each['tokens'] / 1e9:7.2f}B {each['tokens_per_param']:6.1f} {epochs:>6} "
+            f"{hours(each['hours']):>8} {hours(each['hours_total']):>8}  {each['finish']:16} "
+            f"{each['checkpoint_gb'] + each['log_gb']:7.1f} {loss}{price}"
+        )
+    print(
+        f"in all: with {once[0]:,.1f} s an evaluation, {once[1]:,.1f} s a round of samples, {once[2]:,.1f} s "
+        f"a checkpoint{' (assumed)' if cfg.step_ms or cfg.tokens_per_sec else ''}; disk: checkpoints and logs"
+    )
+    calibrated = (
+        f"shifted by {cfg.offset:+.2f} to {cfg.calibrate}" if cfg.calibrate else "uncalibrated, +-0.3"
+    )
+    print(f"loss: in nats per token by a scaling law, {calibrated}; its differences say more than itself")
+
+    dtype_bytes = 2 if device is None else machine.pick_dtype(cfg.dtype, device).itemsize
+    gpu_memory_gb = cfg.gpu_memory_gb
+    if not gpu_memory_gb and device is not None and device.type == "cuda":
+        gpu_memory_gb = torch.cuda.get_device_properties(device).total_memory / 1e9
+    memory = planner.memory_gb(cfg, counts, cfg.batch_size, dtype_bytes)
+    print(
+        f"memory: about {memory:.1f} GB with batch_size = {cfg.batch_size}, compiled, {8 * dtype_bytes}-bit"
+    )
+    warnings, largest = [], None
+    if gpu_memory_gb:
+        largest = planner.largest_batch_size(cfg, counts, gpu_memory_gb, dtype_bytes)
+        whole = f"of the {cfg.total_batch_size // cfg.seq_len} sequences of a step"
+        print(f"largest batch_size that fits in {gpu_memory_gb:g} GB: {largest}, {whole}")
+        if largest < cfg.batch_size:
+            warnings.append(
+                f"batch_size = {cfg.batch_size} takes about {memory:.1f} GB and gpu_memory_gb = "
+                f"{gpu_memory_gb:g}; use {largest or 'a smaller model'}"
+            )
+
+    claim = dict(
+        step_ms=cfg.step_ms,
+        tokens_per_sec=cfg.tokens_per_sec,
+        tokens=cfg.claimed_tokens,
+        budget_hours=cfg.budget_hours,
+    )
+    warnings += planner.contradictions(cfg, claim, rows) + planner.cautions(cfg, counts, rows)
+    chosen, sentence = planner.recommendation(rows)
+    stones = planner.milestones(cfg, counts, (chosen or rows[-1])["steps"], cost)
+    print(f"\nmilestones of {stones[-1]['steps']:,} steps:")
+    for i, each in enumerate(stones):
+        if each["what"] or i % (1 + len(stones) // 20) == 0:
+            behind = f"{each['tokens'] / 1e9:7.2f}B {hours(each['hours_total']):>8} h  {each['finish']}"
+            print(f"{each['steps']:10,} {behind}  {each['what']}".rstrip())
+    for text in warnings:
+        print(f"warning: {text}")
+    print(f"\nrecommended: {sentence}")
+    return dict(
+        rows=rows,
+        milestones=stones,
+        memory_gb=memory,
+        largest_batch_size=largest,
+        is_calibrated=bool(cfg.calibrate),
+        warnings=warnings,
+        recommendation=sentence,
+    )
+
+
+def main(cfg):
+    with torch.device("meta"):
+        counts = Transformer(cfg).counts()
+    facts = dict(params=counts["total"], params_active=counts["active"], params_ternary=counts["ternary"])
+    print(f"{counts['total']:,} parameters, {counts['active']:,} active, {counts['ternary']:,} ternary")
+    cfg.offset = planner.calibration(cfg.calibrate) if cfg.calibrate else 0.0
+    step_ms, device, once = cfg.step_ms, None, None
+    if cfg.tokens_per_sec and not step_ms:
+        step_ms = 1e3 * cfg.total_batch_size / cfg.tokens_per_sec
+    if step_ms:
+        found = dict(step_ms=step_ms, tokens_per_sec=1e3 * cfg.total_batch_size / step_ms)
+        once = assumed_seconds(cfg, counts, step_ms)
+    else:
+        device = machine.pick(cfg.device)
+        dtype = machine.pick_dtype(cfg.dtype, device)
+        machine.explain_out_of_memory(cfg, device)
+        if cfg.deterministic:
+            machine.make_deterministic()
+        is_compiled = "compiled" if cfg.compile and not cfg.sample else "eager"
+        print(f"{machine.describe(device)}, {machine.name(dtype)}, {is_compiled}", flush=True)
+        facts |= dict(device=machine.describe(device), dtype=machine.name(dtype), compile=False)
+        if cfg.sample:
+            found = time_sampling(cfg, device, dtype)
+        else:
+            found = time_training(cfg, device, dtype, alone=cfg.plan)
+        if cfg.plan:
+            once = once_seconds(cfg, counts, device, dtype)
+    if cfg.plan:
+        found |= plan(cfg, counts, found["step_ms"], once, device)
+    print(record.to_json(facts | found))
+
+
+if __name__ == "__main__":
+    main(cfg)

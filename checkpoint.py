@@ -220,19 +220,24 @@ def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, s
     return trainer | dict(patience=part["config"]["patience"])
 
 
+def kept_bytes(cfg, params, steps):
+    """disk that the checkpoints of so many steps take: the weights are kept of all; what resumes a run of the
+    newest, and of four more: two at the boundary, the best, the end"""
+    saves = steps // cfg.save_every if cfg.save_every else 0
+    resumable = min(saves, cfg.keep_last or saves) + 4
+    return 4 * params * (saves + 4) + 8 * params * resumable  # fp32, and AdamW holds two numbers for each
+
+
 def check_disk(cfg, run_dir, params, steps_left):
     """exit with 2 where the disk has no room for two checkpoints; print where it has none for all that will
     be kept"""
-    weights, trainer = 4 * params, 8 * params  # bytes: fp32, and AdamW holds two numbers for each
-    free = shutil.disk_usage(run_dir).free
-    if free < 2.2 * (weights + trainer):
+    free, two = shutil.disk_usage(run_dir).free, 2.2 * 12 * params
+    if free < two:
         fail(
             f"out_dir = {cfg.out_dir!r}: {free / 1e9:.2f} GB are free, two checkpoints of this model need "
-            f"{2.2 * (weights + trainer) / 1e9:.2f} GB; free some, or choose another with --out_dir="
+            f"{two / 1e9:.2f} GB; free some, or choose another with --out_dir="
         )
-    saves = steps_left // cfg.save_every if cfg.save_every else 0
-    extra = 4  # two at the boundary, the best, the end
-    need = (saves + extra) * weights + (min(saves, cfg.keep_last or saves) + extra) * trainer
+    need = kept_bytes(cfg, params, steps_left)
     if need > free:
         print(
             f"warning: the checkpoints of this run take about {need / 1e9:.1f} GB, "

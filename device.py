@@ -171,8 +171,12 @@ def peak_memory_gb(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    try:  # getrusage would count what the process that started this one held then
+        with open("/proc/self/status", encoding="utf-8") as file:
+            return int(re.search(r"VmHWM:\s*(\d+) kB", file.read())[1]) * 1024 / 1e9
+    except (OSError, TypeError):  # not Linux
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def utilization(device):
