@@ -213,7 +213,7 @@ def cautions(cfg, counts, rows):
     short = [f"{each['steps']:,} steps" for each in rows if each["tokens_per_active_param"] < 20]
     if short:
         told.append(
-            f"{', '.join(short)}: fewer than 20 tokens for each parameter; a smaller model would reach a lower "
+            f"{', '.join(short)}: fewer than 20 tokens for each parameter: a smaller model reaches a lower "
             "loss at the same cost"
         )
     if counts["active"] < SMALLEST:
