@@ -1,0 +1,249 @@
+"""bench.py and planner.py: numbers worked out elsewhere, and what the commands print."""
+
+import datetime
+import json
+import os
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run, settings
+
+import planner
+from model import Transformer
+
+TINY = dict(vocab_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, ffn_dim=64, seq_len=16, batch_size=2)
+BASELINE = "config/train_baseline_95m.py"
+
+
+def bench(*args, code=0, **values):
+    """(the JSON line or None, stdout, stderr)"""
+    out, err = run("bench.py", *args, *(f"--{key}={value}" for key, value in values.items()), code=code)
+    return json.loads(out.strip().split("\n")[-1]) if code == 0 else None, out, err
+
+
+def test_the_baseline_takes_what_its_plan_says():
+    """bugs guarded: hours, tokens or epochs that do not follow from steps x batch; a speed that is timed
+    although it is given"""
+    found, out, _ = bench(BASELINE, plan=True, step_ms=695, steps="400000", dataset_tokens=10e9)
+    row = found["rows"][0]
+    assert row["hours"] == pytest.approx(77.2, abs=0.05) and row["tokens"] == 3_276_800_000
+    assert row["tokens_per_param"] == pytest.approx(34.4, abs=0.05)
+    assert row["epochs"] == pytest.approx(0.33, abs=0.005)
+    assert row["hours"] < row["hours_total"] < 1.05 * row["hours"]
+    assert found["params"] == 95_367_936 and "first step" not in out and "device" not in found
+    assert [each["steps"] for each in found["milestones"]] == list(range(50_000, 400_001, 50_000))
+    assert [each["what"] for each in found["milestones"]][3] == "stage boundary" and not found["warnings"]
+    # the same by throughput
+    again, *_ = bench(BASELINE, plan=True, tokens_per_sec=8192 / 0.695, steps="400000", dataset_tokens=10e9)
+    assert again["rows"][0]["hours"] == pytest.approx(row["hours"])
+
+
+def test_a_plan_that_contradicts_itself_is_told():
+    """bug guarded: two speeds, tokens or a budget that do not agree, taken as they are"""
+    plan = dict(plan=True, total_batch_size=32768, tokens_per_sec=20000, step_ms=250, steps="400000")
+    found, out, _ = bench(BASELINE, **plan, total_tokens=10e9, budget_hours=144)
+    speeds, tokens = found["warnings"]
+    for text in ("20,000 tokens/s are 1.64 s a step and 182.0 hours", "over the budget of 144"):
+        assert text in speeds
+    assert "250 ms are 131,072 tokens/s and 27.8 hours" in speeds and "the rows use step_ms" in speeds
+    assert found["rows"][0]["hours"] == pytest.approx(27.8, abs=0.05) and found["step_ms"] == 250
+    assert "13,107,200,000" in tokens and "305,176 steps" in tokens
+    assert f"warning: {speeds}" in out
+    # without the step time, the budget does not hold the run
+    del plan["step_ms"]
+    found, *_ = bench(BASELINE, **plan, budget_hours=144)
+    assert found["rows"][0]["hours"] == pytest.approx(182.0, abs=0.05)
+    assert "budget_hours = 144 does not hold 400,000 steps" in found["warnings"][0]
+    assert found["recommendation"].startswith("none") and found["rows"][0]["spare_hours"] < 0
+
+
+@pytest.mark.parametrize(
+    "params, per_param, loss", [(95e6, 5, 4.02), (95e6, 20, 3.47), (95e6, 100, 3.09), (300e6, 20, 2.91)]
+)
+def test_the_law_gives_known_losses(params, per_param, loss):
+    """bug guarded: a constant of the scaling law mistyped"""
+    assert planner.expected_loss(params, per_param * params) == pytest.approx(loss, abs=0.006)
+    gap = planner.expected_loss(params, 1e9, ternary=True) - planner.expected_loss(params, 1e9)
+    assert gap == pytest.approx({95e6: 0.31, 300e6: 0.25}[params], abs=0.006)
+
+
+@pytest.mark.parametrize("epochs, share", [(1, 1.0), (2, 0.984), (4, 0.931), (16, 0.661), (40, 0.379)])
+def test_repeated_data_is_worth_less(epochs, share):
+    """bug guarded: the first epoch counted as a repetition"""
+    assert planner.worth(epochs * 7e9, 7e9) / (epochs * 7e9) == pytest.approx(share, abs=0.001)
+    assert planner.worth(epochs * 7e9, 0) == epochs * 7e9
+
+
+COST = dict(step_ms=100, eval_seconds=3.6, sample_seconds=7.2, save_seconds=36, dataset_tokens=1e9)
+COST |= dict(per_hour=2.0, budget_hours=100, offset=0.25, now=datetime.datetime(2026, 2, 28))
+COUNTS = dict(total=95_000_000, active=95_000_000)
+
+
+def rows_of(steps, **cost):
+    cfg = settings(total_batch_size=8192, batch_size=8, seq_len=256, schedule="two_stage", save_every=10_000)
+    cfg = SimpleNamespace(**vars(cfg) | dict(eval_every=5000, sample_every=7000))
+    return cfg, [planner.row(cfg, COUNTS, n, COST | cost) for n in steps]
+
+
+def test_a_row_by_hand():
+    """bugs guarded: evaluations at step 0 and at the end, saves at the boundary, not counted; seconds taken
+    for hours"""
+    cfg, (row,) = rows_of([36_000])
+    assert row["hours"] == pytest.approx(1.0)
+    # evaluations at 0, 5,000, ..., 35,000 and the end; samples at 7,000, ... and the end; saves at 10,000,
+    # 20,000, 30,000, the end and two at the boundary
+    assert row["hours_total"] == pytest.approx(1 + (9 * 3.6 + 6 * 7.2 + 6 * 36) / 3600)
+    assert row["price"] == pytest.approx(2 * row["hours_total"]) and row["finish"] == "2026-02-28 01:04"
+    assert row["spare_hours"] == pytest.approx(100 - row["hours_total"])
+    assert row["epochs"] == pytest.approx(0.294912)
+    law = planner.expected_loss(95e6, 36_000 * 8192, 1e9, cfg.ternary)
+    assert row["expected_loss"] == pytest.approx(law + 0.25)
+    weights = 4 * 95e6 * (3 + 4) / 1e9
+    assert row["checkpoint_gb"] == pytest.approx(weights + 8 * 95e6 * (min(3, cfg.keep_last or 3) + 4) / 1e9)
+
+
+@pytest.mark.parametrize(
+    "steps, cost, chosen, why",
+    [
+        ([400_000, 5_000_000], {}, 400_000, "5,000,000 steps do not fit the budget"),
+        ([400_000, 3_000_000], {}, 400_000, "would repeat the data 24.6 times"),
+        ([3_000_000, 3_100_000], dict(dataset_tokens=0), 3_000_000, "buy only 0.00"),
+        ([100_000, 400_000], {}, 400_000, "the longest of these lengths"),
+        ([5_000_000], {}, None, "over the budget"),
+        # without a budget, what a doubling of the hours buys decides
+        ([20_000, 400_000, 16_000_000], dict(budget_hours=0, dataset_tokens=0), 400_000, "buy only"),
+    ],
+)
+def test_the_recommendation_and_its_reason(steps, cost, chosen, why):
+    """bugs guarded: a length over the budget, or one that repeats the data, recommended; a reason that is not
+    the one"""
+    row, sentence = planner.recommendation(rows_of(steps, **cost)[1])
+    assert (row and row["steps"]) == chosen and why in sentence
+
+
+def test_unwise_lengths_are_told():
+    """bug guarded: few tokens per parameter, many epochs or a long warm-up, without a word"""
+    cfg, rows = rows_of([2_000, 1_000_000, 4_000_000])
+    few, *rest = sorted(planner.cautions(cfg, COUNTS, rows), key=lambda text: "parameter" not in text)
+    assert "2,000 steps" in few and "1,000,000" not in few
+    assert sum("see the data" in text for text in rest) == 2
+    assert "8.2 times: repetition begins" in "".join(rest) and "32.8 times: most" in "".join(rest)
+    assert any("warmup_steps = " in text for text in planner.cautions(cfg, COUNTS, rows_of([5])[1]))
+
+
+@pytest.mark.parametrize("ternary, dtype", [(True, torch.float32), (False, torch.bfloat16)])
+def test_planned_memory_is_what_autograd_keeps(ternary, dtype):
+    """bug guarded: a formula for activations that nobody compared with a model"""
+    torch._dynamo.reset()
+    cfg = settings(n_layer=2, n_embd=128, n_head=4, n_kv_head=2, ffn_dim=384, vocab_size=256, seq_len=32)
+    cfg.ternary, cfg.dropout = ternary, 0.0
+    model = Transformer(cfg)
+    ours, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # the compiler keeps what its partition says; the code that it then makes does not matter here
+    compiled, counted = torch.compile(model, backend="aot_eager_decomp_partition", dynamic=False), []
+    for batch_size in (4, 8):
+        kept.clear()
+        x = torch.randint(256, (batch_size, 32))
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss, _ = compiled(x, x)
+        counted.append(sum(kept.values()) + x.numel() * 256 * dtype.itemsize)  # the gradient of the logits
+        loss.backward()
+    planned = [planner.memory_gb(cfg, model.counts(), n, dtype.itemsize) for n in (4, 8)]
+    assert 1e9 * (planned[1] - planned[0]) == pytest.approx(counted[1] - counted[0], rel=0.1)
+    state = planner.memory_gb(cfg, model.counts(), 0, 4) * 1e9  # weights, gradients, AdamW's two numbers
+    assert state == 16 * model.counts()["total"]
+    cfg.total_batch_size = 64 * 32
+    fits = planner.largest_batch_size(cfg, model.counts(), 0.9, 4)
+    assert 64 % fits == 0 and planner.memory_gb(cfg, model.counts(), fits, 4) <= 0.9 * 0.9 - 0.8
+    assert planner.largest_batch_size(cfg, model.counts(), 0.5, 4) == 0
+
+
+def test_bench_times_the_twins_part_by_part():
+    """bug guarded: a key that programs read, missing"""
+    found, out, _ = bench(**TINY, max_steps=10, pairs=2, warmup=1, compile=False, optimizer="muon")
+    contract = "params params_active params_ternary step_ms float_step_ms tokens_per_sec mfu peak_memory_gb"
+    assert set(contract.split() + ["device", "dtype", "compile"]) <= found.keys()
+    assert list(found["parts_ms"]) == ["data", "forward", "backward", "optimizer"]
+    assert sum(found["parts_ms"].values()) > 0 and found["mfu"] is None and found["compile"] is False
+    assert "ternary / float:" in out and 0 < found["mfu_measured"] < 1
+
+
+def test_bench_times_text_and_plans_from_what_it_timed():
+    found, *_ = bench(**TINY, max_steps=10, sample=True)
+    assert found["prefill_tokens_per_sec"] > found["decode_tokens_per_sec"] > 0
+    found, out, _ = bench(**TINY, max_steps=1000, plan=True, pairs=1, warmup=1, compile=False, watts=500)
+    assert {1000, 2000} <= {row["steps"] for row in found["rows"]} and found["step_ms"] > 0
+    assert "(assumed)" not in out and found["rows"][0]["expected_loss"] is None
+    assert any("says nothing of so small a model" in text for text in found["warnings"])
+
+
+def test_bench_compares_with_a_peer(tmp_path):
+    """bug guarded: a peer that is timed with other tokens, or not trained"""
+    code = """
+        import torch
+        from dataclasses import dataclass
+
+        @dataclass
+        class GPTConfig:
+            block_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float
+
+        class GPT(torch.nn.Module):
+            def __init__(self, config):
+                super().__init__()
+                self.embed = torch.nn.Embedding(50304, config.n_embd)
+            def forward(self, idx, targets):
+                assert idx.shape == targets.shape and idx.max() < 64
+                logits = self.embed(idx) @ self.embed.weight.T
+                return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.view(-1))
+    """
+    os.mkdir(tmp_path / "nanoGPT")
+    (tmp_path / "nanoGPT" / "model.py").write_text(textwrap.dedent(code))
+    flags = dict(pairs=1, warmup=1, compile=False, max_steps=10)
+    found, out, _ = bench(**TINY, **flags, compare=True, peers=tmp_path)
+    assert found["ratios"].keys() == {"float", "nanoGPT"} and found["nanogpt_step_ms"] > 0
+    assert found["peak_memory_gb"] > 0.1 < found["float_peak_memory_gb"]
+    assert "nanoGPT: 1,609,728 parameters" in out
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        (dict(plan=True, steps="many"), "steps = 'many' is not numbers"),
+        (dict(plan=True, steps="0,5"), "must each be at least 1"),
+        (dict(budget_hours=3), "--budget_hours is of --plan"),
+        (dict(plan=True, watts=-1), "watts = -1.0 must not be negative"),
+        (dict(plan=True, step_ms=5, calibrate="nowhere"), "calibrate = 'nowhere' is no finished run"),
+        (dict(compare=True, peers="nowhere"), "nowhere/nanoGPT/model.py is not there"),
+        (dict(sample=True, plan=True), "use one of them"),
+        (dict(vocab_size=0, data_dir="nowhere"), "set --vocab_size="),
+    ],
+)
+def test_wrong_flags_are_told(values, says):
+    _, _, err = bench(**TINY | dict(max_steps=10) | values, code=2)
+    assert says in err
+
+
+def test_a_finished_run_calibrates_the_law(tmp_path):
+    """bug guarded: a shift in the wrong direction, or with the law of another model"""
+    os.mkdir(tmp_path / "metrics")
+    params, tokens = 50_000_000, 1_000_000_000
+    run_config = dict(settings=dict(ternary=dict(value=True)), params=dict(active=params))
+    (tmp_path / "config.json").write_text(json.dumps(run_config))
+    law = planner.expected_loss(params, tokens, ternary=True)
+    line = dict(step=5, event="finish", result=dict(val_loss=law + 0.5, tokens=tokens))
+    (tmp_path / "metrics" / "events.jsonl").write_text(json.dumps(line) + "\n")
+    assert planner.calibration(str(tmp_path)) == pytest.approx(0.5)
+    found, out, _ = bench(BASELINE, plan=True, step_ms=100, steps="400000", calibrate=tmp_path)
+    plain, *_ = bench(BASELINE, plan=True, step_ms=100, steps="400000")
+    shift = found["rows"][0]["expected_loss"] - plain["rows"][0]["expected_loss"]
+    assert shift == pytest.approx(0.5) and "shifted by +0.50" in out and found["is_calibrated"]
