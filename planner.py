@@ -105,9 +105,9 @@ def largest_batch_size(cfg, counts, gpu_memory_gb, dtype_bytes):
 
 
 def log_bytes(cfg, steps):
-    """disk that the lines of the record will take, as measured: docs/results.md"""
+    """disk that the lines of the record will take, as measured on small runs"""
     matrices = cfg.n_layer * 7 if cfg.ternary else 0
-    lines = times(steps, cfg.log_every) * (420 + 190 * matrices + 150 * cfg.n_layer * bool(cfg.n_expert))
+    lines = times(steps, cfg.log_every) * (420 + 190 * matrices + 200 * cfg.n_layer * bool(cfg.n_expert))
     return lines + times(steps, cfg.sample_every) * 3 * len(cfg.sample_prompts) * (
         200 + 5 * cfg.sample_tokens
     )

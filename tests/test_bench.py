@@ -3,12 +3,14 @@
 import datetime
 import json
 import os
+import re
+import shlex
 import textwrap
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run, settings
+from conftest import ROOT, run, settings
 
 import planner
 from model import Transformer
@@ -166,6 +168,19 @@ def test_planned_memory_is_what_autograd_keeps(ternary, dtype):
     fits = planner.largest_batch_size(cfg, model.counts(), 0.9, 4)
     assert 64 % fits == 0 and planner.memory_gb(cfg, model.counts(), fits, 4) <= 0.9 * 0.9 - 0.8
     assert planner.largest_batch_size(cfg, model.counts(), 0.5, 4) == 0
+
+
+def test_the_page_on_cost_is_what_the_planner_says():
+    """bug guarded: numbers in docs/cost.md that no command gives any more"""
+    page = open(os.path.join(ROOT, "docs", "cost.md"), encoding="utf-8").read()
+    first, second = (shlex.split(block) for block in re.findall(r"```bash\npython (.*)\n```", page))
+    rows = run(*first)[0]
+    for each in json.loads(rows.strip().split("\n")[-1])["rows"]:
+        shown = [f"{each['steps']:,}", f"{each['tokens'] / 1e9:.2f}B", f"{each['tokens_per_param']:.1f}"]
+        shown += [f"{each['epochs']:.2f}", f"{each['hours']:.1f}", f"{each['hours_total']:.1f}"]
+        shown += [f"{each['checkpoint_gb'] + each['log_gb']:.1f} GB", f"{each['expected_loss']:.2f}"]
+        assert f"| {' | '.join(shown)} | {each['price']:.2f} |" in page
+    assert "182.0 hours" in run(*second)[0]
 
 
 def test_bench_times_the_twins_part_by_part():
