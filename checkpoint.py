@@ -21,7 +21,9 @@ import sys
 
 import torch
 
+import config
 import data
+import hf
 import ranks
 import record
 from config import fail
@@ -160,6 +162,13 @@ def locate(path, resumable=False, setting="ckpt"):
     return folder
 
 
+def initial(path):
+    """the part of a checkpoint.pt that init_from stands for; a Hugging Face folder is one too"""
+    if os.path.isdir(path) and hf.is_folder(path):
+        return hf.read(path)
+    return load(ranks.from_main(lambda: locate(path, setting="init_from")))
+
+
 def origin(cfg, run_dir):
     """(step folder that a run goes on from or None, whether it is this run's own, what was passed over), by
     cfg.resume; the run's folder is locked from now on. Exits with 2 where it already holds a run that this
@@ -190,7 +199,9 @@ def must_agree(cfg, part, tokenizer, names, what):
     differs = {key: saved[key] for key in saved if key in vars(cfg) and getattr(cfg, key) != saved[key]}
     told = {key: f"{key} = {getattr(cfg, key)!r}, the checkpoint has {old!r}" for key, old in differs.items()}
     faults = [told[key] for key in names if key in told]
-    if part["tokenizer"]["sha256"] != tokenizer["sha256"]:
+    if part["tokenizer"] is None:
+        print(f"{what}: its tokenizer cannot be compared with that of dataset = {cfg.dataset!r}")
+    elif part["tokenizer"]["sha256"] != tokenizer["sha256"]:
         faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
     if faults:
         how = "; --init_from= takes the weights alone" if names is RUN else ""
@@ -251,6 +262,8 @@ def load(folder, name=MODEL, mmap=False):
     found = torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True, mmap=mmap)
     if found["format"] > FORMAT or (name == TRAINER and found["format"] != FORMAT):
         fail(f"{folder}/{name} has checkpoint format {found['format']}, this version reads {FORMAT}")
+    if name == MODEL:  # an older one may lack newer settings
+        found["config"] = config.assignments(config.DEFAULT) | found["config"]
     return found
 
 

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import config
 import ranks
 from quant import BitExperts, BitLinear, bit_layers, output_dtype
 
@@ -293,9 +292,8 @@ class Transformer(nn.Module):
 
 def restore(part, device):
     """the model of a checkpoint.pt (its loaded dict), on the device and ready for use"""
-    settings = config.assignments(config.DEFAULT) | part["config"]  # an older one may lack newer settings
     with torch.device(device):
-        model = Transformer(SimpleNamespace(**settings))
+        model = Transformer(SimpleNamespace(**part["config"]))
     model.load_state_dict(part["model"])
     return model.eval()
 

@@ -95,7 +95,7 @@ if origin:
         print(record.to_json(end["result"]))
         raise SystemExit(0)
 elif cfg.init_from:
-    part = checkpoint.load(ranks.from_main(lambda: checkpoint.locate(cfg.init_from, setting="init_from")))
+    part = checkpoint.initial(cfg.init_from)
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.SHAPE, f"init_from {cfg.init_from}")
     ranks.load(model, [], part["model"], [])
     del part

@@ -6,7 +6,7 @@ run_id = ""  # name of the run's folder; '' = the name of the config file
 out_dir = "runs"  # folder of all runs
 seed = 1337  # initial weights, order of the data, dropout; another seed is another run
 resume = ""  # '' = a new run | auto = newest checkpoint, if any | a run folder, step folder or checkpoint.pt
-init_from = ""  # '' = random weights | a run folder, step folder or checkpoint.pt: its weights, from step 0
+init_from = ""  # '' = random weights | a run, step folder, checkpoint.pt or Hugging Face Llama: its weights
 
 # data
 dataset = "arithmetic"  # name of the folder in data_dir, made by prepare/<name>.py

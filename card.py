@@ -1,0 +1,84 @@
+"""The model card of an export: README.md made from the files of the run, and from nothing else."""
+
+import json
+import os
+
+import record
+
+LIMIT = 10  # rows of the curve
+
+
+def settings_of(run_dir):
+    """{name: value} of a run's config.json, {} where it cannot be read"""
+    try:
+        with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as file:
+            return {name: row["value"] for name, row in json.load(file)["settings"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def evaluations(run_dir):
+    """{step: validation loss} of a run"""
+    rows = record.read(run_dir, record.SCALARS) if os.path.isdir(run_dir) else []
+    return {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+
+
+def twin_of(run_dir, settings):
+    """the run beside this one that differs in `ternary` and in its name only, or None"""
+    free = {"run_id", "ternary", "out_dir", "resume", "init_from"}
+    want = {name: value for name, value in settings.items() if name not in free}
+    root = os.path.dirname(os.path.abspath(run_dir))
+    for name in sorted(os.listdir(root)) if settings else []:
+        other = settings_of(os.path.join(root, name))
+        same = {key: value for key, value in other.items() if key not in free} == want
+        if same and other["ternary"] != settings["ternary"]:
+            return os.path.join(root, name)
+    return None
+
+
+def write(part, out, run_dir):
+    """README.md in the folder `out`, for the checkpoint `part` of a run"""
+    cfg, step = part["config"], part["step"]
+    kind = "ternary (BitNet b1.58)" if cfg["ternary"] else "float"
+    total = len({w.data_ptr(): w for w in part["model"].values()})
+    total = sum(w.numel() for w in {w.data_ptr(): w for w in part["model"].values()}.values())
+    losses, settings = evaluations(run_dir), settings_of(run_dir)
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
+    lines += [
+        f"# {cfg['run_id']}",
+        "",
+        f"A {kind} language model of {total:,} parameters, trained with nanoBit",
+    ]
+    lines[-1] += f" for {step:,} steps, {part['tokens']:,} tokens of `{cfg['dataset']}`."
+    lines += ["A base model: it goes on with a text, it does not answer.", "", "```python"]
+    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += [
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        'model = AutoModelForCausalLM.from_pretrained(".")',
+    ]
+    prompt = json.dumps(cfg["sample_prompts"][0] if cfg["sample_prompts"] else "")
+    lines += [f'inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)']
+    lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))", "```", ""]
+    if losses:
+        lines += ["| step | validation loss, nats per token |", "|---|---|"]
+        steps = sorted(at for at in losses if at <= step)
+        shown = sorted({steps[round(i * (len(steps) - 1) / (LIMIT - 1))] for i in range(LIMIT)})
+        lines += [f"| {at:,} | {losses[at]:.4f} |" for at in shown] + [""]
+    twin = twin_of(run_dir, settings)
+    if twin and step in losses and step in evaluations(twin):
+        gap = losses[step] - evaluations(twin)[step]
+        lines += [
+            f"Its twin `{os.path.basename(twin)}` ({'float' if cfg['ternary'] else 'ternary'}, the same data"
+        ]
+        lines[-1] += f" in the same order) has {evaluations(twin)[step]:.4f}: this one is {gap:+.4f} from it."
+        lines += [""]
+    size = sum(entry.stat().st_size for entry in os.scandir(out) if entry.name.endswith(".safetensors"))
+    rows = record.read(run_dir, record.SCALARS) if os.path.isdir(run_dir) else []
+    speeds = sorted(row["tokens_per_sec"] for row in rows if row.get("tokens_per_sec"))
+    lines += [f"`model.safetensors` has {size:,} bytes, {8 * size / total:.2f} bits for each parameter."]
+    if speeds:
+        lines += [f"Training ran at {speeds[len(speeds) // 2]:,.0f} tokens/s (median)."]
+    lines += ["", "Made by `python train.py` with these settings:", "", "```"]
+    lines += [f"{name} = {value!r}" for name, value in sorted(cfg.items())] + ["```", ""]
+    with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as file:
+        file.write("\n".join(lines))

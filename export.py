@@ -1,0 +1,104 @@
+"""
+Write a trained model for other engines: a folder for transformers, or a GGUF file for llama.cpp.
+
+    python export.py --ckpt=runs/demo --format=hf --out=demo_hf
+    python export.py --ckpt=runs/demo --format=hf --out=demo_latent --latent
+    python export.py --ckpt=runs/train_text --format=gguf --out=text.gguf --type=q2_0
+    python export.py --ckpt=runs/train_text --format=hf --out=text_hf --verify
+
+--verify loads what was written with another reader (transformers; the llama.cpp binding cyllama) and compares
+logits and greedy text; the last line of stdout is then one JSON object. Needs `pip install safetensors
+tokenizers gguf`, and for --verify `transformers accelerate cyllama`.
+"""
+
+import os
+import shutil
+import signal
+import sys
+
+import config
+from config import fail
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it; what is not whole has another name
+FLAGS = {
+    "ckpt": ("", "a run folder (its newest checkpoint), a step folder or a checkpoint.pt"),
+    "format": ("", "hf: a folder for transformers | gguf: a file for llama.cpp"),
+    "out": ("", "the folder or file to write"),
+    "latent": (False, "hf: the float master weights, for further training (--init_from)"),
+    "type": ("", "gguf: tq2_0 | q2_0 | tq1_0 | q8_0 | q4_0 | f16 | f32; '' = the smallest that fits"),
+    "embed": ("q8_0", "gguf: f32 | f16 | q8_0 | q5_0 | q4_0: of embedding and head"),
+    "force": (False, "replace what an earlier export has written to out"),
+    "verify": (False, "load it with an independent reader and compare"),
+}
+cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=(), check_run=False)
+config.need_flags(cfg, "ckpt", "format", "out")
+faults = []
+for key, known in (
+    ("format", ("hf", "gguf")),
+    ("type", ("", "tq2_0", "tq1_0", "q2_0", "f32", "f16", "q8_0", "q5_0", "q4_0")),
+    ("embed", ("f32", "f16", "q8_0", "q5_0", "q4_0")),
+):
+    if getattr(cfg, key) not in known:
+        faults.append(
+            f"{key} = {getattr(cfg, key)!r} is unknown; choose one of {', '.join(filter(None, known))}"
+        )
+for key, its in (("latent", "hf"), ("type", "gguf"), ("embed", "gguf")):
+    if cfg.origin[key] != "default" and cfg.format in ("hf", "gguf") and cfg.format != its:
+        faults.append(f"--{key} is of --format={its}; leave it out")
+if faults:
+    fail(*faults)
+cfg.out = cfg.out.rstrip("/")
+
+import torch
+
+import card
+import checkpoint
+import gguf_file
+import hf
+import record
+import verify
+
+torch.set_grad_enabled(False)
+
+
+def make_room():
+    """exit with 2 where `out` is there and may not be replaced"""
+    if not os.path.exists(cfg.out):
+        if not os.path.isdir(os.path.dirname(cfg.out) or "."):
+            fail(f"out = {cfg.out!r}: there is no folder {os.path.dirname(cfg.out)}; make it first")
+        return
+    if not cfg.force:
+        fail(f"out = {cfg.out!r} is there already; choose another, or replace it with --force")
+    is_folder = cfg.format == "hf"
+    if os.path.isdir(cfg.out) != is_folder or is_folder and not hf.is_ours(cfg.out):
+        fail(f"out = {cfg.out!r} is no earlier export of this kind, and is not replaced; choose another")
+
+
+make_room()
+folder = checkpoint.locate(cfg.ckpt)
+part, run_dir = checkpoint.load(folder), os.path.dirname(os.path.dirname(os.path.abspath(folder)))
+if cfg.format == "gguf":
+    kind = cfg.type or gguf_file.smallest(part)
+    gguf_file.write(part, cfg.out, kind, cfg.embed)
+    print(f"wrote {cfg.out}: {os.path.getsize(cfg.out):,} bytes, {kind}, embedding {cfg.embed}")
+else:
+    if cfg.latent and part["config"]["ternary"]:
+        print(
+            "latent: float weights for training; they are ternary only in nanoBit's forward", file=sys.stderr
+        )
+    partial = f"{cfg.out}.tmp-{os.getpid()}"
+    try:
+        hf.write(part, partial, cfg.latent)
+        card.write(part, partial, run_dir)
+        if os.path.isdir(cfg.out):
+            shutil.rmtree(cfg.out)
+        os.rename(partial, cfg.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = sum(entry.stat().st_size for entry in os.scandir(cfg.out))
+    print(f"wrote {cfg.out}: {size:,} bytes")
+is_mixture = part["config"]["n_expert"] > 0
+if cfg.format == "hf" and is_mixture and part["config"]["ternary"] and not cfg.latent:
+    print("ternary experts are written dequantised: a Mixtral rounds no input to int8")
+if cfg.verify:
+    print(record.to_json(verify.gguf(part, cfg.out) if cfg.format == "gguf" else verify.hf(part, cfg.out)))

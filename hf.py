@@ -1,0 +1,341 @@
+"""
+Models in the form of Hugging Face: a folder that transformers loads, and one that comes back from there.
+
+A ternary model is written as LlamaForCausalLM with quant_method "bitnet": each matrix as uint8 with four
+codes to a byte (quant.pack), and its scale 1 / mean|W| as weight_scale; transformers multiplies and divides
+in our order, so that its fp32 logits are ours to the last bit. A float model is a plain Llama, a mixture of
+experts a Mixtral; one with ternary experts is written dequantised: no such format holds their codes.
+"""
+
+import base64
+import json
+import os
+import re
+from types import SimpleNamespace
+
+import torch
+
+import config
+import quant
+from config import fail, library
+from files import write_json
+from model import Transformer
+
+OURS = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.router": "block_sparse_moe.gate",
+} | {f"attn.{x}_proj": f"self_attn.{x}_proj" for x in "qkvo"}
+BLOCK |= {f"ffn.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+EXPERT = {"ffn.gate_proj": "w1", "ffn.up_proj": "w3", "ffn.down_proj": "w2"}
+SETTINGS = {  # config.json of a Llama and the settings that it stands for
+    "hidden_size": "n_embd",
+    "intermediate_size": "ffn_dim",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "seq_len",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "tie_word_embeddings": "tie_embeddings",
+}
+
+
+def their_name(name):
+    """the name without .weight of one of our tensors, but for experts"""
+    path = name.removesuffix(".weight")
+    if path in OURS:
+        return OURS[path]
+    _, i, rest = path.split(".", 2)
+    return f"model.layers.{i}.{BLOCK[rest]}"
+
+
+def is_ternary(part, name):
+    return part["config"]["ternary"] and name.endswith("_proj.weight")
+
+
+def tensors(part, latent=False):
+    """{their name: tensor} of a checkpoint's part: ternary matrices packed, with their scale, or the float
+    master weights (latent). A tied head is not written twice, rows of padding only with latent."""
+    cfg, found = part["config"], {}
+    for name, w in part["model"].items():
+        w = w.detach()
+        if name in ("embed.weight", "head.weight"):
+            if name == "head.weight" and cfg["tie_embeddings"]:
+                continue
+            w = w if latent else w[: cfg["vocab_size"]]
+        if w.dim() == 3:  # (E, out, in): one tensor for each expert
+            if is_ternary(part, name) and not latent:
+                codes, s = quant.ternarize(w)
+                w = codes / s
+            i, rest = name.removesuffix(".weight").split(".", 2)[1:]
+            for e, one in enumerate(w):
+                place = f"model.layers.{i}.block_sparse_moe.experts.{e}.{EXPERT[rest]}"
+                found[f"{place}.weight"] = one.contiguous()
+        elif is_ternary(part, name) and not latent and not cfg["n_expert"]:
+            codes, s = quant.ternarize(w)
+            found[f"{their_name(name)}.weight"] = quant.pack(codes)
+            found[f"{their_name(name)}.weight_scale"] = s.reshape(1)
+        elif is_ternary(part, name) and not latent:  # attention of a mixture of ternary experts
+            codes, s = quant.ternarize(w)
+            found[f"{their_name(name)}.weight"] = codes / s
+        else:
+            found[f"{their_name(name)}.weight"] = w.clone()
+    return found
+
+
+def model_config(part, latent=False):
+    """config.json"""
+    cfg, spec = part["config"], part["tokenizer"]
+    is_mixture = cfg["n_expert"] > 0
+    found = dict(
+        architectures=["MixtralForCausalLM" if is_mixture else "LlamaForCausalLM"],
+        model_type="mixtral" if is_mixture else "llama",
+        hidden_act="silu",
+        attention_bias=False,
+        mlp_bias=False,
+        head_dim=cfg["n_embd"] // cfg["n_head"],
+        bos_token_id=spec["eot"],
+        eos_token_id=spec["eot"],
+        dtype="float32",
+        **{theirs: cfg[ours] for theirs, ours in SETTINGS.items()},
+    )
+    if latent:
+        found["vocab_size"] = len(part["model"]["embed.weight"])
+    if is_mixture:
+        found |= dict(num_local_experts=cfg["n_expert"], num_experts_per_tok=cfg["n_expert_active"])
+        found |= dict(router_aux_loss_coef=cfg["router_balance"], sliding_window=None)
+    elif cfg["ternary"] and not latent:
+        found["quantization_config"] = {"quant_method": "bitnet"}
+    # what a Llama has no place for, but init_from wants
+    return found | dict(nanobit=dict(step=part["step"], config=cfg, tokenizer_sha256=spec["sha256"]))
+
+
+def check(part, packs=True):
+    """exit with 2 where no stock model computes what this one does"""
+    cfg, faults = part["config"], []
+    if cfg["n_expert"] and cfg["n_expert_active"] == 1:
+        faults.append(
+            "n_expert_active = 1: a chance weights the one expert, in a Mixtral nothing does; train with 2"
+        )
+    odd = [n for n, w in part["model"].items() if is_ternary(part, n) and w.dim() == 2 and w.shape[0] % 4]
+    if odd and packs:
+        faults.append(
+            f"{odd[0]} has {part['model'][odd[0]].shape[0]} rows, no multiple of 4, so that they cannot be "
+            "packed; --format=gguf --type=f16 takes any width"
+        )
+    if faults:
+        fail(*faults)
+
+
+def write(part, out, latent=False):
+    """the files of a model in the folder `out`, which is made; the tokenizer's too"""
+    check(part)
+    save_file = library("safetensors.torch", "safetensors").save_file
+    os.makedirs(out)
+    save_file(tensors(part, latent), os.path.join(out, "model.safetensors"), metadata={"format": "pt"})
+    write_json(os.path.join(out, "config.json"), model_config(part, latent))
+    eot = part["tokenizer"]["eot"]
+    write_json(
+        os.path.join(out, "generation_config.json"), dict(bos_token_id=eot, eos_token_id=eot, do_sample=True)
+    )
+    write_tokenizer(part["tokenizer"], out, part["config"]["seq_len"])
+
+
+# tokenizers
+
+END = "<|endoftext|>"  # what a NUL, the end of a text in a char tokenizer, is called in files
+
+
+def pieces(spec):
+    """(model, [(piece, score, kind)]) of a SentencePiece tokenizer; kind is normal, byte, control, unknown"""
+    model = library("sentencepiece").SentencePieceProcessor(model_proto=spec["content"])
+    tests = dict(byte=model.IsByte, control=model.IsControl, unknown=model.IsUnknown)
+    found = []
+    for i in range(model.vocab_size()):
+        kind = next((name for name, test in tests.items() if test(i)), "normal")
+        found.append((model.IdToPiece(i), model.GetScore(i), kind))
+    return model, found
+
+
+def ranks_of(spec):
+    """{bytes: rank} of a tiktoken tokenizer"""
+    lines = (line.split() for line in spec["content"].splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def merge_of(ranks, token):
+    """the two parts of which byte-pair merging makes a token, by the ranks below its own"""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        pairs = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+        rank, i = min(pairs)
+        assert rank < ranks[token], "a token that no merges make"
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def visible(token):
+    """bytes as the characters that byte-level BPE writes them with (GPT-2): printable ones as themselves"""
+    return "".join(VISIBLE[b] for b in token)
+
+
+SAME = [*range(33, 127), *range(161, 173), *range(174, 256)]
+VISIBLE = {b: chr(b) for b in SAME}
+VISIBLE |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SAME)}
+
+
+def bpe_of(spec):
+    """(vocab {text: id}, merges [(left, right)]) of a tiktoken tokenizer in visible characters"""
+    ranks = ranks_of(spec)
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    merges = [tuple(map(visible, merge_of(ranks, token))) for token, _ in ordered if len(token) > 1]
+    return {visible(token): rank for token, rank in ordered}, merges
+
+
+def fast_tokenizer(spec):
+    """(tokenizer of the tokenizers library, name of the end-of-text token) of a spec with content"""
+    lib, eot = library("tokenizers"), spec["eot"]
+    models, pre, decoders = lib.models, lib.pre_tokenizers, lib.decoders
+    if spec["kind"] == "char":
+        names = [END if char == "\0" else char for char in spec["chars"]]
+        # an unknown character is an error: this name is not in the vocabulary
+        made = lib.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+        made.pre_tokenizer = pre.Split(lib.Regex(r"[\s\S]"), "isolated")
+        made.decoder, end = decoders.Fuse(), names[eot]
+    elif spec["kind"] == "tiktoken":
+        vocab, merges = bpe_of(spec)
+        made = lib.Tokenizer(models.BPE(vocab, merges))
+        split = pre.Split(lib.Regex(spec["pattern"]), "isolated")
+        made.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+        made.decoder = decoders.ByteLevel()
+        made.add_special_tokens(sorted(spec["special"], key=spec["special"].get))
+        end = next(name for name, i in spec["special"].items() if i == eot)
+    else:
+        model, found = pieces(spec)
+        normal = [(piece, i) for i, (piece, _, kind) in enumerate(found) if kind == "normal"]
+        if any(score % 1 for _, score, kind in found if kind == "normal"):
+            fail(
+                "the SentencePiece tokenizer is no BPE model (its scores are not ranks): only BPE is written"
+            )
+        vocab, order = {piece: i for i, (piece, *_) in enumerate(found)}, []
+        for piece, i in normal:
+            cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+            cuts = [(a, b) for a, b in cuts if a in vocab and b in vocab]
+            order += [(-found[i][1], vocab[a], vocab[b], (a, b)) for a, b in cuts]
+        merges = [pair for *_, pair in sorted(order)]
+        unknown = next(piece for piece, _, kind in found if kind == "unknown")
+        made = lib.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        spaces = lib.normalizers.Replace(" ", "\u2581")
+        made.normalizer = lib.normalizers.Sequence([lib.normalizers.Prepend("\u2581"), spaces])
+        strip = decoders.Strip(content=" ", left=1)
+        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+        made.decoder, end = decoders.Sequence(parts), found[eot][0]
+        special = [piece for piece, _, kind in found if kind == "control"]
+        made.add_special_tokens([lib.AddedToken(piece, special=True, normalized=False) for piece in special])
+    made.add_special_tokens([lib.AddedToken(end, special=True, normalized=False)])
+    template = lib.processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, eot)])
+    made.post_processor = (
+        template
+        if spec["kind"] != "tiktoken"
+        else lib.processors.Sequence([lib.processors.ByteLevel(trim_offsets=False), template])
+    )
+    return made, end
+
+
+def write_tokenizer(spec, out, seq_len):
+    """the files from which AutoTokenizer makes this tokenizer. It puts the end-of-text token before a text,
+    as every document in training had it."""
+    made, end = fast_tokenizer(spec)
+    made.save(os.path.join(out, "tokenizer.json"))
+    found = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end)
+    found |= dict(clean_up_tokenization_spaces=False, model_max_length=seq_len)
+    write_json(os.path.join(out, "tokenizer_config.json"), found)
+    if spec["kind"] == "sentencepiece":
+        with open(os.path.join(out, "tokenizer.model"), "wb") as file:
+            file.write(spec["content"])
+
+
+# reading
+
+
+def is_ours(path):
+    """whether a folder is an export of this project"""
+    try:
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+            return "nanobit" in json.load(file)
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path):
+    """whether a path is a folder of this form"""
+    return os.path.isfile(os.path.join(path, "config.json")) and any(
+        name.endswith(".safetensors") for name in os.listdir(path)
+    )
+
+
+def our_name(name):
+    """our name of one of their tensors, or None"""
+    path = name.removesuffix(".weight")
+    for ours, theirs in OURS.items():
+        if path == theirs:
+            return f"{ours}.weight"
+    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path):
+        ours = next((ours for ours, theirs in BLOCK.items() if theirs == found[2]), None)
+        return ours and f"blocks.{found[1]}.{ours}.weight"
+    return None
+
+
+def read(folder):
+    """the part of a checkpoint.pt that a folder with float weights stands for: config, model, tokenizer None.
+    Exits with 2 where it is no Llama, packed, damaged or incomplete."""
+    load_file = library("safetensors.torch", "safetensors").load_file
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            theirs = json.load(file)
+        theirs = theirs.get("rope_parameters", {}) | theirs  # where newer files hold rope_theta
+        settings = {ours: theirs[name] for name, ours in SETTINGS.items() if name in theirs}
+        head_dim = theirs.get("head_dim") or settings["n_embd"] // settings["n_head"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        fail(f"{folder}/config.json cannot be read ({error}); expected the folder of a Llama model")
+    faults = []
+    if theirs.get("model_type") != "llama":
+        faults.append(f"model_type = {theirs.get('model_type')!r}: only 'llama' can be read")
+    if head_dim * settings["n_head"] != settings["n_embd"]:
+        faults.append(f"head_dim = {head_dim}: ours is hidden_size / num_attention_heads")
+    if theirs.get("rope_type", "default") != "default":
+        faults.append(f"rope_type = {theirs['rope_type']!r}: our positions are plain rotary ones")
+    if theirs.get("quantization_config"):
+        faults.append("its weights are packed, and cannot be trained on: export with --latent")
+    for key in ("attention_bias", "mlp_bias", "rope_scaling"):
+        if theirs.get(key):
+            faults.append(f"{key} = {theirs[key]!r}: our blocks have none")
+    if theirs.get("hidden_act", "silu") != "silu":
+        faults.append(f"hidden_act = {theirs['hidden_act']!r}: our blocks have silu")
+    if faults:
+        fail(*(f"{folder}: {text}" for text in faults))
+    weights = {}
+    for name in sorted(name for name in os.listdir(folder) if name.endswith(".safetensors")):
+        try:
+            found = load_file(os.path.join(folder, name))
+        except Exception as error:  # the library has errors of its own
+            fail(f"{folder}/{name} is damaged ({type(error).__name__}: {error}); copy or export it again")
+        unknown = [key for key in found if our_name(key) is None and "rotary_emb" not in key]
+        if unknown:
+            fail(f"{folder}/{name} holds {unknown[0]}, which our blocks have no place for")
+        weights |= {our_name(key): w.float() for key, w in found.items() if our_name(key)}
+    own = theirs.get("nanobit", {})
+    settings |= dict(n_expert=0, vocab_multiple=1) | own.get("config", {})
+    if settings.get("tie_embeddings") and "embed.weight" in weights:
+        weights["head.weight"] = weights["embed.weight"]
+    with torch.device("meta"):
+        want = Transformer(SimpleNamespace(**config.assignments(config.DEFAULT) | settings)).state_dict()
+    for name in sorted(want.keys() | weights.keys()):
+        is_there, needed = (tuple(each[name].shape) if name in each else None for each in (weights, want))
+        if is_there != needed:
+            fail(f"{folder}: {name} has the shape {is_there}, config.json asks for {needed}; copy it again")
+    spec = {"sha256": own["tokenizer_sha256"]} if "tokenizer_sha256" in own else None
+    return dict(config=settings, model=weights, tokenizer=spec)

@@ -1,0 +1,129 @@
+"""
+What an export computes, by readers that are not ours: transformers, and a binding of llama.cpp.
+
+They read the written files alone, with the tokenizer in them, and are compared with our own float32 forward,
+eager, on the CPU.
+"""
+
+import torch
+
+import quant
+from config import fail, library
+from model import generate, restore
+from tokenizer import encode_prompt, make_tokenizer
+
+NEW = 32  # greedy tokens after each prompt
+
+
+def probe(part):
+    """token ids (2, T) that any model can read"""
+    cfg, generator = part["config"], torch.Generator().manual_seed(0)
+    return torch.randint(cfg["vocab_size"], (2, min(64, cfg["seq_len"])), generator=generator)
+
+
+def dequantised(part):
+    """the part of a float model with the ternary values of this one as weights: no input is rounded"""
+    weights = {}
+    for name, w in part["model"].items():
+        if name.endswith("_proj.weight"):
+            codes, s = quant.ternarize(w)
+            w = codes / s
+        weights[name] = w
+    return part | dict(config=part["config"] | dict(ternary=False), model=weights)
+
+
+def greedy(model, ids, n):
+    """n greedy tokens after ids, a list"""
+    return [token.item() for token in generate(model, torch.tensor([ids]), n, temperature=0.0)]
+
+
+@torch.no_grad()
+def compare(part, name, logits, tokenize, go_on):
+    """print and return the differences between our forward and a reader's, which has logits(ids (B, T)),
+    tokenize(text) -> ids and go_on(ids, n) -> n greedy tokens. Exits with 1 where the tokenizers differ."""
+    cfg, spec, x = part["config"], part["tokenizer"], probe(part)
+    ours, tokenizer = restore(part, torch.device("cpu")), make_tokenizer(spec)
+    theirs, mine = logits(x), ours(x)
+    found = dict(reader=name, max_difference=(theirs - mine).abs().max().item(), same=0, tokens=0)
+    found["logits_std"] = mine.std().item()
+    line = f"largest difference of logits {found['max_difference']:.3g} at a spread of {mine.std():.3g}"
+    if cfg["ternary"]:
+        plain = restore(dequantised(part), torch.device("cpu"))(x)
+        found["max_difference_dequantised"] = (theirs - plain).abs().max().item()
+        line += f", {found['max_difference_dequantised']:.3g} from a forward that rounds no input"
+    n = max(1, min(NEW, cfg["seq_len"] // 2))
+    for text in cfg["sample_prompts"]:
+        ids = encode_prompt(tokenizer, spec["eot"], text)
+        if (got := tokenize(text)) != ids:
+            fail(f"the tokenizer that was written makes {got} of {text!r}, ours {ids}", code=1)
+        found["same"] += sum(a == b for a, b in zip(go_on(ids, n), greedy(ours, ids, n)))
+        found["tokens"] += n
+    print(f"{name}: {line}; {found['same']} of {found['tokens']} greedy tokens are the same")
+    return found
+
+
+def hf(part, folder):
+    """compare() with transformers on a folder"""
+    lib = library("transformers")
+    torch._dynamo.config.disable = True  # parts of its BitNet code are compiled
+    lib.logging.set_verbosity_error()
+    lib.logging.disable_progress_bar()
+    model = lib.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = lib.AutoTokenizer.from_pretrained(folder)
+    model.generation_config.eos_token_id = None  # ours goes on after the end of a text
+
+    def go_on(ids, n):
+        return model.generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False)[0, len(ids) :].tolist()
+
+    name = f"transformers {lib.__version__}"
+    return compare(part, name, lambda x: model(x).logits, lambda text: tokenizer(text)["input_ids"], go_on)
+
+
+class Llama:
+    """a GGUF file in llama.cpp, by the binding cyllama, without fp16 between its operations"""
+
+    def __init__(self, path, n_ctx=512):
+        self.lib = library("cyllama.llama.llama_cpp", "cyllama")
+        self.lib.llama_backend_init()
+        self.lib.ggml_backend_load_all()
+
+        class Model(self.lib.LlamaModel):
+            @property
+            def n_vocab(self):  # its context asks for it, and version 0.2.18 has none
+                return self.get_vocab().n_vocab
+
+        self.model = Model(path)
+        how = self.lib.LlamaContextParams()
+        how.n_ctx = how.n_batch = how.n_ubatch = n_ctx
+        how.type_k = how.type_v = how.flash_attn_type = 0  # fp32 keys and values; flash attention off
+        self.context = self.lib.LlamaContext(self.model, how)
+
+    def logits(self, ids):
+        """logits (T, V) of a list of ids"""
+        self.context.kv_cache_clear()
+        batch = self.lib.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
+        batch.set_batch(ids, 0, True)
+        self.context.decode(batch)
+        return torch.stack([torch.tensor(self.context.get_logits_ith(i)) for i in range(len(ids))])
+
+    def tokenize(self, text):
+        return self.model.get_vocab().tokenize(text, True, False)
+
+    def go_on(self, ids, n):
+        made = []
+        for _ in range(n):
+            made.append(self.logits(ids + made)[-1].argmax().item())
+        return made
+
+
+def gguf(part, path):
+    """compare() with llama.cpp on a file"""
+    try:
+        llama = Llama(path)
+    except ValueError as error:
+        fail(f"cyllama cannot load {path}: {error}; a newer llama.cpp may", code=1)
+
+    def logits(x):
+        return torch.stack([llama.logits(row.tolist()) for row in x])
+
+    return compare(part, "llama.cpp (cyllama)", logits, llama.tokenize, llama.go_on)
