@@ -200,8 +200,8 @@ def test_codes_are_in_the_file(kind, tmp_path):
 
 
 def test_the_command(data_dir, out_dir, tmp_path):
-    """bugs guarded: an export that replaces the user's folder; a card without the run's losses; latent weights
-    that come back changed"""
+    """bugs guarded: an export that replaces the user's folder; a card without the run's losses; latent
+    weights that come back changed"""
     how = dict(max_steps=6, eval_every=3, sample_every=0, n_embd=64, ffn_dim=64)
     train(data_dir, out_dir, "r", **how)
     train(data_dir, out_dir, "f", **how, ternary=False)
@@ -210,11 +210,7 @@ def test_the_command(data_dir, out_dir, tmp_path):
     found = json.loads(text.strip().split("\n")[-1])
     assert found["max_difference"] == 0.0 and found["same"] == found["tokens"]
     card = open(out / "README.md", encoding="utf-8").read()
-    losses = [
-        row["val_loss"]
-        for row in checkpoint.record.read(f"{out_dir}/r", "metrics/scalars.jsonl")
-        if "val_loss" in row
-    ]
+    losses = [row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row]
     assert f"| 6 | {losses[-1]:.4f} |" in card and "twin `f`" in card and "max_steps = 6" in card
     _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", code=2)
     assert "is there already" in err and "--force" in err
