@@ -7,10 +7,10 @@ Time an experiment, or plan it. Needs no prepared data.
     python bench.py config/train_baseline_95m.py --plan             what lengths would take and reach
     python bench.py config/train_baseline_95m.py --plan --step_ms=695 --steps=60000,400000 --budget_hours=144
 
-A training step of the experiment and one of its float twin alternate, so that a machine whose speed drifts
-slows both. A step is that of train.py: a batch from token files, forward, backward, clipping, optimizer, on
-random tokens; the first steps, which compile, are counted apart. With --plan and a speed nothing is built and
-nothing timed. The last line of stdout is one JSON object.
+A training step of the experiment and one of its twin, float or ternary, alternate, so that a machine
+whose speed drifts slows both. A step is a batch from token files, forward, backward, clipping and optimizer,
+as in train.py, on random tokens; the first steps, which compile, are counted apart. With --plan and a speed
+nothing is built and nothing timed. The last line of stdout is one JSON object.
 """
 
 import concurrent.futures
@@ -48,7 +48,8 @@ FLAGS = {
     "gpu_memory_gb": (0.0, "plan: memory of the card, for the largest batch_size; 0 = that of this device"),
     "calibrate": ("", "plan: the folder of a finished run, whose loss the law is shifted to"),
 }
-DISK_GB_PER_SEC, DECODE_TOKENS_PER_SEC = 0.5, 50.0  # assumed where nothing is timed
+DISK_GB_PER_SEC, DECODE_TOKENS_PER_SEC = 0.25, 50.0  # assumed where nothing is timed
+NANOGPT_VOCABULARY = 50304
 
 
 def nanogpt_path(cfg):
@@ -56,10 +57,12 @@ def nanogpt_path(cfg):
 
 
 def settings():
-    """the checked settings; cfg.claimed_tokens is total_tokens where max_steps is given too, for the plan"""
+    """the checked settings; for the plan also claimed_tokens, total_tokens where the steps are given too, and
+    val_tokens, those of the data set where it is there"""
     cfg = config.load(sys.argv[1:], __doc__, FLAGS, check_run=False)
-    cfg.claimed_tokens, faults = 0, []
-    if cfg.plan and cfg.max_steps and cfg.total_tokens:
+    cfg.claimed_tokens, cfg.val_tokens, faults = 0, 0, []
+    is_claim = cfg.max_steps or (cfg.steps and cfg.origin["total_tokens"].startswith("--"))
+    if cfg.plan and cfg.total_tokens and is_claim:
         cfg.claimed_tokens, cfg.total_tokens = cfg.total_tokens, 0
     try:
         cfg.steps = sorted({int(float(text)) for text in cfg.steps.split(",")}) if cfg.steps else []
@@ -69,30 +72,46 @@ def settings():
     if cfg.plan and cfg.steps and not cfg.max_steps and not cfg.total_tokens:
         cfg.max_steps = cfg.steps[-1]
     config.check(cfg, faults)
-    if cfg.steps and min(cfg.steps) < 1:
-        faults.append(f"steps = {cfg.steps} must each be at least 1")
+    if cfg.steps and not 1 <= min(cfg.steps) <= max(cfg.steps) <= 10**9:
+        faults.append(f"steps = {cfg.steps} must each be from 1 to 1,000,000,000")
     if cfg.pairs < 1 or cfg.warmup < 1:
         faults.append(f"pairs = {cfg.pairs} and warmup = {cfg.warmup} must be at least 1")
     for key, (default, _) in FLAGS.items():
         if type(default) in (int, float) and getattr(cfg, key) < 0:
             faults.append(f"{key} = {getattr(cfg, key)} must not be negative")
-        if cfg.origin[key] != "default" and FLAGS[key][1].startswith("plan:") and not cfg.plan:
-            faults.append(f"--{key} is of --plan; add that")
-    if cfg.sample and (cfg.plan or cfg.compare):
-        faults.append("--sample times one thing, --plan and --compare another; use one of them")
+        for mode in ("plan", "compare"):
+            if (
+                cfg.origin[key] != "default"
+                and FLAGS[key][1].startswith(f"{mode}:")
+                and not getattr(cfg, mode)
+            ):
+                faults.append(f"--{key} is of --{mode}; add that")
+    if cfg.sample + cfg.plan + cfg.compare > 1:
+        faults.append("--sample, --plan and --compare are three things; use one of them")
+    if bool(cfg.watts) != bool(cfg.price_per_kwh):
+        faults.append(f"watts = {cfg.watts:g} and price_per_kwh = {cfg.price_per_kwh:g} need each other")
+    if cfg.compare and cfg.vocab_size > NANOGPT_VOCABULARY:
+        faults.append(
+            f"compare: nanoGPT's model has {NANOGPT_VOCABULARY} tokens; set a smaller --vocab_size="
+        )
     if cfg.compare and not os.path.exists(nanogpt_path(cfg)):
         how = "git clone https://github.com/karpathy/nanoGPT beside this folder, or say where it is: --peers="
         faults.append(f"{nanogpt_path(cfg)} is not there; {how}")
-    path = os.path.join(cfg.data_dir, cfg.dataset, "meta.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            meta = json.load(file)
-        cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
-        cfg.dataset_tokens = cfg.dataset_tokens or meta["tokens"]["train"]
-    except (OSError, ValueError, KeyError, TypeError):  # it need not be there
-        if not cfg.vocab_size:
-            how = f"and {path} is not there; set --vocab_size="
-            faults.append(f"vocab_size = 0 means that of the data set, {how}")
+    path, numbers = os.path.join(cfg.data_dir, cfg.dataset, "meta.json"), {}
+    if os.path.exists(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                meta = json.load(file)
+            numbers = {"vocab_size": meta["vocab_size"], "val_tokens": meta["tokens"].get("val", 0)}
+            numbers["dataset_tokens"] = meta["tokens"]["train"]
+            if not all(type(number) is int and number >= 0 for number in numbers.values()):
+                raise ValueError(numbers)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            faults.append(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
+    for key, number in numbers.items():
+        setattr(cfg, key, getattr(cfg, key) or number)
+    if not cfg.vocab_size and not faults:
+        faults.append(f"vocab_size = 0 means the data set's, and {path} is not there; set --vocab_size=")
     if faults:
         fail(*faults)
     return cfg
@@ -106,6 +125,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import device as machine
 import optim
@@ -229,6 +249,8 @@ def nanogpt(cfg, windows, device, dtype):
 def twin_memory_gb(cfg, ternary):
     """peak memory of one model alone, in a process of its own"""
     device = machine.pick(cfg.device)
+    if cfg.deterministic:
+        machine.make_deterministic()
     with tempfile.TemporaryDirectory() as folder:
         ours(cfg, ternary, random_tokens(cfg, folder), device, machine.pick_dtype(cfg.dtype, device))
     return machine.peak_memory_gb(device)
@@ -264,10 +286,9 @@ def time_training(cfg, device, dtype, alone=False):
     JSON line"""
     with tempfile.TemporaryDirectory() as folder:
         windows = random_tokens(cfg, folder)
-        # by default the ternary model is the experiment: its twin is the float one, whatever cfg.ternary
-        first, is_compiled = ours(cfg, cfg.ternary if alone else True, windows, device, dtype)
+        first, is_compiled = ours(cfg, cfg.ternary, windows, device, dtype)
         peak_memory_gb = machine.peak_memory_gb(device)  # before the others take their share
-        others = [] if alone else [ours(cfg, False, windows, device, dtype)[0]]
+        others = [] if alone else [ours(cfg, not cfg.ternary, windows, device, dtype)[0]]
         if cfg.compare:
             others.append(nanogpt(cfg, windows, device, dtype))
         everyone = [first, *others]
@@ -298,7 +319,7 @@ def time_training(cfg, device, dtype, alone=False):
     )
     found = dict(
         step_ms=step_ms,
-        float_step_ms=None if alone else statistics.median(others[0].ms),
+        float_step_ms=next((statistics.median(each.ms) for each in everyone if each.name == "float"), None),
         tokens_per_sec=tokens_per_sec,
         mfu=flops / peak if peak else None,
         mfu_measured=flops / reached,
@@ -308,18 +329,20 @@ def time_training(cfg, device, dtype, alone=False):
         compile=is_compiled,
     )
     if cfg.compare:
+        nanogpt_step_ms = statistics.median(others[1].ms)
+        del first, others, everyone  # their memory, which the next ones may need
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as alone_in:
             gb = [alone_in.submit(twin_memory_gb, cfg, ternary).result() for ternary in (True, False)]
         print(f"peak memory of each alone: ternary {gb[0]:.2f} GB, float {gb[1]:.2f} GB")
-        found |= dict(nanogpt_step_ms=statistics.median(others[1].ms), float_peak_memory_gb=gb[1])
-        found |= dict(peak_memory_gb=gb[0], ratios=ratios)
+        found |= dict(nanogpt_step_ms=nanogpt_step_ms, float_peak_memory_gb=gb[1])
+        found |= dict(peak_memory_gb=gb[0 if cfg.ternary else 1], ratios=ratios)
     return found
 
 
 def time_sampling(cfg, device, dtype):
-    """tokens/s of reading a prompt of half the context and of writing the other half, batch 1; the median of
-    three"""
+    """tokens/s of reading a prompt of half the context, and of writing at most 128 tokens after it, batch 1;
+    the median of three"""
     model = build(cfg, cfg.ternary, device).eval()
     prompt = torch.randint(cfg.vocab_size, (1, max(1, cfg.seq_len // 2)), device=device)
     n_new, prefill, decode = max(2, min(128, cfg.seq_len - prompt.shape[1])), [], []
@@ -340,11 +363,10 @@ def time_sampling(cfg, device, dtype):
 # the plan
 
 
-def once_seconds(cfg, counts, device, dtype):
-    """(seconds of one evaluation, of one round of samples, of one checkpoint), timed on a part of each"""
+def once_seconds(cfg, device, dtype):
+    """seconds of one evaluation and one round of samples, of which a part is timed, and of one checkpoint"""
     model = build(cfg, cfg.ternary, device).eval()
     x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len), device=device)
-    n_evals = (cfg.eval_tokens or cfg.batch_size * cfg.seq_len) / x.numel()
     took = []
     with machine.autocast(device, dtype):
         for _ in range(2):
@@ -356,16 +378,20 @@ def once_seconds(cfg, counts, device, dtype):
             pass
         machine.synchronize(device)
         per_token = (time.perf_counter() - began) / 8
-    with tempfile.TemporaryDirectory() as folder:
+    evaluation = took[1] * (cfg.eval_tokens or cfg.val_tokens) / x.numel()
+    where = cfg.out_dir if os.path.isdir(cfg.out_dir) else None
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        weights = model.state_dict()
+        moments = [{name: w.clone() for name, w in weights.items()} for _ in range(2)]
         began = time.perf_counter()
-        torch.save(model.state_dict(), os.path.join(folder, "checkpoint.pt"))
-        save = 3 * (time.perf_counter() - began)  # the optimizer's state is twice as much
-    return took[1] * n_evals, per_token * 3 * len(cfg.sample_prompts) * cfg.sample_tokens, save
+        checkpoint.save(folder, 0, dict(model=weights), dict(optimizer=moments))
+        save = time.perf_counter() - began
+    return evaluation, per_token * 3 * len(cfg.sample_prompts) * cfg.sample_tokens, save
 
 
 def assumed_seconds(cfg, counts, step_ms):
     """the same where nothing is timed: a forward is a third of a step, the rest is assumed"""
-    evaluation = cfg.eval_tokens / cfg.total_batch_size * step_ms / 3e3
+    evaluation = (cfg.eval_tokens or cfg.val_tokens) / cfg.total_batch_size * step_ms / 3e3
     samples = 3 * len(cfg.sample_prompts) * cfg.sample_tokens / DECODE_TOKENS_PER_SEC
     return evaluation, samples, 12 * counts["total"] / 1e9 / DISK_GB_PER_SEC
 
@@ -383,7 +409,8 @@ def plan(cfg, counts, step_ms, once, device):
     )
     steps = cfg.steps or planner.candidates(cfg, step_ms, cfg.budget_hours)
     rows = [planner.row(cfg, counts, n, cost) for n in steps]
-    print(f"\n{step_ms:,.1f} ms a step, {1e3 * cfg.total_batch_size / step_ms:,.0f} tokens/s")
+    by = ", by step_ms" if cfg.step_ms and cfg.tokens_per_sec else ""
+    print(f"\n{step_ms:,.1f} ms a step, {1e3 * cfg.total_batch_size / step_ms:,.0f} tokens/s{by}")
     print(
         f"{'steps':>10} {'tokens':>8} {'T/P':>6} {'epochs':>6} {'hours':>8} {'in all':>8}  {'finish':16} "
         f"{'disk GB':>7} {'loss':>5}" + (f" {'price':>8}" if cost["per_hour"] else "")
@@ -406,13 +433,14 @@ def plan(cfg, counts, step_ms, once, device):
     )
     print(f"loss: in nats per token by a scaling law, {calibrated}; its differences say more than itself")
 
-    dtype_bytes = 2 if device is None else machine.pick_dtype(cfg.dtype, device).itemsize
+    wanted = 4 if cfg.dtype == "float32" else 2  # of a device that is not here
+    dtype_bytes = machine.pick_dtype(cfg.dtype, device).itemsize if device else wanted
     gpu_memory_gb = cfg.gpu_memory_gb
     if not gpu_memory_gb and device is not None and device.type == "cuda":
         gpu_memory_gb = torch.cuda.get_device_properties(device).total_memory / 1e9
     memory = planner.memory_gb(cfg, counts, cfg.batch_size, dtype_bytes)
     print(
-        f"memory: about {memory:.1f} GB with batch_size = {cfg.batch_size}, compiled, {8 * dtype_bytes}-bit"
+        f"memory: about {memory:.1f} GB with batch_size = {cfg.batch_size}, {8 * dtype_bytes}-bit, compiled"
     )
     warnings, largest = [], None
     if gpu_memory_gb:
@@ -429,10 +457,15 @@ def plan(cfg, counts, step_ms, once, device):
         step_ms=cfg.step_ms,
         tokens_per_sec=cfg.tokens_per_sec,
         tokens=cfg.claimed_tokens,
+        steps=cfg.steps[-1] if cfg.steps else cfg.max_steps,
         budget_hours=cfg.budget_hours,
     )
-    warnings += planner.contradictions(cfg, claim, rows) + planner.cautions(cfg, counts, rows)
-    chosen, sentence = planner.recommendation(rows)
+    warnings += planner.contradictions(cfg, claim, rows) + planner.cautions(cfg, counts, rows, cost)
+    if cfg.eval_every and not cfg.eval_tokens and not cfg.val_tokens:
+        warnings.append(
+            "eval_tokens = 0 is all of a validation set that is not here: its time is not counted"
+        )
+    chosen, sentence = planner.recommendation(rows, cfg.max_steps)
     stones = planner.milestones(cfg, counts, (chosen or rows[-1])["steps"], cost)
     print(f"\nmilestones of {stones[-1]['steps']:,} steps:")
     for i, each in enumerate(stones):
@@ -471,15 +504,14 @@ def main(cfg):
         machine.explain_out_of_memory(cfg, device)
         if cfg.deterministic:
             machine.make_deterministic()
-        is_compiled = "compiled" if cfg.compile and not cfg.sample else "eager"
-        print(f"{machine.describe(device)}, {machine.name(dtype)}, {is_compiled}", flush=True)
+        print(f"{machine.describe(device)}, {machine.name(dtype)}", flush=True)
         facts |= dict(device=machine.describe(device), dtype=machine.name(dtype), compile=False)
         if cfg.sample:
             found = time_sampling(cfg, device, dtype)
         else:
             found = time_training(cfg, device, dtype, alone=cfg.plan)
         if cfg.plan:
-            once = once_seconds(cfg, counts, device, dtype)
+            once = once_seconds(cfg, device, dtype)
     if cfg.plan:
         found |= plan(cfg, counts, found["step_ms"], once, device)
     print(record.to_json(facts | found))

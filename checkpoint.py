@@ -192,9 +192,9 @@ def origin(cfg, run_dir):
     return folder, same_run, []
 
 
-def must_agree(cfg, part, tokenizer, names, what):
-    """exit with 2 where a setting among names, or the tokenizer, is not the checkpoint's; print what else
-    changed"""
+def must_agree(cfg, part, tokenizer, names, what, how=""):
+    """exit with 2 where a setting among names, or the tokenizer, is not the checkpoint's, with `how` else it
+    could be used; print what else changed"""
     saved = part["config"]
     differs = {key: saved[key] for key in saved if key in vars(cfg) and getattr(cfg, key) != saved[key]}
     told = {key: f"{key} = {getattr(cfg, key)!r}, the checkpoint has {old!r}" for key, old in differs.items()}
@@ -204,7 +204,6 @@ def must_agree(cfg, part, tokenizer, names, what):
     elif part["tokenizer"]["sha256"] != tokenizer["sha256"]:
         faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
     if faults:
-        how = "; --init_from= takes the weights alone" if names is RUN else ""
         fail(*(f"{what}: {text}; these must agree{how}" for text in faults))
     for key in sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from", "ternary"}):
         print(f"changed: {told[key]}")
@@ -218,7 +217,7 @@ def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, s
     part, trainer = load(folder, mmap=on_disk), load(folder, TRAINER, mmap=on_disk)
     if trainer["step"] > cfg.max_steps:
         fail(f"max_steps = {cfg.max_steps} is less than the {trainer['step']} steps of {folder}; raise it")
-    must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}")
+    must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}", "; --init_from= takes the weights alone")
     if not data.same_tokens(trainer["data"], tokens):
         fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {folder}, this would be another run")
     ranks.load(model, optimizers, part["model"], trainer.pop("optimizer"))

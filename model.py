@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ranks
-from quant import BitExperts, BitLinear, bit_layers, output_dtype
+from quant import BitExperts, BitLinear, bit_layers, output_dtype, pack_layers
 
 
 class RMSNorm(nn.Module):
@@ -290,11 +290,14 @@ class Transformer(nn.Module):
         return 6 * (self.counts()["active"] - looked_up) + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
 
 
-def restore(part, device):
-    """the model of a checkpoint.pt (its loaded dict), on the device and ready for use"""
+def restore(part, device, packed=False, words=False):
+    """the model of a checkpoint.pt (its loaded dict), on the device and ready for use. packed: with integer
+    weights in its ternary layers, the same function; words: in two bits too, for one token at a time"""
     with torch.device(device):
         model = Transformer(SimpleNamespace(**part["config"]))
     model.load_state_dict(part["model"])
+    if packed:
+        pack_layers(model, words)
     return model.eval()
 
 

@@ -10,8 +10,10 @@ import datetime
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import checkpoint
+import optim
 import record
 from config import fail
 
@@ -23,6 +25,7 @@ REPEAT = 15.387756  # epochs of repeated data: Muennighoff et al. (arXiv 2305.16
 GOOD_EPOCHS, BAD_EPOCHS = 4, 16  # beyond the first repetition costs, beyond the other most of it is lost
 ENOUGH = 0.02  # nats: a run that fits the budget, but is to gain less than that, is not worth its hours
 WORTHWHILE = 0.1  # nats for each doubling of the hours, where there is no budget
+MOST_STEPS = 10**9
 SLACK = 0.02  # numbers of a plan that differ by less agree
 
 
@@ -49,15 +52,19 @@ def expected_loss(params, tokens, dataset_tokens=0, ternary=False, offset=0.0):
 
 def calibration(run_dir):
     """measured loss of a finished run less what the law says of it. Exits with 2 where it is no such run."""
-    end = record.last(run_dir, record.EVENTS, "result")
     try:
+        end = record.last(run_dir, record.EVENTS, "result")["result"]
+        epochs = record.last(run_dir, record.SCALARS, "epoch")["epoch"]
         with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as file:
             run = json.load(file)
         ternary, params = run["settings"]["ternary"]["value"], run["params"]["active"]
-        loss, tokens = end["result"]["val_loss"], end["result"]["tokens"]
-        return loss - expected_loss(params, tokens, ternary=ternary)
-    except (OSError, ValueError, KeyError, TypeError):
+        data_tokens = end["tokens"] / epochs if epochs else 0
+        offset = end["val_loss"] - expected_loss(params, end["tokens"], data_tokens, ternary)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         fail(f"calibrate = {run_dir!r} is no finished run with a validation loss; name the folder of one")
+    if params < SMALLEST:
+        fail(f"calibrate = {run_dir!r} has {params:,} parameters: the law says nothing of so small a model")
+    return offset
 
 
 def hours(value):
@@ -113,6 +120,23 @@ def log_bytes(cfg, steps):
     )
 
 
+def saves(cfg, steps):
+    """how many checkpoints a run of so many steps writes at most: by the schedule, at the boundary, at the
+    end, and where each evaluation is the best so far"""
+    run = SimpleNamespace(**vars(cfg) | dict(max_steps=steps))
+    every = [n for n in (cfg.save_every, cfg.eval_every) if n]
+    found = sum(steps // n for n in every) - (steps // math.lcm(*every) if len(every) == 2 else 0)
+    return found + sum(all(at % n for n in every) for at in optim.boundary_steps(run) | {steps})
+
+
+def finish(now, value):
+    """the date so many hours from now, - where that is no date any more"""
+    try:
+        return (now + datetime.timedelta(hours=value)).isoformat(" ", "minutes")
+    except OverflowError:
+        return "-"
+
+
 def row(cfg, counts, steps, cost):
     """the plan of a run of so many steps, as a dict.
 
@@ -121,11 +145,10 @@ def row(cfg, counts, steps, cost):
     (a datetime)."""
     tokens = steps * cfg.total_batch_size
     training = steps * cost["step_ms"] / 3.6e6
-    at_boundary = 2 * (cfg.schedule in ("two_stage", "bitnet"))
     extra = (
         times(steps, cfg.eval_every, at_start=True) * cost["eval_seconds"]
         + times(steps, cfg.sample_every) * cost["sample_seconds"]
-        + (times(steps, cfg.save_every) + at_boundary) * cost["save_seconds"]
+        + saves(cfg, steps) * cost["save_seconds"]
     )
     total = training + extra / 3600
     loss = expected_loss(counts["active"], tokens, cost["dataset_tokens"], cfg.ternary, cost["offset"])
@@ -137,7 +160,7 @@ def row(cfg, counts, steps, cost):
         epochs=tokens / cost["dataset_tokens"] if cost["dataset_tokens"] else None,
         hours=training,
         hours_total=total,
-        finish=(cost["now"] + datetime.timedelta(hours=total)).isoformat(" ", "minutes"),
+        finish=finish(cost["now"], total),
         checkpoint_gb=checkpoint.kept_bytes(cfg, counts["total"], steps) / 1e9,
         log_gb=log_bytes(cfg, steps) / 1e9,
         price=total * cost["per_hour"] if cost["per_hour"] else None,
@@ -149,8 +172,9 @@ def row(cfg, counts, steps, cost):
 def milestones(cfg, counts, steps, cost, every=50_000):
     """dicts of what is behind a run of so many steps at each `every`, at its stage boundary and its end"""
     what = {at: "" for at in range(every, steps, every)} | {steps: "end"}
-    if cfg.schedule in ("two_stage", "bitnet"):
-        what[round(cfg.stage_boundary * steps)] = "stage boundary"
+    boundary = optim.boundary(SimpleNamespace(**vars(cfg) | dict(max_steps=steps)))
+    if 0 < boundary < steps:
+        what[boundary] = "stage boundary"
     keys = ("steps", "tokens", "tokens_per_param", "hours_total", "finish")
     rows = [row(cfg, counts, at, cost) | {"what": what[at]} for at in sorted(what)]
     return [{key: each[key] for key in ("what", *keys)} for each in rows]
@@ -160,13 +184,14 @@ def candidates(cfg, step_ms, budget_hours):
     """lengths in steps worth comparing where none are named: the experiment's own, and parts of the budget or
     halves and doubles of it"""
     whole = budget_hours * 3.6e6 / step_ms if budget_hours else 2 * cfg.max_steps
+    whole = min(whole, MOST_STEPS)
     found = {max(1, round(whole * part)) for part in (1 / 8, 1 / 4, 1 / 2, 0.95 if budget_hours else 1)}
     return sorted(found | {cfg.max_steps})
 
 
 def contradictions(cfg, claim, rows):
     """what the numbers of a plan say against each other, a sentence each. claim: dict of step_ms,
-    tokens_per_sec, tokens (0 = not given), budget_hours"""
+    tokens_per_sec, tokens, steps that are to make them (each 0 = not given), budget_hours"""
     told, batch, longest = [], cfg.total_batch_size, rows[-1]["steps"]
 
     def takes(step_ms):
@@ -184,10 +209,11 @@ def contradictions(cfg, claim, rows):
                 f"{by_speed / 1e3:.2f} s a step and {takes(by_speed)}; {claim['step_ms']:g} ms are "
                 f"{by_step:,.0f} tokens/s and {takes(claim['step_ms'])}; the rows use step_ms"
             )
-    if claim["tokens"] and all(abs(each["tokens"] / claim["tokens"] - 1) > SLACK for each in rows):
+    steps = claim["steps"]
+    if claim["tokens"] and abs(steps * batch / claim["tokens"] - 1) > SLACK:
         told.append(
-            f"total_tokens = {claim['tokens']:,} does not follow from steps x batch: {longest:,} steps of "
-            f"{batch:,} tokens are {longest * batch:,}; {claim['tokens']:,} tokens take "
+            f"total_tokens = {claim['tokens']:,} does not follow from steps x batch: {steps:,} steps of "
+            f"{batch:,} tokens are {steps * batch:,}; {claim['tokens']:,} tokens take "
             f"{-(-claim['tokens'] // batch):,} steps"
         )
     for each in rows:
@@ -199,7 +225,7 @@ def contradictions(cfg, claim, rows):
     return told
 
 
-def cautions(cfg, counts, rows):
+def cautions(cfg, counts, rows, cost):
     """what is unwise in a plan, a sentence each"""
     told = []
     for each in rows:
@@ -219,7 +245,8 @@ def cautions(cfg, counts, rows):
     if counts["active"] < SMALLEST:
         told.append(f"expected_loss: the scaling law says nothing of so small a model ({counts['active']:,})")
     elif counts["active"] < counts["total"]:
-        lower = expected_loss(counts["total"], rows[-1]["tokens"], ternary=cfg.ternary)
+        like = cost["dataset_tokens"], cfg.ternary, cost["offset"]
+        lower = expected_loss(counts["total"], rows[-1]["tokens"], *like)
         told.append(
             f"expected_loss of a mixture is a heuristic: it counts the active parameters; with all of them "
             f"the law gives {lower:.2f} at {rows[-1]['steps']:,} steps"
@@ -227,9 +254,10 @@ def cautions(cfg, counts, rows):
     return told
 
 
-def recommendation(rows):
+def recommendation(rows, own):
     """(the row to take or None, a sentence that says why). With a budget the shortest that is nearly as good
-    as the best of those that fit; without one, the last that is worth its price."""
+    as the best of those that fit; without one, the last that is worth its price, or where the law says
+    nothing, the experiment's own number of steps."""
     has_budget = rows[0]["spare_hours"] is not None
     fit = [each for each in rows if not has_budget or each["spare_hours"] >= 0]
     if not fit:
@@ -237,8 +265,8 @@ def recommendation(rows):
         return None, f"none: even {least}, over the budget; plan fewer, a smaller model or a faster device"
     sound = [each for each in fit if (each["epochs"] or 0) <= GOOD_EPOCHS] or fit[:1]
     at, losses = len(sound) - 1, [each["expected_loss"] for each in sound]
-    if None in losses:  # the longest that fits
-        pass
+    if None in losses:
+        at = next((i for i, each in enumerate(sound) if each["steps"] == own and not has_budget), at)
     elif has_budget:
         at = next(i for i, loss in enumerate(losses) if loss <= min(losses) + ENOUGH)
     else:
@@ -253,7 +281,9 @@ def recommendation(rows):
         why += f", and {longer['steps']:,} steps do not fit the budget"
     elif longer not in sound:
         why += f", and {longer['steps']:,} steps would repeat the data {longer['epochs']:.1f} times"
-    elif None not in losses:
+    elif None in losses:
+        why += ", the experiment's own length"
+    else:
         gain, more = chosen["expected_loss"] - longer["expected_loss"], longer["hours"] - chosen["hours"]
         why += f", and {hours(more)} hours more, to {longer['steps']:,} steps, buy only {gain:.3f} nats"
     rest = f" and leaves {hours(chosen['spare_hours'])} of the budget" if has_budget else ""

@@ -65,7 +65,7 @@ def int_matmul_pays(device, rows, n_in, n_out):
     """whether the int8 product of these sizes is faster than the fp32 one"""
     if device.type == "cuda":  # cuBLAS: more than 16 rows, both widths multiples of 8
         return rows > 16 and n_in % 8 == 0 and n_out % 8 == 0
-    # oneDNN reorders the weights first, which takes some 250 rows to earn back (docs/log.md)
+    # oneDNN reorders the weights first: 256 rows of 768 x 3072 earn that back, 1,024 of 256 x 256
     return device.type == "cpu" and HAS_INT8 and rows >= 512 and rows * n_in * n_out >= 2**27
 
 
@@ -178,6 +178,61 @@ def unpack(packed):
     """uint8 (out / 4, in) -> int8 codes {-1, 0, 1} (out, in); the inverse of pack"""
     rows = [(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)]
     return torch.cat(rows)
+
+
+# inference with integer weights
+
+
+def pack_words(t):
+    """codes {-1, 0, 1} (out, in), 16 | in -> int32 (out, in / 16), two bits each: the k-th of word j is t + 1
+    in column k in / 16 + j, so that one shift serves a whole row of words"""
+    u = (t + 1).to(torch.int32).view(t.shape[0], 16, -1)
+    return sum(u[:, k] << 2 * k for k in range(16)).to(torch.int32)  # the sum wraps into the sign bit
+
+
+def packed_row(x, words, s):
+    """y (1, out) of one token x (1, in): what TernaryLinear.forward computes, from words of pack_words.
+    Compiled, it reads two bits a weight; the sums of u = t + 1 are exact integers, as those of t are."""
+    q, a = quantize_activations(x)
+    q = q.to(torch.int32)
+    parts, total = q.view(16, -1), 0
+    for k in range(16):
+        total = total + (words >> 2 * k & 3) * parts[k]
+    return (total.sum(-1, dtype=torch.int32) - q.sum(dtype=torch.int32)).float() / (s * a)
+
+
+packed_row_compiled = torch.compile(packed_row, dynamic=False)
+
+
+class PackedLinear(nn.Module):
+    """a BitLinear that can only compute: integer weights in place of the float master weights, the same bits
+    out. One token goes through two-bit words where it has them, several through int8."""
+
+    def __init__(self, weight, words=False):
+        super().__init__()
+        t, s = ternarize(weight)
+        self.register_buffer("codes", t.to(torch.int8))  # (out, in)
+        self.register_buffer("s", s)  # (1, 1)
+        self.register_buffer("words", pack_words(t) if words and t.shape[1] % 16 == 0 else None)
+
+    def forward(self, x):
+        """y (..., out) for x (..., in), as BitLinear"""
+        dtype, rows = output_dtype(x), x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            if len(rows) == 1 and self.words is not None:
+                y = packed_row_compiled(rows.float(), self.words, self.s)
+            else:
+                q, a = quantize_activations(rows)
+                y = exact_matmul(q, self.codes) / (self.s * a)
+        return y.to(dtype).view(*x.shape[:-1], -1)
+
+
+def pack_layers(model, words):
+    """replace every BitLinear of a model by a PackedLinear; experts stay as they are"""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BitLinear):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, PackedLinear(layer.weight, words))
 
 
 # ternary health: what the weights of a run are doing, read every log_every steps

@@ -24,7 +24,6 @@ from files import write_json
 SCALARS, BITNET = os.path.join("metrics", "scalars.jsonl"), os.path.join("metrics", "bitnet.jsonl")
 ROUTER = os.path.join("metrics", "router.jsonl")
 EVENTS, SAMPLES = os.path.join("metrics", "events.jsonl"), os.path.join("samples", "samples.jsonl")
-FOLDERS = ("metrics", "samples", "checkpoints")
 lock = None  # the open file that holds the lock of the run's folder
 
 
@@ -198,20 +197,20 @@ def set_aside(run_dir):
 
 
 def forget(run_dir):
-    """remove the folder of a run that ended before it began: one with a file in it stays as it is"""
+    """remove the folder of a run that ended before it began; where there is a file in it, it stays"""
+    if any(name != ".lock" for _, _, names in os.walk(run_dir) for name in names):
+        return
     with contextlib.suppress(OSError):
-        for name in FOLDERS:
-            os.rmdir(os.path.join(run_dir, name))
-        os.remove(os.path.join(run_dir, ".lock"))
-        os.rmdir(run_dir)
+        shutil.rmtree(run_dir)
 
 
 def open_run(run_dir):
     """make the folders of a run and lock it, until this process ends. Exits with 2 where it cannot be written
     or another process trains this run."""
     global lock
+    is_new = not os.path.isdir(run_dir)
     try:
-        for name in FOLDERS:
+        for name in ("metrics", "samples", "checkpoints"):
             os.makedirs(os.path.join(run_dir, name), exist_ok=True)
         lock = open(os.path.join(run_dir, ".lock"), "w")
     except OSError as error:
@@ -220,4 +219,5 @@ def open_run(run_dir):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"{run_dir} is being trained by another process; wait for it, or choose another --run_id=")
-    atexit.register(forget, run_dir)
+    if is_new:
+        atexit.register(forget, run_dir)

@@ -324,8 +324,9 @@ while True:
     # save, then evaluate, then sample: what fails here costs nothing that was trained
     save_due = scheduled(step) or (owed and step % cfg.log_every == 0)
     eval_due = cfg.eval_every > 0 and (bool(why) or step % cfg.eval_every == 0 or step == evaluated)
-    sample_due = bool(why) or (step > 0 and step % (cfg.sample_every or 1) == 0) or step == sampled
-    sample_due = cfg.sample_every > 0 and sample_due
+    sample_due = cfg.sample_every > 0 and (
+        bool(why) or (step > 0 and step % cfg.sample_every == 0) or step == sampled
+    )
     if why or save_due or eval_due or sample_due:
         speedometer.pause()
         if why:

@@ -53,6 +53,8 @@ def test_a_plan_that_contradicts_itself_is_told():
     assert found["rows"][0]["hours"] == pytest.approx(27.8, abs=0.05) and found["step_ms"] == 250
     assert "13,107,200,000" in tokens and "305,176 steps" in tokens
     assert f"warning: {speeds}" in out
+    again, *_ = bench("config/train_moe_500m.py", plan=True, step_ms=9, steps="400000", total_tokens=10e9)
+    assert "total_tokens = 10,000,000,000 does not follow" in again["warnings"][0]
     # without the step time, the budget does not hold the run
     del plan["step_ms"]
     found, *_ = bench(BASELINE, **plan, budget_hours=144)
@@ -78,6 +80,24 @@ def test_repeated_data_is_worth_less(epochs, share):
     assert planner.worth(epochs * 7e9, 0) == epochs * 7e9
 
 
+@pytest.mark.parametrize(
+    "save_every, eval_every, schedule, count",
+    [
+        (10, 0, "cosine", 4),  # 10, 20, 30, the end
+        (0, 0, "cosine", 1),
+        (10, 0, "two_stage", 6),  # and 16, 17
+        (10, 0, "bitnet", 6),
+        (17, 0, "two_stage", 3),  # 16, 17 and 34, the end
+        (10, 4, "cosine", 11),  # 4, 8, 10, 12, 16, 20, 24, 28, 30, 32, the end
+        (5, 7, "cosine", 11),  # the end, 35, is a multiple of both
+    ],
+)
+def test_checkpoints_are_counted(save_every, eval_every, schedule, count):
+    """bugs guarded: the end not counted, a checkpoint counted twice, those of a new best forgotten"""
+    cfg = SimpleNamespace(save_every=save_every, eval_every=eval_every, schedule=schedule, stage_boundary=0.5)
+    assert planner.saves(cfg, 35 if eval_every == 7 else 34) == count
+
+
 COST = dict(step_ms=100, eval_seconds=3.6, sample_seconds=7.2, save_seconds=36, dataset_tokens=1e9)
 COST |= dict(per_hour=2.0, budget_hours=100, offset=0.25, now=datetime.datetime(2026, 2, 28))
 COUNTS = dict(total=95_000_000, active=95_000_000)
@@ -94,10 +114,10 @@ def test_a_row_by_hand():
     for hours"""
     cfg, (row,) = rows_of([36_000])
     assert row["hours"] == pytest.approx(1.0)
-    # evaluations at 0, 5,000, ..., 35,000 and the end; samples at 7,000, ... and the end; saves at 10,000,
-    # 20,000, 30,000, the end and two at the boundary
-    assert row["hours_total"] == pytest.approx(1 + (9 * 3.6 + 6 * 7.2 + 6 * 36) / 3600)
-    assert row["price"] == pytest.approx(2 * row["hours_total"]) and row["finish"] == "2026-02-28 01:04"
+    # evaluations at 0, 5,000, ..., 35,000 and the end; samples at 7,000, ... and the end; saves at 5,000 (a
+    # best), 10,000 (both), ..., 35,000 and the end, and two at the boundary, 17,999 and 18,000
+    assert row["hours_total"] == pytest.approx(1 + (9 * 3.6 + 6 * 7.2 + 10 * 36) / 3600)
+    assert row["price"] == pytest.approx(2 * row["hours_total"]) and row["finish"] == "2026-02-28 01:07"
     assert row["spare_hours"] == pytest.approx(100 - row["hours_total"])
     assert row["epochs"] == pytest.approx(0.294912)
     law = planner.expected_loss(95e6, 36_000 * 8192, 1e9, cfg.ternary)
@@ -121,18 +141,64 @@ def test_a_row_by_hand():
 def test_the_recommendation_and_its_reason(steps, cost, chosen, why):
     """bugs guarded: a length over the budget, or one that repeats the data, recommended; a reason that is not
     the one"""
-    row, sentence = planner.recommendation(rows_of(steps, **cost)[1])
+    row, sentence = planner.recommendation(rows_of(steps, **cost)[1], own=400_000)
     assert (row and row["steps"]) == chosen and why in sentence
 
 
 def test_unwise_lengths_are_told():
     """bug guarded: few tokens per parameter, many epochs or a long warm-up, without a word"""
     cfg, rows = rows_of([2_000, 1_000_000, 4_000_000])
-    few, *rest = sorted(planner.cautions(cfg, COUNTS, rows), key=lambda text: "parameter" not in text)
+    few, *rest = sorted(planner.cautions(cfg, COUNTS, rows, COST), key=lambda text: "parameter" not in text)
     assert "2,000 steps" in few and "1,000,000" not in few
     assert sum("see the data" in text for text in rest) == 2
     assert "8.2 times: repetition begins" in "".join(rest) and "32.8 times: most" in "".join(rest)
-    assert any("warmup_steps = " in text for text in planner.cautions(cfg, COUNTS, rows_of([5])[1]))
+    assert any("warmup_steps = " in text for text in planner.cautions(cfg, COUNTS, rows_of([5])[1], COST))
+    assert "8 of" not in "".join(planner.cautions(cfg, COUNTS, rows_of([400_000])[1], COST))
+
+
+def test_a_mixture_counts_its_active_parameters():
+    """bugs guarded: total and active parameters exchanged; a bracket of losses of unlike kinds"""
+    counts, cost = dict(total=500_000_000, active=160_000_000), COST | dict(dataset_tokens=1e9)
+    cfg, _ = rows_of([1])
+    row = planner.row(cfg, counts, 1_000_000, cost)
+    assert row["tokens_per_param"] == pytest.approx(16.384) and row["tokens_per_active_param"] == 51.2
+    want = [planner.expected_loss(n, 8.192e9, 1e9, cfg.ternary) + 0.25 for n in (160e6, 500e6)]
+    assert row["expected_loss"] == pytest.approx(want[0])
+    told = planner.cautions(cfg, counts, [row], cost)
+    assert any(f"the law gives {want[1]:.2f}" in text for text in told)
+    assert not any("fewer than 20" in text for text in told)
+
+
+def test_lengths_to_compare():
+    """bug guarded: hours taken for seconds; the experiment's own length forgotten"""
+    cfg, _ = rows_of([1])
+    cfg.max_steps = 400
+    assert planner.candidates(cfg, 100.0, 0) == [100, 200, 400, 800]
+    assert planner.candidates(cfg, 100.0, 10) == [400, 45_000, 90_000, 180_000, 342_000]
+    assert max(planner.candidates(cfg, 1e-9, 1e6)) <= planner.MOST_STEPS
+
+
+@pytest.mark.parametrize(
+    "changes, per_token",
+    [  # C = 64, keys 32, F = 96, V = 1000; 8 C + b (...) for each of 3 blocks, then 4 C + 2 b V
+        (dict(ternary=True), 3 * (512 + 4 * (128 + 64) + 8 * 96) + 256 + 8000),
+        (dict(ternary=False), 3 * (512 + 4 * (128 + 64) + 8 * 64 + 12 * 96) + 256 + 8000),
+        (dict(ternary=False, n_expert=4, n_expert_active=2), 3 * (512 + 768 + 512 + 2 * 16 * 160) + 8256),
+    ],
+)
+def test_memory_by_hand(changes, per_token):
+    """bugs guarded: keys as wide as queries, experts counted once, states of Muon or copies of autocast
+    forgotten"""
+    cfg = settings(n_layer=3, n_embd=64, n_head=4, n_kv_head=2, ffn_dim=96, vocab_size=1000, **changes)
+    counts = Transformer(cfg).counts()
+    state = planner.memory_gb(cfg, counts, 0, 4)
+    assert state * 1e9 == pytest.approx(16 * counts["total"])
+    assert (planner.memory_gb(cfg, counts, 3, 4) - state) * 1e9 == pytest.approx(per_token * 3 * cfg.seq_len)
+    cfg.optimizer = "muon"
+    with_muon = planner.memory_gb(cfg, counts, 0, 4) * 1e9
+    assert with_muon == pytest.approx(12 * counts["total"] + 4 * 64 * 1000)
+    copies = planner.memory_gb(cfg, counts, 0, 2) * 1e9 - with_muon
+    assert copies == pytest.approx(0 if cfg.ternary else 2 * counts["total"])
 
 
 @pytest.mark.parametrize("ternary, dtype", [(True, torch.float32), (False, torch.bfloat16)])
@@ -193,10 +259,25 @@ def test_bench_times_the_twins_part_by_part():
     assert "ternary / float:" in out and 0 < found["mfu_measured"] < 1
 
 
+def test_planned_memory_follows_the_dtype():
+    """bug guarded: float32 planned with 16 bits"""
+    how = dict(plan=True, step_ms=695, steps="1", gpu_memory_gb=6)
+    half, whole = (bench(BASELINE, **how, dtype=dtype)[0] for dtype in ("bfloat16", "float32"))
+    assert half["memory_gb"] < whole["memory_gb"] and half["largest_batch_size"] > whole["largest_batch_size"]
+
+
+def test_bench_times_the_float_experiment_itself():
+    """bug guarded: the speed of the ternary twin reported for a float experiment"""
+    found, out, _ = bench(**TINY, max_steps=10, pairs=2, warmup=1, compile=False, ternary=False)
+    assert found["params_ternary"] == 0 and found["float_step_ms"] == found["step_ms"]
+    assert "float / ternary:" in out
+
+
 def test_bench_times_text_and_plans_from_what_it_timed():
     found, *_ = bench(**TINY, max_steps=10, sample=True)
     assert found["prefill_tokens_per_sec"] > found["decode_tokens_per_sec"] > 0
-    found, out, _ = bench(**TINY, max_steps=1000, plan=True, pairs=1, warmup=1, compile=False, watts=500)
+    found, out, _ = bench(**TINY, max_steps=1000, plan=True, pairs=1, warmup=1, compile=False)
+    assert "the experiment's own length" in found["recommendation"]
     assert {1000, 2000} <= {row["steps"] for row in found["rows"]} and found["step_ms"] > 0
     assert "(assumed)" not in out and found["rows"][0]["expected_loss"] is None
     assert any("says nothing of so small a model" in text for text in found["warnings"])
@@ -234,9 +315,13 @@ def test_bench_compares_with_a_peer(tmp_path):
     "values, says",
     [
         (dict(plan=True, steps="many"), "steps = 'many' is not numbers"),
-        (dict(plan=True, steps="0,5"), "must each be at least 1"),
+        (dict(plan=True, steps="0,5"), "must each be from 1"),
+        (dict(plan=True, steps=1e12), "must each be from 1 to 1,000,000,000"),
         (dict(budget_hours=3), "--budget_hours is of --plan"),
+        (dict(peers="x"), "--peers is of --compare"),
+        (dict(compare=True, vocab_size=60000), "has 50304 tokens"),
         (dict(plan=True, watts=-1), "watts = -1.0 must not be negative"),
+        (dict(plan=True, watts=100), "need each other"),
         (dict(plan=True, step_ms=5, calibrate="nowhere"), "calibrate = 'nowhere' is no finished run"),
         (dict(compare=True, peers="nowhere"), "nowhere/nanoGPT/model.py is not there"),
         (dict(sample=True, plan=True), "use one of them"),
@@ -257,8 +342,16 @@ def test_a_finished_run_calibrates_the_law(tmp_path):
     law = planner.expected_loss(params, tokens, ternary=True)
     line = dict(step=5, event="finish", result=dict(val_loss=law + 0.5, tokens=tokens))
     (tmp_path / "metrics" / "events.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "metrics" / "scalars.jsonl").write_text('{"step": 5, "epoch": 8.0}\n')
+    repeated = planner.expected_loss(params, tokens, tokens / 8, ternary=True)
+    assert planner.calibration(str(tmp_path)) == pytest.approx(law + 0.5 - repeated)
+    (tmp_path / "metrics" / "scalars.jsonl").write_text('{"step": 5, "epoch": 0.1}\n')
     assert planner.calibration(str(tmp_path)) == pytest.approx(0.5)
     found, out, _ = bench(BASELINE, plan=True, step_ms=100, steps="400000", calibrate=tmp_path)
     plain, *_ = bench(BASELINE, plan=True, step_ms=100, steps="400000")
     shift = found["rows"][0]["expected_loss"] - plain["rows"][0]["expected_loss"]
     assert shift == pytest.approx(0.5) and "shifted by +0.50" in out and found["is_calibrated"]
+    run_config["params"]["active"] = 20_000
+    (tmp_path / "config.json").write_text(json.dumps(run_config))
+    _, _, err = bench(BASELINE, plan=True, step_ms=100, calibrate=tmp_path, code=2)
+    assert "says nothing of so small a model" in err

@@ -82,6 +82,8 @@ def test_int8_is_used_where_it_pays():
     """bug guarded: a rule that never, or for a single token, takes the int8 product"""
     cpu, wide = torch.device("cpu"), (1024, 768, 3072)
     assert quant.int_matmul_pays(cpu, *wide) and not quant.int_matmul_pays(cpu, 1, *wide[1:])
+    assert quant.int_matmul_pays(cpu, 512, 768, 384) and not quant.int_matmul_pays(cpu, 511, *wide[1:])
+    assert not quant.int_matmul_pays(cpu, 768, 128, 512)
     bit, x = layer(*wide[1:]), torch.randn(wide[0], wide[1])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as told:
         bit(x)
