@@ -34,6 +34,7 @@ FLAGS = {
     "pairs": (15, "timed steps of each model"),
     "warmup": (3, "steps of each before that, not counted"),
     "sample": (False, "time generating text instead of training"),
+    "packed": (True, "sample: integer weights in ternary layers, as sample.py has them"),
     "compare": (False, "also time nanoGPT's model of the same size, and measure the twin's memory"),
     "peers": ("..", "compare: the folder that holds a clone of nanoGPT"),
     "plan": (False, "a table of what lengths would take, cost and reach, with a recommendation"),
@@ -79,7 +80,7 @@ def settings():
     for key, (default, _) in FLAGS.items():
         if type(default) in (int, float) and getattr(cfg, key) < 0:
             faults.append(f"{key} = {getattr(cfg, key)} must not be negative")
-        for mode in ("plan", "compare"):
+        for mode in ("sample", "plan", "compare"):
             if (
                 cfg.origin[key] != "default"
                 and FLAGS[key][1].startswith(f"{mode}:")
@@ -131,7 +132,7 @@ import device as machine
 import optim
 import planner
 import record
-from model import Transformer, generate, mean_loss, router_loss
+from model import Transformer, generate, mean_loss, pack, router_loss
 from planner import hours
 
 # what is timed
@@ -344,6 +345,8 @@ def time_sampling(cfg, device, dtype):
     """tokens/s of reading a prompt of half the context, and of writing at most 128 tokens after it, batch 1;
     the median of three"""
     model = build(cfg, cfg.ternary, device).eval()
+    if cfg.packed:
+        pack(model, words=not machine.no_compiler(device))
     prompt = torch.randint(cfg.vocab_size, (1, max(1, cfg.seq_len // 2)), device=device)
     n_new, prefill, decode = max(2, min(128, cfg.seq_len - prompt.shape[1])), [], []
     for _ in range(4):

@@ -124,19 +124,23 @@ def make_deterministic():
     torch.backends.cudnn.benchmark = False
 
 
+def no_compiler(device):
+    """why torch.compile cannot be had on a device, or ''"""
+    if device.type == "mps":
+        return "torch.compile does not cover MPS yet"
+    if device.type == "cuda" and not has_triton():
+        return "torch.compile needs Triton on CUDA, and a card that it knows"
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        return "torch.compile needs a C++ compiler (g++) on CPU"
+    return ""
+
+
 def compiled(model, wanted, device):
     """(model or its compiled form, whether it is compiled); prints why where it was wanted and cannot be
     had"""
     if not wanted:
         return model, False
-    reason = ""
-    if device.type == "mps":
-        reason = "torch.compile does not cover MPS yet"
-    elif device.type == "cuda" and not has_triton():
-        reason = "torch.compile needs Triton on CUDA, and a card that it knows"
-    elif device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        reason = "torch.compile needs a C++ compiler (g++) on CPU"
-    if reason:
+    if reason := no_compiler(device):
         print(f"compile: off, {reason}", file=sys.stderr)
         return model, False
     return torch.compile(model, dynamic=False), True

@@ -27,6 +27,10 @@ FLAGS = {
     "dataset": ("", "name of the data set in data_dir; '' = the one the model was trained on"),
     "split": ("val", "val | train"),
     "dtype": ("float32", "float32 | bfloat16: what the matrix products compute in"),
+    "packed": (
+        True,
+        "integer weights in ternary layers; False = from the float master weights, the same loss",
+    ),
     "eval_tokens": (0, "tokens of the loss, spread over the split; 0 = all"),
     "batch_size": (16, "sequences at a time"),
     "games": (2000, "games of each match-up, for tictactoe"),
@@ -85,7 +89,7 @@ else:
     n = min(windows.total, max(1, cfg.eval_tokens // cfg.seq_len)) if cfg.eval_tokens else windows.total
     print(f"{folder} on {cfg.dataset}/{cfg.split}: {n:,} windows of {cfg.seq_len} tokens")
 print(f"{machine.describe(device)}, {machine.name(dtype)}")
-model = restore(part, device)
+model = restore(part, device, cfg.packed)
 
 if task not in ("lambada", "blimp"):
     batches = tqdm(

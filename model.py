@@ -290,14 +290,21 @@ class Transformer(nn.Module):
         return 6 * (self.counts()["active"] - looked_up) + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
 
 
+def pack(model, words=False):
+    """give the ternary layers integer weights: the same function, which cannot be trained. words: a large
+    model on the CPU reads two bits a weight where it writes token by token, by a kernel compiled first."""
+    is_large = model.counts()["ternary"] > 2e7  # else compiling takes longer than a text
+    pack_layers(model, words and is_large and model.embed.weight.device.type == "cpu")
+
+
 def restore(part, device, packed=False, words=False):
-    """the model of a checkpoint.pt (its loaded dict), on the device and ready for use. packed: with integer
-    weights in its ternary layers, the same function; words: in two bits too, for one token at a time"""
+    """the model of a checkpoint.pt (its loaded dict), on the device and ready for use; packed, words: see
+    pack"""
     with torch.device(device):
         model = Transformer(SimpleNamespace(**part["config"]))
     model.load_state_dict(part["model"])
     if packed:
-        pack_layers(model, words)
+        pack(model, words)
     return model.eval()
 
 

@@ -31,6 +31,7 @@ would shrink).
 import torch
 from torch import nn
 
+HAS_VNNI = torch.cpu._is_vnni_supported()  # where torch._int_mm uses int8 units, for one row too
 # whether oneDNN has int8 products for this CPU
 HAS_INT8 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability()[:3] == "AVX"
 EPS = 1e-5  # the least mean|W| and max|x|: an all-zero matrix or token divides by this, not by zero
@@ -66,7 +67,8 @@ def int_matmul_pays(device, rows, n_in, n_out):
     if device.type == "cuda":  # cuBLAS: more than 16 rows, both widths multiples of 8
         return rows > 16 and n_in % 8 == 0 and n_out % 8 == 0
     # oneDNN reorders the weights first: 256 rows of 768 x 3072 earn that back, 1,024 of 256 x 256
-    return device.type == "cpu" and HAS_INT8 and rows >= 512 and rows * n_in * n_out >= 2**27
+    is_large = HAS_INT8 and rows >= 512 and rows * n_in * n_out >= 2**27
+    return device.type == "cpu" and (HAS_VNNI or is_large)
 
 
 @torch.library.custom_op("nanobit::int8_matmul", mutates_args=())
@@ -91,7 +93,7 @@ def exact_matmul(q, t):
     if not int_matmul_pays(q.device, q.shape[0], t.shape[1], t.shape[0]):
         return q.float() @ t.float().t()
     q, t = q.to(torch.int8), t.to(torch.int8)
-    return torch._int_mm(q, t.t()).float() if q.is_cuda else int8_matmul(q, t)
+    return torch._int_mm(q, t.t()).float() if q.is_cuda or HAS_VNNI else int8_matmul(q, t)
 
 
 class TernaryLinear(torch.autograd.Function):
@@ -190,18 +192,16 @@ def pack_words(t):
     return sum(u[:, k] << 2 * k for k in range(16)).to(torch.int32)  # the sum wraps into the sign bit
 
 
-def packed_row(x, words, s):
-    """y (1, out) of one token x (1, in): what TernaryLinear.forward computes, from words of pack_words.
-    Compiled, it reads two bits a weight; the sums of u = t + 1 are exact integers, as those of t are."""
-    q, a = quantize_activations(x)
-    q = q.to(torch.int32)
-    parts, total = q.view(16, -1), 0
+def words_matmul(words, q):
+    """the product of u = t + 1, as words of pack_words, with q (16, in / 16), whole floats, as fp32 (out,).
+    Compiled it reads two bits a weight; its sums are integers below 2^24, exact in any order."""
+    total = 0
     for k in range(16):
-        total = total + (words >> 2 * k & 3) * parts[k]
-    return (total.sum(-1, dtype=torch.int32) - q.sum(dtype=torch.int32)).float() / (s * a)
+        total = total + (words >> 2 * k & 3).float() * q[k]
+    return total.sum(-1)
 
 
-packed_row_compiled = torch.compile(packed_row, dynamic=False)
+compiled_words_matmul = torch.compile(words_matmul, dynamic=False)
 
 
 class PackedLinear(nn.Module):
@@ -219,11 +219,12 @@ class PackedLinear(nn.Module):
         """y (..., out) for x (..., in), as BitLinear"""
         dtype, rows = output_dtype(x), x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
+            q, a = quantize_activations(rows)
             if len(rows) == 1 and self.words is not None:
-                y = packed_row_compiled(rows.float(), self.words, self.s)
+                product = compiled_words_matmul(self.words, q.view(16, -1)) - q.sum()
             else:
-                q, a = quantize_activations(rows)
-                y = exact_matmul(q, self.codes) / (self.s * a)
+                product = exact_matmul(q, self.codes)
+            y = product / (self.s * a)
         return y.to(dtype).view(*x.shape[:-1], -1)
 
 

@@ -31,6 +31,10 @@ FLAGS = {
     "num_samples": (1, "texts to generate, a line --- between them"),
     "seed": (1337, "another seed draws another text"),
     "dtype": ("float32", "float32 | bfloat16: what the matrix products compute in"),
+    "packed": (
+        True,
+        "integer weights in ternary layers; False = from the float master weights, the same text",
+    ),
     "chat": (False, "write a text in turns; /help lists the commands"),
     "play": (False, "play tic-tac-toe against the model"),
     "side": ("X", "X | O: what you play; X begins"),
@@ -232,7 +236,7 @@ if cfg.play and part["tokenizer"].get("chars") != game.CHARS:
     config.fail(f"ckpt = {cfg.ckpt!r} {trained}; --play needs a model of config/train_tictactoe.py")
 if cfg.play or cfg.chat:
     sys.stdin.reconfigure(errors="replace")
-model = restore(part, device)
+model = restore(part, device, cfg.packed, words=not machine.no_compiler(device))
 tokenizer, eot = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]
 try:
     prompt = encode_prompt(tokenizer, eot, text)

@@ -229,10 +229,20 @@ def test_mean_loss_weighs_tokens_and_can_be_stopped():
     assert mean_loss(model, batches, stop=lambda: True) is None
 
 
-def test_restore_gives_the_same_model():
-    """bug guarded: weights left at their initial values by a loose load"""
-    model = make(seed=3)
+@pytest.mark.parametrize("changes", [{}, dict(ternary=False), dict(n_expert=4)])
+def test_restore_gives_the_same_model(changes):
+    """bugs guarded: weights left at their initial values by a loose load; integer weights that are another
+    function"""
+    model = make(seed=3, **changes).eval()
     part = {"config": vars(model.cfg), "model": model.state_dict()}
     idx = torch.randint(0, 28, (1, 16))
     with torch.no_grad():
         assert torch.equal(restore(part, "cpu")(idx), model(idx))
+        packed = restore(part, "cpu", packed=True, words=True)
+        assert torch.equal(packed(idx), model(idx))
+        texts = [
+            [token.item() for token in generate(m, idx[:, :4], 8, temperature=0)] for m in (model, packed)
+        ]
+    assert texts[0] == texts[1]
+    kept = "blocks.0.attn.q_proj.weight" in packed.state_dict()
+    assert kept != model.cfg.ternary, "integers in place of the floats"

@@ -138,6 +138,7 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
     told = r"prefill 6 tokens, [\d,]+ tokens/s\ndecode \d+ tokens, [\d,]+ tokens/s\n"
     assert len(re.findall(told, err)) == 2
     assert run("sample.py", *flags, "--prompt=-", patch=stdin(tmp_path, "ab cd\n"))[0] == out
+    assert run("sample.py", *flags, f"--prompt_file={tmp_path}/text", "--packed=False")[0] == out
     (tmp_path / "text").write_bytes(b"\xff")
     err = run("sample.py", *flags, f"--prompt_file={tmp_path}/text", code=2)[1]
     assert err.startswith("error: prompt_file = ") and "UTF-8" in err
