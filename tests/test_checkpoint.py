@@ -249,16 +249,20 @@ def test_a_second_process_is_refused(run_dir, capsys):
 
 
 def test_an_older_or_newer_format_is_told(tmp_path, capsys):
-    """bug guarded: a traceback where the state of an older version is resumed; weights that are still good
-    refused"""
+    """bugs guarded: a traceback where the state of an older version is resumed; weights that are still good
+    refused, or that lack a newer setting"""
     for step, number, readable in ((1, 1, True), (2, checkpoint.FORMAT + 1, False)):
-        part = dict(format=number, step=step)
+        part = dict(format=number, step=step, config=dict(n_layer=7))
         folder = checkpoint.save(str(tmp_path), step, part, part)
         with pytest.raises(SystemExit):
             checkpoint.load(folder, checkpoint.TRAINER)
         assert f"has checkpoint format {number}, this version reads" in capsys.readouterr().err
         if readable:
-            assert checkpoint.load(folder)["step"] == step
+            found = checkpoint.load(folder)
+            assert found["step"] == step and (found["config"]["n_layer"], found["config"]["n_expert"]) == (
+                7,
+                0,
+            )
         else:
             with pytest.raises(SystemExit):
                 checkpoint.load(folder)
