@@ -68,10 +68,14 @@ def settings():
     try:
         cfg.steps = sorted({int(float(text)) for text in cfg.steps.split(",")}) if cfg.steps else []
     except (ValueError, OverflowError):
-        faults.append(f"steps = {cfg.steps!r} is not numbers with commas between them, as 60000,400000")
+        faults.append(
+            f"steps = {cfg.steps!r} is not numbers with commas between them, as 60000,400000 (no 60,000)"
+        )
         cfg.steps = []
     if cfg.plan and cfg.steps and not cfg.max_steps and not cfg.total_tokens:
         cfg.max_steps = cfg.steps[-1]
+    if not cfg.plan and not cfg.max_steps and not cfg.total_tokens:
+        cfg.max_steps = 1  # what is timed has no length
     config.check(cfg, faults)
     if cfg.steps and not 1 <= min(cfg.steps) <= max(cfg.steps) <= 10**9:
         faults.append(f"steps = {cfg.steps} must each be from 1 to 1,000,000,000")
@@ -120,6 +124,7 @@ def settings():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in: bench.py ... | head
     cfg = settings()  # mistakes are told before torch is imported
 
 import numpy as np
@@ -443,7 +448,8 @@ def plan(cfg, counts, step_ms, once, device):
         gpu_memory_gb = torch.cuda.get_device_properties(device).total_memory / 1e9
     memory = planner.memory_gb(cfg, counts, cfg.batch_size, dtype_bytes)
     print(
-        f"memory: about {memory:.1f} GB with batch_size = {cfg.batch_size}, {8 * dtype_bytes}-bit, compiled"
+        f"memory: about {memory:.1f} GB with batch_size = {cfg.batch_size}, {8 * dtype_bytes}-bit"
+        f"{', compiled' if cfg.compile else '; without compile up to twice the activations'}"
     )
     warnings, largest = [], None
     if gpu_memory_gb:

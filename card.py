@@ -3,6 +3,7 @@
 import json
 import os
 
+import config
 import record
 
 LIMIT = 10  # rows of the curve
@@ -40,7 +41,6 @@ def write(part, out, run_dir):
     """README.md in the folder `out`, for the checkpoint `part` of a run"""
     cfg, step = part["config"], part["step"]
     kind = "ternary (BitNet b1.58)" if cfg["ternary"] else "float"
-    total = len({w.data_ptr(): w for w in part["model"].values()})
     total = sum(w.numel() for w in {w.data_ptr(): w for w in part["model"].values()}.values())
     losses, settings = evaluations(run_dir), settings_of(run_dir)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
@@ -58,7 +58,11 @@ def write(part, out, run_dir):
     ]
     prompt = json.dumps(cfg["sample_prompts"][0] if cfg["sample_prompts"] else "")
     lines += [f'inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)']
-    lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))", "```", ""]
+    lines += [
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
+        "```",
+        "",
+    ]
     if losses:
         lines += ["| step | validation loss, nats per token |", "|---|---|"]
         steps = sorted(at for at in losses if at <= step)
@@ -78,7 +82,14 @@ def write(part, out, run_dir):
     lines += [f"`model.safetensors` has {size:,} bytes, {8 * size / total:.2f} bits for each parameter."]
     if speeds:
         lines += [f"Training ran at {speeds[len(speeds) // 2]:,.0f} tokens/s (median)."]
-    lines += ["", "Made by `python train.py` with these settings:", "", "```"]
-    lines += [f"{name} = {value!r}" for name, value in sorted(cfg.items())] + ["```", ""]
+    default, private = config.assignments(config.DEFAULT), ("run_id", "out_dir", "data_dir", "resume")
+    made = {name: value for name, value in sorted(cfg.items()) if default.get(name, value) != value}
+    lines += [
+        "",
+        "Made by `python train.py` with these settings, the rest as in config/default.py:",
+        "",
+        "```",
+    ]
+    lines += [f"{name} = {value!r}" for name, value in made.items() if name not in private] + ["```", ""]
     with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as file:
         file.write("\n".join(lines))

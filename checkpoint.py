@@ -18,12 +18,14 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import torch
 
 import config
 import data
 import hf
+import optim
 import ranks
 import record
 from config import fail
@@ -138,7 +140,9 @@ def locate(path, resumable=False, setting="ckpt"):
     """the verified step folder that a run folder, step folder or checkpoint.pt stands for. Exits with 2 where
     there is none; says on stderr which newer ones of a run were passed over."""
     if not os.path.exists(path):
-        fail(f"{setting} = {path!r} does not exist; it is a run folder, a step folder or a checkpoint.pt")
+        kinds = "a run folder, a step folder or a checkpoint.pt"
+        kinds += ", or a Hugging Face folder" if setting == "init_from" else ""
+        fail(f"{setting} = {path!r} does not exist; it is {kinds}")
     kind = "resumable" if resumable else "usable"
     if os.path.isfile(path) and os.path.basename(path) != MODEL:
         fail(f"{setting} = {path!r} is no checkpoint; it is a run folder, a step folder or a checkpoint.pt")
@@ -211,8 +215,8 @@ def must_agree(cfg, part, tokenizer, names, what, how=""):
 
 def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, scaler):
     """give the state of a verified checkpoint back to model, optimizers and scaler; returns the rest of its
-    trainer.pt, and the patience it was saved with. is_own: whether it is this run's; tokens: data.digest.
-    Exits with 2 where it is of another run, or beyond the end of this one."""
+    trainer.pt, and the patience and the stage it was saved with. is_own: whether it is this run's; tokens:
+    data.digest. Exits with 2 where it is of another run, or beyond the end of this one."""
     on_disk = next(model.parameters()).device.type != "cpu"  # until it goes to the device
     part, trainer = load(folder, mmap=on_disk), load(folder, TRAINER, mmap=on_disk)
     if trainer["step"] > cfg.max_steps:
@@ -227,7 +231,8 @@ def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, s
     same_eval = is_own and all(getattr(cfg, name) == part["config"][name] for name in VALIDATION)
     if not ranks.share(same_eval and trainer["best"].get("step") in steps(run_dir)):
         trainer |= dict(best={}, stale_evals=0)
-    return trainer | dict(patience=part["config"]["patience"])
+    stage = optim.stage(SimpleNamespace(**part["config"]), trainer["step"] - 1)
+    return trainer | dict(patience=part["config"]["patience"], stage=stage)
 
 
 def kept_bytes(cfg, params, steps):

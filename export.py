@@ -25,7 +25,7 @@ FLAGS = {
     "format": ("", "hf: a folder for transformers | gguf: a file for llama.cpp"),
     "out": ("", "the folder or file to write"),
     "latent": (False, "hf: the float master weights, for further training (--init_from)"),
-    "type": ("", "gguf: tq2_0 | q2_0 | tq1_0 | q8_0 | q4_0 | f16 | f32; '' = the smallest that fits"),
+    "type": ("", "gguf: tq2_0 | q2_0 | tq1_0 | q8_0 | q5_0 | q4_0 | f16 | f32; '' = the smallest that fits"),
     "embed": ("q8_0", "gguf: f32 | f16 | q8_0 | q5_0 | q4_0: of embedding and head"),
     "force": (False, "replace what an earlier export has written to out"),
     "verify": (False, "load it with an independent reader and compare"),
@@ -45,6 +45,10 @@ for key, known in (
 for key, its in (("latent", "hf"), ("type", "gguf"), ("embed", "gguf")):
     if cfg.origin[key] != "default" and cfg.format in ("hf", "gguf") and cfg.format != its:
         faults.append(f"--{key} is of --format={its}; leave it out")
+if not cfg.out.strip("/"):
+    faults.append(f"out = {cfg.out!r} is no name; it is the folder or file to write")
+elif cfg.format == "gguf" and not cfg.out.endswith(".gguf"):
+    faults.append(f"out = {cfg.out!r} must end in .gguf")
 if faults:
     fail(*faults)
 cfg.out = cfg.out.rstrip("/")
@@ -67,11 +71,10 @@ def make_room():
         if not os.path.isdir(os.path.dirname(cfg.out) or "."):
             fail(f"out = {cfg.out!r}: there is no folder {os.path.dirname(cfg.out)}; make it first")
         return
+    if not (hf if cfg.format == "hf" else gguf_file).is_ours(cfg.out):
+        fail(f"out = {cfg.out!r} is there and no earlier export, so it is not replaced; choose another")
     if not cfg.force:
         fail(f"out = {cfg.out!r} is there already; choose another, or replace it with --force")
-    is_folder = cfg.format == "hf"
-    if os.path.isdir(cfg.out) != is_folder or is_folder and not hf.is_ours(cfg.out):
-        fail(f"out = {cfg.out!r} is no earlier export of this kind, and is not replaced; choose another")
 
 
 make_room()
@@ -79,8 +82,13 @@ folder = checkpoint.locate(cfg.ckpt)
 part, run_dir = checkpoint.load(folder), os.path.dirname(os.path.dirname(os.path.abspath(folder)))
 if cfg.format == "gguf":
     kind = cfg.type or gguf_file.smallest(part)
-    gguf_file.write(part, cfg.out, kind, cfg.embed)
+    try:
+        gguf_file.write(part, cfg.out, kind, cfg.embed)
+    except OSError as error:
+        fail(f"out = {cfg.out!r} cannot be written: {error}", code=1)
     print(f"wrote {cfg.out}: {os.path.getsize(cfg.out):,} bytes, {kind}, embedding {cfg.embed}")
+    if kind == "q2_0":
+        print("q2_0 needs a llama.cpp of 2026 (type 42); --type=f16 is for all")
 else:
     if cfg.latent and part["config"]["ternary"]:
         print(
@@ -91,14 +99,19 @@ else:
         hf.write(part, partial, cfg.latent)
         card.write(part, partial, run_dir)
         if os.path.isdir(cfg.out):
-            shutil.rmtree(cfg.out)
+            os.rename(cfg.out, f"{partial}.old")
         os.rename(partial, cfg.out)
+    except OSError as error:
+        fail(f"out = {cfg.out!r} cannot be written: {error}", code=1)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for path in (partial, f"{partial}.old"):
+            shutil.rmtree(path, ignore_errors=True)
     size = sum(entry.stat().st_size for entry in os.scandir(cfg.out))
     print(f"wrote {cfg.out}: {size:,} bytes")
 is_mixture = part["config"]["n_expert"] > 0
 if cfg.format == "hf" and is_mixture and part["config"]["ternary"] and not cfg.latent:
     print("ternary experts are written dequantised: a Mixtral rounds no input to int8")
 if cfg.verify:
-    print(record.to_json(verify.gguf(part, cfg.out) if cfg.format == "gguf" else verify.hf(part, cfg.out)))
+    found = verify.gguf(part, cfg.out, kind) if cfg.format == "gguf" else verify.hf(part, cfg.out, cfg.latent)
+    print(record.to_json(found))
+    raise SystemExit(0 if found["good"] else 1)

@@ -44,6 +44,14 @@ def interleaved(w, n_head):
     return w.view(n_head, 2, w.shape[0] // n_head // 2, -1).swapaxes(1, 2).reshape(w.shape)
 
 
+def is_ours(path):
+    """whether a path is a GGUF file"""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def their_name(name):
     """the name of one of our tensors; experts are one tensor each kind"""
     path = name.removesuffix(".weight")

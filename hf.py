@@ -136,6 +136,9 @@ def write(part, out, latent=False):
     save_file = library("safetensors.torch", "safetensors").save_file
     os.makedirs(out)
     save_file(tensors(part, latent), os.path.join(out, "model.safetensors"), metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(os.path.join(out, "model.safetensors"), 0o666 & ~umask)  # the library makes it private
     write_json(os.path.join(out, "config.json"), model_config(part, latent))
     eot = part["tokenizer"]["eot"]
     write_json(
@@ -261,9 +264,17 @@ def write_tokenizer(spec, out, seq_len):
 # reading
 
 
+FILES = set(
+    "README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json "
+    "tokenizer.model".split()
+)
+
+
 def is_ours(path):
-    """whether a folder is an export of this project"""
+    """whether a folder is an export of this project, and nothing else is in it"""
     try:
+        if os.path.islink(path) or set(os.listdir(path)) - FILES:
+            return False
         with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
             return "nanobit" in json.load(file)
     except (OSError, ValueError):

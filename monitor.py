@@ -95,7 +95,16 @@ def table(found, width):
         step, share = f"{now['step']}/{show(now['max_steps'])}", show(now["progress"], ".0%")
         losses, age = (show(now[key], ".3f") for key in ("loss", "val_loss")), clock(now["last_line_age"])
         state = now["state"].split()[0]
-        rows.append((now["run_id"][: width - 52], state, step, share, *losses, " ".join(age.split()[:2])))
+        rows.append(
+            (
+                os.path.basename(now["run_dir"])[: width - 52],
+                state,
+                step,
+                share,
+                *losses,
+                " ".join(age.split()[:2]),
+            )
+        )
     return [f"{a:{width - 52}} {b:11} {c:>13} {d:>4} {e:>6} {f:>6} {g:>6}" for a, b, c, d, e, f, g in rows]
 
 

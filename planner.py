@@ -165,7 +165,8 @@ def row(cfg, counts, steps, cost):
         log_gb=log_bytes(cfg, steps) / 1e9,
         price=total * cost["per_hour"] if cost["per_hour"] else None,
         spare_hours=cost["budget_hours"] - total if cost["budget_hours"] else None,
-        expected_loss=loss if counts["active"] >= SMALLEST else None,
+        # a loss over ln(V), that of guessing, is far outside of what the law was fitted to
+        expected_loss=loss if counts["active"] >= SMALLEST and loss < math.log(cfg.vocab_size) else None,
     )
 
 
@@ -185,7 +186,7 @@ def candidates(cfg, step_ms, budget_hours):
     halves and doubles of it"""
     whole = budget_hours * 3.6e6 / step_ms if budget_hours else 2 * cfg.max_steps
     whole = min(whole, MOST_STEPS)
-    found = {max(1, round(whole * part)) for part in (1 / 8, 1 / 4, 1 / 2, 0.95 if budget_hours else 1)}
+    found = {max(1, round(whole * part)) for part in (1 / 8, 1 / 4, 1 / 2, 0.9 if budget_hours else 1)}
     return sorted(found | {cfg.max_steps})
 
 
@@ -237,7 +238,7 @@ def cautions(cfg, counts, rows, cost):
         if cfg.warmup_steps > 0.1 * each["steps"]:
             told.append(f"{at}: warmup_steps = {cfg.warmup_steps} are more than a tenth of them")
     short = [f"{each['steps']:,} steps" for each in rows if each["tokens_per_active_param"] < 20]
-    if short:
+    if short and counts["active"] >= SMALLEST:
         told.append(
             f"{', '.join(short)}: fewer than 20 tokens for each parameter: a smaller model reaches a lower "
             "loss at the same cost"

@@ -130,6 +130,8 @@ print(record.opening(cfg, facts))
 if origin:
     record.event(run_dir, "resume", step=step, path=origin, passed_over=passed_over)
     print(f"resume: from step {step}, {origin}")
+    if optim.stage(cfg, step) < former["stage"]:
+        print(f"resume: back in stage 1 until step {optim.boundary(cfg)}, since the run is longer now")
 else:
     record.event(run_dir, "start", step=0, init_from=cfg.init_from, passed_over=passed_over)
 

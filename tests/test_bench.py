@@ -105,7 +105,7 @@ COUNTS = dict(total=95_000_000, active=95_000_000)
 
 def rows_of(steps, **cost):
     cfg = settings(total_batch_size=8192, batch_size=8, seq_len=256, schedule="two_stage", save_every=10_000)
-    cfg = SimpleNamespace(**vars(cfg) | dict(eval_every=5000, sample_every=7000))
+    cfg = SimpleNamespace(**vars(cfg) | dict(eval_every=5000, sample_every=7000, vocab_size=32000))
     return cfg, [planner.row(cfg, COUNTS, n, COST | cost) for n in steps]
 
 
@@ -174,7 +174,7 @@ def test_lengths_to_compare():
     cfg, _ = rows_of([1])
     cfg.max_steps = 400
     assert planner.candidates(cfg, 100.0, 0) == [100, 200, 400, 800]
-    assert planner.candidates(cfg, 100.0, 10) == [400, 45_000, 90_000, 180_000, 342_000]
+    assert planner.candidates(cfg, 100.0, 10) == [400, 45_000, 90_000, 180_000, 324_000]
     assert max(planner.candidates(cfg, 1e-9, 1e6)) <= planner.MOST_STEPS
 
 

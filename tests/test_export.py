@@ -59,7 +59,7 @@ def test_transformers_computes_the_same_bits(changes, tmp_path):
     hf.write(part, str(tmp_path / "x"))
     found = verify.hf(part, str(tmp_path / "x"))
     assert found["max_difference"] == 0.0 and found["same"] == found["tokens"] > 0
-    assert found["logits_std"] > 0.01
+    assert found["logits_std"] > 0.01 and found["good"]
     theirs = json.load(open(tmp_path / "x" / "config.json"))
     assert theirs["vocab_size"] == len(CHARS) and "pad_token_id" not in theirs
     if part["config"]["ternary"]:
@@ -75,9 +75,12 @@ def test_a_mixture_is_a_mixtral(ternary, tmp_path):
     part = part_of(n_expert=4, n_expert_active=2, ternary=ternary)
     hf.write(part, str(tmp_path / "x"))
     found = verify.hf(part, str(tmp_path / "x"))
-    assert found["max_difference_dequantised" if ternary else "max_difference"] < 1e-5 * found["logits_std"]
-    if ternary:
-        assert found["max_difference"] > 1e-4, "their inputs are not rounded"
+    assert found["good"] and found["max_difference"] < 1e-5 * found["logits_std"]
+    hf.write(part, str(tmp_path / "latent"), latent=True)
+    assert verify.hf(part, str(tmp_path / "latent"), latent=True)["good"]
+    # another model is not good
+    part["model"]["blocks.1.ffn.up_proj.weight"] = -part["model"]["blocks.1.ffn.up_proj.weight"]
+    assert not verify.hf(part, str(tmp_path / "x"))["good"]
     with pytest.raises(SystemExit):
         hf.write(part_of(n_expert=4, n_expert_active=1), str(tmp_path / "y"))
 
@@ -167,9 +170,10 @@ def test_llama_cpp_computes_the_same(changes, make, tmp_path):
     part = part_of(spec, vocab_size=vocab_size, **changes)
     part["config"]["sample_prompts"] = ["the cat", "a"] if spec is CHAR else TEXTS[2:]
     gguf_file.write(part, str(tmp_path / "x.gguf"), "f32", "f32")
-    found = verify.gguf(part, str(tmp_path / "x.gguf"))
-    key = "max_difference_dequantised" if part["config"]["ternary"] else "max_difference"
-    assert found[key] < 1e-4 and found["logits_std"] > 0.01
+    found = verify.gguf(part, str(tmp_path / "x.gguf"), "f32")
+    assert found["good"] and found["max_difference"] < 1e-4 and found["logits_std"] > 0.01
+    gguf_file.write(part, str(tmp_path / "x.gguf"), "f16", "f16")
+    assert verify.gguf(part, str(tmp_path / "x.gguf"), "f16")["good"]
 
 
 @pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "q2_0"])
@@ -211,15 +215,25 @@ def test_the_command(data_dir, out_dir, tmp_path):
     assert found["max_difference"] == 0.0 and found["same"] == found["tokens"]
     card = open(out / "README.md", encoding="utf-8").read()
     losses = [row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row]
-    assert f"| 6 | {losses[-1]:.4f} |" in card and "twin `f`" in card and "max_steps = 6" in card
+    assert (
+        f"| 6 | {losses[-1]:.4f} |" in card
+        and "twin `f`" in card
+        and "max_steps = 6" in card
+        and str(tmp_path) not in card
+    )
     _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", code=2)
     assert "is there already" in err and "--force" in err
+    (out / "notes.txt").write_text("mine")
+    _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", code=2)
+    assert "no earlier export" in err and (out / "notes.txt").exists()
+    os.remove(out / "notes.txt")
+    assert oct(os.stat(out / "model.safetensors").st_mode) == oct(os.stat(out / "config.json").st_mode)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
     _, err = run("export.py", ckpt, "--format=hf", f"--out={tmp_path}/mine", "--force", code=2)
     assert "no earlier export" in err and (tmp_path / "mine" / "diary.txt").exists()
-    run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", "--latent")
-    assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+    text, _ = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", "--latent", "--verify")
+    assert "good" in text and not [name for name in os.listdir(tmp_path) if "tmp" in name]
     # the latent weights come back bit for bit, and a run goes on from them
     before = checkpoint.load(checkpoint.locate(f"{out_dir}/r"))["model"]
     after = hf.read(str(out))["model"]
@@ -227,7 +241,10 @@ def test_the_command(data_dir, out_dir, tmp_path):
     train(data_dir, out_dir, "again", **how | dict(max_steps=1), init_from=out)
     # a file for llama.cpp: the smallest type that fits
     text, _ = run("export.py", ckpt, "--format=gguf", f"--out={tmp_path}/x.gguf")
-    assert "q2_0, embedding q8_0" in text
+    assert "q2_0, embedding q8_0" in text and "needs a llama.cpp of 2026" in text
+    (tmp_path / "mine.gguf").write_text("mine")
+    _, err = run("export.py", ckpt, "--format=gguf", f"--out={tmp_path}/mine.gguf", "--force", code=2)
+    assert "no earlier export" in err and (tmp_path / "mine.gguf").read_text() == "mine"
     _, err = run("export.py", ckpt, "--format=gguf", f"--out={tmp_path}/y.gguf", "--type=tq2_0", code=2)
     assert "blocks of 256" in err and "--type=q2_0" in err and not os.path.exists(tmp_path / "y.gguf")
     _, err = run(
@@ -239,6 +256,8 @@ def test_the_command(data_dir, out_dir, tmp_path):
         (["--format=hf", f"--out={tmp_path}/z", "--type=f16"], "--type is of --format=gguf"),
         (["--format=hf", f"--out={tmp_path}/no/z"], "make it first"),
         (["--format=hf"], "--out=... is missing"),
+        (["--format=hf", "--out="], "is no name"),
+        (["--format=gguf", f"--out={tmp_path}/x"], "must end in .gguf"),
     ):
         assert says in run("export.py", ckpt, *flags, code=2)[1]
 

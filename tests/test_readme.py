@@ -35,6 +35,7 @@ SMALL = {  # what makes a command small enough for a test, without changing what
     "evaluate.py": ["--data_dir={data}", "--eval_tokens=640", "--games=3"],
     "sample.py": ["--max_new_tokens=5"],
     "monitor.py": [],
+    "export.py": [],
 }
 RUNS = {  # what the README's commands take for granted: a run of each, on data of its own
     "demo": ("train_simple", "arithmetic"),
@@ -90,6 +91,7 @@ def test_command_runs(command, folders, tmp_path):
         more.append(f"--out_dir={folders['runs']}")
     args = [arg.replace("runs/", folders["runs"] + "/") for arg in args]
     args = [re.sub(r"=(\w+\.png)", rf"={tmp_path}/\1", arg) for arg in args]
+    args = [re.sub(r"^--out=", f"--out={tmp_path}/", arg) for arg in args]
     run(script, *args, *more)
 
 

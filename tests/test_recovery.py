@@ -169,8 +169,9 @@ def test_a_finished_run_that_goes_on_loses_no_evaluation(data_dir, out_dir):
     """bugs guarded: the evaluation, the samples and the best of the former end dropped, since they are no
     longer due there"""
     for max_steps in (10, 16):
-        how = dict(max_steps=max_steps, resume="auto", sample_every=8, save_every=0)
-        train(data_dir, out_dir, "r", **how)
+        how = dict(max_steps=max_steps, resume="auto", sample_every=8, save_every=0, stage_boundary=0.75)
+        out, _ = train(data_dir, out_dir, "r", **how)
+    assert "back in stage 1 until step 12" in out
     losses = {row["step"]: row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row}
     assert list(losses) == [0, 6, 10, 12, 16]
     del losses[0]
