@@ -28,6 +28,8 @@ no median or per-group scales, and no second ternarisation of weights that alrea
 would shrink).
 """
 
+import functools
+
 import torch
 from torch import nn
 
@@ -201,7 +203,11 @@ def words_matmul(words, q):
     return total.sum(-1)
 
 
-compiled_words_matmul = torch.compile(words_matmul, dynamic=False)
+@functools.cache
+def compiled_words_matmul():
+    """words_matmul, compiled where it is first wanted: to ask for that imports the compiler, which takes
+    seconds"""
+    return torch.compile(words_matmul, dynamic=False)
 
 
 class PackedLinear(nn.Module):
@@ -221,7 +227,7 @@ class PackedLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             q, a = quantize_activations(rows)
             if len(rows) == 1 and self.words is not None:
-                product = compiled_words_matmul(self.words, q.view(16, -1)) - q.sum()
+                product = compiled_words_matmul()(self.words, q.view(16, -1)) - q.sum()
             else:
                 product = exact_matmul(q, self.codes)
             y = product / (self.s * a)
