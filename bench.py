@@ -13,19 +13,11 @@ as in train.py, on random tokens; the first steps, which compile, are counted ap
 nothing is built and nothing timed. The last line of stdout is one JSON object.
 """
 
-import concurrent.futures
 import datetime
-import importlib.util
 import json
-import math
-import multiprocessing
 import os
 import signal
-import statistics
 import sys
-import tempfile
-import time
-from types import SimpleNamespace
 
 import config
 from config import fail
@@ -51,10 +43,6 @@ FLAGS = {
 }
 DISK_GB_PER_SEC, DECODE_TOKENS_PER_SEC = 0.25, 50.0  # assumed where nothing is timed
 NANOGPT_VOCABULARY = 50304
-
-
-def nanogpt_path(cfg):
-    return os.path.join(cfg.peers, "nanoGPT", "model.py")
 
 
 def settings():
@@ -95,13 +83,10 @@ def settings():
         faults.append("--sample, --plan and --compare are three things; use one of them")
     if bool(cfg.watts) != bool(cfg.price_per_kwh):
         faults.append(f"watts = {cfg.watts:g} and price_per_kwh = {cfg.price_per_kwh:g} need each other")
-    if cfg.compare and cfg.vocab_size > NANOGPT_VOCABULARY:
-        faults.append(
-            f"compare: nanoGPT's model has {NANOGPT_VOCABULARY} tokens; set a smaller --vocab_size="
-        )
-    if cfg.compare and not os.path.exists(nanogpt_path(cfg)):
+    cfg.nanogpt = os.path.join(cfg.peers, "nanoGPT", "model.py")
+    if cfg.compare and not os.path.exists(cfg.nanogpt):
         how = "git clone https://github.com/karpathy/nanoGPT beside this folder, or say where it is: --peers="
-        faults.append(f"{nanogpt_path(cfg)} is not there; {how}")
+        faults.append(f"{cfg.nanogpt} is not there; {how}")
     path, numbers = os.path.join(cfg.data_dir, cfg.dataset, "meta.json"), {}
     if os.path.exists(path):
         try:
@@ -117,6 +102,10 @@ def settings():
         setattr(cfg, key, getattr(cfg, key) or number)
     if not cfg.vocab_size and not faults:
         faults.append(f"vocab_size = 0 means the data set's, and {path} is not there; set --vocab_size=")
+    if cfg.compare and cfg.vocab_size > NANOGPT_VOCABULARY:
+        faults.append(
+            f"compare: nanoGPT's model has {NANOGPT_VOCABULARY} tokens; set a smaller --vocab_size="
+        )
     if faults:
         fail(*faults)
     return cfg
@@ -127,274 +116,16 @@ if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in: bench.py ... | head
     cfg = settings()  # mistakes are told before torch is imported
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-import checkpoint
-import data
 import device as machine
-import optim
 import planner
 import record
-from model import Transformer, generate, mean_loss, pack, router_loss
+import timing
+from model import Transformer
 from planner import hours
 
-# what is timed
-
-
-def random_tokens(cfg, folder):
-    """a data set of random tokens for a hundred micro-steps; returns its Windows"""
-    n = 1 + 100 * cfg.batch_size * cfg.seq_len
-    meta = dict(complete=True, dtype="uint32", shards={"train_00000.bin": {"tokens": n}}, tokens={"train": n})
-    os.mkdir(os.path.join(folder, "random"))
-    ids = np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=n, dtype=np.uint32)
-    ids.tofile(os.path.join(folder, "random", "train_00000.bin"))
-    return data.Windows(SimpleNamespace(**vars(cfg) | dict(data_dir=folder, dataset="random")), meta, "train")
-
-
-def build(cfg, ternary, device):
-    torch.manual_seed(cfg.seed)
-    with torch.device(device):
-        return Transformer(SimpleNamespace(**vars(cfg) | dict(ternary=ternary)))
-
-
-class Contestant:
-    """a model with all that a training step needs. loss(x, y) is what is differentiated; ms, the times of its
-    steps; parts, those of the parts of steps that were timed part by part"""
-
-    def __init__(self, cfg, name, model, loss, optimizers, windows, device, dtype):
-        self.cfg, self.name, self.model, self.loss, self.optimizers = cfg, name, model, loss, optimizers
-        self.windows, self.device, self.dtype = windows, device, dtype
-        self.n, self.ms, self.parts = 0, [], {}
-        began = time.perf_counter()
-        self.step()
-        self.first_seconds = time.perf_counter() - began
-        for _ in range(cfg.warmup - 1):
-            self.step()
-        print(f"{name}: {self.first_seconds:.1f} s for the first step, with compiling", flush=True)
-        self.ms.clear()
-
-    def step(self, by_parts=False):
-        """one optimizer step of cfg.accumulation micro-steps"""
-
-        def mark(part):
-            if by_parts:
-                machine.synchronize(self.device)
-                now = time.perf_counter()
-                spent[part] = spent.get(part, 0.0) + 1e3 * (now - clock[0])
-                clock[0] = now
-
-        spent, cfg = {}, self.cfg
-        machine.synchronize(self.device)
-        began = time.perf_counter()
-        clock = [began]
-        for _ in range(cfg.accumulation):
-            batch = self.windows.batch(self.n * cfg.batch_size, cfg.batch_size, self.device)
-            self.n += 1
-            mark("data")
-            with machine.autocast(self.device, self.dtype):
-                loss = self.loss(*batch)
-            mark("forward")
-            (loss / cfg.accumulation).backward()
-            mark("backward")
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        mark("optimizer")
-        machine.synchronize(self.device)
-        if not by_parts:
-            self.ms.append(1e3 * (time.perf_counter() - began))
-        for part, ms in spent.items():
-            self.parts.setdefault(part, []).append(ms)
-
-
-def ours(cfg, ternary, windows, device, dtype):
-    """(Contestant of the experiment's model, whether it is compiled)"""
-    model = build(cfg, ternary, device)
-    compiled, is_compiled = machine.compiled(model, cfg.compile, device)
-    optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
-
-    def loss(x, y):
-        value, router = compiled(x, y)
-        return value + router_loss(cfg, router)
-
-    name = "ternary" if ternary else "float"
-    return Contestant(cfg, name, model, loss, optimizers, windows, device, dtype), is_compiled
-
-
-def nanogpt(cfg, windows, device, dtype):
-    """nanoGPT's model of the same depth and width, from a clone of its repository, with our fused AdamW"""
-    spec = importlib.util.spec_from_file_location("nanogpt", nanogpt_path(cfg))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    names = ("n_layer", "n_head", "n_embd", "dropout")
-    size = module.GPTConfig(block_size=cfg.seq_len, **{name: getattr(cfg, name) for name in names})
-    torch.manual_seed(cfg.seed)
-    with torch.device(device):
-        model = module.GPT(size)
-    print(f"nanoGPT: {sum(p.numel() for p in model.parameters()):,} parameters")
-    compiled, _ = machine.compiled(model, cfg.compile, device)
-    groups = [[p for p in model.parameters() if (p.dim() < 2) == is_vector] for is_vector in (False, True)]
-    groups = [dict(params=groups[0], weight_decay=cfg.weight_decay), dict(params=groups[1], weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
-    # random ids below our vocab_size are ids of its 50,304 too, where ours is no larger
-    return Contestant(
-        cfg,
-        "nanoGPT",
-        model,
-        lambda x, y: compiled(x, y.contiguous())[1],
-        [optimizer],
-        windows,
-        device,
-        dtype,
-    )
-
-
-def twin_memory_gb(cfg, ternary):
-    """peak memory of one model alone, in a process of its own"""
-    device = machine.pick(cfg.device)
-    if cfg.deterministic:
-        machine.make_deterministic()
-    with tempfile.TemporaryDirectory() as folder:
-        ours(cfg, ternary, random_tokens(cfg, folder), device, machine.pick_dtype(cfg.dtype, device))
-    return machine.peak_memory_gb(device)
-
-
-def matmul_flops(device, dtype):
-    """FLOP/s of a large square matrix product, the median of nine"""
-    n, seconds = 8192 if device.type == "cuda" else 1024, []
-    a = torch.randn(n, n, device=device).to(dtype)
-    for _ in range(12):
-        machine.synchronize(device)
-        began = time.perf_counter()
-        a @ a
-        machine.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / statistics.median(seconds[3:])
-
-
-def ratio_line(one, other):
-    """the two compared, and the ratio of their medians"""
-    ratios = sorted(a / b for a, b in zip(one.ms, other.ms))
-    ratio = statistics.median(one.ms) / statistics.median(other.ms)
-    quartiles = f"{ratios[len(ratios) // 4]:.3f} to {ratios[len(ratios) * 3 // 4]:.3f}"
-    print(
-        f"{one.name} / {other.name}: {ratio:.3f} by the medians of {len(ratios)} pairs; pair by pair "
-        f"{quartiles} (quartiles)"
-    )
-    return ratio
-
-
-def time_training(cfg, device, dtype, alone=False):
-    """time and print steps of the experiment, and unless alone of its twin and peers; what there is for the
-    JSON line"""
-    with tempfile.TemporaryDirectory() as folder:
-        windows = random_tokens(cfg, folder)
-        first, is_compiled = ours(cfg, cfg.ternary, windows, device, dtype)
-        peak_memory_gb = machine.peak_memory_gb(device)  # before the others take their share
-        others = [] if alone else [ours(cfg, not cfg.ternary, windows, device, dtype)[0]]
-        if cfg.compare:
-            others.append(nanogpt(cfg, windows, device, dtype))
-        everyone = [first, *others]
-        for i in tqdm(range(cfg.pairs), desc="steps", disable=not sys.stderr.isatty(), leave=False):
-            for contestant in everyone[:: 1 if i % 2 == 0 else -1]:
-                contestant.step()
-        for _ in range(max(1, cfg.pairs // 3)):
-            first.step(by_parts=True)
-    print(f"{cfg.total_batch_size:,} tokens a step = {cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}")
-    for each in everyone:
-        median = statistics.median(each.ms)
-        spread = f"({min(each.ms):.1f} to {max(each.ms):.1f})"
-        speed = 1e3 * cfg.total_batch_size / median
-        print(f"{each.name:8} {median:9.1f} ms a step {spread}, {speed:9,.0f} tokens/s")
-    ratios = {each.name: ratio_line(first, each) for each in others}
-    parts = {name: statistics.median(ms) for name, ms in first.parts.items()}
-    shares = ", ".join(f"{name} {ms / sum(parts.values()):.1%}" for name, ms in parts.items())
-    print(f"time of a step: {shares}")
-    step_ms = statistics.median(first.ms)
-    tokens_per_sec = 1e3 * cfg.total_batch_size / step_ms
-    flops, peak = tokens_per_sec * first.model.flops_per_token(), machine.peak_flops(device, dtype)
-    reached = matmul_flops(device, dtype)
-    known = f"{flops / peak:.1%} of the known peak of {peak / 1e12:.0f}, " if peak else ""
-    print(f"MFU: {known}{flops / reached:.1%} of the {reached / 1e12:.3g} TFLOP/s of a large product here")
-    planned = planner.memory_gb(first.model.cfg, first.model.counts(), cfg.batch_size, dtype.itemsize)
-    print(
-        f"peak memory {peak_memory_gb:.2f} GB, of the process on a CPU; planned, without that: {planned:.2f}"
-    )
-    found = dict(
-        step_ms=step_ms,
-        float_step_ms=next((statistics.median(each.ms) for each in everyone if each.name == "float"), None),
-        tokens_per_sec=tokens_per_sec,
-        mfu=flops / peak if peak else None,
-        mfu_measured=flops / reached,
-        peak_memory_gb=peak_memory_gb,
-        parts_ms=parts,
-        compile_seconds=first.first_seconds,
-        compile=is_compiled,
-    )
-    if cfg.compare:
-        nanogpt_step_ms = statistics.median(others[1].ms)
-        del first, others, everyone  # their memory, which the next ones may need
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as alone_in:
-            gb = [alone_in.submit(twin_memory_gb, cfg, ternary).result() for ternary in (True, False)]
-        print(f"peak memory of each alone: ternary {gb[0]:.2f} GB, float {gb[1]:.2f} GB")
-        found |= dict(nanogpt_step_ms=nanogpt_step_ms, float_peak_memory_gb=gb[1])
-        found |= dict(peak_memory_gb=gb[0 if cfg.ternary else 1], ratios=ratios)
-    return found
-
-
-def time_sampling(cfg, device, dtype):
-    """tokens/s of reading a prompt of half the context, and of writing at most 128 tokens after it, batch 1;
-    the median of three"""
-    model = build(cfg, cfg.ternary, device).eval()
-    if cfg.packed:
-        pack(model, words=not machine.no_compiler(device))
-    prompt = torch.randint(cfg.vocab_size, (1, max(1, cfg.seq_len // 2)), device=device)
-    n_new, prefill, decode = max(2, min(128, cfg.seq_len - prompt.shape[1])), [], []
-    for _ in range(4):
-        clock = [time.perf_counter()]
-        with machine.autocast(device, dtype):
-            for _ in generate(model, prompt, n_new, temperature=0.0):
-                machine.synchronize(device)
-                clock.append(time.perf_counter())
-        prefill.append(prompt.shape[1] / (clock[1] - clock[0]))
-        decode.append((n_new - 1) / (clock[-1] - clock[1]))
-    prefill, decode = (statistics.median(speeds[1:]) for speeds in (prefill, decode))
-    print(f"prefill of {prompt.shape[1]} tokens: {prefill:,.1f} tokens/s; decode: {decode:,.1f} tokens/s")
-    memory = machine.peak_memory_gb(device)
-    return dict(prefill_tokens_per_sec=prefill, decode_tokens_per_sec=decode, peak_memory_gb=memory)
-
-
 # the plan
-
-
-def once_seconds(cfg, device, dtype):
-    """seconds of one evaluation and one round of samples, of which a part is timed, and of one checkpoint"""
-    model = build(cfg, cfg.ternary, device).eval()
-    x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len), device=device)
-    took = []
-    with machine.autocast(device, dtype):
-        for _ in range(2):
-            began = time.perf_counter()
-            mean_loss(model, [(x, x)])
-            took.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        for _ in generate(model, x[:1, :4], 8, temperature=0.0):
-            pass
-        machine.synchronize(device)
-        per_token = (time.perf_counter() - began) / 8
-    evaluation = took[1] * (cfg.eval_tokens or cfg.val_tokens) / x.numel()
-    where = cfg.out_dir if os.path.isdir(cfg.out_dir) else None
-    with tempfile.TemporaryDirectory(dir=where) as folder:
-        weights = model.state_dict()
-        moments = [{name: w.clone() for name, w in weights.items()} for _ in range(2)]
-        began = time.perf_counter()
-        checkpoint.save(folder, 0, dict(model=weights), dict(optimizer=moments))
-        save = time.perf_counter() - began
-    return evaluation, per_token * 3 * len(cfg.sample_prompts) * cfg.sample_tokens, save
 
 
 def assumed_seconds(cfg, counts, step_ms):
@@ -405,7 +136,7 @@ def assumed_seconds(cfg, counts, step_ms):
 
 
 def plan(cfg, counts, step_ms, once, device):
-    """print the plan; its part of the JSON line. once: see once_seconds"""
+    """print the plan; its part of the JSON line. once: see timing.once_seconds"""
     cost = dict(
         step_ms=step_ms,
         dataset_tokens=cfg.dataset_tokens,
@@ -516,11 +247,11 @@ def main(cfg):
         print(f"{machine.describe(device)}, {machine.name(dtype)}", flush=True)
         facts |= dict(device=machine.describe(device), dtype=machine.name(dtype), compile=False)
         if cfg.sample:
-            found = time_sampling(cfg, device, dtype)
+            found = timing.sampling(cfg, device, dtype)
         else:
-            found = time_training(cfg, device, dtype, alone=cfg.plan)
+            found = timing.training(cfg, device, dtype, alone=cfg.plan)
         if cfg.plan:
-            once = once_seconds(cfg, device, dtype)
+            once = timing.once_seconds(cfg, device, dtype)
     if cfg.plan:
         found |= plan(cfg, counts, found["step_ms"], once, device)
     print(record.to_json(facts | found))

@@ -5,23 +5,19 @@ import os
 
 import config
 import record
+import status
 
 LIMIT = 10  # rows of the curve
 
 
 def settings_of(run_dir):
     """{name: value} of a run's config.json, {} where it cannot be read"""
-    try:
-        with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as file:
-            return {name: row["value"] for name, row in json.load(file)["settings"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return status.read_config(run_dir)["settings"]
 
 
 def evaluations(run_dir):
     """{step: validation loss} of a run"""
-    rows = record.read(run_dir, record.SCALARS) if os.path.isdir(run_dir) else []
-    return {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    return {row["step"]: row["val_loss"] for row in status.read_run(run_dir)["evals"]}
 
 
 def twin_of(run_dir, settings):

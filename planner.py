@@ -7,14 +7,13 @@ model will be only once a finished run has calibrated it.
 """
 
 import datetime
-import json
 import math
-import os
 from types import SimpleNamespace
 
 import checkpoint
 import optim
 import record
+import status
 from config import fail
 
 # L(N, D) = E + A / N^a + B / D^b for N parameters and D tokens (Hoffmann et al., arXiv 2203.15556, section
@@ -55,9 +54,8 @@ def calibration(run_dir):
     try:
         end = record.last(run_dir, record.EVENTS, "result")["result"]
         epochs = record.last(run_dir, record.SCALARS, "epoch")["epoch"]
-        with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as file:
-            run = json.load(file)
-        ternary, params = run["settings"]["ternary"]["value"], run["params"]["active"]
+        run = status.read_config(run_dir)
+        ternary, params = run["settings"]["ternary"], run["params"]["active"]
         data_tokens = end["tokens"] / epochs if epochs else 0
         offset = end["val_loss"] - expected_loss(params, end["tokens"], data_tokens, ternary)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
