@@ -135,7 +135,10 @@ def write(part, out, latent=False):
     check(part)
     save_file = library("safetensors.torch", "safetensors").save_file
     os.makedirs(out)
-    save_file(tensors(part, latent), os.path.join(out, "model.safetensors"), metadata={"format": "pt"})
+    try:
+        save_file(tensors(part, latent), os.path.join(out, "model.safetensors"), metadata={"format": "pt"})
+    except library("safetensors").SafetensorError as error:  # a full disk, too
+        raise OSError(str(error)) from None
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(os.path.join(out, "model.safetensors"), 0o666 & ~umask)  # the library makes it private
