@@ -215,6 +215,8 @@ def test_the_command(data_dir, out_dir, tmp_path):
     assert found["max_difference"] == 0.0 and found["same"] == found["tokens"]
     card = open(out / "README.md", encoding="utf-8").read()
     losses = [row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row]
+    twin = [row["val_loss"] for row in lines(f"{out_dir}/f", SCALARS) if "val_loss" in row]
+    assert f"this one is {losses[-1] - twin[-1]:+.4f} from it" in card
     assert (
         f"| 6 | {losses[-1]:.4f} |" in card
         and "twin `f`" in card
@@ -234,6 +236,15 @@ def test_the_command(data_dir, out_dir, tmp_path):
     assert "no earlier export" in err and (tmp_path / "mine" / "diary.txt").exists()
     text, _ = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", "--latent", "--verify")
     assert "good" in text and not [name for name in os.listdir(tmp_path) if "tmp" in name]
+    # a full disk leaves what was there, and nothing of its own
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"
+    for more in (
+        ["--format=hf", f"--out={out}"],
+        ["--format=gguf", f"--out={tmp_path}/full.gguf", "--type=f16"],
+    ):
+        _, err = run("export.py", ckpt, *more, "--force", code=1, patch=full)
+        assert "cannot be written" in err
+    assert not [name for name in os.listdir(tmp_path) if "tmp" in name or "full" in name]
     # the latent weights come back bit for bit, and a run goes on from them
     before = checkpoint.load(checkpoint.locate(f"{out_dir}/r"))["model"]
     after = hf.read(str(out))["model"]
