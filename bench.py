@@ -4,6 +4,7 @@ Time an experiment, or plan it. Needs no prepared data.
     python bench.py config/train_baseline_95m.py --batch_size=4 --total_batch_size=1024
     python bench.py config/train_baseline_95m.py --compare          and nanoGPT, and the memory of both
     python bench.py config/train_baseline_95m.py --sample           speed of generating text
+    python bench.py config/train_baseline_95m.py --sample --compare and the float twin's, and llama.cpp's
     python bench.py config/train_baseline_95m.py --plan             what lengths would take and reach
     python bench.py config/train_baseline_95m.py --plan --step_ms=695 --steps=60000,400000 --budget_hours=144
 
@@ -27,7 +28,12 @@ FLAGS = {
     "warmup": (3, "steps of each before that, not counted"),
     "sample": (False, "time generating text instead of training"),
     "packed": (True, "sample: integer weights in ternary layers, as sample.py has them"),
-    "compare": (False, "also time nanoGPT's model of the same size, and measure the twin's memory"),
+    "head": ("float32", "sample: float32 | bfloat16, what the head is kept in"),
+    "compare": (
+        False,
+        "also time nanoGPT's model of the same size, and measure the twin's memory; with --sample, also time "
+        "the float twin, a bfloat16 head and llama.cpp",
+    ),
     "peers": ("..", "compare: the folder that holds a clone of nanoGPT"),
     "plan": (False, "a table of what lengths would take, cost and reach, with a recommendation"),
     "steps": ("", "plan: lengths to compare, as 60000,400000; '' = around the experiment's, or the budget"),
@@ -79,12 +85,14 @@ def settings():
                 and not getattr(cfg, mode)
             ):
                 faults.append(f"--{key} is of --{mode}; add that")
-    if cfg.sample + cfg.plan + cfg.compare > 1:
-        faults.append("--sample, --plan and --compare are three things; use one of them")
+    if cfg.plan and (cfg.sample or cfg.compare):
+        faults.append("--plan goes with neither --sample nor --compare; it times what it needs")
+    if cfg.head not in ("float32", "bfloat16"):
+        faults.append(f"head = {cfg.head!r} is unknown; choose float32 or bfloat16")
     if bool(cfg.watts) != bool(cfg.price_per_kwh):
         faults.append(f"watts = {cfg.watts:g} and price_per_kwh = {cfg.price_per_kwh:g} need each other")
     cfg.nanogpt = os.path.join(cfg.peers, "nanoGPT", "model.py")
-    if cfg.compare and not os.path.exists(cfg.nanogpt):
+    if cfg.compare and not cfg.sample and not os.path.exists(cfg.nanogpt):
         how = "git clone https://github.com/karpathy/nanoGPT beside this folder, or say where it is: --peers="
         faults.append(f"{cfg.nanogpt} is not there; {how}")
     path, numbers = os.path.join(cfg.data_dir, cfg.dataset, "meta.json"), {}
@@ -102,7 +110,7 @@ def settings():
         setattr(cfg, key, getattr(cfg, key) or number)
     if not cfg.vocab_size and not faults:
         faults.append(f"vocab_size = 0 means the data set's, and {path} is not there; set --vocab_size=")
-    if cfg.compare and cfg.vocab_size > NANOGPT_VOCABULARY:
+    if cfg.compare and not cfg.sample and cfg.vocab_size > NANOGPT_VOCABULARY:
         faults.append(
             f"compare: nanoGPT's model has {NANOGPT_VOCABULARY} tokens; set a smaller --vocab_size="
         )

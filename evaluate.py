@@ -53,7 +53,8 @@ import data
 import device as machine
 import record
 import tasks
-from model import mean_loss, restore
+from inference import restore
+from model import mean_loss
 from tokenizer import make_tokenizer
 
 device = machine.pick(cfg.device)

@@ -2,7 +2,7 @@
 Models in the form of Hugging Face: a folder that transformers loads, and one that comes back from there.
 
 A ternary model is written as LlamaForCausalLM with quant_method "bitnet": each matrix as uint8 with four
-codes to a byte (quant.pack), and its scale 1 / mean|W| as weight_scale; transformers multiplies and divides
+codes to a byte (packed.pack), and its scale 1 / mean|W| as weight_scale; transformers multiplies and divides
 in our order, so that its fp32 logits are ours to the last bit. A float model is a plain Llama, a mixture of
 experts a Mixtral; one with ternary experts is written dequantised: no such format holds their codes.
 """
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 
 import config
+import packed
 import quant
 from config import fail, library
 from files import write_json
@@ -76,7 +77,7 @@ def tensors(part, latent=False):
                 found[f"{place}.weight"] = one.contiguous()
         elif is_ternary(part, name) and not latent and not cfg["n_expert"]:
             codes, s = quant.ternarize(w)
-            found[f"{their_name(name)}.weight"] = quant.pack(codes)
+            found[f"{their_name(name)}.weight"] = packed.pack(codes)
             found[f"{their_name(name)}.weight_scale"] = s.reshape(1)
         elif is_ternary(part, name) and not latent:  # attention of a mixture of ternary experts
             codes, s = quant.ternarize(w)

@@ -10,15 +10,12 @@ experts, as Mixtral's.
 Shapes: B sequences, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V = vocab_size, E = n_expert.
 """
 
-import math
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import ranks
-from quant import BitExperts, BitLinear, bit_layers, output_dtype, pack_layers
+from quant import BitExperts, BitLinear, bit_layers, output_dtype
 
 
 class RMSNorm(nn.Module):
@@ -46,9 +43,8 @@ def rope_tables(seq_len, head_dim, theta):
 
 def rotate(x, cos, sin):
     """rotary positions for x (B, H, T, D) with cos, sin (T, D)"""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return (x * cos + turned * sin).to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -186,8 +182,7 @@ class Experts(nn.Module):
         order = slots.argsort(stable=True)
         sizes = (slots[:, None] == torch.arange(self.n_expert, device=x.device)).sum(0)  # (E,)
         y = rows[:, None].expand(-1, k, -1).reshape(len(slots), -1)[order]
-        sides = self.down_proj.weight.shape[-2:]
-        if not self.ternary and grouped_mm_pays(x.device, output_dtype(x), *sides):
+        if not self.ternary and self.grouped_mm_pays(x):
             y = self.swiglu(y, sizes.cumsum(0).int())
         else:
             y = self.loop(y, sizes)
@@ -198,6 +193,9 @@ class Experts(nn.Module):
         z = logits.logsumexp(-1).square().mean()
         entropy = -(chance * logits.log_softmax(-1)).sum(-1).mean()
         return y.to(x.dtype).view_as(x), torch.cat([torch.stack([balance, z, entropy.detach()]), load])
+
+    def grouped_mm_pays(self, x):
+        return grouped_mm_pays(x.device, output_dtype(x), *self.down_proj.weight.shape[-2:])
 
     def swiglu(self, x, sizes):
         return self.down_proj(F.silu(self.gate_proj(x, sizes)) * self.up_proj(x, sizes), sizes)
@@ -266,7 +264,8 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += idx.shape[1]
             x = x[:, -1:]
-        logits = self.head(self.norm(x))[..., : self.cfg.vocab_size].float()  # without the rows of padding
+        x = self.norm(x).to(self.head.weight.dtype)  # see lighten_head
+        logits = self.head(x)[..., : self.cfg.vocab_size].float()  # without the rows of padding
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
@@ -288,79 +287,6 @@ class Transformer(nn.Module):
         cfg = self.cfg
         looked_up = 0 if cfg.tie_embeddings else self.embed.weight.numel()
         return 6 * (self.counts()["active"] - looked_up) + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
-
-
-def pack(model, words=False):
-    """give the ternary layers integer weights: the same function, which cannot be trained. words: a large
-    model on the CPU reads two bits a weight where it writes token by token, by a kernel compiled first."""
-    is_large = model.counts()["ternary"] > 2e7  # else compiling takes longer than a text
-    pack_layers(model, words and is_large and model.embed.weight.device.type == "cpu")
-
-
-def restore(part, device, packed=False, words=False):
-    """the model of a checkpoint.pt (its loaded dict), on the device and ready for use; packed, words: see
-    pack"""
-    with torch.device(device):
-        model = Transformer(SimpleNamespace(**part["config"]))
-    model.load_state_dict(part["model"])
-    if packed:
-        pack(model, words)
-    return model.eval()
-
-
-class KVCache:
-    """keys and values of the tokens seen so far, per attention layer, for at most `size` tokens"""
-
-    def __init__(self, size):
-        self.size, self.length, self.store = size, 0, {}
-
-    def append(self, layer, k, v):
-        """store k, v (B, K, T, D) of the new tokens; return all of them (B, K, length + T, D) and the mask
-        that T new tokens need (None for one token, or where the cache was empty: plain causal attention)"""
-        B, K, T, D = k.shape
-        start, end = self.length, self.length + T
-        if layer not in self.store:
-            self.store[layer] = k.new_empty(2, B, K, self.size, D)
-        kv = self.store[layer]
-        kv[0, :, :, start:end], kv[1, :, :, start:end] = k, v
-        mask = None
-        if start > 0 and T > 1:
-            mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(start)
-        return kv[0, :, :, :end], kv[1, :, :, :end], mask
-
-
-def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """one token id (B, 1) from logits (B, V): greedy at temperature 0, else drawn from the top_k (0 = all)
-    likeliest and from the least set of them whose chances reach top_p (nucleus, arXiv 1904.09751), by a
-    generator of the CPU"""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    device, logits = logits.device, logits.float().cpu() / temperature  # CUDA's cumsum is not deterministic
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(-1, descending=True)
-        chance = ordered.softmax(-1)
-        beyond = chance.cumsum(-1) - chance >= top_p  # the token that crosses top_p stays in
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).to(device)
-
-
-@torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """yield the next tokens (B, 1), one at a time, after the prompts idx (B, T). Where the context is full,
-    the later half of it is read again and generation goes on with that."""
-    size = model.cfg.seq_len
-    idx = idx[:, -size:]
-    cache, fresh = KVCache(size), idx
-    for _ in range(max_new_tokens):
-        if cache.length + fresh.shape[1] > size:
-            cache, fresh = KVCache(size), idx[:, -(size // 2) :]
-        logits = model(fresh, cache=cache)
-        fresh = pick(logits[:, -1], temperature, top_k, top_p, generator)
-        idx = torch.cat((idx, fresh), 1)[:, -size:]
-        yield fresh
 
 
 @torch.no_grad()

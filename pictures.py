@@ -88,7 +88,7 @@ def plot_codes(run_dir, matrix, path):
     from matplotlib.patches import Patch
 
     import checkpoint
-    import model
+    import inference
     import quant
 
     folders = []
@@ -103,7 +103,7 @@ def plot_codes(run_dir, matrix, path):
         part = checkpoint.load(folders[0])
         if not part["config"]["ternary"]:
             fail(f"{run_dir} is a float run (ternary = False), its weights have no codes; choose another")
-        names = list(quant.bit_layers(model.restore(part, "cpu")))
+        names = list(quant.bit_layers(inference.restore(part, "cpu")))
         if matrix not in names:
             near = difflib.get_close_matches(matrix, names, n=3, cutoff=0.3) or names[:3]
             fail(f"matrix = {matrix!r} is not in {run_dir}; near it are {', '.join(near)}")

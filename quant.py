@@ -28,8 +28,6 @@ no median or per-group scales, and no second ternarisation of weights that alrea
 would shrink).
 """
 
-import functools
-
 import torch
 from torch import nn
 
@@ -166,80 +164,6 @@ class BitExperts(nn.Module):
         dtype = output_dtype(x)
         parts = zip(x.split(sizes), self.weight.unbind())
         return torch.cat([TernaryLinear.apply(rows, w, dtype) for rows, w in parts])
-
-
-def pack(t):
-    """codes {-1, 0, 1} (out, in) -> uint8 (out / 4, in), four to a byte in the layout that transformers
-    reads: byte row r holds rows r, r + R, r + 2R, r + 3R of t + 1, lowest bits first, R = out / 4. ValueError
-    unless 4 | out."""
-    if t.shape[0] % 4:
-        raise ValueError(f"pack: {t.shape[0]} output rows are not a multiple of 4")
-    u = (t + 1).to(torch.uint8).view(4, t.shape[0] // 4, t.shape[1])
-    return u[0] | u[1] << 2 | u[2] << 4 | u[3] << 6
-
-
-def unpack(packed):
-    """uint8 (out / 4, in) -> int8 codes {-1, 0, 1} (out, in); the inverse of pack"""
-    rows = [(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)]
-    return torch.cat(rows)
-
-
-# inference with integer weights
-
-
-def pack_words(t):
-    """codes {-1, 0, 1} (out, in), 16 | in -> int32 (out, in / 16), two bits each: the k-th of word j is t + 1
-    in column k in / 16 + j, so that one shift serves a whole row of words"""
-    u = (t + 1).to(torch.int32).view(t.shape[0], 16, -1)
-    return sum(u[:, k] << 2 * k for k in range(16)).to(torch.int32)  # the sum wraps into the sign bit
-
-
-def words_matmul(words, q):
-    """the product of u = t + 1, as words of pack_words, with q (16, in / 16), whole floats, as fp32 (out,).
-    Compiled it reads two bits a weight; its sums are integers below 2^24, exact in any order."""
-    total = 0
-    for k in range(16):
-        total = total + (words >> 2 * k & 3).float() * q[k]
-    return total.sum(-1)
-
-
-@functools.cache
-def compiled_words_matmul():
-    """words_matmul, compiled where it is first wanted: to ask for that imports the compiler, which takes
-    seconds"""
-    return torch.compile(words_matmul, dynamic=False)
-
-
-class PackedLinear(nn.Module):
-    """a BitLinear that can only compute: integer weights in place of the float master weights, the same bits
-    out. One token goes through two-bit words where it has them, several through int8."""
-
-    def __init__(self, weight, words=False):
-        super().__init__()
-        t, s = ternarize(weight)
-        self.register_buffer("codes", t.to(torch.int8))  # (out, in)
-        self.register_buffer("s", s)  # (1, 1)
-        self.register_buffer("words", pack_words(t) if words and t.shape[1] % 16 == 0 else None)
-
-    def forward(self, x):
-        """y (..., out) for x (..., in), as BitLinear"""
-        dtype, rows = output_dtype(x), x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            q, a = quantize_activations(rows)
-            if len(rows) == 1 and self.words is not None:
-                product = compiled_words_matmul()(self.words, q.view(16, -1)) - q.sum()
-            else:
-                product = exact_matmul(q, self.codes)
-            y = product / (self.s * a)
-        return y.to(dtype).view(*x.shape[:-1], -1)
-
-
-def pack_layers(model, words):
-    """replace every BitLinear of a model by a PackedLinear; experts stay as they are"""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, BitLinear):
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, PackedLinear(layer.weight, words))
 
 
 # ternary health: what the weights of a run are doing, read every log_every steps

@@ -35,6 +35,10 @@ FLAGS = {
         True,
         "integer weights in ternary layers; False = from the float master weights, the same text",
     ),
+    "head": (
+        "float32",
+        "float32 | bfloat16: what the head is kept in; bfloat16 halves what a token reads, and rounds logits",
+    ),
     "chat": (False, "write a text in turns; /help lists the commands"),
     "play": (False, "play tic-tac-toe against the model"),
     "side": ("X", "X | O: what you play; X begins"),
@@ -50,6 +54,7 @@ faults = [
         ("top_p", 0 < cfg.top_p <= 1, "more than 0 and at most 1"),
         ("max_new_tokens", cfg.max_new_tokens >= 1, "at least 1"),
         ("num_samples", cfg.num_samples >= 1, "at least 1"),
+        ("head", cfg.head in ("float32", "bfloat16"), "float32 or bfloat16"),
         ("side", cfg.side in ("X", "O"), "X or O"),
         ("ask", cfg.ask in ("win", "not_lose"), "win or not_lose"),
         ("prompt", not (cfg.prompt and cfg.prompt_file), "left out where --prompt_file is given"),
@@ -71,7 +76,7 @@ import torch
 import checkpoint
 import device as machine
 import tictactoe as game
-from model import generate, restore
+from inference import generate, lighten_head, restore
 from tokenizer import continuation, encode_prompt, make_tokenizer
 
 HELP = """you and the model write one text in turns: your message is put after what is there, and the model
@@ -95,6 +100,7 @@ def read_prompt():
         config.fail(f"{setting} cannot be read as UTF-8 text: {error}; name a text file, or --prompt=TEXT")
 
 
+@torch.inference_mode()
 def write_on(ids, max_new_tokens, generator):
     """generate after ids (a list) and print the text as it comes; a character of which only some bytes are
     there waits for the others. ids grows by what was printed, and by an end-of-text token, which is not.
@@ -236,7 +242,9 @@ if cfg.play and part["tokenizer"].get("chars") != game.CHARS:
     config.fail(f"ckpt = {cfg.ckpt!r} {trained}; --play needs a model of config/train_tictactoe.py")
 if cfg.play or cfg.chat:
     sys.stdin.reconfigure(errors="replace")
-model = restore(part, device, cfg.packed, words=not machine.no_compiler(device))
+model = restore(part, device, cfg.packed)
+if cfg.head == "bfloat16":
+    lighten_head(model)
 tokenizer, eot = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]
 try:
     prompt = encode_prompt(tokenizer, eot, text)

@@ -3,7 +3,7 @@
 import torch
 
 from config import fail
-from model import generate
+from inference import generate
 from tokenizer import continuation, encode_prompt
 
 MODES = {

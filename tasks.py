@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from config import fail
-from model import generate
+from inference import generate
 from tokenizer import encode_prompt
 
 

@@ -21,9 +21,13 @@ from tqdm import tqdm
 import checkpoint
 import data
 import device as machine
+import gguf_file
 import optim
 import planner
-from model import Transformer, generate, mean_loss, pack, router_loss
+import verify
+from inference import generate, lighten_head
+from model import Transformer, mean_loss, router_loss
+from packed import pack_layers
 
 
 def random_tokens(cfg, folder):
@@ -229,26 +233,70 @@ def training(cfg, device, dtype, alone=False):
     return found
 
 
+def writers(cfg, device, prompt, n_new):
+    """{name: function that begins to write n_new tokens after prompt (1, T)} of what is to be timed: the
+    experiment's model, and to compare it with the same with a lighter head, the twin, and llama.cpp"""
+
+    def ours(ternary, head):
+        model = build(cfg, ternary, device).eval()
+        if ternary and cfg.packed:
+            pack_layers(model)
+        if head == "bfloat16":
+            lighten_head(model)
+        return lambda: generate(model, prompt, n_new, temperature=0.0)
+
+    def theirs(folder):
+        model = build(cfg, True, device)
+        nothing = dict(kind="char", sha256="", eot=0, chars="\0")
+        part = dict(config=vars(cfg), tokenizer=nothing, model=model.state_dict())
+        kind, path = gguf_file.smallest(part), os.path.join(folder, "model.gguf")
+        gguf_file.write(part, path, kind, "q8_0")
+        llama = verify.Llama(path, n_ctx=cfg.seq_len, n_threads=torch.get_num_threads())
+        return f"llama.cpp {kind}", lambda: llama.write(prompt[0].tolist(), n_new)
+
+    own = "ternary" if cfg.ternary else "float"
+    found = {own: ours(cfg.ternary, cfg.head)}
+    if cfg.compare:
+        found[f"{own}, bfloat16 head"] = ours(cfg.ternary, "bfloat16")
+        found["float" if cfg.ternary else "ternary"] = ours(not cfg.ternary, cfg.head)
+        if cfg.ternary and device.type == "cpu" and not cfg.n_expert:
+            with tempfile.TemporaryDirectory() as folder:
+                name, write = theirs(folder)
+            found[name] = write
+    return found
+
+
+@torch.inference_mode()
 def sampling(cfg, device, dtype):
-    """tokens/s of reading a prompt of half the context, and of writing at most 128 tokens after it, batch 1;
-    the median of three"""
-    model = build(cfg, cfg.ternary, device).eval()
-    if cfg.packed:
-        pack(model, words=not machine.no_compiler(device))
+    """time and print reading a prompt of half the context, and writing at most 128 tokens after it, batch 1;
+    what there is for the JSON line"""
     prompt = torch.randint(cfg.vocab_size, (1, max(1, cfg.seq_len // 2)), device=device)
-    n_new, prefill, decode = max(2, min(128, cfg.seq_len - prompt.shape[1])), [], []
-    for _ in range(4):
-        clock = [time.perf_counter()]
-        with machine.autocast(device, dtype):
-            for _ in generate(model, prompt, n_new, temperature=0.0):
-                machine.synchronize(device)
-                clock.append(time.perf_counter())
-        prefill.append(prompt.shape[1] / (clock[1] - clock[0]))
-        decode.append((n_new - 1) / (clock[-1] - clock[1]))
-    prefill, decode = (statistics.median(speeds[1:]) for speeds in (prefill, decode))
-    print(f"prefill of {prompt.shape[1]} tokens: {prefill:,.1f} tokens/s; decode: {decode:,.1f} tokens/s")
+    n_new = max(2, min(128, cfg.seq_len - prompt.shape[1]))
+    everyone = writers(cfg, device, prompt, n_new)
     memory = machine.peak_memory_gb(device)
-    return dict(prefill_tokens_per_sec=prefill, decode_tokens_per_sec=decode, peak_memory_gb=memory)
+    prefill, decode = ({name: [] for name in everyone} for _ in range(2))
+    rounds = 1 + max(3, cfg.pairs // 2)
+    for i in tqdm(range(rounds), desc="texts", disable=not sys.stderr.isatty(), leave=False):
+        for name, write in list(everyone.items())[:: 1 if i % 2 == 0 else -1]:
+            clock = [time.perf_counter()]
+            with machine.autocast(device, dtype):
+                for _ in write():
+                    machine.synchronize(device)
+                    clock.append(time.perf_counter())
+            prefill[name].append(prompt.shape[1] / (clock[1] - clock[0]))
+            decode[name].append((n_new - 1) / (clock[-1] - clock[1]))
+    first, found = next(iter(everyone)), {}
+    for name in everyone:
+        mine, ratios = decode[name][1:], sorted(a / b for a, b in zip(decode[name], decode[first]))[1:]
+        found[name] = statistics.median(mine)
+        quartiles = f"{ratios[len(ratios) // 4]:.2f} to {ratios[len(ratios) * 3 // 4]:.2f}"
+        times = "" if name == first else f", {statistics.median(ratios):.2f} of {first} ({quartiles})"
+        print(
+            f"{name:24} prefill of {prompt.shape[1]} tokens {statistics.median(prefill[name][1:]):9,.1f} "
+            f"tokens/s, decode {found[name]:7,.1f} ({min(mine):,.1f} to {max(mine):,.1f}){times}"
+        )
+    result = dict(prefill_tokens_per_sec=statistics.median(prefill[first][1:]), peak_memory_gb=memory)
+    return result | dict(decode_tokens_per_sec=found[first]) | (dict(decode=found) if cfg.compare else {})
 
 
 def once_seconds(cfg, device, dtype):

@@ -9,7 +9,7 @@ import torch
 
 import quant
 from config import fail, library
-from model import generate, restore
+from inference import generate, restore
 from tokenizer import encode_prompt, make_tokenizer
 
 NEW = 32  # greedy tokens after each prompt
@@ -92,7 +92,7 @@ def hf(part, folder, latent=False):
 class Llama:
     """a GGUF file in llama.cpp, by the binding cyllama, without fp16 between its operations"""
 
-    def __init__(self, path, n_ctx=512):
+    def __init__(self, path, n_ctx=512, n_threads=0):
         self.lib = library("cyllama.llama.llama_cpp", "cyllama")
         self.lib.disable_logging()
         self.lib.llama_backend_init()
@@ -107,24 +107,34 @@ class Llama:
         how = self.lib.LlamaContextParams()
         how.n_ctx = how.n_batch = how.n_ubatch = n_ctx
         how.type_k = how.type_v = how.flash_attn_type = 0  # fp32 keys and values; flash attention off
+        how.n_threads = how.n_threads_batch = n_threads or how.n_threads
         self.context = self.lib.LlamaContext(self.model, how)
+
+    def read(self, ids, n_past=0, all_logits=False):
+        """let it read ids after n_past others"""
+        batch = self.lib.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
+        batch.set_batch(ids, n_past, all_logits)
+        self.context.decode(batch)
 
     def logits(self, ids):
         """logits (T, V) of a list of ids"""
         self.context.kv_cache_clear()
-        batch = self.lib.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
-        batch.set_batch(ids, 0, True)
-        self.context.decode(batch)
+        self.read(ids, all_logits=True)
         return torch.stack([torch.tensor(self.context.get_logits_ith(i)) for i in range(len(ids))])
 
     def tokenize(self, text):
         return self.model.get_vocab().tokenize(text, True, False)
 
-    def go_on(self, ids, n):
-        made = []
-        for _ in range(n):
-            made.append(self.logits(ids + made)[-1].argmax().item())
-        return made
+    def write(self, ids, n):
+        """yield n greedy tokens after ids"""
+        sampler = self.lib.LlamaSampler()
+        sampler.add_greedy()
+        self.context.kv_cache_clear()
+        self.read(ids)
+        for n_past in range(len(ids), len(ids) + n):
+            token = sampler.sample(self.context, -1)
+            yield token
+            self.read([token], n_past)
 
 
 # what llama.cpp may differ by from a forward that rounds no input, as a part of the spread of the logits: it
@@ -143,5 +153,5 @@ def gguf(part, path, kind):
         return torch.stack([llama.logits(row.tolist()) for row in x])
 
     reference = dequantised(part) if part["config"]["ternary"] else part
-    how = logits, llama.tokenize, llama.go_on
+    how = logits, llama.tokenize, lambda ids, n: list(llama.write(ids, n))
     return compare(part, reference, BOUNDS[kind], "llama.cpp (cyllama)", *how)

@@ -276,6 +276,11 @@ def test_bench_times_the_float_experiment_itself():
 def test_bench_times_text_and_plans_from_what_it_timed():
     found, *_ = bench(**TINY, max_steps=10, sample=True)
     assert found["prefill_tokens_per_sec"] > found["decode_tokens_per_sec"] > 0
+    pytest.importorskip("cyllama", reason="needs cyllama: requirements-dev.txt")
+    found, out, _ = bench(**TINY, max_steps=10, sample=True, compare=True, pairs=1)
+    names = ["ternary", "ternary, bfloat16 head", "float", "llama.cpp f16"]
+    assert list(found["decode"]) == names and found["decode"]["ternary"] == found["decode_tokens_per_sec"]
+    assert all(speed > 0 for speed in found["decode"].values()) and out.count(" of ternary (") == 3
     found, out, _ = bench(**TINY, max_steps=1000, plan=True, pairs=1, warmup=1, compile=False)
     assert "the experiment's own length" in found["recommendation"]
     assert {1000, 2000} <= {row["steps"] for row in found["rows"]} and found["step_ms"] > 0
@@ -324,7 +329,8 @@ def test_bench_compares_with_a_peer(tmp_path):
         (dict(plan=True, watts=100), "need each other"),
         (dict(plan=True, step_ms=5, calibrate="nowhere"), "calibrate = 'nowhere' is no finished run"),
         (dict(compare=True, peers="nowhere"), "nowhere/nanoGPT/model.py is not there"),
-        (dict(sample=True, plan=True), "use one of them"),
+        (dict(sample=True, head="float16"), "choose float32 or bfloat16"),
+        (dict(sample=True, plan=True), "--plan goes with neither"),
         (dict(vocab_size=0, data_dir="nowhere"), "set --vocab_size="),
     ],
 )

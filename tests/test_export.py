@@ -18,7 +18,8 @@ import gguf_file
 import hf
 import quant
 import verify
-from model import Transformer, restore
+from inference import restore
+from model import Transformer
 from record import SCALARS
 from tokenizer import encode_prompt, make_tokenizer
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import settings
 
-from model import KVCache, Transformer, generate, mean_loss, pick, restore
+from inference import KVCache, generate, pick, restore
+from model import Transformer, mean_loss
 
 
 def make(seed=0, **changes):
@@ -238,7 +239,7 @@ def test_restore_gives_the_same_model(changes):
     idx = torch.randint(0, 28, (1, 16))
     with torch.no_grad():
         assert torch.equal(restore(part, "cpu")(idx), model(idx))
-        packed = restore(part, "cpu", packed=True, words=True)
+        packed = restore(part, "cpu", packed=True)
         assert torch.equal(packed(idx), model(idx))
         texts = [
             [token.item() for token in generate(m, idx[:, :4], 8, temperature=0)] for m in (model, packed)

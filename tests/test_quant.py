@@ -170,19 +170,6 @@ def test_is_a_drop_in_for_linear():
         BitLinear(4, 4, bias=True)
 
 
-def test_pack_has_the_layout_of_transformers():
-    """bug guarded: packing along the inputs or neighbouring rows, which loads as garbage"""
-    t = torch.tensor(
-        [[-1], [0], [1], [1], [0], [-1], [1], [0]], dtype=torch.int8
-    )  # R = 2: rows 0 2 4 6 share a byte
-    assert quant.pack(t).tolist() == [[0 | 2 << 2 | 1 << 4 | 2 << 6], [1 | 2 << 2 | 0 << 4 | 1 << 6]]
-    t = quant.ternarize(torch.randn(128, 40))[0]
-    assert quant.pack(t).shape == (32, 40) and quant.pack(t).dtype == torch.uint8
-    assert torch.equal(quant.unpack(quant.pack(t)), t.to(torch.int8))
-    with pytest.raises(ValueError, match="multiple of 4"):
-        quant.pack(t[:6])
-
-
 def test_health_counts_what_is_there():
     """bugs guarded: fractions of the latent weights, flips counted against the first codes, probes that
     stay on"""
@@ -226,28 +213,3 @@ def test_cuda_equals_the_reference():
     bit, x = layer(512, 256).cuda(), torch.randn(64, 512).cuda()
     assert torch.equal(bit(x).cpu(), reference(x.cpu(), bit.weight.cpu()))
     assert torch.equal(bit(x[:1]).cpu(), reference(x[:1].cpu(), bit.weight.cpu()))
-
-
-@pytest.mark.parametrize("n_in", [64, 80, 1024])
-def test_words_hold_the_codes(n_in):
-    """bugs guarded: the sixteenth code lost in the sign bit; columns read in another order"""
-    t = torch.randint(-1, 2, (7, n_in))
-    t[0], t[1] = 1, -1
-    q = torch.randint(-128, 128, (n_in,)).float()
-    words = quant.pack_words(t.float())
-    assert words.shape == (7, n_in // 16) and words.dtype == torch.int32
-    assert torch.equal(quant.words_matmul(words, q.view(16, -1)) - q.sum(), t.float() @ q)
-
-
-@pytest.mark.parametrize("words", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 80), (2, 5, 80)])
-def test_integer_weights_give_the_same_bits(words, shape):
-    """bug guarded: packed weights that are another function than the trained ones"""
-    bit, x = layer(80, 48), torch.randn(shape)
-    packed = quant.PackedLinear(bit.weight, words)
-    assert (packed.words is not None) == words
-    with torch.no_grad():
-        assert torch.equal(packed(x), bit(x))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(packed(x), bit(x)) and packed(x).dtype == torch.bfloat16
-    assert quant.PackedLinear(layer(72, 48).weight, True).words is None, "72 is no multiple of 16"

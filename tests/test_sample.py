@@ -22,7 +22,8 @@ from conftest import CHARS, ROOT, run, settings, tokens
 import checkpoint
 import data
 import tictactoe
-from model import KVCache, Transformer, restore
+from inference import KVCache, restore
+from model import Transformer
 from tokenizer import make_tokenizer
 
 
@@ -116,10 +117,10 @@ def stdin(tmp_path, text):
 def scripted(body):
     """patch for conftest.run: this body, a generator over `ids` (the prompt's) and `n`, writes in the
     model's place; on stderr stands what it was asked"""
-    lines = "import sys, time, torch, model\n"
+    lines = "import sys, time, torch, inference\n"
     lines += "def generate(model, idx, n, **how):\n    ids = idx[0].tolist()\n"
     lines += f"    print('asked', ids, n, file=sys.stderr, flush=True)\n    for token in {body}:\n"
-    return lines + "        yield torch.tensor([[token]])\nmodel.generate = generate\n"
+    return lines + "        yield torch.tensor([[token]])\ninference.generate = generate\n"
 
 
 def asked(err):

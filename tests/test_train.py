@@ -159,10 +159,10 @@ def test_max_minutes_and_patience_end_as_if_finished(data_dir, out_dir):
     assert json.loads(out.strip().split("\n")[-1])["step"] == 24, "without patience it goes on"
     # a signal between an evaluation and the update does not count that evaluation twice
     how |= dict(patience=4, sample_every=4)
-    patch = "import os, signal, model\nreal, count = model.generate, [0]\n"
+    patch = "import os, signal, inference\nreal, count = inference.generate, [0]\n"
     patch += "def signalled(*a, **k):\n    count[0] += 1\n"
     patch += "    if count[0] == 4: os.kill(os.getpid(), signal.SIGTERM)\n    return real(*a, **k)\n"
-    patch += "model.generate = signalled"
+    patch += "inference.generate = signalled"
     train(data_dir, out_dir, "i", patch=patch, code=128 + signal.SIGTERM, **how)
     out, _ = train(data_dir, out_dir, "i", resume="auto", **how)
     assert json.loads(out.strip().split("\n")[-1])["step"] == 10, "best at 2, none better at 4, 6, 8 and 10"

@@ -1,0 +1,85 @@
+"""
+Using a trained model: from a checkpoint to text, token by token.
+"""
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from model import Transformer
+from packed import pack_layers
+
+
+def lighten_head(model):
+    """keep the head in bfloat16, for writing token by token: half the memory to read, which for a packed
+    model is most of it. Logits then differ by rounding to 8 bits."""
+    model.head.weight = nn.Parameter(model.head.weight.detach().bfloat16(), requires_grad=False)
+
+
+def restore(part, device, packed=False):
+    """the model of a checkpoint.pt (its loaded dict), on the device and ready for use; packed: its ternary
+    layers hold integer weights, which compute the same and cannot be trained"""
+    with torch.device(device):
+        model = Transformer(SimpleNamespace(**part["config"]))
+    model.load_state_dict(part["model"])
+    if packed:
+        pack_layers(model)
+    return model.eval()
+
+
+class KVCache:
+    """keys and values of the tokens seen so far, per attention layer, for at most `size` tokens"""
+
+    def __init__(self, size):
+        self.size, self.length, self.store = size, 0, {}
+
+    def append(self, layer, k, v):
+        """store k, v (B, K, T, D) of the new tokens; return all of them (B, K, length + T, D) and the mask
+        that T new tokens need (None for one token, or where the cache was empty: plain causal attention)"""
+        B, K, T, D = k.shape
+        start, end = self.length, self.length + T
+        if layer not in self.store:
+            self.store[layer] = k.new_empty(B, K, self.size, D), v.new_empty(B, K, self.size, D)
+        both = self.store[layer]
+        for kept, new in zip(both, (k, v)):
+            kept.narrow(2, start, T).copy_(new)
+        mask = None
+        if start > 0 and T > 1:
+            mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(start)
+        return *(kept.narrow(2, 0, end) for kept in both), mask
+
+
+def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """one token id (B, 1) from logits (B, V): greedy at temperature 0, else drawn from the top_k (0 = all)
+    likeliest and from the least set of them whose chances reach top_p (nucleus, arXiv 1904.09751), by a
+    generator of the CPU"""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    device, logits = logits.device, logits.float().cpu() / temperature  # CUDA's cumsum is not deterministic
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        chance = ordered.softmax(-1)
+        beyond = chance.cumsum(-1) - chance >= top_p  # the token that crosses top_p stays in
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).to(device)
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """yield the next tokens (B, 1), one at a time, after the prompts idx (B, T). Where the context is full,
+    the later half of it is read again and generation goes on with that."""
+    size = model.cfg.seq_len
+    idx = idx[:, -size:]
+    cache, fresh = KVCache(size), idx
+    for _ in range(max_new_tokens):
+        if cache.length + fresh.shape[1] > size:
+            cache, fresh = KVCache(size), idx[:, -(size // 2) :]
+        logits = model(fresh, cache=cache)
+        fresh = pick(logits[:, -1], temperature, top_k, top_p, generator)
+        idx = torch.cat((idx, fresh), 1)[:, -size:]
+        yield fresh

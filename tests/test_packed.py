@@ -1,0 +1,112 @@
+"""packed.py: integer weights are the same function, in every way that they compute it."""
+
+import copy
+
+import pytest
+import torch
+from conftest import settings
+from torch import nn
+
+import packed
+from inference import KVCache, lighten_head
+from model import Transformer
+from quant import BitLinear, ternarize
+
+
+def test_pack_has_the_layout_of_transformers():
+    """bug guarded: packing along the inputs or neighbouring rows, which loads as garbage"""
+    t = torch.tensor(
+        [[-1], [0], [1], [1], [0], [-1], [1], [0]], dtype=torch.int8
+    )  # R = 2: rows 0 2 4 6 share a byte
+    assert packed.pack(t).tolist() == [[0 | 2 << 2 | 1 << 4 | 2 << 6], [1 | 2 << 2 | 0 << 4 | 1 << 6]]
+    t = ternarize(torch.randn(128, 40))[0]
+    assert packed.pack(t).shape == (32, 40) and packed.pack(t).dtype == torch.uint8
+    assert torch.equal(packed.unpack(packed.pack(t)), t.to(torch.int8))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        packed.pack(t[:6])
+
+
+@pytest.fixture(params=["C", "int8"])
+def how(request, monkeypatch, capfd):
+    """with the C functions, and on a machine without a compiler"""
+    packed.library.cache_clear()
+    if request.param == "int8":
+        monkeypatch.setattr(packed.shutil, "which", lambda name: None)
+    assert bool(packed.library()) == (request.param == "C")
+    assert ("no C compiler" in capfd.readouterr().err) == (request.param == "int8")
+    yield request.param
+    packed.library.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(80, 48), (17, 5), (768, 256), (300, 258)])
+def test_integer_weights_give_the_same_bits(how, shape):
+    """bugs guarded: rows of another order, a scale or a rounding of another order of operations, ties not to
+    even, threads that share a sum; many rows, which are computed otherwise"""
+    torch.manual_seed(0)
+    bit = BitLinear(*shape)
+    layer = packed.packed_linear(bit.weight)
+    assert layer.packed.numel() == -(-shape[1] // 4) * shape[0]
+    with torch.no_grad():
+        for n_rows in (1, 3, packed.FEW, packed.FEW + 1):
+            x = torch.randn(n_rows, shape[0]) * 10 ** torch.randn(n_rows, 1)
+            x[0] = 0
+            assert torch.equal(layer(x), bit(x))
+            x[0] = torch.randint(-254, 255, (shape[0],)) / 2  # its largest is 127: halves are ties
+            x[0, 0] = 127
+            assert torch.equal(layer(x), bit(x))
+            x = x.t().contiguous().t().view(n_rows, 1, -1)  # not contiguous
+            assert torch.equal(layer(x), bit(x)) and layer(x).shape == (n_rows, 1, shape[1])
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(layer(x), bit(x)) and layer(x).dtype == torch.bfloat16
+            x[0, 0, 0] = float("inf")
+            assert layer(x)[0].isnan().all() and not layer(x)[1:].isnan().any()
+
+
+SHAPE = dict(n_layer=2, n_embd=64, n_head=4, n_kv_head=2, ffn_dim=96, seq_len=32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(n_kv_head=4, rope_theta=500.0, norm_eps=1e-2, tie_embeddings=False),
+        dict(n_embd=36, n_head=6, n_kv_head=3, ffn_dim=50),  # 50 rows are no multiple of 4
+        dict(n_expert=4),
+    ],
+)
+def test_token_by_token(how, changes):
+    """bugs guarded: a token that takes another way through a packed block and comes out otherwise: a norm
+    without its weight, positions that turn the wrong way, keys that the cache does not get"""
+    torch.manual_seed(1)
+    model = Transformer(settings(**SHAPE | changes)).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+    integers = copy.deepcopy(model)
+    packed.pack_layers(integers)
+    is_quick = isinstance(integers.blocks[0], packed.PackedBlock)
+    assert is_quick == (how == "C" and not changes.keys() & {"ffn_dim", "n_expert"})
+    assert not any(name.endswith("_proj.weight") for name in integers.state_dict())
+    idx, caches = torch.randint(28, (1, 20)), (KVCache(32), KVCache(32))
+    with torch.no_grad():
+        for part in idx.split([7, *[1] * 12, 1], 1):
+            logits = [m(part, cache=cache) for m, cache in zip((model, integers), caches)]
+            assert torch.equal(*logits) and logits[0].std() > 0.1
+        for left, right in zip(caches[0].store.values(), caches[1].store.values()):
+            assert torch.equal(left[0][:, :, :20], right[0][:, :, :20])
+        # several texts, and bfloat16, take the usual way
+        both = torch.randint(28, (2, 1))
+        assert torch.equal(*(m(both, cache=KVCache(32)) for m in (model, integers)))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(*(m(idx[:, :1], cache=KVCache(32)) for m in (model, integers)))
+
+
+def test_a_lighter_head_leaves_the_embedding():
+    """bug guarded: a tied embedding that is rounded with the head"""
+    model = Transformer(settings(**SHAPE)).eval()
+    idx, embed = torch.randint(28, (1, 8)), model.embed.weight.clone()
+    with torch.no_grad():
+        before = model(idx)
+        lighten_head(model)
+        after = model(idx)
+    assert torch.equal(model.embed.weight, embed) and after.dtype == torch.float32
+    assert 0 < (after - before).abs().max() < 0.02 * before.abs().max()
