@@ -141,7 +141,7 @@ def locate(path, resumable=False, setting="ckpt"):
     there is none; says on stderr which newer ones of a run were passed over."""
     if not os.path.exists(path):
         kinds = "a run folder, a step folder or a checkpoint.pt"
-        kinds += ", or a Hugging Face folder" if setting == "init_from" else ""
+        kinds += ", or a Hugging Face folder" if setting != "resume" else ""
         fail(f"{setting} = {path!r} does not exist; it is {kinds}")
     kind = "resumable" if resumable else "usable"
     if os.path.isfile(path) and os.path.basename(path) != MODEL:
@@ -169,8 +169,18 @@ def locate(path, resumable=False, setting="ckpt"):
 def initial(path):
     """the part of a checkpoint.pt that init_from stands for; a Hugging Face folder is one too"""
     if os.path.isdir(path) and hf.is_folder(path):
-        return hf.read(path)
+        return hf.read(path, to_train=True)
     return load(ranks.from_main(lambda: locate(path, setting="init_from")))
+
+
+def trained(path):
+    """(part of a checkpoint.pt, where it was found) of a trained model: a checkpoint's, see locate, or that
+    of a folder that export.py has written"""
+    if os.path.isdir(path) and hf.is_folder(path):
+        part = hf.read(path)
+        return part | dict(config=config.assignments(config.DEFAULT) | part["config"]), path
+    folder = locate(path)
+    return load(folder), folder
 
 
 def origin(cfg, run_dir):

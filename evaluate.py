@@ -23,7 +23,10 @@ import sys
 import config
 
 FLAGS = {
-    "ckpt": ("", "a run folder (its newest checkpoint), a step folder or a checkpoint.pt"),
+    "ckpt": (
+        "",
+        "a run folder (its newest checkpoint), a step folder, a checkpoint.pt, or an export for transformers",
+    ),
     "dataset": ("", "name of the data set in data_dir; '' = the one the model was trained on"),
     "split": ("val", "val | train"),
     "dtype": ("float32", "float32 | bfloat16: what the matrix products compute in"),
@@ -59,8 +62,7 @@ from tokenizer import make_tokenizer
 
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
-folder = checkpoint.locate(cfg.ckpt)
-part = checkpoint.load(folder)
+part, folder = checkpoint.trained(cfg.ckpt)
 trained = part["config"]
 cfg.dataset, cfg.origin["dataset"] = cfg.dataset or trained["dataset"], folder
 if cfg.origin["data_dir"] == "default":

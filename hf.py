@@ -21,6 +21,7 @@ import quant
 from config import fail, library
 from files import write_json
 from model import Transformer
+from tokenizer import with_content
 
 OURS = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 BLOCK = {
@@ -42,6 +43,9 @@ SETTINGS = {  # config.json of a Llama and the settings that it stands for
     "rope_theta": "rope_theta",
     "tie_word_embeddings": "tie_embeddings",
 }
+
+
+PRIVATE = ("out_dir", "data_dir", "resume", "init_from")  # paths, which are nobody's business
 
 
 def their_name(name):
@@ -110,8 +114,12 @@ def model_config(part, latent=False):
         found |= dict(router_aux_loss_coef=cfg["router_balance"], sliding_window=None)
     elif cfg["ternary"] and not latent:
         found["quantization_config"] = {"quant_method": "bitnet"}
-    # what a Llama has no place for, but init_from wants
-    return found | dict(nanobit=dict(step=part["step"], config=cfg, tokenizer_sha256=spec["sha256"]))
+    # what a Llama has no place for, but init_from and sample.py want
+    tokenizer = {key: value for key, value in spec.items() if key != "content"}
+    if spec["kind"] in CONTENT:
+        tokenizer["file"] = CONTENT[spec["kind"]]
+    public = {key: value for key, value in cfg.items() if key not in PRIVATE}
+    return found | dict(nanobit=dict(step=part["step"], config=public, tokenizer=tokenizer))
 
 
 def check(part, packs=True):
@@ -153,6 +161,7 @@ def write(part, out, latent=False):
 
 # tokenizers
 
+CONTENT = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}  # the file of its content
 END = "<|endoftext|>"  # what a NUL, the end of a text in a char tokenizer, is called in files
 
 
@@ -260,8 +269,8 @@ def write_tokenizer(spec, out, seq_len):
     found = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end)
     found |= dict(clean_up_tokenization_spaces=False, model_max_length=seq_len)
     write_json(os.path.join(out, "tokenizer_config.json"), found)
-    if spec["kind"] == "sentencepiece":
-        with open(os.path.join(out, "tokenizer.model"), "wb") as file:
+    if spec["kind"] in CONTENT:
+        with open(os.path.join(out, CONTENT[spec["kind"]]), "wb") as file:
             file.write(spec["content"])
 
 
@@ -270,7 +279,7 @@ def write_tokenizer(spec, out, seq_len):
 
 FILES = set(
     "README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json "
-    "tokenizer.model".split()
+    "tokenizer.model tokenizer.tiktoken".split()
 )
 
 
@@ -294,19 +303,20 @@ def is_folder(path):
 
 def our_name(name):
     """our name of one of their tensors, or None"""
-    path = name.removesuffix(".weight")
+    path, _, what = name.rpartition(".")  # weight or weight_scale
     for ours, theirs in OURS.items():
         if path == theirs:
-            return f"{ours}.weight"
+            return f"{ours}.{what}"
     if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path):
         ours = next((ours for ours, theirs in BLOCK.items() if theirs == found[2]), None)
-        return ours and f"blocks.{found[1]}.{ours}.weight"
+        return ours and f"blocks.{found[1]}.{ours}.{what}"
     return None
 
 
-def read(folder):
-    """the part of a checkpoint.pt that a folder with float weights stands for: config, model, tokenizer None.
-    Exits with 2 where it is no Llama, packed, damaged or incomplete."""
+def read(folder, to_train=False):
+    """the part of a checkpoint.pt that a folder stands for. Packed matrices stay as they are, uint8 beside
+    their weight_scale. to_train: a Llama of any origin, whose tokenizer is what is known of it, or None, but
+    nothing packed. Exits with 2 where it is no Llama, damaged or incomplete."""
     load_file = library("safetensors.torch", "safetensors").load_file
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
@@ -323,8 +333,14 @@ def read(folder):
         faults.append(f"head_dim = {head_dim}: ours is hidden_size / num_attention_heads")
     if theirs.get("rope_type", "default") != "default":
         faults.append(f"rope_type = {theirs['rope_type']!r}: our positions are plain rotary ones")
-    if theirs.get("quantization_config"):
+    packing = theirs.get("quantization_config")
+    if packing and to_train:
         faults.append("its weights are packed, and cannot be trained on: export with --latent")
+    elif packing and packing != {"quant_method": "bitnet"}:
+        faults.append(f"quantization_config = {packing}: only weights that export.py has packed can be read")
+    own = theirs.get("nanobit", {})
+    if not to_train and "tokenizer" not in own:
+        faults.append("it is no export of export.py, its tokenizer cannot be read; use it with transformers")
     for key in ("attention_bias", "mlp_bias", "rope_scaling"):
         if theirs.get(key):
             faults.append(f"{key} = {theirs[key]!r}: our blocks have none")
@@ -341,16 +357,23 @@ def read(folder):
         unknown = [key for key in found if our_name(key) is None and "rotary_emb" not in key]
         if unknown:
             fail(f"{folder}/{name} holds {unknown[0]}, which our blocks have no place for")
-        weights |= {our_name(key): w.float() for key, w in found.items() if our_name(key)}
-    own = theirs.get("nanobit", {})
+        named = {our_name(key): w for key, w in found.items() if our_name(key)}
+        weights |= {key: w if w.dtype == torch.uint8 else w.float() for key, w in named.items()}
     settings |= dict(n_expert=0, vocab_multiple=1) | own.get("config", {})
+    if packing:
+        settings |= dict(ternary=True, vocab_multiple=1)  # rows of padding are not written beside packed ones
     if settings.get("tie_embeddings") and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
     with torch.device("meta"):
         want = Transformer(SimpleNamespace(**config.assignments(config.DEFAULT) | settings)).state_dict()
-    for name in sorted(want.keys() | weights.keys()):
-        is_there, needed = (tuple(each[name].shape) if name in each else None for each in (weights, want))
+    shapes = {name: tuple(w.shape) for name, w in want.items()}
+    for name in [name for name in shapes if packing and is_ternary(dict(config=settings), name)]:
+        shapes[name] = (shapes[name][0] // 4, shapes[name][1])
+        shapes[f"{name}_scale"] = (1,)
+    for name in sorted(shapes.keys() | weights.keys()):
+        is_there, needed = tuple(weights[name].shape) if name in weights else None, shapes.get(name)
         if is_there != needed:
             fail(f"{folder}: {name} has the shape {is_there}, config.json asks for {needed}; copy it again")
-    spec = {"sha256": own["tokenizer_sha256"]} if "tokenizer_sha256" in own else None
-    return dict(config=settings, model=weights, tokenizer=spec)
+    spec = own.get("tokenizer")
+    spec = spec if to_train else with_content(spec, folder)
+    return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0))

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from config import fail
 from model import Transformer
-from packed import pack_layers
+from packed import PackedLinear, pack_layers, replace
 
 
 def lighten_head(model):
@@ -20,10 +21,17 @@ def lighten_head(model):
 
 def restore(part, device, packed=False):
     """the model of a checkpoint.pt (its loaded dict), on the device and ready for use; packed: its ternary
-    layers hold integer weights, which compute the same and cannot be trained"""
+    layers hold integer weights, which compute the same and cannot be trained. Those that the part holds
+    packed (hf.read) stay so."""
     with torch.device(device):
         model = Transformer(SimpleNamespace(**part["config"]))
-    model.load_state_dict(part["model"])
+    weights = dict(part["model"])
+    for name in [name for name, w in weights.items() if w.dtype == torch.uint8]:
+        if not packed:
+            fail("packed = False: of an exported model only the integers are left; leave that out")
+        w, s = weights.pop(name).to(device), weights.pop(f"{name}_scale").to(device)
+        replace(model, name.removesuffix(".weight"), PackedLinear(w, s, 4 * len(w)))
+    model.load_state_dict(weights)
     if packed:
         pack_layers(model)
     return model.eval()

@@ -80,13 +80,13 @@ class PackedLinear(nn.Module):
     def __init__(self, packed, s, out_features):
         super().__init__()
         self.out_features, self.in_features = out_features, packed.shape[1]
-        self.register_buffer("s", s.float().view(1, 1))
-        self.register_buffer("packed", packed)
+        self.register_buffer("s", s.float().view(1, 1), persistent=False)
+        self.register_buffer("packed", packed, persistent=False)
         self.matrix = Matrix(packed.data_ptr(), 4 * len(packed), s.item())
         self.library = library() if packed.device.type == "cpu" else None
         # to unpack for each token would take longer than the product
         is_wide = packed.device.type == "cpu" and not self.library
-        self.register_buffer("wide", unpack(packed) if is_wide else None)
+        self.register_buffer("wide", unpack(packed) if is_wide else None, persistent=False)
 
     def forward(self, x):
         """y (..., out) for x (..., in), as BitLinear"""
@@ -165,6 +165,12 @@ def packed_linear(w):
     return PackedLinear(pack(F.pad(t, (0, 0, 0, -len(t) % 4))), s, len(t))
 
 
+def replace(model, name, layer):
+    """put a layer in the place of the one at this name"""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, layer)
+
+
 def pack_layers(model):
     """give the ternary layers of a model integer weights: the same function, which cannot be trained"""
     for name, layer in list(model.named_modules()):
@@ -174,8 +180,7 @@ def pack_layers(model):
             packed = PackedExperts(map(packed_linear, layer.weight))
         else:
             continue
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, packed)
+        replace(model, name, packed)
     for block in model.blocks:
         layers = [layer for layer in block.modules() if isinstance(layer, PackedLinear)]
         whole = all(layer.library and layer.out_features == layer.matrix.n_out for layer in layers)

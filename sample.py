@@ -21,7 +21,10 @@ import config
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the text where it is
 FLAGS = {
-    "ckpt": ("", "a run folder (its newest checkpoint), a step folder or a checkpoint.pt"),
+    "ckpt": (
+        "",
+        "a run folder (its newest checkpoint), a step folder, a checkpoint.pt, or an export for transformers",
+    ),
     "prompt": ("", "the text to go on from; - reads it from stdin; with --chat what the text begins with"),
     "prompt_file": ("", "a UTF-8 file with the text to go on from; its last newline does not count"),
     "max_new_tokens": (256, "tokens to generate at most; in a --chat turn at most half of the context"),
@@ -236,7 +239,7 @@ def play():
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
 text = "" if cfg.play else read_prompt()
-part = checkpoint.load(checkpoint.locate(cfg.ckpt))
+part, _ = checkpoint.trained(cfg.ckpt)
 if cfg.play and part["tokenizer"].get("chars") != game.CHARS:
     trained = f"was trained on {part['config']['dataset']!r}, not on games of tic-tac-toe"
     config.fail(f"ckpt = {cfg.ckpt!r} {trained}; --play needs a model of config/train_tictactoe.py")

@@ -94,11 +94,11 @@ def with_content(spec, folder):
         return spec
     path = os.path.join(folder, spec["file"])
     if not os.path.exists(path):
-        fail(f"tokenizer {path} is missing; make the data set again")
+        fail(f"tokenizer {path} is missing; make this folder again")
     with open(path, "rb") as file:
         content = file.read()
     if hashlib.sha256(content).hexdigest() != spec["sha256"]:
-        fail(f"tokenizer {path} is not the one that meta.json describes (sha256); make the data set again")
+        fail(f"tokenizer {path} is not the one that belongs there (sha256); make this folder again")
     return spec | {"content": content}
 
 

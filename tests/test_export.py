@@ -1,6 +1,7 @@
 """export.py: what it writes, read by transformers, by llama.cpp and by the gguf package."""
 
 import base64
+import hashlib
 import importlib.util
 import io
 import json
@@ -146,6 +147,38 @@ def test_tokenizers_come_along(make, tmp_path):
     assert theirs.pad_token is None and theirs.eos_token_id == spec["eot"]
 
 
+@pytest.mark.parametrize("make", [lambda: CHAR, sentencepiece, tiktoken])
+@pytest.mark.parametrize("changes", [{}, dict(ternary=False), dict(vocab_multiple=128, tie_embeddings=False)])
+def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
+    """bugs guarded: packed weights that are read as others, a tokenizer that comes back as another, rows of
+    padding that are missed; damage that is not noticed"""
+    spec, path = make(), tmp_path / "x"
+    content = spec.get("content", b"")
+    spec |= dict(sha256=hashlib.sha256(content).hexdigest())
+    part = part_of(spec, vocab_size=320 if content else len(CHARS), **changes)
+    part["config"]["data_dir"] = "/home/me/data"
+    hf.write(part, str(path))
+    found, where = checkpoint.trained(str(path))
+    assert where == str(path) and found["step"] == 7 and "/home/me" not in (path / "config.json").read_text()
+    assert found["tokenizer"] == spec | ({"file": hf.CONTENT[spec["kind"]]} if content else {})
+    x = verify.probe(part)
+    with torch.no_grad():
+        assert torch.equal(restore(found, "cpu", packed=True)(x), restore(part, "cpu")(x))
+    if part["config"]["ternary"]:
+        with pytest.raises(SystemExit):
+            restore(found, "cpu")
+        assert "only the integers are left" in capsys.readouterr().err
+    if content:
+        (path / hf.CONTENT[spec["kind"]]).write_bytes(content[:-1])
+        with pytest.raises(SystemExit):
+            checkpoint.trained(str(path))
+        assert "is not the one that belongs there" in capsys.readouterr().err
+        os.remove(path / hf.CONTENT[spec["kind"]])
+        with pytest.raises(SystemExit):
+            checkpoint.trained(str(path))
+        assert "is missing" in capsys.readouterr().err
+
+
 # GGUF
 
 cyllama = pytest.mark.skipif(
@@ -224,6 +257,10 @@ def test_the_command(data_dir, out_dir, tmp_path):
         and "max_steps = 6" in card
         and str(tmp_path) not in card
     )
+    flags = ["--prompt=a", "--temperature=0", "--max_new_tokens=8"]
+    assert run("sample.py", f"--ckpt={out}", *flags)[0] == run("sample.py", ckpt, *flags)[0]
+    scores = [run("evaluate.py", each, f"--data_dir={data_dir}")[0] for each in (f"--ckpt={out}", ckpt)]
+    assert len({text.strip().split("\n")[-1] for text in scores}) == 1, scores
     _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", code=2)
     assert "is there already" in err and "--force" in err
     (out / "notes.txt").write_text("mine")
@@ -296,6 +333,19 @@ def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path):
         (short, "is damaged"),
     ):
         _, err = train(data_dir, out_dir, "x", code=2, init_from=path, **how)
+        assert says in err and str(path) in err, err
+    other = dict(quantization_config=dict(quant_method="gptq"))
+    for path, says in (
+        (short, "is damaged"),
+        (folder("foreign", nanobit={}), "it is no export of export.py"),
+        (folder("gptq", latent=False, **other), "only weights that export.py"),
+        (
+            folder("deep", latent=False, num_hidden_layers=3, nanobit=dict(tokenizer=CHAR)),
+            "has the shape None",
+        ),
+        (tmp_path / "none", "or a Hugging Face folder"),
+    ):
+        _, err = run("sample.py", f"--ckpt={path}", "--prompt=a", code=2)
         assert says in err and str(path) in err, err
     # a Llama of another origin, whose tokenizer nobody can compare
     path = folder("llama", nanobit={})
