@@ -7,7 +7,8 @@ Write a trained model for other engines: a folder for transformers, or a GGUF fi
     python export.py --ckpt=runs/train_text --format=hf --out=text_hf --verify
 
 --verify loads what was written with another reader (transformers; the llama.cpp binding cyllama) and compares
-logits and greedy text; the last line of stdout is then one JSON object. Needs `pip install safetensors
+logits and greedy text, and where the data set of the run is here, the validation loss; the last line of
+stdout is then one JSON object. Needs `pip install safetensors
 tokenizers gguf`, and for --verify `transformers accelerate cyllama`.
 """
 
@@ -15,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import config
 from config import fail
@@ -29,8 +31,9 @@ FLAGS = {
     "embed": ("q8_0", "gguf: f32 | f16 | q8_0 | q5_0 | q4_0: of embedding and head"),
     "force": (False, "replace what an earlier export has written to out"),
     "verify": (False, "load it with an independent reader and compare"),
+    "eval_tokens": (8192, "verify: tokens of the validation set for the loss, at most; 0 = none"),
 }
-cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=(), check_run=False)
+cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir",), check_run=False)
 config.need_flags(cfg, "ckpt", "format", "out")
 faults = []
 for key, known in (
@@ -45,6 +48,8 @@ for key, known in (
 for key, its in (("latent", "hf"), ("type", "gguf"), ("embed", "gguf")):
     if cfg.origin[key] != "default" and cfg.format in ("hf", "gguf") and cfg.format != its:
         faults.append(f"--{key} is of --format={its}; leave it out")
+if cfg.eval_tokens < 0:
+    faults.append(f"eval_tokens = {cfg.eval_tokens} must not be negative")
 if not cfg.out.strip("/"):
     faults.append(f"out = {cfg.out!r} is no name; it is the folder or file to write")
 elif cfg.format == "gguf" and not cfg.out.endswith(".gguf"):
@@ -57,6 +62,7 @@ import torch
 
 import card
 import checkpoint
+import data
 import gguf_file
 import hf
 import record
@@ -75,6 +81,22 @@ def make_room():
         fail(f"out = {cfg.out!r} is there and no earlier export, so it is not replaced; choose another")
     if not cfg.force:
         fail(f"out = {cfg.out!r} is there already; choose another, or replace it with --force")
+
+
+def validation(part):
+    """windows (inputs, targets), each (1, T), of the validation set of a run, none where it is not here"""
+    trained = dict(vocab_size=0, tokenize_on_fly=False, origin={"dataset": cfg.ckpt})
+    trained = SimpleNamespace(**part["config"] | trained)
+    if cfg.origin["data_dir"] != "default":
+        trained.data_dir = cfg.data_dir
+    place = os.path.join(trained.data_dir, trained.dataset)
+    if not cfg.eval_tokens or not os.path.exists(os.path.join(place, "meta.json")):
+        print(f"no loss is compared: {'eval_tokens = 0' if not cfg.eval_tokens else f'{place} is not here'}")
+        return []
+    meta = data.meta(trained)
+    if meta["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
+        fail(f"{place} has another tokenizer than {cfg.ckpt}; leave the loss out with --eval_tokens=0")
+    return list(data.Windows(trained, meta, "val").fixed(cfg.eval_tokens, 1, torch.device("cpu")))
 
 
 make_room()
@@ -112,6 +134,10 @@ is_mixture = part["config"]["n_expert"] > 0
 if cfg.format == "hf" and is_mixture and part["config"]["ternary"] and not cfg.latent:
     print("ternary experts are written dequantised: a Mixtral rounds no input to int8")
 if cfg.verify:
-    found = verify.gguf(part, cfg.out, kind) if cfg.format == "gguf" else verify.hf(part, cfg.out, cfg.latent)
+    windows = validation(part)
+    if cfg.format == "gguf":
+        found = verify.gguf(part, cfg.out, kind, cfg.embed, windows)
+    else:
+        found = verify.hf(part, cfg.out, cfg.latent, windows)
     print(record.to_json(found))
     raise SystemExit(0 if found["good"] else 1)

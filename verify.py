@@ -6,6 +6,7 @@ eager, on the CPU.
 """
 
 import torch
+import torch.nn.functional as F
 
 import quant
 from config import fail, library
@@ -42,12 +43,18 @@ def as_float(part):
     return part | dict(config=part["config"] | dict(ternary=False))
 
 
+def mean_loss(logits, windows):
+    """mean cross entropy in nats of what makes logits (1, T, V) of ids (1, T), over (inputs, targets)"""
+    losses = [F.cross_entropy(logits(x)[0], y[0]).item() for x, y in windows]
+    return sum(losses) / len(losses)
+
+
 @torch.no_grad()
-def compare(part, reference, bound, name, logits, tokenize, go_on):
+def compare(part, windows, reference, bound, name, logits, tokenize, go_on):
     """print and return the differences between what a reader computes and a reference of ours, the part of a
     model; `good` where no logit differs by more than `bound` times their spread. The reader has logits(ids
-    (B, T)), tokenize(text) -> ids and go_on(ids, n) -> n greedy tokens. Exits with 1 where its tokenizer is
-    another."""
+    (B, T)), tokenize(text) -> ids and go_on(ids, n) -> n greedy tokens. windows: (inputs, targets) for the
+    loss, ours and the reader's. Exits with 1 where its tokenizer is another."""
     cfg, spec, x = part["config"], part["tokenizer"], probe(part)
     ours, tokenizer = restore(reference, torch.device("cpu")), make_tokenizer(spec)
     theirs, mine = logits(x), ours(x)
@@ -65,10 +72,18 @@ def compare(part, reference, bound, name, logits, tokenize, go_on):
         f"{name}: largest difference of logits {difference:.3g} at a spread of {spread:.3g}, "
         f"{found['same']} of {found['tokens']} greedy tokens the same: {'good' if found['good'] else 'BAD'}"
     )
+    if windows:
+        own = restore(part, torch.device("cpu"), packed=part["config"]["ternary"])
+        found |= dict(val_tokens=sum(y.numel() for _, y in windows), val_loss=mean_loss(own, windows))
+        found["reader_val_loss"] = mean_loss(logits, windows)
+        print(
+            f"loss on {found['val_tokens']:,} tokens of the validation set: {found['val_loss']:.5f} nats "
+            f"here, {found['reader_val_loss']:.5f} there"
+        )
     return found
 
 
-def hf(part, folder, latent=False):
+def hf(part, folder, latent=False, windows=()):
     """compare() with transformers on a folder: equal to the last bit, a mixture up to rounding"""
     lib = library("transformers")
     torch._dynamo.config.disable = True  # parts of its BitNet code are compiled
@@ -86,7 +101,8 @@ def hf(part, folder, latent=False):
     if part["config"]["ternary"] and (latent or is_mixture):
         reference = as_float(part) if latent else dequantised(part)
     how = lambda x: model(x).logits, lambda text: tokenizer(text)["input_ids"], go_on
-    return compare(part, reference, 1e-5 if is_mixture else 0.0, name, *how)
+    part = reference if latent else part
+    return compare(part, windows, reference, 1e-5 if is_mixture else 0.0, name, *how)
 
 
 class Llama:
@@ -142,10 +158,10 @@ class Llama:
 BOUNDS = dict(f32=1e-4, f16=0.02, q8_0=0.1, q5_0=0.3, q4_0=0.6, tq2_0=0.3, tq1_0=0.3, q2_0=0.3)
 
 
-def gguf(part, path, kind):
-    """compare() with llama.cpp on a file of this type, whose embedding may be rounded too"""
+def gguf(part, path, kind, embed, windows=()):
+    """compare() with llama.cpp on a file of these types"""
     try:
-        llama = Llama(path)
+        llama = Llama(path, n_ctx=max(512, part["config"]["seq_len"]))
     except ValueError as error:
         fail(f"cyllama cannot load {path}: {error}; a newer llama.cpp may", code=1)
 
@@ -154,4 +170,5 @@ def gguf(part, path, kind):
 
     reference = dequantised(part) if part["config"]["ternary"] else part
     how = logits, llama.tokenize, lambda ids, n: list(llama.write(ids, n))
-    return compare(part, reference, BOUNDS[kind], "llama.cpp (cyllama)", *how)
+    bound = max(BOUNDS[kind], BOUNDS[embed])
+    return compare(part, windows, reference, bound, "llama.cpp (cyllama)", *how)

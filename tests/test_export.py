@@ -204,10 +204,10 @@ def test_llama_cpp_computes_the_same(changes, make, tmp_path):
     part = part_of(spec, vocab_size=vocab_size, **changes)
     part["config"]["sample_prompts"] = ["the cat", "a"] if spec is CHAR else TEXTS[2:]
     gguf_file.write(part, str(tmp_path / "x.gguf"), "f32", "f32")
-    found = verify.gguf(part, str(tmp_path / "x.gguf"), "f32")
+    found = verify.gguf(part, str(tmp_path / "x.gguf"), "f32", "f32")
     assert found["good"] and found["max_difference"] < 1e-4 and found["logits_std"] > 0.01
     gguf_file.write(part, str(tmp_path / "x.gguf"), "f16", "f16")
-    assert verify.gguf(part, str(tmp_path / "x.gguf"), "f16")["good"]
+    assert verify.gguf(part, str(tmp_path / "x.gguf"), "f16", "f16")["good"]
 
 
 @pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "q2_0"])
@@ -244,9 +244,13 @@ def test_the_command(data_dir, out_dir, tmp_path):
     train(data_dir, out_dir, "r", **how)
     train(data_dir, out_dir, "f", **how, ternary=False)
     ckpt, out = f"--ckpt={out_dir}/r", tmp_path / "packed"
-    text, _ = run("export.py", ckpt, "--format=hf", f"--out={out}", "--verify")
+    where = f"--data_dir={data_dir}"
+    text, _ = run("export.py", ckpt, "--format=hf", f"--out={out}", "--verify", where, "--eval_tokens=64")
     found = json.loads(text.strip().split("\n")[-1])
     assert found["max_difference"] == 0.0 and found["same"] == found["tokens"]
+    assert found["val_loss"] == found["reader_val_loss"] and found["val_tokens"] == 64
+    scored = run("evaluate.py", ckpt, where, "--eval_tokens=64")[0].strip().split("\n")[-1]
+    assert json.loads(scored)["val_loss"] == pytest.approx(found["val_loss"], abs=1e-5)
     card = open(out / "README.md", encoding="utf-8").read()
     losses = [row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row]
     twin = [row["val_loss"] for row in lines(f"{out_dir}/f", SCALARS) if "val_loss" in row]
@@ -272,8 +276,14 @@ def test_the_command(data_dir, out_dir, tmp_path):
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
     _, err = run("export.py", ckpt, "--format=hf", f"--out={tmp_path}/mine", "--force", code=2)
     assert "no earlier export" in err and (tmp_path / "mine" / "diary.txt").exists()
-    text, _ = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", "--latent", "--verify")
-    assert "good" in text and not [name for name in os.listdir(tmp_path) if "tmp" in name]
+    text, _ = run(
+        "export.py", ckpt, "--format=hf", f"--out={out}", "--force", "--latent", "--verify", "--eval_tokens=0"
+    )
+    assert (
+        "good" in text
+        and "no loss is compared" in text
+        and not [name for name in os.listdir(tmp_path) if "tmp" in name]
+    )
     # a full disk leaves what was there, and nothing of its own
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"
     for more in (
