@@ -29,6 +29,7 @@ FLAGS = {
     "sample": (False, "time generating text instead of training"),
     "packed": (True, "sample: integer weights in ternary layers, as sample.py has them"),
     "head": ("float32", "sample: float32 | bfloat16, what the head is kept in"),
+    "cuda_graph": (False, "sample: on CUDA, replay a token as one graph; not yet tried on a GPU"),
     "compare": (
         False,
         "also time nanoGPT's model of the same size, and measure the twin's memory; with --sample, also time "

@@ -43,6 +43,10 @@ class KVCache:
     def __init__(self, size):
         self.size, self.length, self.store = size, 0, {}
 
+    def at(self, n):
+        """the positions of n new tokens"""
+        return slice(self.length, self.length + n)
+
     def append(self, layer, k, v):
         """store k, v (B, K, T, D) of the new tokens; return all of them (B, K, length + T, D) and the mask
         that T new tokens need (None for one token, or where the cache was empty: plain causal attention)"""
@@ -57,6 +61,51 @@ class KVCache:
         if start > 0 and T > 1:
             mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(start)
         return *(kept.narrow(2, 0, end) for kept in both), mask
+
+
+class StaticCache(KVCache):
+    """a cache that gives a new token tensors of the same shapes and places at every position, so that a CUDA
+    graph can be replayed: all that is stored, and a mask of what is not there yet"""
+
+    def at(self, n):
+        return self.position if self.length else super().at(n)
+
+    def append(self, layer, k, v):
+        if not self.length:
+            self.position = torch.tensor([k.shape[2]], device=k.device)  # of the next token
+            found = super().append(layer, k, v)
+            for kept in self.store[layer]:  # what a mask hides has to be finite all the same
+                kept.narrow(2, k.shape[2], self.size - k.shape[2]).zero_()
+            return found
+        both = self.store[layer]
+        for kept, new in zip(both, (k, v)):
+            kept.index_copy_(2, self.position, new)
+        return *both, (torch.arange(self.size, device=k.device) <= self.position)[None]
+
+
+def replayed(model, cache, fresh):
+    """a function fresh (B, 1) -> logits (B, 1, V) that goes on after a StaticCache by one CUDA graph: one
+    launch in place of hundreds"""
+    token, length = fresh.clone(), cache.length
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles what is to be compiled, and writes what the replay writes again
+        for _ in range(2):
+            model(token, cache=cache)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(token, cache=cache)
+    cache.length = length
+
+    def step(fresh):
+        token.copy_(fresh)
+        graph.replay()
+        cache.length += 1
+        cache.position += 1
+        return logits
+
+    return step
 
 
 def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -78,16 +127,22 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def generate(
+    model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, cuda_graph=False
+):
     """yield the next tokens (B, 1), one at a time, after the prompts idx (B, T). Where the context is full,
-    the later half of it is read again and generation goes on with that."""
-    size = model.cfg.seq_len
+    the later half of it is read again and generation goes on with that. cuda_graph: see replayed."""
+    size, Cache = model.cfg.seq_len, StaticCache if cuda_graph else KVCache
     idx = idx[:, -size:]
-    cache, fresh = KVCache(size), idx
+    cache, fresh, step = Cache(size), idx, None
     for _ in range(max_new_tokens):
         if cache.length + fresh.shape[1] > size:
-            cache, fresh = KVCache(size), idx[:, -(size // 2) :]
-        logits = model(fresh, cache=cache)
+            cache, fresh, step = Cache(size), idx[:, -(size // 2) :], None
+        if cuda_graph and cache.length:
+            step = step or replayed(model, cache, fresh)
+            logits = step(fresh)
+        else:
+            logits = model(fresh, cache=cache)
         fresh = pick(logits[:, -1], temperature, top_k, top_p, generator)
         idx = torch.cat((idx, fresh), 1)[:, -size:]
         yield fresh

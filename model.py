@@ -255,8 +255,8 @@ class Transformer(nn.Module):
         """logits (B, T, V) in fp32 of idx (B, T). With targets (B, T), (loss, router) instead: the mean cross
         entropy in nats, and what the routers did (L, 3 + E), see ROUTER, or None without experts. With a
         cache, idx continues what the cache holds and only the last position's logits (B, 1, V) are made."""
-        start = cache.length if cache is not None else 0
-        cos, sin = (table[start : start + idx.shape[1]] for table in (self.cos, self.sin))
+        at = slice(idx.shape[1]) if cache is None else cache.at(idx.shape[1])
+        cos, sin = self.cos[at], self.sin[at]
         x, routers = self.dropout(self.embed(idx)), []  # (B, T, C)
         for block in self.blocks:
             x, router = block(x, cos, sin, cache)

@@ -5,7 +5,8 @@ bits out.
 The layout is that of transformers, on the disk and in memory. On a CPU a C function reads it (packed.c,
 compiled when a model is loaded, in half a second): it widens the codes in registers, so that a weight costs a
 quarter of a byte of memory traffic. Without a C compiler they are widened to int8 at load. Many rows at a
-time are a product for the library that training uses (quant.exact_matmul), after unpacking.
+time are a product for the library that training uses (quant.exact_matmul), after unpacking. On CUDA one row
+is a Triton kernel's (packed_cuda.py).
 """
 
 import ctypes
@@ -19,6 +20,7 @@ import tempfile
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._triton import has_triton
 
 from model import Block, FeedForward
 from quant import BitExperts, BitLinear, exact_matmul, output_dtype, quantize_activations, ternarize
@@ -96,6 +98,10 @@ class PackedLinear(nn.Module):
             y = x.new_empty(*x.shape[:-1], self.matrix.n_out)
             rest = x.data_ptr(), None, None, 0.0, None, None, y.data_ptr()
             self.library.packed_linear(ctypes.addressof(self.matrix), 1, n_rows, self.in_features, *rest)
+        elif n_rows == 1 and x.is_cuda and has_triton():
+            import packed_cuda
+
+            y = packed_cuda.packed_linear(self.packed, x, self.matrix.s).view(*x.shape[:-1], -1)
         else:
             with torch.autocast(x.device.type, enabled=False):
                 q, a = quantize_activations(x.reshape(-1, self.in_features))
@@ -152,8 +158,8 @@ class PackedBlock(Block):
         qkv = self.product("qkv", x, self.attn_norm).view(1, H + 2 * K, 1, D)
         library().rotate(qkv.data_ptr(), H + K, D, cos.data_ptr(), sin.data_ptr())
         q, k, v = qkv.split((H, K, K), 1)
-        k, v, _ = cache.append(attn, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=H != K)
+        k, v, mask = cache.append(attn, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
         x = self.product("o", y.reshape(1, 1, -1), plus=x)
         gate, up = self.product("gate_up", x, self.ffn_norm).chunk(2, -1)
         return self.product("down", F.silu(gate), times=up, plus=x), None

@@ -42,6 +42,10 @@ FLAGS = {
         "float32",
         "float32 | bfloat16: what the head is kept in; bfloat16 halves what a token reads, and rounds logits",
     ),
+    "cuda_graph": (
+        False,
+        "on CUDA, replay a token as one graph, without its hundreds of launches; not yet tried on a GPU",
+    ),
     "chat": (False, "write a text in turns; /help lists the commands"),
     "play": (False, "play tic-tac-toe against the model"),
     "side": ("X", "X | O: what you play; X begins"),
@@ -110,6 +114,7 @@ def write_on(ids, max_new_tokens, generator):
     Returns (seconds to the first token, tokens, seconds for the tokens after the first)."""
     began, first, made, held = time.perf_counter(), 0.0, 0, []
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
+    options["cuda_graph"] = cfg.cuda_graph and device.type == "cuda"
     with machine.autocast(device, dtype):
         for token in generate(model, torch.tensor([ids], device=device), max_new_tokens, **options):
             made, first = made + 1, first or time.perf_counter()

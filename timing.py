@@ -243,7 +243,8 @@ def writers(cfg, device, prompt, n_new):
             pack_layers(model)
         if head == "bfloat16":
             lighten_head(model)
-        return lambda: generate(model, prompt, n_new, temperature=0.0)
+        is_graph = cfg.cuda_graph and device.type == "cuda"
+        return lambda: generate(model, prompt, n_new, temperature=0.0, cuda_graph=is_graph)
 
     def theirs(folder):
         model = build(cfg, True, device)

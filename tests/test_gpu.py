@@ -4,7 +4,11 @@ import pytest
 import torch
 from conftest import TINY, final, rows, settings, train
 
+import device as machine
+import inference
 import model
+import packed
+import quant
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,3 +61,35 @@ def test_one_grouped_product_is_the_loop(monkeypatch):
         assert not router[-1] and not experts.up_proj.weight.grad[3].any()
     for left, right in zip(*found):
         torch.testing.assert_close(left, right, rtol=0, atol=2e-2 * right.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", [(80, 48), (768, 256), (3072, 768)])
+def test_the_triton_kernel_is_its_twin_in_torch(shape):
+    """bugs guarded: a multiply-add that rounds once, a division that is approximate"""
+    torch.manual_seed(0)
+    bit = quant.BitLinear(*shape).cuda()
+    layer = packed.packed_linear(bit.weight)
+    for _ in range(200):
+        x = torch.randn(1, shape[0], device="cuda") * 10 ** torch.randn(1, 1, device="cuda")
+        with torch.no_grad():
+            assert torch.equal(layer(x), bit(x)) and torch.equal(layer(x.repeat(2, 1))[:1], bit(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replayed_token_is_an_eager_one(dtype):
+    """bug guarded: a graph that reads a place which has been given to another tensor"""
+    torch.manual_seed(0)
+    transformer = model.Transformer(settings(**TINY)).cuda().eval()
+    packed.pack_layers(transformer)
+    idx = torch.randint(28, (1, 16), device="cuda")
+    with torch.inference_mode(), machine.autocast(idx.device, dtype):
+        caches = [inference.StaticCache(16) for _ in range(2)]
+        for cache in caches:
+            transformer(idx[:, :4], cache=cache)
+        step = inference.replayed(transformer, caches[0], idx[:, 4:5])
+        for i in range(4, 16):
+            right = transformer(idx[:, i : i + 1], cache=caches[1])
+            caches[1].position += 1
+            assert torch.equal(step(idx[:, i : i + 1]), right), i
+        text = list(inference.generate(transformer, idx, 30, 0.0, cuda_graph=True))  # past the context
+        assert len(text) == 30 and all(0 <= token.item() < 28 for token in text)

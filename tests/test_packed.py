@@ -8,7 +8,7 @@ from conftest import settings
 from torch import nn
 
 import packed
-from inference import KVCache, lighten_head
+from inference import KVCache, StaticCache, lighten_head
 from model import Transformer
 from quant import BitLinear, ternarize
 
@@ -110,3 +110,38 @@ def test_a_lighter_head_leaves_the_embedding():
         after = model(idx)
     assert torch.equal(model.embed.weight, embed) and after.dtype == torch.float32
     assert 0 < (after - before).abs().max() < 0.02 * before.abs().max()
+
+
+@pytest.mark.parametrize("changes", [dict(ternary=False), {}])
+def test_a_cache_of_constant_shapes(changes, monkeypatch):
+    """bugs guarded: a mask that shows what is not there yet, or hides the new token; positions that stay;
+    memory that nobody has written"""
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *sizes: x.new_full(sizes, float("nan")))
+    torch.manual_seed(2)
+    model = Transformer(settings(**SHAPE | changes)).eval()
+    idx, caches = torch.randint(28, (2, 32)), (KVCache(32), StaticCache(32))
+    with torch.no_grad():
+        for part in idx.split([5, *[1] * 27], 1):
+            left, right = (model(part, cache=cache) for cache in caches)
+            if caches[1].length > 5:
+                caches[1].position += 1  # as a replayed graph has it done
+            # ternary: an ulp flips a rounding to int8
+            torch.testing.assert_close(left, right, rtol=0, atol=0.2 if model.cfg.ternary else 1e-5)
+
+
+def test_the_triton_kernel(monkeypatch):
+    """bugs guarded: what its compiler does to a rounding cannot be seen here, but rows and codes that it
+    mistakes can, where Triton is installed: it runs on the CPU then"""
+    if torch.cuda.is_available():
+        pytest.skip("test_gpu.py runs it on the device")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton", reason="needs triton")
+    import packed_cuda
+
+    for shape in ((80, 48), (100, 64), (768, 16)):
+        bit = BitLinear(*shape)
+        layer = packed.packed_linear(bit.weight)
+        for x in (torch.randn(shape[0]), torch.zeros(shape[0]), torch.randint(-254, 255, shape[:1]) / 2):
+            x[:1] = 127.0 * x.any()
+            with torch.no_grad():
+                assert torch.equal(packed_cuda.packed_linear(layer.packed, x, layer.matrix.s), bit(x))
