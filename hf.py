@@ -137,6 +137,8 @@ def check(part, packs=True):
         )
     if faults:
         fail(*faults)
+    if part["tokenizer"]["kind"] == "sentencepiece":
+        pieces(part["tokenizer"])
 
 
 def write(part, out, latent=False):
@@ -166,13 +168,22 @@ END = "<|endoftext|>"  # what a NUL, the end of a text in a char tokenizer, is c
 
 
 def pieces(spec):
-    """(model, [(piece, score, kind)]) of a SentencePiece tokenizer; kind is normal, byte, control, unknown"""
+    """(model, [(piece, score, kind)]) of a SentencePiece tokenizer; kind is normal, byte, control, unknown.
+    Exits with 2 where it splits or changes text in a way that the files do not say."""
     model = library("sentencepiece").SentencePieceProcessor(model_proto=spec["content"])
     tests = dict(byte=model.IsByte, control=model.IsControl, unknown=model.IsUnknown)
     found = []
     for i in range(model.vocab_size()):
         kind = next((name for name, test in tests.items() if test(i)), "normal")
         found.append((model.IdToPiece(i), model.GetScore(i), kind))
+    if any(score % 1 for _, score, kind in found if kind == "normal"):
+        fail("the SentencePiece tokenizer is no BPE model (its scores are not ranks): only BPE is written")
+    text = " \uff21  \ufb01\t."  # a wide A and a ligature, which NFKC replaces
+    if model.normalize(text) != ("\u2581" + text).replace(" ", "\u2581"):
+        fail(
+            "the SentencePiece tokenizer normalises text (or puts no space before it), which is not written; "
+            "train it with --normalization_rule_name=identity --remove_extra_whitespaces=false"
+        )
     return model, found
 
 
@@ -232,10 +243,6 @@ def fast_tokenizer(spec):
     else:
         model, found = pieces(spec)
         normal = [(piece, i) for i, (piece, _, kind) in enumerate(found) if kind == "normal"]
-        if any(score % 1 for _, score, kind in found if kind == "normal"):
-            fail(
-                "the SentencePiece tokenizer is no BPE model (its scores are not ranks): only BPE is written"
-            )
         vocab, order = {piece: i for i, (piece, *_) in enumerate(found)}, []
         for piece, i in normal:
             cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]

@@ -90,13 +90,11 @@ def test_a_mixture_is_a_mixtral(ternary, tmp_path):
 # tokenizers
 
 
-def sentencepiece():
+def sentencepiece(**changes):
     spm = pytest.importorskip("sentencepiece")
     text = ["the cat sat on the mat", "a dog, 12 birds and the cat", "once  upon a time"] * 30
     out = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(text),
-        model_writer=out,
+    how = dict(
         model_type="bpe",
         vocab_size=320,
         byte_fallback=True,
@@ -106,7 +104,25 @@ def sentencepiece():
         allow_whitespace_only_pieces=True,
         minloglevel=2,
     )
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=out, **how | changes)
     return dict(kind="sentencepiece", sha256="x", eot=2, content=out.getvalue())
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(model_type="unigram", vocab_size=280), "is no BPE model"),
+        (dict(normalization_rule_name="nmt_nfkc"), "normalises text"),
+        (dict(remove_extra_whitespaces=True), "normalises text"),
+    ],
+)
+def test_other_sentencepiece_models_are_refused(changes, says, tmp_path, capsys):
+    """bug guarded: files whose readers split text otherwise, without a word"""
+    part = part_of(sentencepiece(**changes), vocab_size=320)
+    for write, more in ((hf.write, ()), (gguf_file.write, ("f32", "f32"))):
+        with pytest.raises(SystemExit):
+            write(part, str(tmp_path / "x"), *more)
+        assert says in capsys.readouterr().err and not os.path.exists(tmp_path / "x")
 
 
 def tiktoken():
