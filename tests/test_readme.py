@@ -6,6 +6,7 @@ import re
 import shlex
 
 import pytest
+import torch
 from conftest import ROOT, run
 
 with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
@@ -76,9 +77,8 @@ def python_commands():
     return sorted({line for line in COMMANDS + inline if line.startswith("python ") and "--help" not in line})
 
 
-@pytest.mark.parametrize("command", python_commands())
-def test_command_runs(command, folders, tmp_path):
-    """bug guarded: a README whose commands have stopped working"""
+def run_command(command, folders, tmp_path):
+    """run a `python ...` of a page on the small runs, writing to tmp_path"""
     script, *args = shlex.split(command)[1:]
     more = [flag.format(**folders) for flag in SMALL[script]]
     if script.startswith("prepare/"):
@@ -91,8 +91,35 @@ def test_command_runs(command, folders, tmp_path):
         more.append(f"--out_dir={folders['runs']}")
     args = [arg.replace("runs/", folders["runs"] + "/") for arg in args]
     args = [re.sub(r"=(\w+\.png)", rf"={tmp_path}/\1", arg) for arg in args]
-    args = [re.sub(r"^--out=", f"--out={tmp_path}/", arg) for arg in args]
-    run(script, *args, *more)
+    args = [re.sub(r"^--(out|ckpt|init_from)=(?!/)", rf"--\1={tmp_path}/", arg) for arg in args]
+    return run(script, *args, *more)[0]
+
+
+@pytest.mark.parametrize("command", python_commands())
+def test_command_runs(command, folders, tmp_path):
+    """bug guarded: a README whose commands have stopped working"""
+    run_command(command, folders, tmp_path)
+
+
+def test_the_page_on_exports(folders, tmp_path, monkeypatch, capsys):
+    """bugs guarded: a page whose commands and programs have stopped working; a text that is another there"""
+    for name in ("transformers", "cyllama"):
+        pytest.importorskip(name, reason="the readers of exports: requirements-dev.txt")
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # parts of transformers' code are compiled
+    monkeypatch.chdir(tmp_path)
+    with open(os.path.join(ROOT, "docs/export.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"```(bash|python)\n(.*?)```", file.read(), re.S)
+    said = []
+    for kind, block in blocks:
+        if kind == "python":
+            exec(block, {})
+            said.append(capsys.readouterr().out.strip())
+            continue
+        for command in block.strip().split("\n"):
+            if command.startswith("python "):
+                said.append(run_command(command, folders, tmp_path))
+    texts = [text for text in said if text.startswith("Once upon a time")]
+    assert len(said) == 10 and len(texts[1]) > 16 and texts[0].startswith(texts[1].rstrip()), said
 
 
 def test_make_targets_exist():
