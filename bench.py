@@ -32,8 +32,8 @@ FLAGS = {
     "cuda_graph": (False, "sample: on CUDA, replay a token as one graph; not yet tried on a GPU"),
     "compare": (
         False,
-        "also time nanoGPT's model of the same size, and measure the twin's memory; with --sample, also time "
-        "the float twin, a bfloat16 head and llama.cpp",
+        "also time nanoGPT's model of the same depth and width, and measure the twin's memory; with "
+        "--sample, also time the float twin, a bfloat16 head and llama.cpp",
     ),
     "peers": ("..", "compare: the folder that holds a clone of nanoGPT"),
     "plan": (False, "a table of what lengths would take, cost and reach, with a recommendation"),

@@ -33,8 +33,8 @@ def twin_of(run_dir, settings):
     return None
 
 
-def write(part, out, run_dir):
-    """README.md in the folder `out`, for the checkpoint `part` of a run"""
+def write(part, out, run_dir, latent=False):
+    """README.md in the folder `out`, for the checkpoint `part` of a run; latent: as float master weights"""
     cfg, step = part["config"], part["step"]
     kind = "ternary (BitNet b1.58)" if cfg["ternary"] else "float"
     total = sum(w.numel() for w in {w.data_ptr(): w for w in part["model"].values()}.values())
@@ -46,19 +46,22 @@ def write(part, out, run_dir):
         f"A {kind} language model of {total:,} parameters, trained with nanoBit",
     ]
     lines[-1] += f" for {step:,} steps, {part['tokens']:,} tokens of `{cfg['dataset']}`."
-    lines += ["A base model: it goes on with a text, it does not answer.", "", "```python"]
-    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += [
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        'model = AutoModelForCausalLM.from_pretrained(".")',
-    ]
     prompt = json.dumps(cfg["sample_prompts"][0] if cfg["sample_prompts"] else "")
-    lines += [f'inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)']
-    lines += [
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
-        "```",
-        "",
-    ]
+    warning = "**Float master weights, for further training**: as they are, they have not the loss below.\n\n"
+    lines += f"""A base model: it goes on with a text, it does not answer.
+
+{warning if latent and cfg["ternary"] else ""}```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
+model = AutoModelForCausalLM.from_pretrained(".")
+inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)
+made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(made[0], skip_special_tokens=True))
+```
+
+With nanoBit: `python sample.py --ckpt=FOLDER --prompt={prompt} --temperature=0`.
+""".split("\n")
     if losses:
         lines += ["| step | validation loss, nats per token |", "|---|---|"]
         steps = sorted(at for at in losses if at <= step)

@@ -139,23 +139,24 @@ def newest(run_dir, resumable):
 def locate(path, resumable=False, setting="ckpt"):
     """the verified step folder that a run folder, step folder or checkpoint.pt stands for. Exits with 2 where
     there is none; says on stderr which newer ones of a run were passed over."""
+    wanted = "give a run folder, a step folder or its checkpoint.pt"
+    wanted += ", or an export for transformers" if setting != "resume" else ""
     if not os.path.exists(path):
-        kinds = "a run folder, a step folder or a checkpoint.pt"
-        kinds += ", or a Hugging Face folder" if setting != "resume" else ""
-        fail(f"{setting} = {path!r} does not exist; it is {kinds}")
+        fail(f"{setting} = {path!r} does not exist; {wanted}")
     kind = "resumable" if resumable else "usable"
     if os.path.isfile(path) and os.path.basename(path) != MODEL:
-        fail(f"{setting} = {path!r} is no checkpoint; it is a run folder, a step folder or a checkpoint.pt")
+        fail(f"{setting} = {path!r} is no checkpoint; {wanted}")
     folder = os.path.dirname(path) or "." if os.path.isfile(path) else path
     if os.path.isdir(os.path.join(folder, "checkpoints")):
         folder, passed = newest(folder, resumable)
         for step, wrong in passed:
             print(f"passed over step {step}: {wrong}", file=sys.stderr)
         if folder is None:
-            fail(f"{setting} = {path!r} has no {kind} checkpoint")
+            fail(f"{setting} = {path!r} has no {kind} checkpoint yet; train.py --resume=auto goes on with it")
         return folder
     if not os.path.exists(os.path.join(folder, "manifest.json")):
-        fail(f"{setting} = {path!r} is no checkpoint; it is a run folder, a step folder or a checkpoint.pt")
+        lacks = "has no manifest.json, without which its files cannot be trusted"
+        fail(f"{setting} = {path!r} is no checkpoint: {folder} {lacks}; {wanted}")
     if resumable and not os.path.exists(os.path.join(folder, TRAINER)):
         fail(
             f"{setting} = {path!r} has no {TRAINER} any more (keep_last); --init_from= takes its weights only"

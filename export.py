@@ -34,14 +34,14 @@ FLAGS = {
     "eval_tokens": (8192, "verify: tokens of the validation set for the loss, at most; 0 = none"),
 }
 cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir",), check_run=False)
-config.need_flags(cfg, "ckpt", "format", "out")
-faults = []
+config.need_flags(cfg, "ckpt", "out")
+faults = [] if cfg.format else ["--format=... is missing; choose hf (transformers) or gguf (llama.cpp)"]
 for key, known in (
     ("format", ("hf", "gguf")),
     ("type", ("", "tq2_0", "tq1_0", "q2_0", "f32", "f16", "q8_0", "q5_0", "q4_0")),
     ("embed", ("f32", "f16", "q8_0", "q5_0", "q4_0")),
 ):
-    if getattr(cfg, key) not in known:
+    if getattr(cfg, key) not in ("", *known):
         faults.append(
             f"{key} = {getattr(cfg, key)!r} is unknown; choose one of {', '.join(filter(None, known))}"
         )
@@ -52,8 +52,9 @@ if cfg.eval_tokens < 0:
     faults.append(f"eval_tokens = {cfg.eval_tokens} must not be negative")
 if not cfg.out.strip("/"):
     faults.append(f"out = {cfg.out!r} is no name; it is the folder or file to write")
-elif cfg.format == "gguf" and not cfg.out.endswith(".gguf"):
-    faults.append(f"out = {cfg.out!r} must end in .gguf")
+elif cfg.format in ("hf", "gguf") and cfg.out.endswith(".gguf") != (cfg.format == "gguf"):
+    ending = "must end in .gguf" if cfg.format == "gguf" else "is a folder, .gguf is for --format=gguf"
+    faults.append(f"out = {cfg.out!r} {ending}")
 if faults:
     fail(*faults)
 cfg.out = cfg.out.rstrip("/")
@@ -99,7 +100,15 @@ def validation(part):
     return list(data.Windows(trained, meta, "val").fixed(cfg.eval_tokens, 1, torch.device("cpu")))
 
 
+def compared(size):
+    """the size of an export beside that of the weights it was made from"""
+    weights = {w.data_ptr(): w for w in part["model"].values()}.values()
+    return f" ({size / sum(w.nbytes for w in weights):.0%} of the float32 weights)"
+
+
 make_room()
+if os.path.isdir(cfg.ckpt) and hf.is_folder(cfg.ckpt):
+    fail(f"ckpt = {cfg.ckpt!r} is an export itself; give the run that it was made from")
 folder = checkpoint.locate(cfg.ckpt)
 part, run_dir = checkpoint.load(folder), os.path.dirname(os.path.dirname(os.path.abspath(folder)))
 if cfg.format == "gguf":
@@ -108,9 +117,10 @@ if cfg.format == "gguf":
         gguf_file.write(part, cfg.out, kind, cfg.embed)
     except OSError as error:
         fail(f"out = {cfg.out!r} cannot be written: {error}", code=1)
-    print(f"wrote {cfg.out}: {os.path.getsize(cfg.out):,} bytes, {kind}, embedding {cfg.embed}")
+    size = os.path.getsize(cfg.out)
+    print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}, {kind}, embedding {cfg.embed}")
     if kind == "q2_0":
-        print("q2_0 needs a llama.cpp of 2026 (type 42); --type=f16 is for all")
+        print("q2_0 needs a llama.cpp of 2026 (type 42); --type=f16 is for all, and larger")
 else:
     if cfg.latent and part["config"]["ternary"]:
         print(
@@ -119,7 +129,7 @@ else:
     partial = f"{cfg.out}.tmp-{os.getpid()}"
     try:
         hf.write(part, partial, cfg.latent)
-        card.write(part, partial, run_dir)
+        card.write(part, partial, run_dir, cfg.latent)
         if os.path.isdir(cfg.out):
             os.rename(cfg.out, f"{partial}.old")
         os.rename(partial, cfg.out)
@@ -129,7 +139,7 @@ else:
         for path in (partial, f"{partial}.old"):
             shutil.rmtree(path, ignore_errors=True)
     size = sum(entry.stat().st_size for entry in os.scandir(cfg.out))
-    print(f"wrote {cfg.out}: {size:,} bytes")
+    print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}")
 is_mixture = part["config"]["n_expert"] > 0
 if cfg.format == "hf" and is_mixture and part["config"]["ternary"] and not cfg.latent:
     print("ternary experts are written dequantised: a Mixtral rounds no input to int8")

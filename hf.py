@@ -155,9 +155,7 @@ def write(part, out, latent=False):
     os.chmod(os.path.join(out, "model.safetensors"), 0o666 & ~umask)  # the library makes it private
     write_json(os.path.join(out, "config.json"), model_config(part, latent))
     eot = part["tokenizer"]["eot"]
-    write_json(
-        os.path.join(out, "generation_config.json"), dict(bos_token_id=eot, eos_token_id=eot, do_sample=True)
-    )
+    write_json(os.path.join(out, "generation_config.json"), dict(bos_token_id=eot, eos_token_id=eot))
     write_tokenizer(part["tokenizer"], out, part["config"]["seq_len"])
 
 

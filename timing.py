@@ -112,7 +112,8 @@ def ours(cfg, ternary, windows, device, dtype):
 
 
 def nanogpt(cfg, windows, device, dtype):
-    """nanoGPT's model of the same depth and width, from a clone of its repository, with our fused AdamW"""
+    """nanoGPT's model of the same depth and width, with its own vocabulary, from a clone of its repository;
+    its optimizer is our fused AdamW"""
     spec = importlib.util.spec_from_file_location("nanogpt", cfg.nanogpt)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -121,17 +122,17 @@ def nanogpt(cfg, windows, device, dtype):
     torch.manual_seed(cfg.seed)
     with torch.device(device):
         model = module.GPT(size)
-    print(f"nanoGPT: {sum(p.numel() for p in model.parameters()):,} parameters")
+    n_params, own = sum(p.numel() for p in model.parameters()), size.vocab_size
+    print(f"nanoGPT: {n_params:,} parameters, with its vocabulary of {own:,} (ours: {cfg.vocab_size:,})")
     compiled, _ = machine.compiled(model, cfg.compile, device)
     groups = [[p for p in model.parameters() if (p.dim() < 2) == is_vector] for is_vector in (False, True)]
     groups = [dict(params=groups[0], weight_decay=cfg.weight_decay), dict(params=groups[1], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
-    # random ids below our vocab_size are ids of its 50,304 too, where ours is no larger
     return Contestant(
         cfg,
         "nanoGPT",
         model,
-        lambda x, y: compiled(x, y.contiguous())[1],
+        lambda x, y: compiled(x, y.contiguous())[1],  # random ids of ours are ids of its larger vocabulary
         [optimizer],
         windows,
         device,
@@ -250,7 +251,9 @@ def writers(cfg, device, prompt, n_new):
         model = build(cfg, True, device)
         nothing = dict(kind="char", sha256="", eot=0, chars="\0")
         part = dict(config=vars(cfg), tokenizer=nothing, model=model.state_dict())
-        kind, path = gguf_file.smallest(part), os.path.join(folder, "model.gguf")
+        # q2_0, which fits more widths, is too new for the binding
+        kind = "tq2_0" if gguf_file.smallest(part) == "tq2_0" else "f16"
+        path = os.path.join(folder, "model.gguf")
         gguf_file.write(part, path, kind, "q8_0")
         llama = verify.Llama(path, n_ctx=cfg.seq_len, n_threads=torch.get_num_threads())
         return f"llama.cpp {kind}", lambda: llama.write(prompt[0].tolist(), n_new)

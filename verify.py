@@ -61,6 +61,7 @@ def compare(part, windows, reference, bound, name, logits, tokenize, go_on):
     spread, difference = mine.std().item(), (theirs - mine).abs().max().item()
     found = dict(reader=name, max_difference=difference, logits_std=spread, same=0, tokens=0)
     found["good"] = difference <= bound * spread
+    allowed = f"at most {bound:g} of that is good" if bound else "0 is good"
     n = max(1, min(NEW, cfg["seq_len"] // 2))
     for text in cfg["sample_prompts"]:
         ids = encode_prompt(tokenizer, spec["eot"], text)
@@ -69,8 +70,8 @@ def compare(part, windows, reference, bound, name, logits, tokenize, go_on):
         found["same"] += sum(a == b for a, b in zip(go_on(ids, n), greedy(ours, ids, n)))
         found["tokens"] += n
     print(
-        f"{name}: largest difference of logits {difference:.3g} at a spread of {spread:.3g}, "
-        f"{found['same']} of {found['tokens']} greedy tokens the same: {'good' if found['good'] else 'BAD'}"
+        f"{name}: largest difference of logits {difference:.3g}, of which the standard deviation is "
+        f"{spread:.3g} ({allowed}); {found['same']} of {found['tokens']} greedy tokens the same: {'good' if found['good'] else 'BAD'}"
     )
     if windows:
         own = restore(part, torch.device("cpu"), packed=part["config"]["ternary"])
@@ -100,6 +101,7 @@ def hf(part, folder, latent=False, windows=()):
     is_mixture, reference = part["config"]["n_expert"] > 0, part
     if part["config"]["ternary"] and (latent or is_mixture):
         reference = as_float(part) if latent else dequantised(part)
+        name += ", a float model here and there" if latent else ""
     how = lambda x: model(x).logits, lambda text: tokenizer(text)["input_ids"], go_on
     part = reference if latent else part
     return compare(part, windows, reference, 1e-5 if is_mixture else 0.0, name, *how)
@@ -162,8 +164,9 @@ def gguf(part, path, kind, embed, windows=()):
     """compare() with llama.cpp on a file of these types"""
     try:
         llama = Llama(path, n_ctx=max(512, part["config"]["seq_len"]))
-    except ValueError as error:
-        fail(f"cyllama cannot load {path}: {error}; a newer llama.cpp may", code=1)
+    except ValueError:
+        why = "q2_0 is newer than its llama.cpp; tq2_0 or f16 can be" if kind == "q2_0" else "it is damaged"
+        fail(f"{path} is written, but cyllama cannot load it, so it is not verified: {why}", code=1)
 
     def logits(x):
         return torch.stack([llama.logits(row.tolist()) for row in x])

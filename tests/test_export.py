@@ -369,7 +369,7 @@ def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path):
             folder("deep", latent=False, num_hidden_layers=3, nanobit=dict(tokenizer=CHAR)),
             "has the shape None",
         ),
-        (tmp_path / "none", "or a Hugging Face folder"),
+        (tmp_path / "none", "or an export for transformers"),
     ):
         _, err = run("sample.py", f"--ckpt={path}", "--prompt=a", code=2)
         assert says in err and str(path) in err, err
