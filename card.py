@@ -4,6 +4,7 @@ import json
 import os
 
 import config
+import hf
 import record
 import status
 
@@ -81,7 +82,7 @@ With nanoBit: `python sample.py --ckpt=FOLDER --prompt={prompt} --temperature=0`
     lines += [f"`model.safetensors` has {size:,} bytes, {8 * size / total:.2f} bits for each parameter."]
     if speeds:
         lines += [f"Training ran at {speeds[len(speeds) // 2]:,.0f} tokens/s (median)."]
-    default, private = config.assignments(config.DEFAULT), ("run_id", "out_dir", "data_dir", "resume")
+    default, private = config.assignments(config.DEFAULT), ["run_id", *hf.PRIVATE]
     made = {name: value for name, value in sorted(cfg.items()) if default.get(name, value) != value}
     lines += [
         "",

@@ -55,6 +55,8 @@ def pick(wanted):
         found = torch.cuda.device_count()
         how = f"--nproc_per_node={found}" if WORLD > 1 and found else "auto or cpu"
         fail(f"device = {wanted!r} is not there: torch sees {found} CUDA devices; use {how}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels and graphs of our own go to the current one
     if device.type == "mps" and not torch.backends.mps.is_available():
         fail(f"device = {wanted!r} is not there: this torch has no MPS; use auto or cpu")
     return device
@@ -133,6 +135,13 @@ def no_compiler(device):
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return "torch.compile needs a C++ compiler (g++) on CPU"
     return ""
+
+
+def check_cuda_graph(device, n_expert):
+    """exit with 2 where the pass of a token cannot be a CUDA graph"""
+    if device.type != "cuda" or n_expert:
+        why = "experts wait for the device" if device.type == "cuda" else f"the device is {device.type}"
+        fail(f"cuda_graph: is for models without experts on cuda, and {why}; leave it out")
 
 
 def compiled(model, wanted, device):

@@ -48,6 +48,9 @@ for key, known in (
 for key, its in (("latent", "hf"), ("type", "gguf"), ("embed", "gguf")):
     if cfg.origin[key] != "default" and cfg.format in ("hf", "gguf") and cfg.format != its:
         faults.append(f"--{key} is of --format={its}; leave it out")
+for key in ("eval_tokens", "data_dir"):
+    if cfg.origin[key] != "default" and not cfg.verify:
+        faults.append(f"--{key} is of --verify; add that")
 if cfg.eval_tokens < 0:
     faults.append(f"eval_tokens = {cfg.eval_tokens} must not be negative")
 if not cfg.out.strip("/"):
@@ -111,6 +114,7 @@ if os.path.isdir(cfg.ckpt) and hf.is_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is an export itself; give the run that it was made from")
 folder = checkpoint.locate(cfg.ckpt)
 part, run_dir = checkpoint.load(folder), os.path.dirname(os.path.dirname(os.path.abspath(folder)))
+windows = validation(part) if cfg.verify else []
 if cfg.format == "gguf":
     kind = cfg.type or gguf_file.smallest(part)
     try:
@@ -144,7 +148,6 @@ is_mixture = part["config"]["n_expert"] > 0
 if cfg.format == "hf" and is_mixture and part["config"]["ternary"] and not cfg.latent:
     print("ternary experts are written dequantised: a Mixtral rounds no input to int8")
 if cfg.verify:
-    windows = validation(part)
     if cfg.format == "gguf":
         found = verify.gguf(part, cfg.out, kind, cfg.embed, windows)
     else:

@@ -8,6 +8,7 @@ experts a Mixtral; one with ternary experts is written dequantised: no such form
 """
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -45,7 +46,8 @@ SETTINGS = {  # config.json of a Llama and the settings that it stands for
 }
 
 
-PRIVATE = ("out_dir", "data_dir", "resume", "init_from")  # paths, which are nobody's business
+# paths and accounts, which are nobody's business
+PRIVATE = "out_dir data_dir resume init_from prepare wandb_entity wandb_project wandb_name".split()
 
 
 def their_name(name):
@@ -141,19 +143,27 @@ def check(part, packs=True):
         pieces(part["tokenizer"])
 
 
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write(part, out, latent=False):
     """the files of a model in the folder `out`, which is made; the tokenizer's too"""
+    place = os.path.join(out, "model.safetensors")
     check(part)
     save_file = library("safetensors.torch", "safetensors").save_file
     os.makedirs(out)
     try:
-        save_file(tensors(part, latent), os.path.join(out, "model.safetensors"), metadata={"format": "pt"})
+        save_file(tensors(part, latent), place, metadata={"format": "pt"})
     except library("safetensors").SafetensorError as error:  # a full disk, too
         raise OSError(str(error)) from None
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(os.path.join(out, "model.safetensors"), 0o666 & ~umask)  # the library makes it private
-    write_json(os.path.join(out, "config.json"), model_config(part, latent))
+    os.chmod(place, 0o666 & ~umask)  # the library makes it private
+    theirs = model_config(part, latent)
+    theirs["nanobit"]["sha256"] = sha256(place)
+    write_json(os.path.join(out, "config.json"), theirs)
     eot = part["tokenizer"]["eot"]
     write_json(os.path.join(out, "generation_config.json"), dict(bos_token_id=eot, eos_token_id=eot))
     write_tokenizer(part["tokenizer"], out, part["config"]["seq_len"])
@@ -318,6 +328,22 @@ def our_name(name):
     return None
 
 
+def check_own(own, theirs):
+    """ValueError where what export.py noted in a config.json is damaged, or says otherwise than the rest"""
+    default = config.assignments(config.DEFAULT)
+    for key, value in own.get("config", {}).items():
+        if key in default and type(value) is not type(default[key]):
+            raise ValueError(f"nanobit: {key} = {value!r}")
+        if key in theirs and key != "vocab_size" and value != theirs[key]:  # latent: with rows of padding
+            raise ValueError(f"nanobit: {key} = {value!r}, beside it {theirs[key]!r}")
+    if own:
+        spec, n_ids = own["tokenizer"], own["config"]["vocab_size"]
+        if not (type(spec["eot"]) is int and 0 <= spec["eot"] < n_ids and spec["sha256"] and spec["kind"]):
+            raise ValueError(f"nanobit: tokenizer {spec}")
+        if type(spec["chars"] if spec["kind"] == "char" else spec["file"]) is not str:
+            raise ValueError(f"nanobit: tokenizer {spec}")
+
+
 def read(folder, to_train=False):
     """the part of a checkpoint.pt that a folder stands for. Packed matrices stay as they are, uint8 beside
     their weight_scale. to_train: a Llama of any origin, whose tokenizer is what is known of it, or None, but
@@ -329,12 +355,14 @@ def read(folder, to_train=False):
         theirs = theirs.get("rope_parameters", {}) | theirs  # where newer files hold rope_theta
         settings = {ours: theirs[name] for name, ours in SETTINGS.items() if name in theirs}
         head_dim = theirs.get("head_dim") or settings["n_embd"] // settings["n_head"]
+        own = theirs.get("nanobit") or {}
+        check_own(own, settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         fail(f"{folder}/config.json cannot be read ({error}); expected the folder of a Llama model")
     faults = []
     if theirs.get("model_type") != "llama":
         faults.append(f"model_type = {theirs.get('model_type')!r}: only 'llama' can be read")
-    if head_dim * settings["n_head"] != settings["n_embd"]:
+    elif head_dim * settings["n_head"] != settings["n_embd"]:
         faults.append(f"head_dim = {head_dim}: ours is hidden_size / num_attention_heads")
     if theirs.get("rope_type", "default") != "default":
         faults.append(f"rope_type = {theirs['rope_type']!r}: our positions are plain rotary ones")
@@ -343,8 +371,7 @@ def read(folder, to_train=False):
         faults.append("its weights are packed, and cannot be trained on: export with --latent")
     elif packing and packing != {"quant_method": "bitnet"}:
         faults.append(f"quantization_config = {packing}: only weights that export.py has packed can be read")
-    own = theirs.get("nanobit", {})
-    if not to_train and "tokenizer" not in own:
+    if not to_train and not own:
         faults.append("it is no export of export.py, its tokenizer cannot be read; use it with transformers")
     for key in ("attention_bias", "mlp_bias", "rope_scaling"):
         if theirs.get(key):
@@ -364,9 +391,15 @@ def read(folder, to_train=False):
             fail(f"{folder}/{name} holds {unknown[0]}, which our blocks have no place for")
         named = {our_name(key): w for key, w in found.items() if our_name(key)}
         weights |= {key: w if w.dtype == torch.uint8 else w.float() for key, w in named.items()}
+    if not to_train and sha256(os.path.join(folder, "model.safetensors")) != own["sha256"]:
+        fail(f"{folder}/model.safetensors is not the one that was exported (sha256); copy or export it again")
     settings |= dict(n_expert=0, vocab_multiple=1) | own.get("config", {})
     if packing:
-        settings |= dict(ternary=True, vocab_multiple=1)  # rows of padding are not written beside packed ones
+        settings["ternary"] = True
+    if packing:  # rows of padding were not written, and a product with fewer rows adds in another order
+        for name in weights.keys() & {"embed.weight", "head.weight"}:
+            rows = -len(weights[name]) % settings["vocab_multiple"]
+            weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
     if settings.get("tie_embeddings") and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
     with torch.device("meta"):
@@ -375,6 +408,11 @@ def read(folder, to_train=False):
     for name in [name for name in shapes if packing and is_ternary(dict(config=settings), name)]:
         shapes[name] = (shapes[name][0] // 4, shapes[name][1])
         shapes[f"{name}_scale"] = (1,)
+    odd = [name for name, w in weights.items() if (w.dtype == torch.uint8) != (f"{name}_scale" in shapes)]
+    if odd:
+        fail(
+            f"{folder}: {odd[0]} is {weights[odd[0]].dtype}, which config.json does not ask for; export again"
+        )
     for name in sorted(shapes.keys() | weights.keys()):
         is_there, needed = tuple(weights[name].shape) if name in weights else None, shapes.get(name)
         if is_there != needed:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from config import fail
-from model import Transformer
+from model import Transformer, rope_tables
 from packed import PackedLinear, pack_layers, replace
 
 
@@ -23,15 +23,21 @@ def restore(part, device, packed=False):
     """the model of a checkpoint.pt (its loaded dict), on the device and ready for use; packed: its ternary
     layers hold integer weights, which compute the same and cannot be trained. Those that the part holds
     packed (hf.read) stay so."""
-    with torch.device(device):
+    with torch.device("meta"):
         model = Transformer(SimpleNamespace(**part["config"]))
-    weights = dict(part["model"])
+    # copied: where a tensor begins in memory decides in which order some products add
+    weights = {name: w.to(device, copy=True) for name, w in part["model"].items()}
     for name in [name for name, w in weights.items() if w.dtype == torch.uint8]:
         if not packed:
             fail("packed = False: of an exported model only the integers are left; leave that out")
-        w, s = weights.pop(name).to(device), weights.pop(f"{name}_scale").to(device)
+        w, s = weights.pop(name), weights.pop(f"{name}_scale")
         replace(model, name.removesuffix(".weight"), PackedLinear(w, s, 4 * len(w)))
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
+    if model.cfg.tie_embeddings:
+        model.head.weight = model.embed.weight
+    with torch.device(device):
+        cfg = model.cfg
+        model.cos, model.sin = rope_tables(cfg.seq_len, cfg.n_embd // cfg.n_head, cfg.rope_theta)
     if packed:
         pack_layers(model)
     return model.eval()

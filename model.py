@@ -165,7 +165,7 @@ class Experts(nn.Module):
         self.up_proj = Stack(cfg.n_expert, cfg.n_embd, cfg.ffn_dim)
         self.down_proj = Stack(cfg.n_expert, cfg.ffn_dim, cfg.n_embd)
         # its sizes differ from batch to batch: compiled, each would be another program
-        self.loop = torch.compiler.disable(self.loop)
+        self.run_eagerly = torch.compiler.disable(Experts.loop)  # no method: a copy runs its own layers
 
     def forward(self, x):
         """(y, router) for x (B, T, C); router (3 + E,): see ROUTER"""
@@ -185,7 +185,7 @@ class Experts(nn.Module):
         if not self.ternary and self.grouped_mm_pays(x):
             y = self.swiglu(y, sizes.cumsum(0).int())
         else:
-            y = self.loop(y, sizes)
+            y = self.run_eagerly(self, y, sizes)
         y = (y[order.argsort()].view(-1, k, x.shape[-1]).float() * weight[..., None]).sum(1)
 
         load = sizes / len(slots)

@@ -22,7 +22,7 @@ typedef struct {
 static void products(const uint8_t *codes, const int8_t *q, int64_t n, int32_t sum[4]) {
   int64_t i = 0;
   for (int k = 0; k < 4; k++) sum[k] = 0;
-#ifdef __AVX2__ /* 32 products an instruction, added in pairs in 16 bits: at most 512 each, 32 times */
+#ifdef __AVX2__ /* 32 products an instruction, added in pairs in 16 bits: at most 3 * 2 * 127 each, 32 times */
   const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
   while (i + 32 <= n) {
     __m256i s[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
@@ -63,7 +63,7 @@ static int32_t quantize(const float *x, int64_t n, int8_t *q, float *a) {
   memcpy(&max, &most, 4);
   *a = max < INFINITY ? 1.0f / fmaxf(max, 1e-5f) * 127.0f : NAN; /* torch's 127.0 / max: its reciprocal first */
   for (int64_t i = 0; i < n; i++) {
-    q[i] = (int8_t)rintf(x[i] * *a);
+    q[i] = max < INFINITY ? (int8_t)rintf(x[i] * *a) : 0; /* a says that y is not a number */
     total += q[i];
   }
   return total;

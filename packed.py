@@ -25,6 +25,7 @@ from torch.utils._triton import has_triton
 from model import Block, FeedForward
 from quant import BitExperts, BitLinear, exact_matmul, output_dtype, quantize_activations, ternarize
 
+COMPILERS = "cc", "gcc", "clang"
 FEW = 384  # rows up to which the C function is faster than unpacking
 
 
@@ -48,29 +49,39 @@ def unpack(packed):
 
 
 class Matrix(ctypes.Structure):
+    """the matrix of packed.c; whoever makes one keeps the tensor whose address `codes` is"""
+
     _fields_ = [("codes", ctypes.c_void_p), ("n_out", ctypes.c_int64), ("s", ctypes.c_float)]
+
+
+def built(compiler, more, folder):
+    """packed.c as a library, or an OSError or AttributeError that says why not"""
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "packed.c")
+    path = os.path.join(folder, "packed.so")
+    how = "-O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -shared -fPIC".split()
+    command = [compiler, *how, *more, source, "-o", path, "-lm"]
+    made = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if made.returncode:
+        raise OSError(" ".join(made.stderr.strip().splitlines()[-1:]) or f"exit code {made.returncode}")
+    lib, pointer, number = ctypes.CDLL(path), ctypes.c_void_p, ctypes.c_int64
+    lib.packed_linear.argtypes = [pointer, number, number, number, pointer, pointer, pointer]
+    lib.packed_linear.argtypes += [ctypes.c_float, pointer, pointer, pointer]
+    lib.rotate.argtypes = [pointer, number, number, pointer, pointer]
+    lib.packed_linear.restype = lib.rotate.restype = None
+    return lib
 
 
 @functools.cache
 def library():
-    """packed.c compiled for this processor, or None, which is said on stderr"""
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "packed.c")
-    problem = "no C compiler (cc, gcc, clang)"
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "packed.so")
-        for more in (["-march=native", "-fopenmp"], ["-march=native"], []) if compiler else []:
-            how = "-O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -shared -fPIC".split()
-            command = [compiler, *how, *more, source, "-o", path, "-lm"]
-            made = subprocess.run(command, capture_output=True, text=True)
-            if made.returncode == 0:
-                lib, pointer, number = ctypes.CDLL(path), ctypes.c_void_p, ctypes.c_int64
-                lib.packed_linear.argtypes = [pointer, number, number, number, pointer, pointer, pointer]
-                lib.packed_linear.argtypes += [ctypes.c_float, pointer, pointer, pointer]
-                lib.rotate.argtypes = [pointer, number, number, pointer, pointer]
-                lib.packed_linear.restype = lib.rotate.restype = None
-                return lib
-            problem = f"{compiler} failed: {' '.join(made.stderr.strip().splitlines()[-1:])}"
+    """packed.c compiled for this processor, or None, which is said on stderr: everything works without it"""
+    problem = f"no C compiler ({', '.join(COMPILERS)})"
+    for compiler in filter(None, map(shutil.which, COMPILERS)):
+        for more in (["-march=native", "-fopenmp"], ["-march=native"], []):
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    return built(compiler, more, folder)
+            except (OSError, AttributeError) as error:  # it fails, or makes what this machine cannot load
+                problem = f"{compiler}: {error}"
     print(f"ternary layers compute from int8, which is slower: {problem}", file=sys.stderr)
     return None
 
@@ -81,6 +92,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, packed, s, out_features):
         super().__init__()
+        assert packed.shape[1] * 127 < 2**24, "sums of this width are not exact in fp32"
+        packed = packed.contiguous()
         self.out_features, self.in_features = out_features, packed.shape[1]
         self.register_buffer("s", s.float().view(1, 1), persistent=False)
         self.register_buffer("packed", packed, persistent=False)
@@ -90,23 +103,28 @@ class PackedLinear(nn.Module):
         is_wide = packed.device.type == "cpu" and not self.library
         self.register_buffer("wide", unpack(packed) if is_wide else None, persistent=False)
 
+    def _apply(self, *args, **kwargs):
+        raise RuntimeError("a packed layer stays on the device where it was made: C has its address")
+
     def forward(self, x):
         """y (..., out) for x (..., in), as BitLinear"""
-        dtype, n_rows = output_dtype(x), x.numel() // self.in_features
+        assert x.shape[-1] == self.in_features
+        dtype, n_rows = output_dtype(x), x.shape[:-1].numel()
         if self.library and n_rows <= FEW:
             x = x.float().contiguous()
             y = x.new_empty(*x.shape[:-1], self.matrix.n_out)
             rest = x.data_ptr(), None, None, 0.0, None, None, y.data_ptr()
             self.library.packed_linear(ctypes.addressof(self.matrix), 1, n_rows, self.in_features, *rest)
-        elif n_rows == 1 and x.is_cuda and has_triton():
+        elif n_rows == 1 and x.is_cuda and has_triton() and any(map(shutil.which, COMPILERS)):
             import packed_cuda
 
-            y = packed_cuda.packed_linear(self.packed, x, self.matrix.s).view(*x.shape[:-1], -1)
+            y = packed_cuda.packed_linear(self.packed, x, self.matrix.s)
+            y = y.view(*x.shape[:-1], self.matrix.n_out)
         else:
             with torch.autocast(x.device.type, enabled=False):
                 q, a = quantize_activations(x.reshape(-1, self.in_features))
                 codes = unpack(self.packed) if self.wide is None else self.wide
-                y = (exact_matmul(q, codes) / (self.s * a)).view(*x.shape[:-1], -1)
+                y = (exact_matmul(q, codes) / (self.s * a)).view(*x.shape[:-1], self.matrix.n_out)
         if y.shape[-1] > self.out_features:
             y = y[..., : self.out_features]
         return y.to(dtype)
@@ -128,7 +146,7 @@ class PackedBlock(Block):
     def of(block):
         """turn a Block, whose layers are packed already, into one"""
         block.__class__ = PackedBlock
-        block.inputs = {
+        block.matrices = {
             what: (Matrix * len(layers))(*(layer.matrix for layer in layers))
             for what, layers in dict(
                 qkv=[block.attn.q_proj, block.attn.k_proj, block.attn.v_proj],
@@ -137,12 +155,12 @@ class PackedBlock(Block):
                 down=[block.ffn.down_proj],
             ).items()
         }
-        block.n_out = {what: sum(m.n_out for m in matrices) for what, matrices in block.inputs.items()}
+        block.n_out = {what: sum(m.n_out for m in matrices) for what, matrices in block.matrices.items()}
 
     def product(self, what, x, norm=None, times=None, plus=None):
         """y (1, 1, outs) of x (1, 1, in) through these matrices side by side. Where they are given, x is
         first normalised and multiplied by times, and plus is added to y."""
-        matrices, y = self.inputs[what], x.new_empty(1, 1, self.n_out[what])
+        matrices, y = self.matrices[what], x.new_empty(1, 1, self.n_out[what])
         mean = norm and x.pow(2).mean(-1, keepdim=True)  # torch's order of summing
         tensors = mean, norm and norm.weight, times, plus, y
         mean, weight, times, plus, out = (t if t is None else t.data_ptr() for t in tensors)

@@ -44,7 +44,8 @@ FLAGS = {
     ),
     "cuda_graph": (
         False,
-        "on CUDA, replay a token as one graph, without its hundreds of launches; not yet tried on a GPU",
+        "on CUDA, replay a token as one graph, without its hundreds of launches; attention then adds in "
+        "another order; not yet tried on a GPU",
     ),
     "chat": (False, "write a text in turns; /help lists the commands"),
     "play": (False, "play tic-tac-toe against the model"),
@@ -114,7 +115,7 @@ def write_on(ids, max_new_tokens, generator):
     Returns (seconds to the first token, tokens, seconds for the tokens after the first)."""
     began, first, made, held = time.perf_counter(), 0.0, 0, []
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
-    options["cuda_graph"] = cfg.cuda_graph and device.type == "cuda"
+    options["cuda_graph"] = cfg.cuda_graph
     with machine.autocast(device, dtype):
         for token in generate(model, torch.tensor([ids], device=device), max_new_tokens, **options):
             made, first = made + 1, first or time.perf_counter()
@@ -250,6 +251,8 @@ if cfg.play and part["tokenizer"].get("chars") != game.CHARS:
     config.fail(f"ckpt = {cfg.ckpt!r} {trained}; --play needs a model of config/train_tictactoe.py")
 if cfg.play or cfg.chat:
     sys.stdin.reconfigure(errors="replace")
+if cfg.cuda_graph:
+    machine.check_cuda_graph(device, part["config"]["n_expert"])
 model = restore(part, device, cfg.packed)
 if cfg.head == "bfloat16":
     lighten_head(model)

@@ -244,13 +244,12 @@ def writers(cfg, device, prompt, n_new):
             pack_layers(model)
         if head == "bfloat16":
             lighten_head(model)
-        is_graph = cfg.cuda_graph and device.type == "cuda"
-        return lambda: generate(model, prompt, n_new, temperature=0.0, cuda_graph=is_graph)
+        return lambda: generate(model, prompt, n_new, temperature=0.0, cuda_graph=cfg.cuda_graph)
 
     def theirs(folder):
         model = build(cfg, True, device)
-        nothing = dict(kind="char", sha256="", eot=0, chars="\0")
-        part = dict(config=vars(cfg), tokenizer=nothing, model=model.state_dict())
+        tokenizer = dict(kind="char", sha256="", eot=0, chars="\0")
+        part = dict(config=vars(cfg), tokenizer=tokenizer, model=model.state_dict())
         # q2_0, which fits more widths, is too new for the binding
         kind = "tq2_0" if gguf_file.smallest(part) == "tq2_0" else "f16"
         path = os.path.join(folder, "model.gguf")
@@ -258,10 +257,13 @@ def writers(cfg, device, prompt, n_new):
         llama = verify.Llama(path, n_ctx=cfg.seq_len, n_threads=torch.get_num_threads())
         return f"llama.cpp {kind}", lambda: llama.write(prompt[0].tolist(), n_new)
 
+    if cfg.cuda_graph:
+        machine.check_cuda_graph(device, cfg.n_expert)
     own = "ternary" if cfg.ternary else "float"
     found = {own: ours(cfg.ternary, cfg.head)}
     if cfg.compare:
-        found[f"{own}, bfloat16 head"] = ours(cfg.ternary, "bfloat16")
+        other = "float32" if cfg.head == "bfloat16" else "bfloat16"
+        found[f"{own}, {other} head"] = ours(cfg.ternary, other)
         found["float" if cfg.ternary else "ternary"] = ours(not cfg.ternary, cfg.head)
         if cfg.ternary and device.type == "cpu" and not cfg.n_expert:
             with tempfile.TemporaryDirectory() as folder:

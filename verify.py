@@ -43,7 +43,7 @@ def as_float(part):
     return part | dict(config=part["config"] | dict(ternary=False))
 
 
-def mean_loss(logits, windows):
+def loss_of(logits, windows):
     """mean cross entropy in nats of what makes logits (1, T, V) of ids (1, T), over (inputs, targets)"""
     losses = [F.cross_entropy(logits(x)[0], y[0]).item() for x, y in windows]
     return sum(losses) / len(losses)
@@ -52,7 +52,8 @@ def mean_loss(logits, windows):
 @torch.no_grad()
 def compare(part, windows, reference, bound, name, logits, tokenize, go_on):
     """print and return the differences between what a reader computes and a reference of ours, the part of a
-    model; `good` where no logit differs by more than `bound` times their spread. The reader has logits(ids
+    model; `good` where no logit differs by more than `bound` times their spread, and the loss by no more than
+    a tenth of that, or 0.01. The reader has logits(ids
     (B, T)), tokenize(text) -> ids and go_on(ids, n) -> n greedy tokens. windows: (inputs, targets) for the
     loss, ours and the reader's. Exits with 1 where its tokenizer is another."""
     cfg, spec, x = part["config"], part["tokenizer"], probe(part)
@@ -69,14 +70,18 @@ def compare(part, windows, reference, bound, name, logits, tokenize, go_on):
             fail(f"the tokenizer that was written makes {got} of {text!r}, ours {ids}", code=1)
         found["same"] += sum(a == b for a, b in zip(go_on(ids, n), greedy(ours, ids, n)))
         found["tokens"] += n
-    print(
-        f"{name}: largest difference of logits {difference:.3g}, of which the standard deviation is "
-        f"{spread:.3g} ({allowed}); {found['same']} of {found['tokens']} greedy tokens the same: {'good' if found['good'] else 'BAD'}"
-    )
     if windows:
         own = restore(part, torch.device("cpu"), packed=part["config"]["ternary"])
-        found |= dict(val_tokens=sum(y.numel() for _, y in windows), val_loss=mean_loss(own, windows))
-        found["reader_val_loss"] = mean_loss(logits, windows)
+        found |= dict(val_tokens=sum(y.numel() for _, y in windows), val_loss=loss_of(own, windows))
+        found["reader_val_loss"] = loss_of(logits, windows)
+        off = abs(found["reader_val_loss"] - found["val_loss"])
+        found["good"] &= off <= (max(0.01, bound / 10) if bound else 0)
+    verdict = "good" if found["good"] else "BAD"
+    print(
+        f"{name}: largest difference of logits {difference:.3g}, of which the standard deviation is "
+        f"{spread:.3g} ({allowed}); {found['same']} of {found['tokens']} greedy tokens the same: {verdict}"
+    )
+    if windows:
         print(
             f"loss on {found['val_tokens']:,} tokens of the validation set: {found['val_loss']:.5f} nats "
             f"here, {found['reader_val_loss']:.5f} there"

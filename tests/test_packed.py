@@ -1,6 +1,6 @@
 """packed.py: integer weights are the same function, in every way that they compute it."""
 
-import copy
+import os
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from conftest import settings
 from torch import nn
 
 import packed
-from inference import KVCache, StaticCache, lighten_head
+from inference import KVCache, StaticCache, lighten_head, restore
 from model import Transformer
 from quant import BitLinear, ternarize
 
@@ -81,8 +81,7 @@ def test_token_by_token(how, changes):
     model = Transformer(settings(**SHAPE | changes)).eval()
     for p in model.parameters():
         nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
-    integers = copy.deepcopy(model)
-    packed.pack_layers(integers)
+    integers = restore(dict(config=vars(model.cfg), model=model.state_dict()), "cpu", packed=True)
     is_quick = isinstance(integers.blocks[0], packed.PackedBlock)
     assert is_quick == (how == "C" and not changes.keys() & {"ffn_dim", "n_expert"})
     assert not any(name.endswith("_proj.weight") for name in integers.state_dict())
@@ -93,11 +92,67 @@ def test_token_by_token(how, changes):
             assert torch.equal(*logits) and logits[0].std() > 0.1
         for left, right in zip(caches[0].store.values(), caches[1].store.values()):
             assert torch.equal(left[0][:, :, :20], right[0][:, :, :20])
+        # one token without a cache, or with one of constant shapes
+        assert torch.equal(*(m(idx[:, :1]) for m in (model, integers)))
+        caches = StaticCache(32), StaticCache(32)
+        for part in idx[:, :9].split([6, 1, 1, 1], 1):
+            assert torch.equal(*(m(part, cache=cache) for m, cache in zip((model, integers), caches)))
+            for cache in caches:
+                cache.position += cache.length > 6
         # several texts, and bfloat16, take the usual way
         both = torch.randint(28, (2, 1))
         assert torch.equal(*(m(both, cache=KVCache(32)) for m in (model, integers)))
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(*(m(idx[:, :1], cache=KVCache(32)) for m in (model, integers)))
+
+
+def test_a_packed_layer_stays(how):
+    """bugs guarded: an address in C that is no longer the tensor's; an input of another width, which C would
+    read beyond its end; weights that do not lie row by row; experts without a token"""
+    bit = BitLinear(80, 48)
+    bit.weight.data = bit.weight.data.t().contiguous().t()
+    layer, x = packed.packed_linear(bit.weight), torch.randn(3, 80)
+    with torch.no_grad():
+        assert torch.equal(layer(x), bit(x)) and layer(x[:0]).shape == (0, 48)
+    for move in (lambda: layer.to("meta"), layer.share_memory, layer.double):
+        with pytest.raises(RuntimeError, match="stays on the device"):
+            move()
+    with pytest.raises(AssertionError):
+        layer(torch.randn(1, 160))
+
+
+@pytest.mark.parametrize("makes", ["junk", "nothing", "an error", "only without -fopenmp"])
+def test_compilers_that_fail(makes, tmp_path, monkeypatch, capfd):
+    """bug guarded: a traceback where the compiler is broken, or makes what this machine cannot load"""
+    body = {
+        "junk": "while [ $# -gt 0 ]; do [ $1 = -o ] && echo junk >$2; shift; done",
+        "nothing": "exit 0",
+        "an error": "printf '\\377 no\\n' >&2; exit 1",
+        "only without -fopenmp": 'case "$*" in *fopenmp*) exit 1;; esac; exec gcc "$@"',
+    }[makes]
+    (tmp_path / "cc").write_text(f"#!/bin/sh\n{body}\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if not makes.startswith("only"):
+        monkeypatch.setattr(packed, "COMPILERS", ["cc"])
+    packed.library.cache_clear()
+    assert bool(packed.library()) == makes.startswith("only")
+    assert ("slower" in capfd.readouterr().err) != makes.startswith("only")
+    packed.library.cache_clear()
+
+
+def test_the_ends_of_the_range(how):
+    """bugs guarded: sums of 16 bits that overflow where all codes and inputs have one sign; the least scale
+    of a token; a number that is none"""
+    bit = BitLinear(5000, 4)
+    for sign in (1, -1):
+        nn.init.constant_(bit.weight, sign * 0.5)
+        layer = packed.packed_linear(bit.weight)
+        with torch.no_grad():
+            for x in (torch.ones(1, 5000), -torch.ones(1, 5000), torch.full((1, 5000), 1e-7)):
+                assert torch.equal(layer(x), bit(x))
+            x[0, 7] = float("nan")
+            assert layer(x).isnan().all()
 
 
 def test_a_lighter_head_leaves_the_embedding():
