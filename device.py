@@ -55,8 +55,6 @@ def pick(wanted):
         found = torch.cuda.device_count()
         how = f"--nproc_per_node={found}" if WORLD > 1 and found else "auto or cpu"
         fail(f"device = {wanted!r} is not there: torch sees {found} CUDA devices; use {how}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels and graphs of our own go to the current one
     if device.type == "mps" and not torch.backends.mps.is_available():
         fail(f"device = {wanted!r} is not there: this torch has no MPS; use auto or cpu")
     return device

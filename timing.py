@@ -122,8 +122,9 @@ def nanogpt(cfg, windows, device, dtype):
     torch.manual_seed(cfg.seed)
     with torch.device(device):
         model = module.GPT(size)
-    n_params, own = sum(p.numel() for p in model.parameters()), size.vocab_size
-    print(f"nanoGPT: {n_params:,} parameters, with its vocabulary of {own:,} (ours: {cfg.vocab_size:,})")
+    print(
+        f"nanoGPT: {sum(p.numel() for p in model.parameters()):,} parameters, its own vocabulary among them"
+    )
     compiled, _ = machine.compiled(model, cfg.compile, device)
     groups = [[p for p in model.parameters() if (p.dim() < 2) == is_vector] for is_vector in (False, True)]
     groups = [dict(params=groups[0], weight_decay=cfg.weight_decay), dict(params=groups[1], weight_decay=0.0)]

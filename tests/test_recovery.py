@@ -266,19 +266,19 @@ def test_a_disk_that_fills_loses_nothing(data_dir, out_dir):
 
 def test_signals_are_heard_in_evaluation_and_sampling(data_dir, out_dir):
     """bug guarded: Ctrl-C that waits for an evaluation of an hour; state lost with it"""
-    for name, when in (("mean_loss", "evaluation"), ("generate", "sampling")):
+    for name, when in (("model.mean_loss", "evaluation"), ("inference.generate", "sampling")):
         patch = f"""
-import os, signal, model
-real = model.{name}
+import os, signal, model, inference
+real = {name}
 def signalled(model_, *args, **options):
-    if model_.training or {name == "generate"}: os.kill(os.getpid(), signal.SIGINT)
+    if model_.training or {when == "sampling"}: os.kill(os.getpid(), signal.SIGINT)
     return real(model_, *args, **options)
-model.{name} = signalled
+{name} = signalled
 """
-        how = dict(eval_every=6 if name == "mean_loss" else 0, sample_every=6, sample_tokens=200000)
+        how = dict(eval_every=6 if when == "evaluation" else 0, sample_every=6, sample_tokens=200000)
         _, err = train(data_dir, out_dir, when, patch=patch, code=128 + signal.SIGINT, **how)
         events = lines(f"{out_dir}/{when}", EVENTS)
-        assert events[-1]["event"] == "interrupt" and events[-1]["step"] == (0 if name == "mean_loss" else 6)
+        assert events[-1]["event"] == "interrupt" and events[-1]["step"] == (0 if when == "evaluation" else 6)
         assert checkpoint.newest(f"{out_dir}/{when}", True)[0] and "--resume=auto" in err
 
 
