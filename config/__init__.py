@@ -15,6 +15,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import sys
 import textwrap
 from types import ModuleType, SimpleNamespace
@@ -71,6 +72,7 @@ def comments():
 
 def print_help(doc, flags, defaults, takes_files):
     """the script's docstring, its own flags, then the settings, each with default and comment"""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in: train.py --help | head
     width = min(100, max(50, os.get_terminal_size().columns if sys.stdout.isatty() else 100))
     print(doc.strip())
     sections = [("options", [(name, comment) for name, (_, comment) in flags.items()])]
