@@ -92,7 +92,6 @@ def compare(part, windows, reference, bound, name, logits, tokenize, go_on):
 def hf(part, folder, latent=False, windows=()):
     """compare() with transformers on a folder: equal to the last bit, a mixture up to rounding"""
     lib = library("transformers")
-    torch._dynamo.config.disable = True  # parts of its BitNet code are compiled
     lib.logging.set_verbosity_error()
     lib.logging.disable_progress_bar()
     model = lib.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -109,7 +108,8 @@ def hf(part, folder, latent=False, windows=()):
         name += ", a float model here and there" if latent else ""
     how = lambda x: model(x).logits, lambda text: tokenizer(text)["input_ids"], go_on
     part = reference if latent else part
-    return compare(part, windows, reference, 1e-5 if is_mixture else 0.0, name, *how)
+    with torch._dynamo.config.patch(disable=True):  # parts of its BitNet code are compiled
+        return compare(part, windows, reference, 1e-5 if is_mixture else 0.0, name, *how)
 
 
 class Llama:
