@@ -130,6 +130,8 @@ def no_compiler(device):
         return "torch.compile does not cover MPS yet"
     if device.type == "cuda" and not has_triton():
         return "torch.compile needs Triton on CUDA, and a card that it knows"
+    if device.type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "torch.compile needs a C compiler (cc) on CUDA, for Triton"
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return "torch.compile needs a C++ compiler (g++) on CPU"
     return ""

@@ -7,9 +7,9 @@ Write a trained model for other engines: a folder for transformers, or a GGUF fi
     python export.py --ckpt=runs/train_text --format=hf --out=text_hf --verify
 
 --verify loads what was written with another reader (transformers; the llama.cpp binding cyllama) and compares
-logits and greedy text, and where the data set of the run is here, the validation loss; the last line of
-stdout is then one JSON object. Needs `pip install safetensors
-tokenizers gguf`, and for --verify `transformers accelerate cyllama`.
+logits and, where the data set of the run is here, the validation loss, and shows greedy text beside; the last
+line of stdout is then one JSON object. Needs `pip install safetensors tokenizers gguf`, and for --verify
+`transformers accelerate cyllama`.
 """
 
 import os
@@ -140,6 +140,8 @@ else:
     except OSError as error:
         fail(f"out = {cfg.out!r} cannot be written: {error}", code=1)
     finally:
+        if os.path.isdir(f"{partial}.old") and not os.path.exists(cfg.out):
+            os.rename(f"{partial}.old", cfg.out)
         for path in (partial, f"{partial}.old"):
             shutil.rmtree(path, ignore_errors=True)
     size = sum(entry.stat().st_size for entry in os.scandir(cfg.out))

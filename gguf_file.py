@@ -14,6 +14,7 @@ import numpy as np
 
 import hf
 import quant
+import tokenizer_files
 from config import fail, library
 
 NAMES = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
@@ -171,20 +172,20 @@ def add_tokenizer(gguf, writer, spec, vocab_size):
     Kind = gguf.TokenType
     kinds = dict(normal=Kind.NORMAL, byte=Kind.BYTE, control=Kind.CONTROL, unknown=Kind.UNKNOWN)
     if spec["kind"] == "tiktoken":
-        vocab, merges = hf.bpe_of(spec)
+        vocab, merges = tokenizer_files.bpe_of(spec)
         rows = {i: (text, 0.0, Kind.NORMAL) for text, i in vocab.items()}
         rows |= {i: (text, 0.0, Kind.CONTROL) for text, i in spec["special"].items()}
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges([" ".join(pair) for pair in merges])
     elif spec["kind"] == "char":  # as pieces of one character: a space is written as U+2581 there
-        names = [char.replace(" ", "\u2581").replace("\0", hf.END) for char in spec["chars"]]
+        names = [char.replace(" ", "\u2581").replace("\0", tokenizer_files.END) for char in spec["chars"]]
         rows = {i: (name, 0.0, Kind.NORMAL) for i, name in enumerate(names)}
         rows[spec["eot"]] = (names[spec["eot"]], 0.0, Kind.CONTROL)
         writer.add_tokenizer_model("llama")
         writer.add_add_space_prefix(False)
     else:
-        _, found = hf.pieces(spec)
+        _, found = tokenizer_files.pieces(spec)
         rows = {i: (piece, score, kinds[kind]) for i, (piece, score, kind) in enumerate(found)}
         writer.add_tokenizer_model("llama")
         writer.add_add_space_prefix(True)

@@ -7,7 +7,6 @@ in our order, so that its fp32 logits are ours to the last bit. A float model is
 experts a Mixtral; one with ternary experts is written dequantised: no such format holds their codes.
 """
 
-import base64
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import torch
 import config
 import packed
 import quant
+import tokenizer_files
 from config import fail, library
 from files import write_json
 from model import Transformer
@@ -44,8 +44,6 @@ SETTINGS = {  # config.json of a Llama and the settings that it stands for
     "rope_theta": "rope_theta",
     "tie_word_embeddings": "tie_embeddings",
 }
-
-
 # paths and accounts, which are nobody's business
 PRIVATE = "out_dir data_dir resume init_from prepare wandb_entity wandb_project wandb_name".split()
 
@@ -118,8 +116,8 @@ def model_config(part, latent=False):
         found["quantization_config"] = {"quant_method": "bitnet"}
     # what a Llama has no place for, but init_from and sample.py want
     tokenizer = {key: value for key, value in spec.items() if key != "content"}
-    if spec["kind"] in CONTENT:
-        tokenizer["file"] = CONTENT[spec["kind"]]
+    if spec["kind"] in tokenizer_files.CONTENT:
+        tokenizer["file"] = tokenizer_files.CONTENT[spec["kind"]]
     public = {key: value for key, value in cfg.items() if key not in PRIVATE}
     return found | dict(nanobit=dict(step=part["step"], config=public, tokenizer=tokenizer))
 
@@ -140,7 +138,7 @@ def check(part, packs=True):
     if faults:
         fail(*faults)
     if part["tokenizer"]["kind"] == "sentencepiece":
-        pieces(part["tokenizer"])
+        tokenizer_files.pieces(part["tokenizer"])
 
 
 def sha256(path):
@@ -166,127 +164,7 @@ def write(part, out, latent=False):
     write_json(os.path.join(out, "config.json"), theirs)
     eot = part["tokenizer"]["eot"]
     write_json(os.path.join(out, "generation_config.json"), dict(bos_token_id=eot, eos_token_id=eot))
-    write_tokenizer(part["tokenizer"], out, part["config"]["seq_len"])
-
-
-# tokenizers
-
-CONTENT = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}  # the file of its content
-END = "<|endoftext|>"  # what a NUL, the end of a text in a char tokenizer, is called in files
-
-
-def pieces(spec):
-    """(model, [(piece, score, kind)]) of a SentencePiece tokenizer; kind is normal, byte, control, unknown.
-    Exits with 2 where it splits or changes text in a way that the files do not say."""
-    model = library("sentencepiece").SentencePieceProcessor(model_proto=spec["content"])
-    tests = dict(byte=model.IsByte, control=model.IsControl, unknown=model.IsUnknown)
-    found = []
-    for i in range(model.vocab_size()):
-        kind = next((name for name, test in tests.items() if test(i)), "normal")
-        found.append((model.IdToPiece(i), model.GetScore(i), kind))
-    if any(score % 1 for _, score, kind in found if kind == "normal"):
-        fail("the SentencePiece tokenizer is no BPE model (its scores are not ranks): only BPE is written")
-    text = " \uff21  \ufb01\t."  # a wide A and a ligature, which NFKC replaces
-    if model.normalize(text) != ("\u2581" + text).replace(" ", "\u2581"):
-        fail(
-            "the SentencePiece tokenizer normalises text (or puts no space before it), which is not written; "
-            "train it with --normalization_rule_name=identity --remove_extra_whitespaces=false"
-        )
-    return model, found
-
-
-def ranks_of(spec):
-    """{bytes: rank} of a tiktoken tokenizer"""
-    lines = (line.split() for line in spec["content"].splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in lines}
-
-
-def merge_of(ranks, token):
-    """the two parts of which byte-pair merging makes a token, by the ranks below its own"""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        pairs = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
-        rank, i = min(pairs)
-        assert rank < ranks[token], "a token that no merges make"
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def visible(token):
-    """bytes as the characters that byte-level BPE writes them with (GPT-2): printable ones as themselves"""
-    return "".join(VISIBLE[b] for b in token)
-
-
-SAME = [*range(33, 127), *range(161, 173), *range(174, 256)]
-VISIBLE = {b: chr(b) for b in SAME}
-VISIBLE |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SAME)}
-
-
-def bpe_of(spec):
-    """(vocab {text: id}, merges [(left, right)]) of a tiktoken tokenizer in visible characters"""
-    ranks = ranks_of(spec)
-    ordered = sorted(ranks.items(), key=lambda item: item[1])
-    merges = [tuple(map(visible, merge_of(ranks, token))) for token, _ in ordered if len(token) > 1]
-    return {visible(token): rank for token, rank in ordered}, merges
-
-
-def fast_tokenizer(spec):
-    """(tokenizer of the tokenizers library, name of the end-of-text token) of a spec with content"""
-    lib, eot = library("tokenizers"), spec["eot"]
-    models, pre, decoders = lib.models, lib.pre_tokenizers, lib.decoders
-    if spec["kind"] == "char":
-        names = [END if char == "\0" else char for char in spec["chars"]]
-        # an unknown character is an error: this name is not in the vocabulary
-        made = lib.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-        made.pre_tokenizer = pre.Split(lib.Regex(r"[\s\S]"), "isolated")
-        made.decoder, end = decoders.Fuse(), names[eot]
-    elif spec["kind"] == "tiktoken":
-        vocab, merges = bpe_of(spec)
-        made = lib.Tokenizer(models.BPE(vocab, merges))
-        split = pre.Split(lib.Regex(spec["pattern"]), "isolated")
-        made.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-        made.decoder = decoders.ByteLevel()
-        made.add_special_tokens(sorted(spec["special"], key=spec["special"].get))
-        end = next(name for name, i in spec["special"].items() if i == eot)
-    else:
-        model, found = pieces(spec)
-        normal = [(piece, i) for i, (piece, _, kind) in enumerate(found) if kind == "normal"]
-        vocab, order = {piece: i for i, (piece, *_) in enumerate(found)}, []
-        for piece, i in normal:
-            cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-            cuts = [(a, b) for a, b in cuts if a in vocab and b in vocab]
-            order += [(-found[i][1], vocab[a], vocab[b], (a, b)) for a, b in cuts]
-        merges = [pair for *_, pair in sorted(order)]
-        unknown = next(piece for piece, _, kind in found if kind == "unknown")
-        made = lib.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-        spaces = lib.normalizers.Replace(" ", "\u2581")
-        made.normalizer = lib.normalizers.Sequence([lib.normalizers.Prepend("\u2581"), spaces])
-        strip = decoders.Strip(content=" ", left=1)
-        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
-        made.decoder, end = decoders.Sequence(parts), found[eot][0]
-        special = [piece for piece, _, kind in found if kind == "control"]
-        made.add_special_tokens([lib.AddedToken(piece, special=True, normalized=False) for piece in special])
-    made.add_special_tokens([lib.AddedToken(end, special=True, normalized=False)])
-    template = lib.processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, eot)])
-    made.post_processor = (
-        template
-        if spec["kind"] != "tiktoken"
-        else lib.processors.Sequence([lib.processors.ByteLevel(trim_offsets=False), template])
-    )
-    return made, end
-
-
-def write_tokenizer(spec, out, seq_len):
-    """the files from which AutoTokenizer makes this tokenizer. It puts the end-of-text token before a text,
-    as every document in training had it."""
-    made, end = fast_tokenizer(spec)
-    made.save(os.path.join(out, "tokenizer.json"))
-    found = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end)
-    found |= dict(clean_up_tokenization_spaces=False, model_max_length=seq_len)
-    write_json(os.path.join(out, "tokenizer_config.json"), found)
-    if spec["kind"] in CONTENT:
-        with open(os.path.join(out, CONTENT[spec["kind"]]), "wb") as file:
-            file.write(spec["content"])
+    tokenizer_files.write(part["tokenizer"], out, part["config"]["seq_len"])
 
 
 # reading
@@ -337,6 +215,7 @@ def check_own(own, theirs):
         if key in theirs and key != "vocab_size" and value != theirs[key]:  # latent: with rows of padding
             raise ValueError(f"nanobit: {key} = {value!r}, beside it {theirs[key]!r}")
     if own:
+        int(own["sha256"], 16)
         spec, n_ids = own["tokenizer"], own["config"]["vocab_size"]
         if not (type(spec["eot"]) is int and 0 <= spec["eot"] < n_ids and spec["sha256"] and spec["kind"]):
             raise ValueError(f"nanobit: tokenizer {spec}")
@@ -382,21 +261,23 @@ def read(folder, to_train=False):
         fail(*(f"{folder}: {text}" for text in faults))
     weights = {}
     for name in sorted(name for name in os.listdir(folder) if name.endswith(".safetensors")):
+        path = os.path.join(folder, name)
         try:
-            found = load_file(os.path.join(folder, name))
+            is_whole = to_train or sha256(path) == own["sha256"]
+            found = load_file(path)
         except Exception as error:  # the library has errors of its own
-            fail(f"{folder}/{name} is damaged ({type(error).__name__}: {error}); copy or export it again")
+            fail(f"{path} is damaged ({type(error).__name__}: {error}); copy or export it again")
+        if not is_whole:
+            fail(f"{path} is not the file that was exported (sha256); copy or export it again")
         unknown = [key for key in found if our_name(key) is None and "rotary_emb" not in key]
         if unknown:
-            fail(f"{folder}/{name} holds {unknown[0]}, which our blocks have no place for")
+            fail(f"{path} holds {unknown[0]}, which our blocks have no place for")
         named = {our_name(key): w for key, w in found.items() if our_name(key)}
         weights |= {key: w if w.dtype == torch.uint8 else w.float() for key, w in named.items()}
-    if not to_train and sha256(os.path.join(folder, "model.safetensors")) != own["sha256"]:
-        fail(f"{folder}/model.safetensors is not the one that was exported (sha256); copy or export it again")
     settings |= dict(n_expert=0, vocab_multiple=1) | own.get("config", {})
     if packing:
         settings["ternary"] = True
-    if packing:  # rows of padding were not written, and a product with fewer rows adds in another order
+        # rows of padding were not written, and a product with fewer rows adds in another order
         for name in weights.keys() & {"embed.weight", "head.weight"}:
             rows = -len(weights[name]) % settings["vocab_multiple"]
             weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))

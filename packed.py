@@ -20,8 +20,8 @@ import tempfile
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._triton import has_triton
 
+from device import no_compiler
 from model import Block, FeedForward
 from quant import BitExperts, BitLinear, exact_matmul, output_dtype, quantize_activations, ternarize
 
@@ -99,6 +99,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed", packed, persistent=False)
         self.matrix = Matrix(packed.data_ptr(), 4 * len(packed), s.item())
         self.library = library() if packed.device.type == "cpu" else None
+        self.has_triton = packed.is_cuda and not no_compiler(packed.device)
         # to unpack for each token would take longer than the product
         is_wide = packed.device.type == "cpu" and not self.library
         self.register_buffer("wide", unpack(packed) if is_wide else None, persistent=False)
@@ -115,7 +116,7 @@ class PackedLinear(nn.Module):
             y = x.new_empty(*x.shape[:-1], self.matrix.n_out)
             rest = x.data_ptr(), None, None, 0.0, None, None, y.data_ptr()
             self.library.packed_linear(ctypes.addressof(self.matrix), 1, n_rows, self.in_features, *rest)
-        elif n_rows == 1 and x.is_cuda and has_triton() and any(map(shutil.which, COMPILERS)):
+        elif self.has_triton and n_rows == 1:
             import packed_cuda
 
             y = packed_cuda.packed_linear(self.packed, x, self.matrix.s)

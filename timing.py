@@ -164,14 +164,19 @@ def matmul_flops(device, dtype):
     return 2 * n**3 / statistics.median(seconds[3:])
 
 
+def compared(ours, theirs):
+    """(ratio of the medians, quartiles of the ratios pair by pair) of two lists that were measured in turn"""
+    ratios = sorted(a / b for a, b in zip(ours, theirs))
+    quartiles = ratios[len(ratios) // 4], ratios[len(ratios) * 3 // 4]
+    return statistics.median(ours) / statistics.median(theirs), quartiles
+
+
 def ratio_line(one, other):
     """the two compared, and the ratio of their medians"""
-    ratios = sorted(a / b for a, b in zip(one.ms, other.ms))
-    ratio = statistics.median(one.ms) / statistics.median(other.ms)
-    quartiles = f"{ratios[len(ratios) // 4]:.3f} to {ratios[len(ratios) * 3 // 4]:.3f}"
+    ratio, (low, high) = compared(one.ms, other.ms)
     print(
-        f"{one.name} / {other.name}: {ratio:.3f} by the medians of {len(ratios)} pairs; pair by pair "
-        f"{quartiles} (quartiles)"
+        f"{one.name} / {other.name}: {ratio:.3f} by the medians of {len(one.ms)} pairs; pair by pair "
+        f"{low:.3f} to {high:.3f} (quartiles)"
     )
     return ratio
 
@@ -282,27 +287,28 @@ def sampling(cfg, device, dtype):
     everyone = writers(cfg, device, prompt, n_new)
     memory = machine.peak_memory_gb(device)
     prefill, decode = ({name: [] for name in everyone} for _ in range(2))
-    rounds = 1 + max(3, cfg.pairs // 2)
-    for i in tqdm(range(rounds), desc="texts", disable=not sys.stderr.isatty(), leave=False):
+    for i in tqdm(
+        range(1 + max(3, cfg.pairs // 2)), desc="texts", disable=not sys.stderr.isatty(), leave=False
+    ):
         for name, write in list(everyone.items())[:: 1 if i % 2 == 0 else -1]:
             clock = [time.perf_counter()]
             with machine.autocast(device, dtype):
                 for _ in write():
                     machine.synchronize(device)
                     clock.append(time.perf_counter())
-            prefill[name].append(prompt.shape[1] / (clock[1] - clock[0]))
-            decode[name].append((n_new - 1) / (clock[-1] - clock[1]))
-    first, found = next(iter(everyone)), {}
-    for name in everyone:
-        mine, ratios = decode[name][1:], sorted(a / b for a, b in zip(decode[name], decode[first]))[1:]
-        found[name] = statistics.median(mine)
-        quartiles = f"{ratios[len(ratios) // 4]:.2f} to {ratios[len(ratios) * 3 // 4]:.2f}"
-        times = "" if name == first else f", {statistics.median(ratios):.2f} of {first} ({quartiles})"
+            if i:  # the first round warms up
+                prefill[name].append(prompt.shape[1] / (clock[1] - clock[0]))
+                decode[name].append((n_new - 1) / (clock[-1] - clock[1]))
+    first = next(iter(everyone))
+    for name, speeds in decode.items():
+        ratio, (low, high) = compared(speeds, decode[first])
+        times = "" if name == first else f", {ratio:.2f} of {first} ({low:.2f} to {high:.2f})"
         print(
-            f"{name:24} prefill of {prompt.shape[1]} tokens {statistics.median(prefill[name][1:]):9,.1f} "
-            f"tokens/s, decode {found[name]:7,.1f} ({min(mine):,.1f} to {max(mine):,.1f}){times}"
+            f"{name:24} prefill of {prompt.shape[1]} tokens {statistics.median(prefill[name]):9,.1f} tokens/s, "
+            f"decode {statistics.median(speeds):7,.1f} ({min(speeds):,.1f} to {max(speeds):,.1f}){times}"
         )
-    result = dict(prefill_tokens_per_sec=statistics.median(prefill[first][1:]), peak_memory_gb=memory)
+    found = {name: statistics.median(speeds) for name, speeds in decode.items()}
+    result = dict(prefill_tokens_per_sec=statistics.median(prefill[first]), peak_memory_gb=memory)
     return result | dict(decode_tokens_per_sec=found[first]) | (dict(decode=found) if cfg.compare else {})
 
 

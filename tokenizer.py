@@ -56,10 +56,15 @@ class SentencePieceTokenizer:
         return self.model.decode([i for i in ids if i < self.model.vocab_size()])
 
 
+def ranks_of(spec):
+    """{bytes: rank} of a tiktoken tokenizer"""
+    lines = (line.split() for line in spec["content"].splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
 class TiktokenTokenizer:
     def __init__(self, spec):
-        lines = (line.split() for line in spec["content"].splitlines() if line)
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        ranks = ranks_of(spec)
         self.known = {*ranks.values(), *spec["special"].values()}  # some encodings leave gaps
         self.model = library("tiktoken").Encoding(
             spec["name"],

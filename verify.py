@@ -22,6 +22,11 @@ def probe(part):
     return torch.randint(cfg["vocab_size"], (2, min(64, cfg["seq_len"])), generator=generator)
 
 
+def as_float(part):
+    """the part of a float model with the master weights of this one"""
+    return part | dict(config=part["config"] | dict(ternary=False))
+
+
 def dequantised(part):
     """the part of a float model with the ternary values of this one as weights: no input is rounded"""
     weights = {}
@@ -30,17 +35,12 @@ def dequantised(part):
             codes, s = quant.ternarize(w)
             w = codes / s
         weights[name] = w
-    return part | dict(config=part["config"] | dict(ternary=False), model=weights)
+    return as_float(part) | dict(model=weights)
 
 
 def greedy(model, ids, n):
     """n greedy tokens after ids, a list"""
     return [token.item() for token in generate(model, torch.tensor([ids]), n, temperature=0.0)]
-
-
-def as_float(part):
-    """the part of a float model with the master weights of this one"""
-    return part | dict(config=part["config"] | dict(ternary=False))
 
 
 def loss_of(logits, windows):
@@ -53,9 +53,9 @@ def loss_of(logits, windows):
 def compare(part, windows, reference, bound, name, logits, tokenize, go_on):
     """print and return the differences between what a reader computes and a reference of ours, the part of a
     model; `good` where no logit differs by more than `bound` times their spread, and the loss by no more than
-    a tenth of that, or 0.01. The reader has logits(ids
-    (B, T)), tokenize(text) -> ids and go_on(ids, n) -> n greedy tokens. windows: (inputs, targets) for the
-    loss, ours and the reader's. Exits with 1 where its tokenizer is another."""
+    bound / 10 or 0.01 nats (0 for a bound of 0). The reader has logits(ids (B, T)), tokenize(text) -> ids and
+    go_on(ids, n) -> n greedy tokens. windows: (inputs, targets) for the loss, ours and the reader's. Exits
+    with 1 where its tokenizer is another."""
     cfg, spec, x = part["config"], part["tokenizer"], probe(part)
     ours, tokenizer = restore(reference, torch.device("cpu")), make_tokenizer(spec)
     theirs, mine = logits(x), ours(x)

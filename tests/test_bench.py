@@ -273,6 +273,14 @@ def test_bench_times_the_float_experiment_itself():
     assert "float / ternary:" in out
 
 
+def test_two_speeds_are_compared_pair_by_pair():
+    """bugs guarded: a ratio upside down; quartiles of the two lists apart, in which a slow minute of the
+    machine is a difference"""
+    ours, theirs = [2.0, 20.0, 2.2, 2.0, 1.8], [1.0, 10.0, 1.0, 1.0, 1.0]
+    ratio, (low, high) = timing.compared(ours, theirs)
+    assert ratio == 2.0 and (low, high) == (2.0, 2.0)
+
+
 def test_bench_times_text_and_plans_from_what_it_timed():
     found, *_ = bench(**TINY, max_steps=10, sample=True)
     assert found["prefill_tokens_per_sec"] > found["decode_tokens_per_sec"] > 0

@@ -18,6 +18,7 @@ import config
 import gguf_file
 import hf
 import quant
+import tokenizer_files
 import verify
 from inference import restore
 from model import Transformer
@@ -154,7 +155,7 @@ def test_tokenizers_come_along(make, tmp_path):
     end-of-text token that is missing before a text"""
     spec = make()
     ours = make_tokenizer(spec)
-    hf.write_tokenizer(spec, str(tmp_path), 64)
+    tokenizer_files.write(spec, str(tmp_path), 64)
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     rng = random.Random(0)
     texts = TEXTS + ["".join(rng.choice("the cat 12,\n") for _ in range(60)) for _ in range(50)]
@@ -178,7 +179,7 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
     hf.write(part, str(path))
     found, where = checkpoint.trained(str(path))
     assert where == str(path) and found["step"] == 7 and "/home/me" not in (path / "config.json").read_text()
-    assert found["tokenizer"] == spec | ({"file": hf.CONTENT[spec["kind"]]} if content else {})
+    assert found["tokenizer"] == spec | ({"file": tokenizer_files.CONTENT[spec["kind"]]} if content else {})
     x = verify.probe(part)
     with torch.no_grad():
         ours = restore(part, "cpu", packed=part["config"]["ternary"])
@@ -190,11 +191,11 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
             restore(found, "cpu")
         assert "only the integers are left" in capsys.readouterr().err
     if content:
-        (path / hf.CONTENT[spec["kind"]]).write_bytes(content[:-1])
+        (path / tokenizer_files.CONTENT[spec["kind"]]).write_bytes(content[:-1])
         with pytest.raises(SystemExit):
             checkpoint.trained(str(path))
         assert "is not the one that belongs there" in capsys.readouterr().err
-        os.remove(path / hf.CONTENT[spec["kind"]])
+        os.remove(path / tokenizer_files.CONTENT[spec["kind"]])
         with pytest.raises(SystemExit):
             checkpoint.trained(str(path))
         assert "is missing" in capsys.readouterr().err
