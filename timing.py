@@ -287,9 +287,8 @@ def sampling(cfg, device, dtype):
     everyone = writers(cfg, device, prompt, n_new)
     memory = machine.peak_memory_gb(device)
     prefill, decode = ({name: [] for name in everyone} for _ in range(2))
-    for i in tqdm(
-        range(1 + max(3, cfg.pairs // 2)), desc="texts", disable=not sys.stderr.isatty(), leave=False
-    ):
+    rounds = 1 + max(3, cfg.pairs // 2)
+    for i in tqdm(range(rounds), desc="texts", disable=not sys.stderr.isatty(), leave=False):
         for name, write in list(everyone.items())[:: 1 if i % 2 == 0 else -1]:
             clock = [time.perf_counter()]
             with machine.autocast(device, dtype):
@@ -304,8 +303,8 @@ def sampling(cfg, device, dtype):
         ratio, (low, high) = compared(speeds, decode[first])
         times = "" if name == first else f", {ratio:.2f} of {first} ({low:.2f} to {high:.2f})"
         print(
-            f"{name:24} prefill of {prompt.shape[1]} tokens {statistics.median(prefill[name]):9,.1f} tokens/s, "
-            f"decode {statistics.median(speeds):7,.1f} ({min(speeds):,.1f} to {max(speeds):,.1f}){times}"
+            f"{name:24} prefill of {prompt.shape[1]} tokens {statistics.median(prefill[name]):9,.1f}, decode "
+            f"{statistics.median(speeds):7,.1f} tokens/s ({min(speeds):,.1f} to {max(speeds):,.1f}){times}"
         )
     found = {name: statistics.median(speeds) for name, speeds in decode.items()}
     result = dict(prefill_tokens_per_sec=statistics.median(prefill[first]), peak_memory_gb=memory)

@@ -1,5 +1,6 @@
 """The mixture of experts: against a loop over tokens, over experts, and what its routers tell."""
 
+import copy
 import math
 
 import pytest
@@ -188,3 +189,12 @@ def test_padding_of_the_vocabulary_changes_nothing():
     loss.backward()
     torch.testing.assert_close(loss, plain(idx, idx)[0], rtol=0, atol=0)
     assert not padded.embed.weight.grad[28:].any()
+
+
+def test_a_copy_computes_with_its_own_experts():
+    """bug guarded: a method kept as an attribute, which goes on with the layers of the original"""
+    model = Transformer(settings(n_layer=1, n_expert=4)).eval()
+    other, idx = copy.deepcopy(model), torch.randint(28, (1, 8))
+    with torch.no_grad():
+        other.blocks[0].ffn.down_proj.weight.zero_()
+        assert not torch.equal(model(idx), other(idx))

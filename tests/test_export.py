@@ -184,6 +184,7 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
     with torch.no_grad():
         ours = restore(part, "cpu", packed=part["config"]["ternary"])
         theirs = restore(found, "cpu", packed=True)
+        assert theirs.head.weight.shape == ours.head.weight.shape
         assert (theirs.head.weight is theirs.embed.weight) == part["config"]["tie_embeddings"]
         assert torch.equal(theirs(x), ours(x)) and torch.equal(theirs(x[:1, :1]), ours(x[:1, :1]))
     if part["config"]["ternary"]:
@@ -306,6 +307,17 @@ def test_the_command(data_dir, out_dir, tmp_path):
         and "no loss is compared" in text
         and not [name for name in os.listdir(tmp_path) if "tmp" in name]
     )
+    # nor does a rename that fails take an earlier export away
+    stuck = f"""
+import os
+real = os.rename
+def rename(a, b):
+    if b == {str(out)!r} and not a.endswith(".old"): raise OSError("stuck")
+    real(a, b)
+os.rename = rename
+"""
+    _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", code=1, patch=stuck)
+    assert "cannot be written: stuck" in err and hf.is_ours(str(out))
     # a full disk leaves what was there, and nothing of its own
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"
     for more in (
@@ -376,6 +388,12 @@ def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path):
         (folder("foreign", nanobit={}), "it is no export of export.py"),
         (folder("gptq", latent=False, **other), "only weights that export.py"),
         (folder("deep", latent=False, num_hidden_layers=3), "beside it 3"),
+        (flipped, "is not the file that was exported"),
+        (folder("head", latent=False, num_attention_heads=2), "beside it 2"),
+        (folder("null", latent=False, nanobit=dict(tokenizer=None)), "cannot be read"),
+        (folder("layers", latent=False, nanobit=dict(config=dict(n_layer="two"))), "n_layer = 'two'"),
+        (folder("empty", latent=False, nanobit=None), "it is no export of export.py"),
+        (folder("widthless", latent=False, hidden_size=None), "cannot be read"),
         (tmp_path / "none", "or an export for transformers"),
     ):
         _, err = run("sample.py", f"--ckpt={path}", "--prompt=a", code=2)
