@@ -23,6 +23,7 @@ import os
 import shlex
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def meta(cfg):
         if not command or flagged == [True, False]:  # the config's command makes another data set
             command = default_command(cfg)
         names = sorted(map(os.path.dirname, glob.glob("*/meta.json", root_dir=cfg.data_dir)))
-        there = f"{cfg.data_dir} holds {', '.join(names) or 'no data set'}"
+        there = f"{cfg.data_dir} holds {', '.join(names) or 'no data set'}; --data_dir names another folder"
         how = f"no prepare/{cfg.dataset}.py is there to make it; {there}"
         if command:
             how = f"make it: {command}{where}"
@@ -97,6 +98,21 @@ def meta(cfg):
     if now != seen and os.access(folder, os.W_OK):  # a read-only data set is scanned each time
         write_json(checked, now)
     return found
+
+
+def of_trained(part, split, dataset="", data_dir=""):
+    """(meta, windows of a split, as long as the model's context) of the data set on which the model of a
+    checkpoint was trained, or of another that its tokenizer made. Exits with 2 where another did."""
+    trained = part["config"]
+    cfg = dict(dataset=dataset or trained["dataset"], data_dir=data_dir or trained["data_dir"])
+    cfg |= dict(vocab_size=0, tokenize_on_fly=False, origin=dict(dataset="", prepare=""))
+    cfg = SimpleNamespace(**trained | cfg)
+    cfg.prepare = trained["prepare"] if cfg.dataset == trained["dataset"] else ""
+    found = meta(cfg)
+    if found["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
+        what = "has another tokenizer than the model, its token ids mean other text"
+        fail(f"dataset = {cfg.dataset!r} {what}; name one that the model's tokenizer made")
+    return found, Windows(cfg, found, split)
 
 
 def tell(text):

@@ -64,14 +64,9 @@ device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
 part, folder = checkpoint.trained(cfg.ckpt)
 trained = part["config"]
-cfg.dataset, cfg.origin["dataset"] = cfg.dataset or trained["dataset"], folder
+cfg.dataset = cfg.dataset or trained["dataset"]
 if cfg.origin["data_dir"] == "default":
     cfg.data_dir = trained["data_dir"]
-cfg.seed, cfg.seq_len = trained["seed"], trained["seq_len"]
-cfg.prepare = trained["prepare"] if cfg.dataset == trained["dataset"] else ""
-cfg.origin["prepare"] = folder
-cfg.vocab_size = 0  # the tokenizer decides whether the data fit the model
-cfg.tokenize_on_fly = False  # a score is one of the whole split
 data_set = os.path.join(cfg.data_dir, cfg.dataset)
 tokenizer, eot = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]
 result = dict(step=part["step"], dataset=cfg.dataset, split=cfg.split, dtype=machine.name(dtype))
@@ -82,15 +77,10 @@ if os.path.exists(os.path.join(data_set, "task.jsonl")):
     task, examples = tasks.read(data_set)
     print(f"{folder} on {cfg.dataset}: {len(examples):,} examples")
 else:
-    meta = data.meta(cfg)
-    if meta["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
-        config.fail(
-            f"dataset = {cfg.dataset!r} has another tokenizer than {folder}: its token ids mean other text"
-        )
-    windows = data.Windows(cfg, meta, cfg.split)
+    meta, windows = data.of_trained(part, cfg.split, cfg.dataset, cfg.data_dir)
     task = meta.get("task", "") if cfg.split == "val" else ""
-    n = min(windows.total, max(1, cfg.eval_tokens // cfg.seq_len)) if cfg.eval_tokens else windows.total
-    print(f"{folder} on {cfg.dataset}/{cfg.split}: {n:,} windows of {cfg.seq_len} tokens")
+    n = min(windows.total, max(1, cfg.eval_tokens // windows.seq_len)) if cfg.eval_tokens else windows.total
+    print(f"{folder} on {cfg.dataset}/{cfg.split}: {n:,} windows of {windows.seq_len} tokens")
 print(f"{machine.describe(device)}, {machine.name(dtype)}")
 model = restore(part, device, cfg.packed)
 
@@ -104,7 +94,7 @@ if task not in ("lambada", "blimp"):
     )
     with machine.autocast(device, dtype):
         loss = mean_loss(model, batches)
-    result |= dict(tokens=n * cfg.seq_len, val_loss=loss, perplexity=tasks.exp(loss))
+    result |= dict(tokens=n * windows.seq_len, val_loss=loss, perplexity=tasks.exp(loss))
     print(f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.3f}")
     if meta["bytes"].get(cfg.split):
         tokens_per_byte = meta["tokens"][cfg.split] / meta["bytes"][cfg.split]
@@ -123,7 +113,7 @@ with machine.autocast(device, dtype):
     elif task == "tictactoe":
         import tictactoe
 
-        scores, lines = tictactoe.score(model, tokenizer, eot, cfg.games, cfg.seed)
+        scores, lines = tictactoe.score(model, tokenizer, eot, cfg.games, trained["seed"])
 for line in lines:
     print(line)
 print(record.to_json(result | scores))

@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import sys
-from types import SimpleNamespace
 
 import config
 from config import fail
@@ -89,18 +88,13 @@ def make_room():
 
 def validation(part):
     """windows (inputs, targets), each (1, T), of the validation set of a run, none where it is not here"""
-    trained = dict(vocab_size=0, tokenize_on_fly=False, origin={"dataset": cfg.ckpt})
-    trained = SimpleNamespace(**part["config"] | trained)
-    if cfg.origin["data_dir"] != "default":
-        trained.data_dir = cfg.data_dir
-    place = os.path.join(trained.data_dir, trained.dataset)
+    data_dir = part["config"]["data_dir"] if cfg.origin["data_dir"] == "default" else cfg.data_dir
+    place = os.path.join(data_dir, part["config"]["dataset"])
     if not cfg.eval_tokens or not os.path.exists(os.path.join(place, "meta.json")):
         print(f"no loss is compared: {'eval_tokens = 0' if not cfg.eval_tokens else f'{place} is not here'}")
         return []
-    meta = data.meta(trained)
-    if meta["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
-        fail(f"{place} has another tokenizer than {cfg.ckpt}; leave the loss out with --eval_tokens=0")
-    return list(data.Windows(trained, meta, "val").fixed(cfg.eval_tokens, 1, torch.device("cpu")))
+    _, val_windows = data.of_trained(part, "val", data_dir=data_dir)
+    return list(val_windows.fixed(cfg.eval_tokens, 1, torch.device("cpu")))
 
 
 def compared(size):

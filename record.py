@@ -167,7 +167,7 @@ def opening(cfg, facts):
     lines = [f"{name:20} {value!r:24} {cfg.origin.get(name, 'derived')}" for name, value in values]
     params, several = facts["params"], f"{WORLD} x " if WORLD > 1 else ""
     active = f"{params['active']:,} of them active for a token, " if cfg.n_expert else ""
-    compiled = "on" if facts["compile"] else "off"
+    compiled = "on: the first step waits for the compiler" if facts["compile"] else "off"
     lines += [
         f"model: {params['total']:,} parameters, {active}{params['ternary']:,} ternary; "
         f"{several}{facts['device']}, {facts['dtype']}, compile {compiled}",

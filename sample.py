@@ -281,6 +281,8 @@ else:
         prefill_seconds, made, decode_seconds = write_on(list(prompt), cfg.max_new_tokens, generator)
         print(flush=True)
         read = min(len(prompt), context)
+        if read + made - 1 > context:  # the last token is not read
+            say(f"the text outgrew the context of {context} tokens; each time, its later half was kept")
         say(f"prefill {read} tokens, {read / prefill_seconds:,.0f} tokens/s")
         if made > 1:  # the first token came with the prefill
             say(f"decode {made - 1} tokens, {(made - 1) / decode_seconds:,.0f} tokens/s")

@@ -244,6 +244,10 @@ def writers(cfg, device, prompt, n_new):
     """{name: function that begins to write n_new tokens after prompt (1, T)} of what is to be timed: the
     experiment's model, and to compare it with the same with a lighter head, the twin, and llama.cpp"""
 
+    def named(ternary, head):
+        kind = ("ternary" if cfg.packed else "ternary, master weights") if ternary else "float"
+        return kind + (", bfloat16 head" if head == "bfloat16" else "")
+
     def ours(ternary, head):
         model = build(cfg, ternary, device).eval()
         if ternary and cfg.packed:
@@ -265,16 +269,15 @@ def writers(cfg, device, prompt, n_new):
 
     if cfg.cuda_graph:
         machine.check_cuda_graph(device, cfg.n_expert)
-    own = "ternary" if cfg.ternary else "float"
-    found = {own: ours(cfg.ternary, cfg.head)}
+    wanted = [(cfg.ternary, cfg.head)]
     if cfg.compare:
         other = "float32" if cfg.head == "bfloat16" else "bfloat16"
-        found[f"{own}, {other} head"] = ours(cfg.ternary, other)
-        found["float" if cfg.ternary else "ternary"] = ours(not cfg.ternary, cfg.head)
-        if cfg.ternary and device.type == "cpu" and not cfg.n_expert:
-            with tempfile.TemporaryDirectory() as folder:
-                name, write = theirs(folder)
-            found[name] = write
+        wanted += [(cfg.ternary, other), (not cfg.ternary, cfg.head)]
+    found = {named(*each): ours(*each) for each in wanted}
+    if cfg.compare and cfg.ternary and device.type == "cpu" and not cfg.n_expert:
+        with tempfile.TemporaryDirectory() as folder:
+            name, write = theirs(folder)
+        found[name] = write
     return found
 
 
@@ -299,12 +302,14 @@ def sampling(cfg, device, dtype):
                 prefill[name].append(prompt.shape[1] / (clock[1] - clock[0]))
                 decode[name].append((n_new - 1) / (clock[-1] - clock[1]))
     first = next(iter(everyone))
+    width = max(map(len, everyone))
     for name, speeds in decode.items():
         ratio, (low, high) = compared(speeds, decode[first])
         times = "" if name == first else f", {ratio:.2f} of {first} ({low:.2f} to {high:.2f})"
         print(
-            f"{name:24} prefill of {prompt.shape[1]} tokens {statistics.median(prefill[name]):9,.1f}, decode "
-            f"{statistics.median(speeds):7,.1f} tokens/s ({min(speeds):,.1f} to {max(speeds):,.1f}){times}"
+            f"{name:{width}}  prefill of {prompt.shape[1]} tokens {statistics.median(prefill[name]):9,.1f}, "
+            f"decode {statistics.median(speeds):7,.1f} ({min(speeds):,.1f} to {max(speeds):,.1f}) "
+            f"tokens/s{times}"
         )
     found = {name: statistics.median(speeds) for name, speeds in decode.items()}
     result = dict(prefill_tokens_per_sec=statistics.median(prefill[first]), peak_memory_gb=memory)

@@ -284,6 +284,8 @@ def test_bench_times_text_and_plans_from_what_it_timed():
     found, *_ = bench(**TINY, max_steps=10, sample=True)
     assert found["prefill_tokens_per_sec"] > found["decode_tokens_per_sec"] > 0
     pytest.importorskip("cyllama", reason="needs cyllama: requirements-dev.txt")
+    found, out, _ = bench(**TINY, max_steps=10, sample=True, compare=True, pairs=1, packed=False)
+    assert list(found["decode"])[:2] == ["ternary, master weights", "ternary, master weights, bfloat16 head"]
     found, out, _ = bench(**TINY, max_steps=10, sample=True, compare=True, pairs=1)
     names = ["ternary", "ternary, bfloat16 head", "float", "llama.cpp f16"]
     assert list(found["decode"]) == names and found["decode"]["ternary"] == found["decode_tokens_per_sec"]

@@ -269,6 +269,7 @@ def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):
     for changes, says in (
         (dict(dataset="arithmetic", data_dir=str(tmp_path)), "python prepare/arithmetic.py"),
         (dict(prepare="python prepare/x.py --y", dataset="x"), "make it: python prepare/x.py --y"),
+        (dict(dataset="x", data_dir=str(tmp_path)), "holds no data set; --data_dir names another"),
         (dict(seq_len=600), "seq_len can be at most 499"),
         (dict(vocab_size=20), "vocab_size = 20 is less than the 28"),
     ):

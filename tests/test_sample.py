@@ -140,6 +140,12 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
     assert len(re.findall(told, err)) == 2
     assert run("sample.py", *flags, "--prompt=-", patch=stdin(tmp_path, "ab cd\n"))[0] == out
     assert run("sample.py", *flags, f"--prompt_file={tmp_path}/text", "--packed=False")[0] == out
+    assert "outgrew" not in err
+    # in a context of 16 tokens 6 and 11 more fit, whose last is not read
+    for new, says in ((11, False), (12, True)):
+        patch = scripted(f"[2] * {new}")
+        err = run("sample.py", ckpt, "--prompt=ab cd", f"--max_new_tokens={new}", patch=patch)[1]
+        assert ("outgrew the context of 16 tokens" in err) == says
     (tmp_path / "text").write_bytes(b"\xff")
     err = run("sample.py", *flags, f"--prompt_file={tmp_path}/text", code=2)[1]
     assert err.startswith("error: prompt_file = ") and "UTF-8" in err
