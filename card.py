@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 
 import config
 import hf
@@ -23,7 +24,7 @@ def evaluations(run_dir):
 
 def twin_of(run_dir, settings):
     """the run beside this one that differs in `ternary` and in its name only, or None"""
-    free = {"run_id", "ternary", "out_dir", "resume", "init_from"}
+    free = {"run_id", "ternary", "out_dir", "resume"}
     want = {name: value for name, value in settings.items() if name not in free}
     root = os.path.dirname(os.path.abspath(run_dir))
     for name in sorted(os.listdir(root)) if settings else []:
@@ -47,25 +48,29 @@ def write(part, out, run_dir, latent=False):
         f"A {kind} language model of {total:,} parameters, trained with nanoBit",
     ]
     lines[-1] += f" for {step:,} steps, {part['tokens']:,} tokens of `{cfg['dataset']}`."
-    prompt = json.dumps(cfg["sample_prompts"][0] if cfg["sample_prompts"] else "")
-    warning = "**Float master weights, for further training**: as they are, they have not the loss below.\n\n"
-    lines += f"""A base model: it goes on with a text, it does not answer.
-
-{warning if latent and cfg["ternary"] else ""}```python
+    lines[-1] += " It began with the weights of another." if cfg["init_from"] else ""
+    prompt = cfg["sample_prompts"][0] if cfg["sample_prompts"] else ""
+    lines += ["A base model: it goes on with a text, it does not answer.", ""]
+    if latent and cfg["ternary"]:
+        warning = "**Float master weights, for further training**: as they are, they have not the loss below."
+        lines += [warning, ""]
+    elif cfg["n_expert"] and cfg["ternary"]:
+        lines += [f"Written here are {hf.DEQUANTISED}; the losses below are of one that does.", ""]
+    lines += f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
 model = AutoModelForCausalLM.from_pretrained(".")
-inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt", return_token_type_ids=False)
 made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(made[0], skip_special_tokens=True))
 ```
-
-With nanoBit: `python sample.py --ckpt=FOLDER --prompt={prompt} --temperature=0`.
 """.split("\n")
-    if losses:
+    if not cfg["n_expert"]:
+        command = f"python sample.py --ckpt=FOLDER --prompt={shlex.quote(prompt)} --temperature=0"
+        lines += ["With nanoBit:", "", "```bash", command, "```", ""]
+    if steps := sorted(at for at in losses if at <= step):
         lines += ["| step | validation loss, nats per token |", "|---|---|"]
-        steps = sorted(at for at in losses if at <= step)
         shown = sorted({steps[round(i * (len(steps) - 1) / (LIMIT - 1))] for i in range(LIMIT)})
         lines += [f"| {at:,} | {losses[at]:.4f} |" for at in shown] + [""]
     twin = twin_of(run_dir, settings)

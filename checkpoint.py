@@ -33,6 +33,7 @@ from files import write_json
 
 FORMAT = 2  # 1: one optimizer in trainer.pt, no scaler; its weights are read, it is not resumed
 MODEL, TRAINER = "checkpoint.pt", "trainer.pt"
+HF = ", or an export for transformers"
 SHAPE = (
     "n_layer n_head n_kv_head n_embd ffn_dim n_expert n_expert_active vocab_size vocab_multiple "
     "rope_theta norm_eps tie_embeddings"
@@ -136,11 +137,11 @@ def newest(run_dir, resumable):
     return None, passed
 
 
-def locate(path, resumable=False, setting="ckpt"):
+def locate(path, resumable=False, setting="ckpt", also=""):
     """the verified step folder that a run folder, step folder or checkpoint.pt stands for. Exits with 2 where
-    there is none; says on stderr which newer ones of a run were passed over."""
-    wanted = "give a run folder, a step folder or its checkpoint.pt"
-    wanted += ", or an export for transformers" if setting != "resume" else ""
+    there is none, naming what `also` could be given; says on stderr which newer ones of a run were passed
+    over."""
+    wanted = f"give a run folder, a step folder or its checkpoint.pt{also}"
     if not os.path.exists(path):
         fail(f"{setting} = {path!r} does not exist; {wanted}")
     kind = "resumable" if resumable else "usable"
@@ -171,7 +172,7 @@ def initial(path):
     """the part of a checkpoint.pt that init_from stands for; a Hugging Face folder is one too"""
     if os.path.isdir(path) and hf.is_folder(path):
         return hf.read(path, to_train=True)
-    return load(ranks.from_main(lambda: locate(path, setting="init_from")))
+    return load(ranks.from_main(lambda: locate(path, setting="init_from", also=HF)))
 
 
 def trained(path):
@@ -180,7 +181,7 @@ def trained(path):
     if os.path.isdir(path) and hf.is_folder(path):
         part = hf.read(path)
         return part | dict(config=config.assignments(config.DEFAULT) | part["config"]), path
-    folder = locate(path)
+    folder = locate(path, also=HF)
     return load(folder), folder
 
 

@@ -110,8 +110,10 @@ def of_trained(part, split, dataset="", data_dir=""):
     cfg.prepare = trained["prepare"] if cfg.dataset == trained["dataset"] else ""
     found = meta(cfg)
     if found["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
-        what = "has another tokenizer than the model, its token ids mean other text"
-        fail(f"dataset = {cfg.dataset!r} {what}; name one that the model's tokenizer made")
+        fail(
+            f"dataset = {cfg.dataset!r} has another tokenizer than the model, its token ids mean other text; "
+            "name one that the model's tokenizer made, or its folder with --data_dir"
+        )
     return found, Windows(cfg, found, split)
 
 
@@ -197,11 +199,10 @@ class Windows:
         if growing and split == "val" and not meta["complete"]:
             shards[f"{split}_{len(names):05d}.bin"] = growing
         if not shards and meta["complete"]:
-            how = (
-                "make it with a val_fraction, or train with --eval_every=0"
-                if split == "val"
-                else "see --split"
-            )
+            how = "see --split"
+            if split == "val":
+                how = "make it with a val_fraction; without, train.py wants --eval_every=0, "
+                how += "export.py --eval_tokens=0"
             fail(f"data set {folder} has no split {split!r}, but {', '.join(meta['tokens'])}; {how}")
         self.counts = [max(0, n - 1) // self.seq_len for n in shards.values()]  # windows per shard
         self.ends = np.cumsum(self.counts, dtype=np.int64)

@@ -39,8 +39,8 @@ PEAK_FLOPS = {
 
 
 def pick(wanted):
-    """the torch.device of a setting: auto takes cuda, then mps, then cpu. Exits with 2 where it is not
-    there."""
+    """the torch.device of a setting, current from now on: auto takes cuda, then mps, then cpu. Exits with 2
+    where it is not there."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", wanted):
         fail(f"device = {wanted!r} is unknown; choose one of auto, cpu, cuda, cuda:1, mps")
     if wanted == "auto":
@@ -55,6 +55,8 @@ def pick(wanted):
         found = torch.cuda.device_count()
         how = f"--nproc_per_node={found}" if WORLD > 1 and found else "auto or cpu"
         fail(f"device = {wanted!r} is not there: torch sees {found} CUDA devices; use {how}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # to the current one go kernels and graphs of our own
     if device.type == "mps" and not torch.backends.mps.is_available():
         fail(f"device = {wanted!r} is not there: this torch has no MPS; use auto or cpu")
     return device

@@ -104,45 +104,49 @@ def compared(size):
 
 
 make_room()
+for name in ("transformers", "accelerate") if cfg.format == "hf" else ("cyllama",):
+    if cfg.verify:
+        config.library(name)
 if os.path.isdir(cfg.ckpt) and hf.is_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is an export itself; give the run that it was made from")
 folder = checkpoint.locate(cfg.ckpt)
 part, run_dir = checkpoint.load(folder), os.path.dirname(os.path.dirname(os.path.abspath(folder)))
+if os.path.abspath(folder) != checkpoint.step_dir(run_dir, part["step"]):
+    run_dir = ""  # one that was set aside or copied: its run's curve is of others
 windows = validation(part) if cfg.verify else []
+kind, partial = cfg.type or gguf_file.smallest(part), f"{cfg.out}.tmp-{os.getpid()}"
+if cfg.latent and part["config"]["ternary"]:
+    print("latent: float weights for training; they are ternary only in nanoBit's forward", file=sys.stderr)
+try:
+    if cfg.format == "gguf":
+        gguf_file.write(part, partial, kind, cfg.embed)
+    else:
+        hf.write(part, partial, cfg.latent)
+        card.write(part, partial, run_dir, cfg.latent)
+    make_room()  # again: that took a while
+    if os.path.exists(cfg.out):
+        os.rename(cfg.out, f"{partial}.old")
+    os.rename(partial, cfg.out)
+except OSError as error:
+    fail(f"out = {cfg.out!r} cannot be written: {error}", code=1)
+finally:
+    if os.path.exists(f"{partial}.old") and not os.path.exists(cfg.out):
+        os.rename(f"{partial}.old", cfg.out)
+    for path in (partial, f"{partial}.old"):
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif os.path.exists(path):
+            os.remove(path)
 if cfg.format == "gguf":
-    kind = cfg.type or gguf_file.smallest(part)
-    try:
-        gguf_file.write(part, cfg.out, kind, cfg.embed)
-    except OSError as error:
-        fail(f"out = {cfg.out!r} cannot be written: {error}", code=1)
     size = os.path.getsize(cfg.out)
     print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}, {kind}, embedding {cfg.embed}")
     if kind == "q2_0":
         print("q2_0 needs a llama.cpp of 2026 (type 42); --type=f16 is for all, and larger")
 else:
-    if cfg.latent and part["config"]["ternary"]:
-        print(
-            "latent: float weights for training; they are ternary only in nanoBit's forward", file=sys.stderr
-        )
-    partial = f"{cfg.out}.tmp-{os.getpid()}"
-    try:
-        hf.write(part, partial, cfg.latent)
-        card.write(part, partial, run_dir, cfg.latent)
-        if os.path.isdir(cfg.out):
-            os.rename(cfg.out, f"{partial}.old")
-        os.rename(partial, cfg.out)
-    except OSError as error:
-        fail(f"out = {cfg.out!r} cannot be written: {error}", code=1)
-    finally:
-        if os.path.isdir(f"{partial}.old") and not os.path.exists(cfg.out):
-            os.rename(f"{partial}.old", cfg.out)
-        for path in (partial, f"{partial}.old"):
-            shutil.rmtree(path, ignore_errors=True)
     size = sum(entry.stat().st_size for entry in os.scandir(cfg.out))
     print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}")
-is_mixture = part["config"]["n_expert"] > 0
-if cfg.format == "hf" and is_mixture and part["config"]["ternary"] and not cfg.latent:
-    print("ternary experts are written dequantised: a Mixtral rounds no input to int8")
+    if part["config"]["n_expert"] and part["config"]["ternary"] and not cfg.latent:
+        print(f"written as {hf.DEQUANTISED}")
 if cfg.verify:
     if cfg.format == "gguf":
         found = verify.gguf(part, cfg.out, kind, cfg.embed, windows)

@@ -22,6 +22,7 @@ BLOCK = {"attn_norm": "attn_norm", "ffn_norm": "ffn_norm", "ffn.router": "ffn_ga
 BLOCK |= {f"attn.{ours}_proj": f"attn_{theirs}" for ours, theirs in zip("qkvo", ("q", "k", "v", "output"))}
 BLOCK |= {f"ffn.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
 TERNARY, TYPES = ("tq2_0", "tq1_0", "q2_0"), ("f32", "f16", "q8_0", "q5_0", "q4_0")
+MARK = "nanobit.step"  # a key of our own; others skip it
 BLOCK_SIZE = {"tq2_0": 256, "tq1_0": 256, "q2_0": 64, "q8_0": 32, "q5_0": 32, "q4_0": 32}
 
 
@@ -46,11 +47,12 @@ def interleaved(w, n_head):
 
 
 def is_ours(path):
-    """whether a path is a GGUF file"""
+    """whether a path is a GGUF file that write() has written"""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        return file.read(4) == b"GGUF"
+        start = file.read(256)
+    return start.startswith(b"GGUF") and MARK.encode() in start
 
 
 def their_name(name):
@@ -82,6 +84,10 @@ def check(part, kind, embed):
         faults.append(
             f"embed = {embed!r} has blocks of {BLOCK_SIZE[embed]}, n_embd is {cfg['n_embd']}; use f16"
         )
+    if kind in ("q5_0", "q4_0") and cfg["ternary"]:  # -8 to 7 times a step: -1 and 1 cannot both be held
+        faults.append(f"type = {kind!r} rounds ternary weights, and takes more room than {smallest(part)}")
+    if {" ", "\u2581"} <= set(part["tokenizer"].get("chars", "")):
+        faults.append("the characters ' ' and U+2581 are one in a GGUF file; --format=hf")
     if part["tokenizer"]["kind"] == "tiktoken" and part["tokenizer"]["name"] not in ("gpt2", "r50k_base"):
         faults.append(f"llama.cpp would split text otherwise than {part['tokenizer']['name']!r}; --format=hf")
     if faults:
@@ -119,12 +125,12 @@ def matrix(gguf, part, name, w, kind):
 
 
 def write(part, path, kind, embed):
-    """one GGUF file at `path`, by way of a partial beside it"""
+    """one GGUF file at `path`"""
     gguf = library("gguf")
     check(part, kind, embed)
     cfg = part["config"]
-    partial = f"{path}.tmp-{os.getpid()}"
-    writer = gguf.GGUFWriter(partial, "llama")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32(MARK, part["step"])
     writer.add_name(cfg["run_id"])
     writer.add_context_length(cfg["seq_len"])
     writer.add_embedding_length(cfg["n_embd"])
@@ -156,15 +162,10 @@ def write(part, path, kind, embed):
         if w.dim() == 3:
             theirs = theirs.replace(".weight", "_exps.weight")
         writer.add_tensor(theirs, array, raw_dtype=its)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def add_tokenizer(gguf, writer, spec, vocab_size):

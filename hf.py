@@ -44,6 +44,7 @@ SETTINGS = {  # config.json of a Llama and the settings that it stands for
     "rope_theta": "rope_theta",
     "tie_word_embeddings": "tie_embeddings",
 }
+DEQUANTISED = "ternary experts, dequantised: a Mixtral rounds no input to int8"
 # paths and accounts, which are nobody's business
 PRIVATE = "out_dir data_dir resume init_from prepare wandb_entity wandb_project wandb_name".split()
 
@@ -71,10 +72,9 @@ def tensors(part, latent=False):
             if name == "head.weight" and cfg["tie_embeddings"]:
                 continue
             w = w if latent else w[: cfg["vocab_size"]]
+        if is_ternary(part, name) and not latent and cfg["n_expert"]:
+            w = quant.dequantised(w)
         if w.dim() == 3:  # (E, out, in): one tensor for each expert
-            if is_ternary(part, name) and not latent:
-                codes, s = quant.ternarize(w)
-                w = codes / s
             i, rest = name.removesuffix(".weight").split(".", 2)[1:]
             for e, one in enumerate(w):
                 place = f"model.layers.{i}.block_sparse_moe.experts.{e}.{EXPERT[rest]}"
@@ -83,9 +83,6 @@ def tensors(part, latent=False):
             codes, s = quant.ternarize(w)
             found[f"{their_name(name)}.weight"] = packed.pack(codes)
             found[f"{their_name(name)}.weight_scale"] = s.reshape(1)
-        elif is_ternary(part, name) and not latent:  # attention of a mixture of ternary experts
-            codes, s = quant.ternarize(w)
-            found[f"{their_name(name)}.weight"] = codes / s
         else:
             found[f"{their_name(name)}.weight"] = w.clone()
     return found
@@ -177,13 +174,14 @@ FILES = set(
 
 
 def is_ours(path):
-    """whether a folder is an export of this project, and nothing else is in it"""
+    """whether a folder is an export of this project, as it was written, and nothing else is in it"""
     try:
         if os.path.islink(path) or set(os.listdir(path)) - FILES:
             return False
         with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-            return "nanobit" in json.load(file)
-    except (OSError, ValueError):
+            own = json.load(file)["nanobit"]
+        return own["sha256"] == sha256(os.path.join(path, "model.safetensors"))
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 
@@ -263,11 +261,14 @@ def read(folder, to_train=False):
     for name in sorted(name for name in os.listdir(folder) if name.endswith(".safetensors")):
         path = os.path.join(folder, name)
         try:
-            is_whole = to_train or sha256(path) == own["sha256"]
+            is_whole = not own or sha256(path) == own["sha256"]
             found = load_file(path)
         except Exception as error:  # the library has errors of its own
             fail(f"{path} is damaged ({type(error).__name__}: {error}); copy or export it again")
-        if not is_whole:
+        if not is_whole and to_train:
+            how = "is not the file that was exported (sha256): trained further, or damaged"
+            print(f"init_from: {path} {how}")
+        elif not is_whole:
             fail(f"{path} is not the file that was exported (sha256); copy or export it again")
         unknown = [key for key in found if our_name(key) is None and "rotary_emb" not in key]
         if unknown:
@@ -277,10 +278,10 @@ def read(folder, to_train=False):
     settings |= dict(n_expert=0, vocab_multiple=1) | own.get("config", {})
     if packing:
         settings["ternary"] = True
-        # rows of padding were not written, and a product with fewer rows adds in another order
-        for name in weights.keys() & {"embed.weight", "head.weight"}:
-            rows = -len(weights[name]) % settings["vocab_multiple"]
-            weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
+    # rows of padding were not written, and a product with fewer rows adds in another order
+    for name in weights.keys() & {"embed.weight", "head.weight"}:
+        rows = -len(weights[name]) % settings["vocab_multiple"]
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
     if settings.get("tie_embeddings") and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
     with torch.device("meta"):

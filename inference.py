@@ -23,9 +23,6 @@ def restore(part, device, packed=False):
     """the model of a checkpoint.pt (its loaded dict), on the device and ready for use; packed: its ternary
     layers hold integer weights, which compute the same and cannot be trained. Those that the part holds
     packed (hf.read) stay so."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # to the current one go kernels and graphs of our own
     with torch.device("meta"):
         model = Transformer(SimpleNamespace(**part["config"]))
     # copied: where a tensor begins in memory decides in which order some products add

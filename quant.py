@@ -55,6 +55,12 @@ def ternarize(w):
     return (w * s).round().clamp(-1, 1), s
 
 
+def dequantised(w):
+    """the values {-1, 0, 1} / s that the ternary forward multiplies by, as floats"""
+    codes, s = ternarize(w)
+    return codes / s
+
+
 def quantize_activations(x):
     """(q, a): x (..., in) rounded to whole floats in [-128, 127] and the scale a (..., 1) of each token."""
     x = x.detach().float()

@@ -25,8 +25,6 @@ control = None  # the group for flags and values, on which rank 0 may keep the o
 def start(device):
     """meet the other ranks, where there are any"""
     global control
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if WORLD > 1:
         # numbers of the CPU go over gloo on every machine: sharing a flag does not wait for a GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -258,6 +258,7 @@ if cfg.head == "bfloat16":
     lighten_head(model)
 tokenizer, eot = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]
 try:
+    pass  # half a character of a command line is told like one that the tokenizer lacks
     prompt = encode_prompt(tokenizer, eot, text)
 except ValueError as error:
     config.fail(f"prompt = {text!r}: {error}")

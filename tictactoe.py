@@ -147,7 +147,8 @@ def answers(model, tokenizer, eot, histories, ask):
     """[(the best free square 0 to 8, whether the likeliest token of all after the wished result is a free
     square)] for histories as of ask_model"""
     scores, wished = ask_model(model, tokenizer, eot, histories, ask)
-    likeliest = tokenizer.decode(wished.argmax(-1).tolist())
+    # '' where it is no character of the tokenizer
+    likeliest = [tokenizer.decode([token]) for token in wished.argmax(-1).tolist()]
     found = []
     for moves, row, char in zip(histories, scores, likeliest):
         squares = free(board_of(moves))
@@ -193,7 +194,7 @@ def unmasked(model, tokenizer, eot, n, generator):
         if ply == 0:
             continue  # the result
         going, moved = [], moved + len(boards)
-        for row, char in enumerate(tokenizer.decode(drawn[:, 0].tolist())):
+        for row, char in enumerate(tokenizer.decode([token]) for token in drawn[:, 0].tolist()):
             if char.isdigit() and boards[row][int(char) - 1] == ".":
                 legal, boards[row] = legal + 1, place(boards[row], int(char) - 1)
                 if not result(boards[row]):

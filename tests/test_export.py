@@ -59,9 +59,10 @@ def test_transformers_computes_the_same_bits(changes, tmp_path):
     """bugs guarded: a scale inverted, rows packed in another order, a norm or a position constant left at
     transformers' default, rows of padding in the vocabulary, a head that is not tied"""
     part = part_of(**changes)
+    part["config"]["sample_prompts"] = ["na\u00efve", "a"]  # of which the tokenizer knows one
     hf.write(part, str(tmp_path / "x"))
     found = verify.hf(part, str(tmp_path / "x"))
-    assert found["max_difference"] == 0.0 and found["same"] == found["tokens"] > 0
+    assert found["max_difference"] == 0.0 and found["same"] == found["tokens"] == verify.NEW
     assert found["logits_std"] > 0.01 and found["good"]
     theirs = json.load(open(tmp_path / "x" / "config.json"))
     assert theirs["vocab_size"] == len(CHARS) and "pad_token_id" not in theirs
@@ -117,6 +118,7 @@ def sentencepiece(**changes):
         (dict(model_type="unigram", vocab_size=280), "is no BPE model"),
         (dict(normalization_rule_name="nmt_nfkc"), "normalises text"),
         (dict(remove_extra_whitespaces=True), "normalises text"),
+        (dict(user_defined_symbols=["<sep>"]), "user-defined symbols"),
     ],
 )
 def test_other_sentencepiece_models_are_refused(changes, says, tmp_path, capsys):
@@ -128,11 +130,11 @@ def test_other_sentencepiece_models_are_refused(changes, says, tmp_path, capsys)
         assert says in capsys.readouterr().err and not os.path.exists(tmp_path / "x")
 
 
-def tiktoken():
+def tiktoken(pattern=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"):
     """a byte-level BPE with merges of its own, named as GPT-2's"""
-    tokens = [bytes([b]) for b in range(256)] + [b"th", b"the", b" t", b" the", b"at", b"cat", b" cat", b"12"]
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [b"th", b"the", b" t", b" the", b"at", b"cat", b" cat", b"12", b"1212"]
     content = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     spec = dict(kind="tiktoken", sha256="x", name="gpt2", content=content, pattern=pattern)
     return spec | dict(special={"<|endoftext|>": len(tokens)}, eot=len(tokens))
 
@@ -143,16 +145,19 @@ TEXTS = [
     " ",
     "  two  spaces",
     "a line\nand\n\nanother ",
-    "12 birds, 345",
+    "12 birds, 1212",
     "na\u00efve \u65e5\u672c \U0001f642",
     "\ttab",
 ]
 
 
-@pytest.mark.parametrize("make", [sentencepiece, tiktoken])
+@pytest.mark.parametrize(
+    "make", [sentencepiece, tiktoken, lambda: tiktoken(r"\p{N}{1,3}+| ?\p{L}++|[^\p{N}\p{L}]++")]
+)
 def test_tokenizers_come_along(make, tmp_path):
-    """bugs guarded: merges in another order, a space put before or lost, bytes for unknown characters, an
-    end-of-text token that is missing before a text"""
+    """bugs guarded: numbers cut otherwise by a quantifier that the libraries read differently; merges in
+    another order, a space put before or lost, bytes for unknown characters, an end-of-text token that is
+    missing before a text"""
     spec = make()
     ours = make_tokenizer(spec)
     tokenizer_files.write(spec, str(tmp_path), 64)
@@ -167,7 +172,15 @@ def test_tokenizers_come_along(make, tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda: CHAR, sentencepiece, tiktoken])
-@pytest.mark.parametrize("changes", [{}, dict(ternary=False), dict(vocab_multiple=128, tie_embeddings=False)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(ternary=False),
+        dict(ternary=False, vocab_multiple=128),
+        dict(vocab_multiple=128, tie_embeddings=False),
+    ],
+)
 def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
     """bugs guarded: packed weights that are read as others, a tokenizer that comes back as another, rows of
     padding that are missed; damage that is not noticed"""
@@ -223,7 +236,7 @@ def test_llama_cpp_computes_the_same(changes, make, tmp_path):
     """bugs guarded: rows of q and k in the other rotary order, k permuted by the heads of q, a constant left
     at its default, a tokenizer that llama.cpp reads otherwise"""
     spec = make()
-    vocab_size = 320 if make is sentencepiece else 265 if make is tiktoken else len(CHARS)
+    vocab_size = 320 if make is sentencepiece else 266 if make is tiktoken else len(CHARS)
     part = part_of(spec, vocab_size=vocab_size, **changes)
     part["config"]["sample_prompts"] = ["the cat", "a"] if spec is CHAR else TEXTS[2:]
     gguf_file.write(part, str(tmp_path / "x.gguf"), "f32", "f32")
@@ -295,10 +308,21 @@ def test_the_command(data_dir, out_dir, tmp_path):
     assert "no earlier export" in err and (out / "notes.txt").exists()
     os.remove(out / "notes.txt")
     assert oct(os.stat(out / "model.safetensors").st_mode) == oct(os.stat(out / "config.json").st_mode)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "diary.txt").write_text("dear diary")
-    _, err = run("export.py", ckpt, "--format=hf", f"--out={tmp_path}/mine", "--force", code=2)
-    assert "no earlier export" in err and (tmp_path / "mine" / "diary.txt").exists()
+    # what somebody puts there while the export is written, too
+    diary = tmp_path / "mine" / "diary.txt"
+    slow = f"""
+import os, hf
+real = hf.write
+def write(*args):
+    real(*args)
+    os.makedirs({str(diary.parent)!r}, exist_ok=True)
+    open({str(diary)!r}, "w").close()
+hf.write = write
+"""
+    for more in ([], ["--force"], ["--force"]):
+        _, err = run("export.py", ckpt, "--format=hf", f"--out={diary.parent}", *more, code=2, patch=slow)
+        assert "no earlier export" in err and diary.exists()
+        assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
     text, _ = run(
         "export.py", ckpt, "--format=hf", f"--out={out}", "--force", "--latent", "--verify", "--eval_tokens=0"
     )
@@ -353,6 +377,40 @@ os.rename = rename
         (["--format=gguf", f"--out={tmp_path}/x"], "must end in .gguf"),
     ):
         assert says in run("export.py", ckpt, *flags, code=2)[1]
+
+
+def test_only_what_export_wrote_is_replaced(tmp_path, capsys):
+    """bugs guarded: --force that takes a model away which was trained further, or downloaded; weights that
+    changed on the disk and begin a run without a word"""
+    gguf = pytest.importorskip("gguf")
+    part, place, file = part_of(), str(tmp_path / "x"), str(tmp_path / "x.gguf")
+    hf.write(part, place, latent=True)
+    gguf_file.write(part, file, "f16", "f16")
+    assert hf.is_ours(place) and gguf_file.is_ours(file)
+    hf.read(place, to_train=True)
+    assert "trained further, or damaged" not in capsys.readouterr().out
+    model = transformers.AutoModelForCausalLM.from_pretrained(place)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    model.save_pretrained(place)
+    other = gguf.GGUFWriter(file, "llama")
+    other.write_header_to_file()
+    other.write_kv_data_to_file()
+    other.close()
+    assert not hf.is_ours(place) and not gguf_file.is_ours(file)
+    hf.read(place, to_train=True)
+    assert "trained further, or damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "chars, kind, says",
+    [(CHARS, "q4_0", "q2_0"), (CHARS, "q5_0", "q2_0"), ("ab \u2581", "f16", "U+2581 are one")],
+)
+def test_what_no_file_of_llama_cpp_holds(chars, kind, says, capsys):
+    """bugs guarded: codes rounded once more; two tokens of one name, on which llama.cpp aborts"""
+    with pytest.raises(SystemExit):
+        gguf_file.check(part_of(CHAR | dict(chars=chars), vocab_size=len(chars)), kind, "f16")
+    assert says in capsys.readouterr().err
 
 
 def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path):

@@ -149,6 +149,9 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
     (tmp_path / "text").write_bytes(b"\xff")
     err = run("sample.py", *flags, f"--prompt_file={tmp_path}/text", code=2)[1]
     assert err.startswith("error: prompt_file = ") and "UTF-8" in err
+    spec = sentencepiece_spec(tmp_path)
+    err = run("sample.py", save(tmp_path / "pieces", spec), "--prompt=a\udcff", code=2)[1]
+    assert err.startswith("error: prompt = 'a") and "surrogates" in err
     err = run("sample.py", *flags, "--prompt=-", "--chat", "--play", "--side=Z", "--ask=x", code=2)[1]
     assert [line.split()[1] for line in err.splitlines()] == ["side", "ask", "prompt", "play", "prompt"]
 

@@ -89,6 +89,22 @@ def test_unmasked_moves_of_a_perfect_model_are_legal():
     assert (legal, moved) == (50, 100)
 
 
+def test_a_token_that_is_no_character_is_a_wrong_move():
+    """bug guarded: unused ids of a padded vocabulary that, dropped from a text, move the others' answers"""
+
+    class Padded(Perfect):
+        def forward(self, ids):
+            logits = super().forward(ids)
+            first = ids[:, 2] == TOKENIZER.ids["1"] if ids.shape[1] > 2 else torch.zeros(len(ids), dtype=bool)
+            unused = torch.where(first, 9.0, -30.0)[:, None, None].expand(*ids.shape, 1)
+            return torch.cat((logits, unused), -1)
+
+    found = tictactoe.answers(Padded(), TOKENIZER, 0, ["12", "21"], "win")
+    assert [legal for _, legal in found] == [False, True]
+    legal, moved = tictactoe.unmasked(Padded(), TOKENIZER, 0, 200, torch.Generator().manual_seed(0))
+    assert 0 < legal < moved
+
+
 def test_score_of_a_perfect_model():
     """bug guarded: wins told as losses, or the share of legal moves from another count than it says"""
     found, lines = tictactoe.score(Perfect(), TOKENIZER, 0, 100, 0)

@@ -1,0 +1,71 @@
+"""The model card of an export, from runs made by hand."""
+
+import json
+
+import pytest
+from conftest import CHARS, settings
+
+import card
+import checkpoint
+import config
+from model import Transformer
+from record import SCALARS
+
+
+def run_of(root, name, losses, step=7, **changes):
+    """(part, run_dir) of a run with these {step: validation loss} and a checkpoint at `step`"""
+    values = config.assignments(config.DEFAULT) | vars(settings(run_id=name, **changes))
+    del values["origin"]
+    folder = root / name
+    (folder / "metrics").mkdir(parents=True)
+    each = {key: dict(value=value, origin="x") for key, value in values.items()}
+    (folder / "config.json").write_text(json.dumps(dict(settings=each)))
+    rows = [json.dumps(dict(step=at, val_loss=loss)) + "\n" for at, loss in losses.items()]
+    (folder / SCALARS).write_text("".join(rows))
+    weights = Transformer(settings(**changes)).state_dict()
+    spec = dict(kind="char", sha256="x", eot=0, chars=CHARS)
+    part = dict(format=checkpoint.FORMAT, config=values, tokenizer=spec, model=weights, step=step, tokens=448)
+    checkpoint.save(str(folder), step, part, {})
+    return part, str(folder)
+
+
+def written(tmp_path, part, run_dir, **how):
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"x" * 1000)
+    card.write(part, str(tmp_path / "out"), run_dir, **how)
+    return (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_twin_is_of_the_same_experiment(tmp_path):
+    """bug guarded: a gap to a run that began elsewhere, or that lasted longer, told as the price of ternary
+    weights"""
+    part, run_dir = run_of(tmp_path, "a", {7: 3.0})
+    run_of(tmp_path, "longer", {7: 2.0}, ternary=False, max_steps=99)
+    tuned, tuned_dir = run_of(tmp_path, "tuned", {7: 2.0}, ternary=False, init_from="runs/big")
+    assert "twin" not in written(tmp_path, part, run_dir)
+    text = written(tmp_path, tuned, tuned_dir)
+    assert "began with the weights of another" in text and "runs/big" not in text
+    run_of(tmp_path, "twin", {5: 1.0, 7: 2.5}, ternary=False)
+    text = written(tmp_path, part, run_dir)
+    assert "Its twin `twin` (float" in text and "has 2.5000: this one is +0.5000 from it" in text
+
+
+def test_a_curve_ends_where_the_checkpoint_is(tmp_path):
+    """bugs guarded: losses of later steps told of an earlier checkpoint; none that is early enough"""
+    text = written(
+        tmp_path, *run_of(tmp_path, "a", {step: 4 - step / 100 for step in range(1, 100)}, step=50)
+    )
+    rows = [line for line in text.split("\n") if line.startswith("| ") and line[2].isdigit()]
+    assert len(rows) == card.LIMIT and rows[0] == "| 1 | 3.9900 |" and rows[-1] == "| 50 | 3.5000 |"
+    assert "validation loss" not in written(tmp_path, *run_of(tmp_path, "late", {100: 3.0}, step=50))
+
+
+@pytest.mark.parametrize("n_expert", [0, 4])
+def test_the_commands_of_a_card_can_be_typed(tmp_path, n_expert):
+    """bugs guarded: a shell that takes a prompt apart; a command for what this project cannot read back"""
+    part, run_dir = run_of(tmp_path, "a", {7: 3.0}, n_expert=n_expert)
+    part["config"]["sample_prompts"] = ["it's $HOME `x`"]
+    text = written(tmp_path, part, run_dir)
+    assert ("sample.py --ckpt=FOLDER" in text) == (not n_expert) == ("dequantised" not in text)
+    assert n_expert or """--prompt='it'"'"'s $HOME `x`'""" in text
+    assert 'tokenizer("it\'s $HOME `x`"' in text
