@@ -153,7 +153,9 @@ def locate(path, resumable=False, setting="ckpt", also=""):
         for step, wrong in passed:
             print(f"passed over step {step}: {wrong}", file=sys.stderr)
         if folder is None:
-            fail(f"{setting} = {path!r} has no {kind} checkpoint yet; train.py --resume=auto goes on with it")
+            if passed:
+                fail(f"{setting} = {path!r}: none of its {len(passed)} checkpoints is {kind}, see above")
+            fail(f"{setting} = {path!r} has no checkpoint yet; train.py --resume=auto goes on with it")
         return folder
     if not os.path.exists(os.path.join(folder, "manifest.json")):
         lacks = "has no manifest.json, without which its files cannot be trusted"
@@ -170,7 +172,7 @@ def locate(path, resumable=False, setting="ckpt", also=""):
 
 def initial(path):
     """the part of a checkpoint.pt that init_from stands for; a Hugging Face folder is one too"""
-    if os.path.isdir(path) and hf.is_folder(path):
+    if hf.is_folder(path):
         return hf.read(path, to_train=True)
     return load(ranks.from_main(lambda: locate(path, setting="init_from", also=HF)))
 
@@ -178,7 +180,7 @@ def initial(path):
 def trained(path):
     """(part of a checkpoint.pt, where it was found) of a trained model: a checkpoint's, see locate, or that
     of a folder that export.py has written"""
-    if os.path.isdir(path) and hf.is_folder(path):
+    if hf.is_folder(path):
         part = hf.read(path)
         return part | dict(config=config.assignments(config.DEFAULT) | part["config"]), path
     folder = locate(path, also=HF)
@@ -221,7 +223,7 @@ def must_agree(cfg, part, tokenizer, names, what, how=""):
         faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
     if faults:
         fail(*(f"{what}: {text}; these must agree{how}" for text in faults))
-    for key in sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from", "ternary"}):
+    for key in sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from"}):
         print(f"changed: {told[key]}")
 
 

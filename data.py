@@ -52,7 +52,7 @@ def meta(cfg):
         there = f"{cfg.data_dir} holds {', '.join(names) or 'no data set'}; --data_dir names another folder"
         how = f"no prepare/{cfg.dataset}.py is there to make it; {there}"
         if command:
-            how = f"make it: {command}{where}"
+            how = f"make it: {command}{where}; or name the folder that holds it with --data_dir"
         fail(f"data set {folder} is not there (no meta.json); {how}")
     try:
         with open(path, encoding="utf-8") as file:

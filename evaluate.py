@@ -29,7 +29,7 @@ FLAGS = {
     ),
     "dataset": ("", "name of the data set in data_dir; '' = the one the model was trained on"),
     "split": ("val", "val | train"),
-    "dtype": ("float32", "float32 | bfloat16: what the matrix products compute in"),
+    "dtype": ("float32", "float32 | bfloat16 | float16: what the matrix products compute in"),
     "packed": (
         True,
         "integer weights in ternary layers; False = from the float master weights, the same loss",

@@ -30,11 +30,11 @@ FLAGS = {
     "embed": ("q8_0", "gguf: f32 | f16 | q8_0 | q5_0 | q4_0: of embedding and head"),
     "force": (False, "replace what an earlier export has written to out"),
     "verify": (False, "load it with an independent reader and compare"),
-    "eval_tokens": (8192, "verify: tokens of the validation set for the loss, at most; 0 = none"),
+    "eval_tokens": (8192, "verify: tokens of the validation set for the loss; 0 = none"),
 }
 cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir",), check_run=False)
-config.need_flags(cfg, "ckpt", "out")
-faults = [] if cfg.format else ["--format=... is missing; choose hf (transformers) or gguf (llama.cpp)"]
+config.need_flags(cfg, "ckpt", "format", "out")
+faults = []
 for key, known in (
     ("format", ("hf", "gguf")),
     ("type", ("", "tq2_0", "tq1_0", "q2_0", "f32", "f16", "q8_0", "q5_0", "q4_0")),
@@ -55,7 +55,7 @@ if cfg.eval_tokens < 0:
 if not cfg.out.strip("/"):
     faults.append(f"out = {cfg.out!r} is no name; it is the folder or file to write")
 elif cfg.format in ("hf", "gguf") and cfg.out.endswith(".gguf") != (cfg.format == "gguf"):
-    ending = "must end in .gguf" if cfg.format == "gguf" else "is a folder, .gguf is for --format=gguf"
+    ending = "must end in .gguf" if cfg.format == "gguf" else "ends in .gguf, but --format=hf writes a folder"
     faults.append(f"out = {cfg.out!r} {ending}")
 if faults:
     fail(*faults)
@@ -107,8 +107,8 @@ make_room()
 for name in ("transformers", "accelerate") if cfg.format == "hf" else ("cyllama",):
     if cfg.verify:
         config.library(name)
-if os.path.isdir(cfg.ckpt) and hf.is_folder(cfg.ckpt):
-    fail(f"ckpt = {cfg.ckpt!r} is an export itself; give the run that it was made from")
+if hf.is_folder(cfg.ckpt):
+    fail(f"ckpt = {cfg.ckpt!r} is a folder for transformers already; give a run, as the one it was made from")
 folder = checkpoint.locate(cfg.ckpt)
 part, run_dir = checkpoint.load(folder), os.path.dirname(os.path.dirname(os.path.abspath(folder)))
 if os.path.abspath(folder) != checkpoint.step_dir(run_dir, part["step"]):
@@ -128,7 +128,7 @@ try:
         os.rename(cfg.out, f"{partial}.old")
     os.rename(partial, cfg.out)
 except OSError as error:
-    fail(f"out = {cfg.out!r} cannot be written: {error}", code=1)
+    fail(f"out = {cfg.out!r} cannot be written: {error}; is there room, and may you write there?", code=1)
 finally:
     if os.path.exists(f"{partial}.old") and not os.path.exists(cfg.out):
         os.rename(f"{partial}.old", cfg.out)
@@ -138,13 +138,13 @@ finally:
         elif os.path.exists(path):
             os.remove(path)
 if cfg.format == "gguf":
-    size = os.path.getsize(cfg.out)
-    print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}, {kind}, embedding {cfg.embed}")
+    size, types = os.path.getsize(cfg.out), f"{kind}, embedding {cfg.embed}"
+    print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}, {types}, step {part['step']:,}")
     if kind == "q2_0":
         print("q2_0 needs a llama.cpp of 2026 (type 42); --type=f16 is for all, and larger")
 else:
     size = sum(entry.stat().st_size for entry in os.scandir(cfg.out))
-    print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}")
+    print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}, step {part['step']:,}")
     if part["config"]["n_expert"] and part["config"]["ternary"] and not cfg.latent:
         print(f"written as {hf.DEQUANTISED}")
 if cfg.verify:

@@ -150,7 +150,14 @@ def write(part, out, latent=False):
     save_file = library("safetensors.torch", "safetensors").save_file
     os.makedirs(out)
     try:
-        save_file(tensors(part, latent), place, metadata={"format": "pt"})
+        found = tensors(part, latent)
+        save_file(found, place, metadata={"format": "pt", "pad": ""})
+        # transformers maps the file, in which embedding and head come first. Where they begin in memory
+        # decides in which order a product for one token adds: as ours do, at a multiple of 64 bytes
+        with open(place, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+        if start % 64:
+            save_file(found, place, metadata={"format": "pt", "pad": "." * (-start % 64)})
     except library("safetensors").SafetensorError as error:  # a full disk, too
         raise OSError(str(error)) from None
     umask = os.umask(0)
@@ -186,10 +193,9 @@ def is_ours(path):
 
 
 def is_folder(path):
-    """whether a path is a folder of this form"""
-    return os.path.isfile(os.path.join(path, "config.json")) and any(
-        name.endswith(".safetensors") for name in os.listdir(path)
-    )
+    """whether a path is a folder of this form, whole or not"""
+    names = os.listdir(path) if os.path.isdir(path) else []
+    return "generation_config.json" in names or any(name.endswith(".safetensors") for name in names)
 
 
 def our_name(name):
@@ -229,17 +235,18 @@ def read(folder, to_train=False):
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             theirs = json.load(file)
+        if theirs["model_type"] != "llama":
+            fail(f"{folder}: model_type = {theirs['model_type']!r}: only 'llama' can be read")
         theirs = theirs.get("rope_parameters", {}) | theirs  # where newer files hold rope_theta
         settings = {ours: theirs[name] for name, ours in SETTINGS.items() if name in theirs}
         head_dim = theirs.get("head_dim") or settings["n_embd"] // settings["n_head"]
         own = theirs.get("nanobit") or {}
         check_own(own, settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        fail(f"{folder}/config.json cannot be read ({error}); expected the folder of a Llama model")
+        what = f"{type(error).__name__}: {error}"
+        fail(f"{folder}/config.json cannot be read ({what}); expected the folder of a Llama model")
     faults = []
-    if theirs.get("model_type") != "llama":
-        faults.append(f"model_type = {theirs.get('model_type')!r}: only 'llama' can be read")
-    elif head_dim * settings["n_head"] != settings["n_embd"]:
+    if head_dim * settings["n_head"] != settings["n_embd"]:
         faults.append(f"head_dim = {head_dim}: ours is hidden_size / num_attention_heads")
     if theirs.get("rope_type", "default") != "default":
         faults.append(f"rope_type = {theirs['rope_type']!r}: our positions are plain rotary ones")
@@ -257,19 +264,21 @@ def read(folder, to_train=False):
         faults.append(f"hidden_act = {theirs['hidden_act']!r}: our blocks have silu")
     if faults:
         fail(*(f"{folder}: {text}" for text in faults))
-    weights = {}
-    for name in sorted(name for name in os.listdir(folder) if name.endswith(".safetensors")):
+    weights, files = {}, sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    if not files:
+        fail(f"{folder} holds no .safetensors, where the weights would be; copy or export it again")
+    for name in files:
         path = os.path.join(folder, name)
         try:
             is_whole = not own or sha256(path) == own["sha256"]
             found = load_file(path)
         except Exception as error:  # the library has errors of its own
             fail(f"{path} is damaged ({type(error).__name__}: {error}); copy or export it again")
+        how = "is not the file that was exported (sha256): trained further, or damaged"
         if not is_whole and to_train:
-            how = "is not the file that was exported (sha256): trained further, or damaged"
             print(f"init_from: {path} {how}")
         elif not is_whole:
-            fail(f"{path} is not the file that was exported (sha256); copy or export it again")
+            fail(f"{path} {how}; copy or export it again (train.py --init_from= takes one trained further)")
         unknown = [key for key in found if our_name(key) is None and "rotary_emb" not in key]
         if unknown:
             fail(f"{path} holds {unknown[0]}, which our blocks have no place for")

@@ -127,7 +127,8 @@ class PackedLinear(nn.Module):
                 codes = unpack(self.packed) if self.wide is None else self.wide
                 y = (exact_matmul(q, codes) / (self.s * a)).view(*x.shape[:-1], self.matrix.n_out)
         if y.shape[-1] > self.out_features:
-            y = y[..., : self.out_features]
+            # a function of strided values would take other vectors than after BitLinear, with other last bits
+            y = y[..., : self.out_features].contiguous()
         return y.to(dtype)
 
 

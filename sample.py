@@ -33,7 +33,7 @@ FLAGS = {
     "top_p": (1.0, "draw from the likeliest tokens whose chances reach this (nucleus); 1 = from all"),
     "num_samples": (1, "texts to generate, a line --- between them"),
     "seed": (1337, "another seed draws another text"),
-    "dtype": ("float32", "float32 | bfloat16: what the matrix products compute in"),
+    "dtype": ("float32", "float32 | bfloat16 | float16: what the matrix products compute in"),
     "packed": (
         True,
         "integer weights in ternary layers; False = from the float master weights, the same text",
@@ -258,10 +258,10 @@ if cfg.head == "bfloat16":
     lighten_head(model)
 tokenizer, eot = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]
 try:
-    pass  # half a character of a command line is told like one that the tokenizer lacks
+    text.encode()  # half a character of a command line is told like one that the tokenizer lacks
     prompt = encode_prompt(tokenizer, eot, text)
 except ValueError as error:
-    config.fail(f"prompt = {text!r}: {error}")
+    config.fail(f"prompt_file = {cfg.prompt_file!r}: {error}" if cfg.prompt_file else f"prompt: {error}")
 
 if cfg.play or cfg.chat:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # readline has to give the terminal back

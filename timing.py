@@ -59,7 +59,8 @@ class Contestant:
         self.first_seconds = time.perf_counter() - began
         for _ in range(cfg.warmup - 1):
             self.step()
-        print(f"{name}: {self.first_seconds:.1f} s for the first step, with compiling", flush=True)
+        what = ", with compiling" if cfg.compile else ""
+        print(f"{name}: {self.first_seconds:.1f} s for the first step{what}", flush=True)
         self.ms.clear()
 
     def step(self, by_parts=False):
@@ -257,13 +258,14 @@ def writers(cfg, device, prompt, n_new):
         return lambda: generate(model, prompt, n_new, temperature=0.0, cuda_graph=cfg.cuda_graph)
 
     def theirs(folder):
-        model = build(cfg, True, device)
+        model = build(cfg, cfg.ternary, device)
         tokenizer = dict(kind="char", sha256="", eot=0, chars="\0")
-        part = dict(config=vars(cfg), tokenizer=tokenizer, model=model.state_dict())
+        part = dict(config=vars(cfg), tokenizer=tokenizer, model=model.state_dict(), step=0)
         # q2_0, which fits more widths, is too new for the binding
         kind = "tq2_0" if gguf_file.smallest(part) == "tq2_0" else "f16"
+        embed = "f16" if cfg.n_embd % gguf_file.BLOCK_SIZE["q8_0"] else "q8_0"
         path = os.path.join(folder, "model.gguf")
-        gguf_file.write(part, path, kind, "q8_0")
+        gguf_file.write(part, path, kind, embed)
         llama = verify.Llama(path, n_ctx=cfg.seq_len, n_threads=torch.get_num_threads())
         return f"llama.cpp {kind}", lambda: llama.write(prompt[0].tolist(), n_new)
 
@@ -274,7 +276,9 @@ def writers(cfg, device, prompt, n_new):
         other = "float32" if cfg.head == "bfloat16" else "bfloat16"
         wanted += [(cfg.ternary, other), (not cfg.ternary, cfg.head)]
     found = {named(*each): ours(*each) for each in wanted}
-    if cfg.compare and cfg.ternary and device.type == "cpu" and not cfg.n_expert:
+    if cfg.compare and device.type != "cpu":
+        print("llama.cpp is left out: the binding computes on the CPU")
+    elif cfg.compare:
         with tempfile.TemporaryDirectory() as folder:
             name, write = theirs(folder)
         found[name] = write

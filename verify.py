@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import quant
 from config import fail, library
 from inference import generate, restore
-from tokenizer import encode_prompt, make_tokenizer
+from tokenizer import continuation, encode_prompt, make_tokenizer
 
 NEW = 32  # greedy tokens after each prompt
 
@@ -70,8 +70,11 @@ def compare(part, windows, reference, bound, name, logits, tokenize, go_on):
             continue
         if (got := tokenize(text)) != ids:
             fail(f"the tokenizer that was written makes {got} of {text!r}, ours {ids}", code=1)
-        found["same"] += sum(a == b for a, b in zip(go_on(ids, n), greedy(ours, ids, n)))
+        texts = [greedy(ours, ids, n), go_on(ids, n)]
+        found["same"] += sum(a == b for a, b in zip(*texts))
         found["tokens"] += n
+        here, there = (continuation(tokenizer, ids, new) for new in texts)
+        print(f"{text!r} goes on {here!r}" + (f" here, {there!r} there" if texts[0] != texts[1] else ""))
     if windows:
         own = restore(part, torch.device("cpu"), packed=part["config"]["ternary"])
         found |= dict(val_tokens=sum(y.numel() for _, y in windows), val_loss=loss_of(own, windows))

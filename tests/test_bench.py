@@ -280,6 +280,17 @@ def test_two_speeds_are_compared_pair_by_pair():
     assert timing.compared([1, 10, 1, 10], [4, 2, 4, 2]) == (5.5 / 3, (0.25, 5))
 
 
+def test_bench_times_the_weights_that_it_names(monkeypatch):
+    """bug guarded: master weights timed under the name of integers, a float32 head under that of bfloat16"""
+    monkeypatch.setattr(timing, "generate", lambda model, *args, **how: model)
+    for packed, head in ((True, "float32"), (False, "bfloat16")):
+        cfg = SimpleNamespace(**vars(settings()), packed=packed, head=head, compare=False, cuda_graph=False)
+        (write,) = timing.writers(cfg, torch.device("cpu"), torch.zeros(1, 4, dtype=torch.long), 4).values()
+        model = write()
+        assert any(type(layer).__name__ == "PackedLinear" for layer in model.modules()) == packed
+        assert model.head.weight.dtype == getattr(torch, head)
+
+
 def test_bench_times_text_and_plans_from_what_it_timed():
     found, *_ = bench(**TINY, max_steps=10, sample=True)
     assert found["prefill_tokens_per_sec"] > found["decode_tokens_per_sec"] > 0

@@ -36,6 +36,20 @@ def written(tmp_path, part, run_dir, **how):
     return (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("ternary", [True, False])
+def test_the_numbers_of_a_card(tmp_path, ternary):
+    """bugs guarded: a tied head counted twice; steps told as tokens, bytes as bits; latent weights given out
+    as the deployed model"""
+    part, run_dir = run_of(tmp_path, "a", {7: 3.0}, ternary=ternary, tie_embeddings=True)
+    part["model"]["head.weight"] = part["model"]["embed.weight"]
+    total = Transformer(settings(ternary=ternary)).counts()["total"]
+    text = written(tmp_path, part, run_dir)
+    assert f"of {total:,} parameters" in text and "for 7 steps, 448 tokens of `tiny`" in text
+    assert f"has 1,000 bytes, {8000 / total:.2f} bits for each parameter" in text
+    assert "Float master weights" not in text
+    assert ("Float master weights" in written(tmp_path, part, run_dir, latent=True)) == ternary
+
+
 def test_the_twin_is_of_the_same_experiment(tmp_path):
     """bug guarded: a gap to a run that began elsewhere, or that lasted longer, told as the price of ternary
     weights"""

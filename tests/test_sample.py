@@ -151,9 +151,28 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
     assert err.startswith("error: prompt_file = ") and "UTF-8" in err
     spec = sentencepiece_spec(tmp_path)
     err = run("sample.py", save(tmp_path / "pieces", spec), "--prompt=a\udcff", code=2)[1]
-    assert err.startswith("error: prompt = 'a") and "surrogates" in err
+    assert err.startswith("error: prompt: ") and "surrogates" in err
     err = run("sample.py", *flags, "--prompt=-", "--chat", "--play", "--side=Z", "--ask=x", code=2)[1]
     assert [line.split()[1] for line in err.splitlines()] == ["side", "ask", "prompt", "play", "prompt"]
+
+
+def test_flags_reach_the_model(ckpt):
+    """bug guarded: a flag that is checked and then forgotten"""
+    spy = """
+import sys, torch, inference
+def generate(model, idx, n, **how):
+    packed = any(type(layer).__name__ == "PackedLinear" for layer in model.modules())
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    seed = how["generator"].initial_seed()
+    print(how["temperature"], how["top_k"], how["top_p"], seed, model.head.weight.dtype, dtype, packed)
+    yield torch.tensor([[2]])
+inference.generate = generate
+"""
+    out, _ = run("sample.py", ckpt, "--prompt=a", patch=spy)
+    assert "0.8 0 1.0 1337 torch.float32 torch.float32 True\n" in out
+    flags = ["--temperature=0", "--top_k=3", "--top_p=0.5", "--seed=7", "--head=bfloat16", "--dtype=float16"]
+    out, _ = run("sample.py", ckpt, "--prompt=a", *flags, "--packed=False", patch=spy)
+    assert "0.0 3 0.5 7 torch.bfloat16 torch.float16 False\n" in out
 
 
 def sentencepiece_spec(tmp_path):

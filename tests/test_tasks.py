@@ -314,6 +314,24 @@ def test_evaluate_reads_the_splits_of_any_data_set_with_its_tokenizer(trained):
     assert "has another tokenizer" in evaluate(trained, "--dataset=foreign", code=2)[2]
 
 
+def test_flags_of_evaluate_reach_the_model(trained):
+    """bug guarded: a flag that is checked and then forgotten"""
+    spy = """
+import torch, model
+real = model.mean_loss
+def mean_loss(of, batches):
+    packed = any(type(layer).__name__ == "PackedLinear" for layer in of.modules())
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else "float32"
+    print("packed", packed, dtype)
+    return real(of, batches)
+model.mean_loss = mean_loss
+"""
+    flags = [f"--ckpt={trained[1]}/r", f"--data_dir={trained[0]}"]
+    assert "packed True float32" in run("evaluate.py", *flags, patch=spy)[0]
+    out, _ = run("evaluate.py", *flags, "--packed=False", "--dtype=float16", patch=spy)
+    assert "packed False torch.float16" in out
+
+
 def test_evaluate_refuses_what_is_not_there(trained):
     """bug guarded: a traceback, or the preparation of the training data named for another data set"""
     for flag, says in (
