@@ -218,6 +218,7 @@ def test_tokenizers_come_along(make, tmp_path):
         assert theirs(text)["input_ids"] == ids, repr(text)
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode([i for i in ids if i != ids[0]])
     assert theirs.pad_token is None and theirs.eos_token_id == spec["eot"] and theirs.model_max_length == 64
+    assert "\0" not in theirs.eos_token, "a tool that prints names would end there"
 
 
 @pytest.mark.parametrize("make", [lambda: CHAR, sentencepiece, tiktoken])
