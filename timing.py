@@ -54,6 +54,8 @@ class Contestant:
         self.cfg, self.name, self.model, self.loss, self.optimizers = cfg, name, model, loss, optimizers
         self.windows, self.device, self.dtype = windows, device, dtype
         self.n, self.ms, self.parts = 0, [], {}
+        if cfg.compile:
+            print(f"{name}: compiling, which takes a minute or so", file=sys.stderr, flush=True)
         began = time.perf_counter()
         self.step()
         self.first_seconds = time.perf_counter() - began

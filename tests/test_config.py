@@ -177,13 +177,16 @@ def test_baseline_is_the_plan():
 
 
 def test_a_cuda_device_has_its_number(monkeypatch):
-    """bug guarded: `auto` on one GPU gives a device without an index, which set_device refuses"""
+    """bugs guarded: `auto` on one GPU gives a device without an index, which set_device refuses; kernels of
+    our own that go to another card than the tensors"""
     import device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert device.pick("auto") == device.pick("cuda") == torch.device("cuda", 0)
-    assert device.pick("cuda:1") == torch.device("cuda", 1)
+    assert device.pick("cuda:1") == torch.device("cuda", 1) == current[-1]
     with pytest.raises(SystemExit):
         device.pick("cuda:2")
     monkeypatch.setattr(device, "WORLD", 2)
