@@ -67,7 +67,7 @@ def their_name(name):
 def check(part, kind, embed):
     """exit with 2 where the widths of a model do not fit the blocks of a type, or the type not the model"""
     cfg, faults = part["config"], []
-    hf.check(part, packs=False)
+    hf.check(part)
     if kind in TERNARY and not cfg["ternary"]:
         faults.append(f"type = {kind!r} holds codes, and this is a float model; use {', '.join(TYPES)}")
     widths = {name: w.shape[-1] for name, w in part["model"].items() if name.endswith("_proj.weight")}

@@ -64,7 +64,8 @@ def is_ternary(part, name):
 
 def tensors(part, latent=False):
     """{their name: tensor} of a checkpoint's part: ternary matrices packed, with their scale, or the float
-    master weights (latent). A tied head is not written twice, rows of padding only with latent."""
+    master weights (latent). A tied head is not written twice, rows of padding only with latent. Exits with 2
+    where a width cannot be packed."""
     cfg, found = part["config"], {}
     for name, w in part["model"].items():
         w = w.detach()
@@ -80,6 +81,9 @@ def tensors(part, latent=False):
                 place = f"model.layers.{i}.block_sparse_moe.experts.{e}.{EXPERT[rest]}"
                 found[f"{place}.weight"] = one.contiguous()
         elif is_ternary(part, name) and not latent and not cfg["n_expert"]:
+            if len(w) % 4:
+                how = "--latent and --format=gguf --type=f16 take any width"
+                fail(f"{name} has {len(w)} rows, no multiple of 4, so that they cannot be packed; {how}")
             codes, s = quant.ternarize(w)
             found[f"{their_name(name)}.weight"] = packed.pack(codes)
             found[f"{their_name(name)}.weight_scale"] = s.reshape(1)
@@ -119,21 +123,11 @@ def model_config(part, latent=False):
     return found | dict(nanobit=dict(step=part["step"], config=public, tokenizer=tokenizer))
 
 
-def check(part, packs=True):
+def check(part):
     """exit with 2 where no stock model computes what this one does"""
-    cfg, faults = part["config"], []
+    cfg = part["config"]
     if cfg["n_expert"] and cfg["n_expert_active"] == 1:
-        faults.append(
-            "n_expert_active = 1: a chance weights the one expert, in a Mixtral nothing does; train with 2"
-        )
-    odd = [n for n, w in part["model"].items() if is_ternary(part, n) and w.dim() == 2 and w.shape[0] % 4]
-    if odd and packs:
-        faults.append(
-            f"{odd[0]} has {part['model'][odd[0]].shape[0]} rows, no multiple of 4, so that they cannot be "
-            "packed; --format=gguf --type=f16 takes any width"
-        )
-    if faults:
-        fail(*faults)
+        fail("n_expert_active = 1: a chance weights the one expert, in a Mixtral nothing does; train with 2")
     if part["tokenizer"]["kind"] == "sentencepiece":
         tokenizer_files.pieces(part["tokenizer"])
 
@@ -148,9 +142,9 @@ def write(part, out, latent=False):
     place = os.path.join(out, "model.safetensors")
     check(part)
     save_file = library("safetensors.torch", "safetensors").save_file
+    found = tensors(part, latent)
     os.makedirs(out)
     try:
-        found = tensors(part, latent)
         save_file(found, place, metadata={"format": "pt", "pad": ""})
         # transformers maps the file, in which embedding and head come first. Where they begin in memory
         # decides in which order a product for one token adds: as ours do, at a multiple of 64 bytes
