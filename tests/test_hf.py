@@ -1,0 +1,190 @@
+"""The folder for transformers: written, read by transformers, and read back."""
+
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from conftest import CHARS, run, train
+from parts import CHAR, part_of, sentencepiece, tiktoken
+
+import checkpoint
+import hf
+import tokenizer_files
+import verify
+from inference import restore
+
+transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(ternary=False, tie_embeddings=False, rope_theta=500.0, norm_eps=1e-3),
+        dict(vocab_multiple=64),
+        dict(n_kv_head=4, tie_embeddings=False),
+    ],
+)
+def test_transformers_computes_the_same_bits(changes, tmp_path):
+    """bugs guarded: a scale inverted, rows packed in another order, a norm or a position constant left at
+    transformers' default, rows of padding in the vocabulary, a head that is not tied"""
+    part = part_of(**changes)
+    part["config"]["sample_prompts"] = ["na\u00efve", "a"]  # of which the tokenizer knows one
+    hf.write(part, str(tmp_path / "x"))
+    found = verify.hf(part, str(tmp_path / "x"))
+    assert found["max_difference"] == 0.0 and found["same"] == found["tokens"] == verify.NEW
+    assert found["logits_std"] > 0.01 and found["good"]
+    theirs = json.load(open(tmp_path / "x" / "config.json"))
+    assert theirs["vocab_size"] == len(CHARS) and "pad_token_id" not in theirs
+    assert theirs["max_position_embeddings"] == part["config"]["seq_len"]
+    # one token: where the head begins in memory decides in which order it is added
+    if part["config"]["vocab_multiple"] == 1:
+        ours = restore(part, "cpu")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+        with torch.no_grad(), torch._dynamo.config.patch(disable=True):
+            for i in range(len(CHARS)):
+                assert torch.equal(model(torch.tensor([[i]])).logits, ours(torch.tensor([[i]])))
+    if part["config"]["ternary"]:
+        size = os.path.getsize(tmp_path / "x" / "model.safetensors")
+        ternary = sum(w.numel() for name, w in part["model"].items() if hf.is_ternary(part, name))
+        assert size < ternary / 4 + 4 * (len(CHARS) * 64 * 2 + 5 * 64) + 6000, "four codes to a byte"
+
+
+@pytest.mark.parametrize("ternary", [False, True])
+def test_a_mixture_is_a_mixtral(ternary, tmp_path):
+    """bugs guarded: gate and up exchanged, experts of another order, weights of the chosen that do not sum
+    to 1; ternary experts written as latent weights"""
+    part = part_of(n_expert=4, n_expert_active=2, ternary=ternary)
+    hf.write(part, str(tmp_path / "x"))
+    found = verify.hf(part, str(tmp_path / "x"))
+    assert found["good"] and found["max_difference"] < 1e-5 * found["logits_std"]
+    hf.write(part, str(tmp_path / "latent"), latent=True)
+    assert verify.hf(part, str(tmp_path / "latent"), latent=True)["good"]
+    # another model is not good
+    part["model"]["blocks.1.ffn.up_proj.weight"] = -part["model"]["blocks.1.ffn.up_proj.weight"]
+    windows = [(x[None, :-1], x[None, 1:]) for x in verify.probe(part)]
+    found = verify.hf(part, str(tmp_path / "x"), windows=windows)
+    assert not found["good"] and found["val_loss"] != found["reader_val_loss"]
+    with pytest.raises(SystemExit):
+        hf.write(part_of(n_expert=4, n_expert_active=1), str(tmp_path / "y"))
+
+
+def test_widths_that_cannot_be_packed(tmp_path, capsys):
+    """bugs guarded: a traceback of pack; a refusal of what is not packed; a folder that stays"""
+    part = part_of(ffn_dim=66)
+    with pytest.raises(SystemExit):
+        hf.write(part, str(tmp_path / "x"))
+    assert "66 rows, no multiple of 4" in capsys.readouterr().err and not os.listdir(tmp_path)
+    hf.write(part, str(tmp_path / "x"), latent=True)
+    found = hf.read(str(tmp_path / "x"))["model"]
+    assert all(torch.equal(w, found[name]) for name, w in part["model"].items())
+    hf.write(part_of(ffn_dim=66, ternary=False), str(tmp_path / "y"))
+
+
+@pytest.mark.parametrize("make", [lambda: CHAR, sentencepiece, tiktoken])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(ternary=False),
+        dict(ternary=False, vocab_multiple=128),
+        dict(vocab_multiple=128, tie_embeddings=False),
+    ],
+)
+def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
+    """bugs guarded: packed weights that are read as others, a tokenizer that comes back as another, rows of
+    padding that are missed; damage that is not noticed"""
+    spec, path = make(), tmp_path / "x"
+    content = spec.get("content", b"")
+    spec |= dict(sha256=hashlib.sha256(content).hexdigest())
+    part = part_of(spec, vocab_size=320 if content else len(CHARS), **changes)
+    part["config"]["data_dir"] = "/home/me/data"
+    hf.write(part, str(path))
+    for name in ("config.json", "generation_config.json"):
+        theirs = json.load(open(path / name))
+        assert theirs["bos_token_id"] == theirs["eos_token_id"] == spec["eot"]
+    found, where = checkpoint.trained(str(path))
+    assert where == str(path) and found["step"] == 7 and "/home/me" not in (path / "config.json").read_text()
+    assert found["tokenizer"] == spec | ({"file": tokenizer_files.CONTENT[spec["kind"]]} if content else {})
+    x = verify.probe(part)
+    with torch.no_grad():
+        ours = restore(part, "cpu", packed=part["config"]["ternary"])
+        theirs = restore(found, "cpu", packed=True)
+        assert theirs.head.weight.shape == ours.head.weight.shape
+        assert (theirs.head.weight is theirs.embed.weight) == part["config"]["tie_embeddings"]
+        assert torch.equal(theirs(x), ours(x)) and torch.equal(theirs(x[:1, :1]), ours(x[:1, :1]))
+    if part["config"]["ternary"]:
+        with pytest.raises(SystemExit):
+            restore(found, "cpu")
+        assert "only the integers are left" in capsys.readouterr().err
+    if content:
+        (path / tokenizer_files.CONTENT[spec["kind"]]).write_bytes(content[:-1])
+        with pytest.raises(SystemExit):
+            checkpoint.trained(str(path))
+        assert "is not the one that belongs there" in capsys.readouterr().err
+        os.remove(path / tokenizer_files.CONTENT[spec["kind"]])
+        with pytest.raises(SystemExit):
+            checkpoint.trained(str(path))
+        assert "is missing" in capsys.readouterr().err
+
+
+def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path):
+    """bug guarded: a folder that is packed, damaged or another model, that begins a run all the same"""
+    part, how = part_of(n_embd=32, ffn_dim=64, seq_len=16), dict(max_steps=1, sample_every=0)
+
+    def folder(name, latent=True, **changes):
+        path = tmp_path / name
+        hf.write(part, str(path), latent)
+        theirs = json.load(open(path / "config.json")) | changes
+        (path / "config.json").write_text(json.dumps(theirs))
+        return path
+
+    short = folder("short")
+    data = (short / "model.safetensors").read_bytes()
+    (short / "model.safetensors").write_bytes(data[: len(data) // 2])
+    for path, says in (
+        (folder("packed", latent=False), "export with --latent"),
+        (folder("other", model_type="gpt2"), "only 'llama' can be read"),
+        (folder("bias", attention_bias=True), "attention_bias = True"),
+        (folder("wide", intermediate_size=72, nanobit={}), "has the shape"),
+        (folder("turn", rope_parameters=dict(rope_type="llama3"), nanobit={}), "rope_type = 'llama3'"),
+        (folder("heads", head_dim=16, nanobit={}), "head_dim = 16"),
+        (folder("gelu", hidden_act="gelu", nanobit={}), "hidden_act = 'gelu'"),
+        (short, "is damaged"),
+    ):
+        _, err = train(data_dir, out_dir, "x", code=2, init_from=path, **how)
+        assert says in err and str(path) in err, err
+    flipped = folder("flipped", latent=False)
+    data = bytearray((flipped / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (flipped / "model.safetensors").write_bytes(data)
+    other = dict(quantization_config=dict(quant_method="gptq"))
+    for path, says in (
+        (short, "is damaged"),
+        (folder("foreign", nanobit={}), "it is no export of export.py"),
+        (folder("gptq", latent=False, **other), "only weights that export.py"),
+        (folder("deep", latent=False, num_hidden_layers=3), "beside it 3"),
+        (flipped, "is not the file that was exported"),
+        (folder("head", latent=False, num_attention_heads=2), "beside it 2"),
+        (folder("null", latent=False, nanobit=dict(tokenizer=None)), "cannot be read"),
+        (folder("layers", latent=False, nanobit=dict(config=dict(n_layer="two"))), "n_layer = 'two'"),
+        (folder("empty", latent=False, nanobit=None), "it is no export of export.py"),
+        (folder("widthless", latent=False, hidden_size=None), "cannot be read"),
+        (tmp_path / "none", "or an export for transformers"),
+    ):
+        _, err = run("sample.py", f"--ckpt={path}", "--prompt=a", code=2)
+        assert says in err and str(path) in err, err
+    # a Llama of another origin, whose tokenizer nobody can compare
+    path = folder("llama", nanobit={})
+    theirs = json.load(open(path / "config.json"))
+    del theirs["rope_theta"]
+    theirs["rope_parameters"] = dict(rope_theta=500.0, rope_type="default")  # where newer files have it
+    (path / "config.json").write_text(json.dumps(theirs))
+    assert hf.read(str(path), to_train=True)["config"]["rope_theta"] == 500.0
+    how["rope_theta"] = 500.0
+    same = dict(n_embd=32, ffn_dim=64, n_layer=2, n_head=4, n_kv_head=2)
+    out, _ = train(data_dir, out_dir, "y", init_from=path, **how, **same)
+    assert "its tokenizer cannot be compared" in out
+    assert restore(part, torch.device("cpu"))(torch.tensor([[1, 2]])).isfinite().all()
