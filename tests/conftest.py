@@ -155,3 +155,26 @@ def forward(self, idx, targets=None, cache=None):
     return out
 model.Transformer.forward = forward
 """
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """a folder with the same documents as .jsonl, .parquet (also as a local hub data set) and .txt"""
+    import pyarrow
+    import pyarrow.parquet
+    from documents import texts  # which imports this file
+
+    folder, documents = tmp_path_factory.mktemp("corpus"), texts()
+    with open(folder / "docs.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"body": text, "n": i}) + "\n" for i, text in enumerate(documents))
+    (folder / "docs.txt").write_bytes("".join(documents).encode())
+    for i in range(3):
+        (folder / f"part{i}.txt").write_bytes("".join(documents[100 * i : 100 * i + 100]).encode())
+    (folder / "separated.txt").write_bytes("<|end|>".join(documents).encode())
+    table = pyarrow.table({"text": documents, "id": list(range(len(documents)))})
+    pyarrow.parquet.write_table(table, folder / "docs.parquet", row_group_size=70)
+    os.makedirs(folder / "hub" / "data")
+    for split, part in (("train-00000-of-00002", table[:150]), ("train-00001-of-00002", table[150:])):
+        pyarrow.parquet.write_table(part, folder / "hub" / "data" / f"{split}.parquet", row_group_size=40)
+    pyarrow.parquet.write_table(table[:20], folder / "hub" / "data" / "validation-00000-of-00001.parquet")
+    return folder, documents
