@@ -1,0 +1,213 @@
+"""status.py: what the files of a run tell, and what is wrong with it."""
+
+import json
+import os
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from conftest import run
+from histories import noisy, write_run
+
+import status
+
+DEAD = 2**22 + 1  # above the largest pid of Linux
+LATE = dict(lr=1e-4)
+
+
+def heads(status):
+    """the first word of each warning"""
+    return [text.split(":")[0] for text in status["warnings"]]
+
+
+def test_damage_is_left_out(tmp_path):
+    """bug guarded: a traceback for a half-written line, a missing file, a NaN, an empty folder"""
+    path = write_run(tmp_path / "r", losses=noisy(0.01), evals=[(0, 2.5)], health=[dict(zero=0.33)] * 3)
+    with open(f"{path}/metrics/scalars.jsonl", "ab") as file:
+        file.write(b'{"step": 601, "lo\n\xff\xfe\x00\n[1]\n{"loss": 1.0}\n{"step": null, "loss": 3}\n')
+        file.write(b'{"step": 610, "loss": NaN, "lr": "x", "time": Infinity}\n{"step": 620, "lo')
+    with open(f"{path}/metrics/bitnet.jsonl", "a") as file:
+        file.write('{"step": 610, "total": 7}\n{"step": 620, "total": {"zero": NaN}}\n{"st')
+    found = status.status(path)
+    assert found["step"] == 610 and found["loss"] is None and found["lr"] is None
+    assert found["bitnet"]["zero"] is None and heads(found) == ["not finite"]
+    for flag in ("--json", f"--plot={tmp_path}/out.png", "--window=6"):
+        out, _ = run("monitor.py", path, flag)
+        assert "NaN" not in out and "Infinity" not in out
+    os.truncate(f"{path}/config.json", 100)
+    assert status.status(path)["max_steps"] is None
+    for name in ("config.json", "metrics/events.jsonl", "metrics/bitnet.jsonl", "samples/samples.jsonl"):
+        os.remove(f"{path}/{name}")
+        assert status.status(path)["step"] == 610
+        run("monitor.py", path)
+    os.makedirs(tmp_path / "empty" / "e")
+    assert status.status(f"{tmp_path}/empty/e")["state"] == "empty"
+    out, _ = run("monitor.py", f"--out_dir={tmp_path}/empty")
+    assert "empty" in out
+
+
+def test_state(tmp_path, monkeypatch):
+    """bugs guarded: a dead run that seems to train; a run on another machine that seems dead; a pause for
+    an evaluation taken for the end; the finish of a run that was lengthened; a zombie taken for a run"""
+    finish, resume = (dict(event=kind, step=600, time=time.time()) for kind in ("finish", "resume"))
+    interrupt = dict(event="interrupt", step=603, signal=15, time=time.time())
+
+    def state(name, **how):
+        found = status.status(write_run(tmp_path / name, losses=noisy(0.01), **how))
+        assert [text for text in heads(found) if "dead" in text or "stopped" in text] == (
+            [found["state"]] if found["state"] in ("dead process", "stopped writing") else []
+        )
+        return found["state"]
+
+    assert state("training", age=30) == "training"
+    assert state("evaluating", age=55) == "training", "under a minute"
+    assert state("stopped", age=100) == "stopped writing"
+    assert state("dead", age=5, pid=DEAD) == "dead process"
+    assert state("own_pid", age=5, pid=os.getpid()) == "dead process", "pids begin anew in a container"
+    assert state("finished", age=500, pid=DEAD, events=[finish]) == "finished"
+    assert state("interrupted", age=500, pid=DEAD, events=[interrupt]) == "interrupted"
+    assert status.status(f"{tmp_path}/interrupted")["step"] == 603, "it is past its last line"
+    assert state("again", age=5, events=[finish, resume]) == "training"
+    # a long pause is usual where there was one: 300 s at line 30
+    path = write_run(tmp_path / "pauses", losses=noisy(0.01), age=400)
+    with open(f"{path}/metrics/scalars.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    for row in rows[:30]:
+        row["time"] -= 300
+    with open(f"{path}/metrics/scalars.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with open(f"{path}/metrics/events.jsonl", "w") as file:
+        file.write(json.dumps(dict(event="start", step=0, time=rows[0]["time"] - 10)) + "\n")
+    assert status.status(path)["state"] == "training"
+    with open(f"{tmp_path}/dead/config.json") as file:
+        config = json.load(file)
+    with open(f"{tmp_path}/dead/config.json", "w") as file:
+        json.dump(config | {"host": "elsewhere"}, file)
+    found = status.status(f"{tmp_path}/dead")
+    assert found["state"] == "training" and found["pid_alive"] is None
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert status.is_alive({"pid": child.pid}) is False
+    child.wait()
+
+
+HEALTHY = dict(zero=0.33, plus=0.33, minus=0.34, near_threshold=0.06)
+SKIP = dict(event="anomaly", step=590, what="not finite, skipped", steps=2)
+RISE = [(0, 2.5), (200, 2.0), (400, 2.1), (600, 2.2)]
+
+
+@pytest.mark.parametrize(
+    "expected,how",
+    (
+        (
+            "",
+            dict(
+                losses=noisy(0.01), evals=[(0, 2.5), (600, 1.5)], health=[HEALTHY | dict(flip_rate=0.1)] * 60
+            ),
+        ),
+        ("", dict(losses=noisy(0.002))),  # falls by 0.05 over noise of 0.02
+        ("plateau", dict(losses=noisy(0))),
+        ("rising", dict(losses=noisy(-0.01))),
+        ("plateau", dict(losses=noisy(0), row=LATE)),
+        ("plateau", dict(losses=noisy(0), schedule="constant")),
+        ("", dict(losses=noisy(0, n=49))),  # too few lines to tell
+        ("", dict(losses=noisy(0), events=[dict(event="finish", step=600, why="max_steps")])),
+        ("overfitting", dict(losses=noisy(0.01), evals=RISE)),
+        ("", dict(losses=noisy(0.01), evals=RISE[:3])),  # one worse evaluation is chance
+        ("rising", dict(losses=noisy(-0.01), evals=RISE)),  # both losses rise: no overfitting
+        ("repetition", dict(losses=noisy(0.01), greedy=[0.1, 0.1, 0.5])),
+        ("", dict(losses=noisy(0.01), greedy=[0.9, 0.5, 0.5])),
+        ("throughput", dict(losses=noisy(0.01), row=dict(tokens_per_sec=[500.0] * 55 + [300.0] * 5))),
+        ("", dict(losses=noisy(0.01), row=dict(tokens_per_sec=[500.0] * 59 + [10.0]))),  # one slow line
+        ("not finite", dict(losses=noisy(0.01), events=[SKIP])),
+        ("not finite", dict(losses=[*noisy(0.01), None])),
+        ("", dict(losses=noisy(0.01), events=[SKIP | dict(step=20)])),  # long ago
+        ("save failed", dict(losses=noisy(0.01), events=[SKIP | dict(what="save failed")])),
+        ("disk", dict(losses=noisy(0.01), max_steps=10**13)),  # 1e11 checkpoints of 4,000 bytes
+        ("ternary", dict(losses=noisy(0.01), health=[HEALTHY | dict(zero=0.8)])),
+        ("dead experts", dict(losses=noisy(0.01), routers=[dict(load_max=3.0, entropy=1.0, dead=2)] * 3)),
+        ("", dict(losses=noisy(0.01), routers=[dict(dead=2), dict(dead=0), dict(dead=2)])),  # not for long
+        ("ternary", dict(losses=noisy(0.01), health=[HEALTHY | dict(near_threshold=0.4)])),
+        ("ternary", dict(losses=noisy(0.01), health=[HEALTHY | dict(flip_rate=i / 100) for i in range(60)])),
+        ("ternary", dict(losses=noisy(0.01), row=LATE, health=[HEALTHY | dict(flip_rate=0.1)] * 60)),
+        # while it warms up the learning rate is low and the flip rate rises, as it should
+        (
+            "",
+            dict(
+                losses=noisy(0),
+                warmup_steps=300,
+                row=LATE,
+                health=[HEALTHY | dict(flip_rate=i / 100) for i in range(60)],
+            ),
+        ),
+        ("", dict(losses=noisy(0.01), row=LATE, health=[HEALTHY | dict(flip_rate=1e-4)] * 60)),
+    ),
+)
+def test_warnings(tmp_path, expected, how):
+    """bug guarded: a fault that is not told, or a healthy run that is"""
+    assert heads(status.status(write_run(tmp_path / "r", **how))) == [expected][: bool(expected)]
+
+
+def test_a_loss_that_climbs_is_no_plateau(tmp_path):
+    """bug guarded: a diverging run told to wait for the decay"""
+    found = status.status(write_run(tmp_path / "r", losses=[2 + 0.1 * i for i in range(60)]))
+    assert found["warnings"][0].startswith("rising: ") and "lower learning_rate" in found["warnings"][0]
+
+
+def test_a_plateau_before_the_decay_is_to_wait_for(tmp_path):
+    """bug guarded: a run stopped on advice before the decay that would have brought the loss down"""
+    early = status.status(write_run(tmp_path / "early", losses=noisy(0)))
+    late = status.status(write_run(tmp_path / "late", losses=noisy(0), row=LATE))
+    constant = status.status(write_run(tmp_path / "constant", losses=noisy(0), schedule="constant"))
+    assert "wait for it" in early["warnings"][0]
+    assert all("stop here" in found["warnings"][0] for found in (late, constant))
+    os.remove(f"{tmp_path}/late/config.json")
+    assert heads(status.status(f"{tmp_path}/late")) == [], "where the rate is bound is not known"
+    # a fall too small for 50 lines shows in more of them
+    path = write_run(tmp_path / "slow", losses=noisy(0.0001, n=1000))
+    assert heads(status.status(path)) == ["plateau"] and heads(status.status(path, window=1000)) == []
+
+
+def test_trend_knows_its_noise():
+    """bug guarded: noise taken for a trend, or a trend that hides itself by inflating its own noise"""
+    rng = np.random.default_rng(1)
+    told = [status.trend(rng.normal(0, 1, 50).tolist(), 50) for _ in range(400)]
+    assert np.mean([found["word"] != "flat" for found in told]) == pytest.approx(0.046, abs=0.035)
+    assert np.std([found["change"] for found in told]) == pytest.approx(
+        np.mean([found["error"] for found in told]), rel=0.15
+    )
+    steep = status.trend([10 - 0.1 * i for i in range(50)], 50)
+    assert steep["word"] == "falling" and steep["change"] == pytest.approx(-2.5)
+    assert steep["error"] == pytest.approx(0.1 / 25**0.5)
+    assert status.trend([1.0] * 50, 50)["word"] == "flat" and status.trend([1.0] * 5, 50) is None
+
+
+def test_time_to_go_leaves_out_warming_up(tmp_path):
+    """bugs guarded: an ETA from the slow first step of a process; one beyond max_minutes; speed called
+    falling after a resume because of it"""
+    slow = [5000.0] + [100.0] * 29
+    found = status.status(write_run(tmp_path / "r", losses=noisy(0.01, n=30), row=dict(step_ms=slow)))
+    assert found["eta_seconds"] == pytest.approx(70.0)
+    first = write_run(tmp_path / "first", losses=[2.0], row=dict(step_ms=5000.0))
+    assert status.status(first)["eta_seconds"] is None
+    found = status.status(write_run(tmp_path / "m", losses=noisy(0.01, n=30), max_minutes=5.5))
+    assert found["eta_seconds"] == pytest.approx(30, abs=2), "300 of 330 s are over"
+    # a process that began 25 s ago has written three lines, the first of them slow
+    resume = dict(event="resume", step=570, time=time.time() - 25)
+    path = write_run(tmp_path / "w", losses=noisy(0.01, n=60), events=[resume])
+    run_lines = status.read_run(path)
+    assert [row["step"] for row in run_lines["rows"] if row not in status.steady(run_lines)] == [10, 580]
+
+
+def test_anomalies_are_counted_once(tmp_path):
+    """bug guarded: a step made again after a resume counted as two anomalies; an event of steps that were
+    dropped taken for the step of the run"""
+    save, resume = dict(event="save", step=900), dict(event="resume", step=500, time=time.time() - 1)
+    path = write_run(tmp_path / "r", losses=noisy(0.01), events=[SKIP, save, resume, SKIP])
+    with open(f"{path}/metrics/events.jsonl") as file:
+        text = file.read().replace('"save", "step": 900', f'"save", "step": 900, "time": {time.time() - 60}')
+    with open(f"{path}/metrics/events.jsonl", "w") as file:
+        file.write(text)
+    found = status.status(path)
+    assert found["anomalies"]["count"] == 1 and found["step"] == 600
