@@ -221,11 +221,8 @@ def check_own(own, theirs):
             raise ValueError(f"nanobit: tokenizer {spec}")
 
 
-def read(folder, to_train=False):
-    """the part of a checkpoint.pt that a folder stands for. Packed matrices stay as they are, uint8 beside
-    their weight_scale. to_train: a Llama of any origin, whose tokenizer is what is known of it, or None, but
-    nothing packed. Exits with 2 where it is no Llama, damaged or incomplete."""
-    load_file = library("safetensors.torch", "safetensors").load_file
+def read_config(folder, to_train):
+    """(settings, what export.py noted, whether the matrices are packed) of a folder's config.json"""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             theirs = json.load(file)
@@ -258,9 +255,15 @@ def read(folder, to_train=False):
         faults.append(f"hidden_act = {theirs['hidden_act']!r}: our blocks have silu")
     if faults:
         fail(*(f"{folder}: {text}" for text in faults))
+    return settings | dict(n_expert=0, vocab_multiple=1) | own.get("config", {}), own, bool(packing)
+
+
+def read_weights(folder, own, to_train):
+    """{our name: tensor} of a folder, of which export.py noted `own`: float32, or uint8 where it is packed"""
     weights, files = {}, sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
     if not files:
         fail(f"{folder} holds no .safetensors, where the weights would be; copy or export it again")
+    load_file = library("safetensors.torch", "safetensors").load_file
     for name in files:
         path = os.path.join(folder, name)
         try:
@@ -268,29 +271,25 @@ def read(folder, to_train=False):
             found = load_file(path)
         except Exception as error:  # the library has errors of its own
             fail(f"{path} is damaged ({type(error).__name__}: {error}); copy or export it again")
-        how = "is not the file that was exported (sha256): trained further, or damaged"
-        if not is_whole and to_train:
-            print(f"init_from: {path} {how}")
-        elif not is_whole:
-            fail(f"{path} {how}; copy or export it again (train.py --init_from= takes one trained further)")
+        if not is_whole:
+            what = f"{path} is not the file that was exported (sha256): trained further, or damaged"
+            if not to_train:
+                fail(f"{what}; copy or export it again (train.py --init_from= takes one trained further)")
+            print(f"init_from: {what}")
         unknown = [key for key in found if our_name(key) is None and "rotary_emb" not in key]
         if unknown:
             fail(f"{path} holds {unknown[0]}, which our blocks have no place for")
         named = {our_name(key): w for key, w in found.items() if our_name(key)}
         weights |= {key: w if w.dtype == torch.uint8 else w.float() for key, w in named.items()}
-    settings |= dict(n_expert=0, vocab_multiple=1) | own.get("config", {})
-    if packing:
-        settings["ternary"] = True
-    # rows of padding were not written, and a product with fewer rows adds in another order
-    for name in weights.keys() & {"embed.weight", "head.weight"}:
-        rows = -len(weights[name]) % settings["vocab_multiple"]
-        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
-    if settings.get("tie_embeddings") and "embed.weight" in weights:
-        weights["head.weight"] = weights["embed.weight"]
+    return weights
+
+
+def check_shapes(folder, settings, weights, is_packed):
+    """exit with 2 where a tensor is missing or one too many, or has another shape or dtype than settings say"""
     with torch.device("meta"):
         want = Transformer(SimpleNamespace(**config.assignments(config.DEFAULT) | settings)).state_dict()
     shapes = {name: tuple(w.shape) for name, w in want.items()}
-    for name in [name for name in shapes if packing and is_ternary(dict(config=settings), name)]:
+    for name in [name for name in shapes if is_packed and is_ternary(dict(config=settings), name)]:
         shapes[name] = (shapes[name][0] // 4, shapes[name][1])
         shapes[f"{name}_scale"] = (1,)
     odd = [name for name, w in weights.items() if (w.dtype == torch.uint8) != (f"{name}_scale" in shapes)]
@@ -302,6 +301,20 @@ def read(folder, to_train=False):
         is_there, needed = tuple(weights[name].shape) if name in weights else None, shapes.get(name)
         if is_there != needed:
             fail(f"{folder}: {name} has the shape {is_there}, config.json asks for {needed}; copy it again")
-    spec = own.get("tokenizer")
-    spec = spec if to_train else with_content(spec, folder)
+
+
+def read(folder, to_train=False):
+    """the part of a checkpoint.pt that a folder stands for. Packed matrices stay as they are, uint8 beside
+    their weight_scale. to_train: a Llama of any origin, whose tokenizer is what is known of it, or None, but
+    nothing packed. Exits with 2 where it is no Llama, damaged or incomplete."""
+    settings, own, is_packed = read_config(folder, to_train)
+    weights = read_weights(folder, own, to_train)
+    # rows of padding were not written, and a product with fewer rows adds in another order
+    for name in weights.keys() & {"embed.weight", "head.weight"}:
+        rows = -len(weights[name]) % settings["vocab_multiple"]
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
+    if settings.get("tie_embeddings") and "embed.weight" in weights:
+        weights["head.weight"] = weights["embed.weight"]
+    check_shapes(folder, settings, weights, is_packed)
+    spec = own.get("tokenizer") if to_train else with_content(own["tokenizer"], folder)
     return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0))
