@@ -285,7 +285,7 @@ def read_weights(folder, own, to_train):
 
 
 def check_shapes(folder, settings, weights, is_packed):
-    """exit with 2 where a tensor is missing or one too many, or has another shape or dtype than settings say"""
+    """exit with 2 where a tensor is missing, one too many, or of another shape or dtype than settings say"""
     with torch.device("meta"):
         want = Transformer(SimpleNamespace(**config.assignments(config.DEFAULT) | settings)).state_dict()
     shapes = {name: tuple(w.shape) for name, w in want.items()}
