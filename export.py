@@ -20,7 +20,7 @@ import sys
 import config
 from config import fail
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it; what is not whole has another name
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, but while it writes
 FLAGS = {
     "ckpt": ("", "a run folder (its newest checkpoint), a step folder or a checkpoint.pt"),
     "format": ("", "hf: a folder for transformers | gguf: a file for llama.cpp"),
@@ -117,6 +117,7 @@ windows = validation(part) if cfg.verify else []
 kind, partial = cfg.type or gguf_file.smallest(part), f"{cfg.out}.tmp-{os.getpid()}"
 if cfg.latent and part["config"]["ternary"]:
     print("latent: float weights for training; they are ternary only in nanoBit's forward", file=sys.stderr)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     if cfg.format == "gguf":
         gguf_file.write(part, partial, kind, cfg.embed)
@@ -129,6 +130,8 @@ try:
     os.rename(partial, cfg.out)
 except OSError as error:
     fail(f"out = {cfg.out!r} cannot be written: {error}; is there room, and may you write there?", code=1)
+except KeyboardInterrupt:
+    raise SystemExit(128 + signal.SIGINT) from None
 finally:
     if os.path.exists(f"{partial}.old") and not os.path.exists(cfg.out):
         os.rename(f"{partial}.old", cfg.out)
@@ -137,6 +140,7 @@ finally:
             shutil.rmtree(path, ignore_errors=True)
         elif os.path.exists(path):
             os.remove(path)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 if cfg.format == "gguf":
     size, types = os.path.getsize(cfg.out), f"{kind}, embedding {cfg.embed}"
     print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}, {types}, step {part['step']:,}")

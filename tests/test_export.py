@@ -60,7 +60,7 @@ def test_the_command(runs, tmp_path):
 
 def test_what_is_there_stays(runs, tmp_path):
     """bugs guarded: an export that replaces the user's folder or file, or what somebody puts in its place
-    meanwhile; a full disk, or a rename that fails, that costs an earlier export or leaves remains"""
+    meanwhile; a full disk, Ctrl-C, or a rename that fails, that costs an earlier export or leaves remains"""
     ckpt, out = f"--ckpt={runs[1]}/r", tmp_path / "packed"
     run("export.py", ckpt, "--format=hf", f"--out={out}")
     _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", code=2)
@@ -98,6 +98,13 @@ os.rename = rename
 """
     _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", code=1, patch=stuck)
     assert "cannot be written: stuck" in err and hf.is_ours(str(out))
+    for module in ("hf", "gguf_file"):
+        stop = f"import os, signal, {module} as writer\nreal = writer.write\n"
+        stop += "def write(*args): real(*args); os.kill(os.getpid(), signal.SIGINT)\nwriter.write = write"
+        place = f"{tmp_path}/new.gguf" if module == "gguf_file" else out
+        flags = [f"--format={module.removesuffix('_file')}", f"--out={place}", "--force"]
+        run("export.py", ckpt, *flags, code=130, patch=stop)
+    assert not [name for name in os.listdir(tmp_path) if "tmp" in name or "new" in name]
     # a full disk leaves what was there, and nothing of its own
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"
     for more in (
