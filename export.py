@@ -125,7 +125,7 @@ try:
         hf.write(part, partial, cfg.latent)
         card.write(part, partial, run_dir, cfg.latent)
     make_room()  # again: that took a while
-    if os.path.exists(cfg.out):
+    if os.path.isdir(cfg.out):  # a file is replaced in one step
         os.rename(cfg.out, f"{partial}.old")
     os.rename(partial, cfg.out)
 except OSError as error:
