@@ -29,7 +29,7 @@ import optim
 import ranks
 import record
 from config import fail
-from files import write_json
+from files import sync_folder, write_json
 
 FORMAT = 2  # 1: one optimizer in trainer.pt, no scaler; its weights are read, it is not resumed
 MODEL, TRAINER = "checkpoint.pt", "trainer.pt"
@@ -56,13 +56,6 @@ class HashedFile:
 
     def flush(self):
         self.file.flush()
-
-
-def flush_to_disk(path):
-    """fsync a file or, so that a rename in it lasts, a folder"""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def step_dir(run_dir, step):
@@ -96,11 +89,11 @@ def save(run_dir, step, model_part, trainer_part):
                 os.fsync(out.file.fileno())
             manifest["files"][name] = {"bytes": out.bytes, "sha256": out.sha.hexdigest()}
         write_json(os.path.join(partial, "manifest.json"), manifest)
-        flush_to_disk(partial)
+        sync_folder(partial)
         if os.path.isdir(final):  # remains without a manifest: no checkpoint
             shutil.rmtree(final)
         os.rename(partial, final)
-        flush_to_disk(os.path.dirname(final))
+        sync_folder(os.path.dirname(final))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

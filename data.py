@@ -15,7 +15,6 @@ finished, and how many tokens of a split are on the disk. A finished shard never
 those of the complete set; what is not there yet is waited for. Its first epoch ends when it is complete.
 """
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -30,7 +29,7 @@ import torch
 
 import ranks
 from config import fail
-from files import write_json
+from files import is_locked, write_json
 
 
 def meta(cfg):
@@ -123,14 +122,7 @@ def tell(text):
 
 def is_being_written(folder):
     """whether a preparation holds the lock of a data set's folder"""
-    try:
-        with open(os.path.join(folder, ".lock"), "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return is_locked(os.path.join(folder, ".lock"))
 
 
 def digest(meta):

@@ -1,7 +1,25 @@
-"""Files that are whole or not there: written under a temporary name, flushed to the disk, renamed."""
+"""
+Files that are whole or missing: written under a temporary name, flushed to the disk, renamed. And locks.
 
+A file system may lack a feature: SMB, FUSE and the drives of WSL refuse to flush a folder, NFS, Lustre and
+mounted cloud drives may refuse locks. That costs a warning, never a file.
+"""
+
+import atexit
+import errno
 import json
 import os
+import sys
+import warnings
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+warned = set()  # the features whose lack was reported already
+
+
+def warn_once(feature, text):
+    if feature not in warned:
+        warned.add(feature)
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def write_bytes(path, content):
@@ -22,3 +40,79 @@ def write_bytes(path, content):
 def write_json(path, value):
     """value as indented JSON"""
     write_bytes(path, json.dumps(value, indent=1).encode())
+
+
+def sync_folder(path):
+    """Flush a folder to the disk, so that a rename in it survives a power cut, if the file system can."""
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        warn_once(
+            "fsync",
+            f"the file system of {path} cannot flush a folder ({error.strerror}); a power cut may undo the "
+            "last rename",
+        )
+    finally:
+        os.close(handle)
+
+
+def lock(path, timeout=0.3):
+    """Lock the file at path for this process, until release() or the end of the process; return the lock.
+
+    If the file system has no locks, a file path.owner with the process and its host stands in; one that a
+    dead process of this host left is taken over. Raises BlockingIOError, with the holder as its text, if
+    another process still has the lock after `timeout` seconds (is_locked takes it for a moment only), and
+    OSError if the file cannot be written.
+    """
+    import filelock
+
+    def acquired(kind, name):
+        found = kind(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # filelock's own words for what warn_once says below
+            found.acquire(timeout=timeout)
+        atexit.register(found.release)  # a file that stands in for a lock does not go with the process
+        return found
+
+    try:
+        try:
+            return acquired(filelock.FileLock, path)
+        except NotImplementedError:  # how older versions of filelock report ENOSYS
+            pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        warn_once("lock", f"the file system of {path} has no locks; the file {path}.owner stands in for one")
+        return acquired(filelock.SoftFileLock, f"{path}.owner")
+    except filelock.Timeout as error:
+        raise BlockingIOError(errno.EAGAIN, holder(error.lock_file)) from None
+
+
+def holder(path):
+    """Return who holds the lock file at path, in words."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            pid, host = file.read(1000).split()[:2]
+        who = f"process {pid[:20]} of host {host[:100]!r}"
+    except (OSError, ValueError):  # a true lock: the file is empty
+        who = "another process"
+    return f"{who} (if it has ended, delete {path})"
+
+
+def is_locked(path):
+    """Return whether a live process holds lock(path). A lock file that this process may only read counts as
+    held for as long as it exists."""
+    if not (os.path.exists(path) or os.path.exists(f"{path}.owner")):
+        return False
+    try:
+        lock(path, timeout=0).release()
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return True
+    return False

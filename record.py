@@ -7,7 +7,6 @@ beyond k, and each evaluation, sample and best from k on, is there once, whateve
 
 import atexit
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -18,13 +17,14 @@ import sys
 import time
 from importlib import metadata
 
+import files
 from config import RANK, WORLD, fail, settings_of
 from files import write_json
 
 SCALARS, BITNET = os.path.join("metrics", "scalars.jsonl"), os.path.join("metrics", "bitnet.jsonl")
 ROUTER = os.path.join("metrics", "router.jsonl")
 EVENTS, SAMPLES = os.path.join("metrics", "events.jsonl"), os.path.join("samples", "samples.jsonl")
-lock = None  # the open file that holds the lock of the run's folder
+lock = None  # that of the run's folder
 
 
 def plain(value):
@@ -70,7 +70,7 @@ def flush(run_dir):
     for name in (SCALARS, BITNET, ROUTER, EVENTS, SAMPLES, "train.log"):
         path = os.path.join(run_dir, name)
         if os.path.exists(path):
-            with open(path, "rb") as file:
+            with open(path, "ab") as file:  # Windows flushes only what it may write
                 os.fsync(file.fileno())
 
 
@@ -198,7 +198,7 @@ def set_aside(run_dir):
 
 def forget(run_dir):
     """remove the folder of a run that ended before it began; where there is a file in it, it stays"""
-    if any(name != ".lock" for _, _, names in os.walk(run_dir) for name in names):
+    if any(not name.startswith(".lock") for _, _, names in os.walk(run_dir) for name in names):
         return
     with contextlib.suppress(OSError):
         shutil.rmtree(run_dir)
@@ -212,12 +212,10 @@ def open_run(run_dir):
     try:
         for name in ("metrics", "samples", "checkpoints"):
             os.makedirs(os.path.join(run_dir, name), exist_ok=True)
-        lock = open(os.path.join(run_dir, ".lock"), "w")
+        lock = files.lock(os.path.join(run_dir, ".lock"))
+    except BlockingIOError as error:
+        fail(f"{run_dir} is being trained by {error.strerror}; wait for it, or choose another --run_id=")
     except OSError as error:
         fail(f"out_dir: cannot write {run_dir} ({error.strerror}); choose another folder with --out_dir=")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{run_dir} is being trained by another process; wait for it, or choose another --run_id=")
     if is_new:
         atexit.register(forget, run_dir)

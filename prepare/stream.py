@@ -7,7 +7,6 @@ complete: what it lists is never taken back, so that training may read it (data.
 """
 
 import collections
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -29,6 +28,7 @@ import vocab
 from tqdm import tqdm
 
 import config
+import files
 from config import fail
 from files import write_bytes
 from tokenizer import make_tokenizer, with_content
@@ -159,11 +159,10 @@ def prepare(cfg, open_streams, source):
         return
     before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     tokens.open_data_set(cfg.data_dir, cfg.name, source, anew=False)
-    lock = open(os.path.join(folder, ".lock"), "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{folder} is being written by another process; wait for it, or choose another --name=")
+        lock = files.lock(os.path.join(folder, ".lock"))
+    except BlockingIOError as error:
+        fail(f"{folder} is being written by {error.strerror}; wait for it, or choose another --name=")
     if is_complete(folder, source):  # the other process has just ended
         return
     progress = read_json(progress_path)
@@ -187,6 +186,7 @@ def prepare(cfg, open_streams, source):
             fail(f"val_fraction = {cfg.val_fraction}: no document was left to train on; lower it")
         progress["shards"] = finished(splits, progress)
     except KeyboardInterrupt:
+        lock.release()
         kept = bool(read_json(progress_path).get("tokens"))
         if not kept:
             discard(folder, before)
@@ -194,6 +194,7 @@ def prepare(cfg, open_streams, source):
         print(f"\nstopped; {what}", file=sys.stderr)
         os._exit(130)
     except SystemExit as end:
+        lock.release()
         if not read_json(progress_path).get("tokens"):
             discard(folder, before)
         elif end.code == 2:
@@ -203,8 +204,9 @@ def prepare(cfg, open_streams, source):
         how = "train.py then needs --eval_every=0; a larger val_fraction holds some out"
         print(f"warning: val_fraction = {cfg.val_fraction}: no document was held out; {how}")
     write_meta(folder, progress)
+    lock.release()
     for name in os.listdir(folder):
-        if name == ".lock" or name.startswith(("progress.json", "meta.json.tmp")):
+        if name.startswith((".lock", "progress.json", "meta.json.tmp")):
             os.remove(os.path.join(folder, name))
     summarize(folder, read_json(meta_path))
 
@@ -349,7 +351,7 @@ def discard(folder, before):
     """remove what this preparation has put into a folder that held the names `before`, and the folder where
     nothing is left"""
     for name in os.listdir(folder):
-        is_ours = re.fullmatch(r"\.lock|(train|val)_\d{5}\.bin\.partial|(meta|progress)\.json.*", name)
+        is_ours = re.fullmatch(r"\.lock.*|(train|val)_\d{5}\.bin\.partial|(meta|progress)\.json.*", name)
         if is_ours or (name.startswith("tokenizer.") and name not in before):
             os.remove(os.path.join(folder, name))
     if not os.listdir(folder):

@@ -21,7 +21,7 @@ def save(run_dir, step):
 @pytest.fixture
 def run_dir(tmp_path):
     record.open_run(str(tmp_path))
-    record.lock.close()
+    record.lock.release()
     return str(tmp_path)
 
 
@@ -243,9 +243,9 @@ def test_a_second_process_is_refused(run_dir, capsys):
     with pytest.raises(SystemExit):
         record.open_run(run_dir)
     assert "another process" in capsys.readouterr().err
-    lock.close()
+    lock.release()
     record.open_run(run_dir)
-    record.lock.close()
+    record.lock.release()
 
 
 def test_an_older_or_newer_format_is_told(tmp_path, capsys):

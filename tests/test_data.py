@@ -10,6 +10,7 @@ import torch
 from conftest import CHARS, run, settings, write_data
 
 import data
+import files
 from tokenizer import make_tokenizer
 
 CPU = torch.device("cpu")
@@ -199,19 +200,16 @@ def test_a_data_set_that_nothing_writes_is_used_up_and_then_told(tmp_path, monke
 def test_a_wait_ends_with_a_signal_or_with_the_data(tmp_path, monkeypatch):
     """bug guarded: a wait that cannot be interrupted, that takes the tokens for lost while they come, or
     that says so every second"""
-    import fcntl
-
     data_dir, whole = growing(tmp_path / "d", monkeypatch)
     w, told, slept = windows(data_dir, tokenize_on_fly=True), [], []
-    lock = open(tmp_path / "d" / "tiny" / ".lock", "w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = files.lock(str(tmp_path / "d" / "tiny" / ".lock"))
 
     def sleep(seconds):
         slept.append(seconds)
         if len(slept) == 5:  # as a preparation ends: meta.json, then the lock
             os.rename(tmp_path / "d/tiny/val_00000.bin.partial", tmp_path / "d/tiny/val_00000.bin")
             damage(data_dir, "meta.json", lambda _: json.dumps(whole).encode())
-            lock.close()
+            lock.release()
 
     monkeypatch.setattr(data.time, "sleep", sleep)
     assert w.wait_for(24, stop=lambda: len(slept) == 2, say=told.append) == "" and not w.has(24)

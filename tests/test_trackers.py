@@ -42,7 +42,7 @@ def begin(tmp_path, name, how, step=0):
     cfg = settings(run_id="r", **{name: True}, **how)
     run_dir, warnings = str(tmp_path / "runs" / cfg.run_id), []
     record.open_run(run_dir)
-    record.lock.close()
+    record.lock.release()
     if not os.path.exists(os.path.join(run_dir, record.EVENTS)):
         record.event(run_dir, "start", step=0)
     return trackers.start(cfg, run_dir, step, warnings.append), cfg, run_dir, warnings

@@ -1,0 +1,148 @@
+"""Files and locks on file systems that lack a feature."""
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+
+import filelock
+import pytest
+from conftest import ROOT, final, train
+
+import files
+
+NO_FOLDER_FSYNC = """
+import errno, os, stat
+real = os.fsync
+def fsync(handle):
+    if stat.S_ISDIR(os.fstat(handle).st_mode):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return real(handle)
+os.fsync = fsync
+"""
+NO_LOCKS = """
+import errno, fcntl, os
+def flock(handle, how):
+    raise OSError(errno.{code}, os.strerror(errno.{code}))
+fcntl.flock = flock
+"""
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """a file system without locks"""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(handle, how):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(files, "warned", set())
+
+
+def locked_by_a_child(path, kill):
+    """lock path in another process; if kill, end that process with the lock in its hands. Returns it."""
+    code = f"import sys; sys.path.insert(0, {ROOT!r}); import files; lock = files.lock({str(path)!r})\n"
+    code += "print(flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
+    child.stdout.readline()
+    if kill:
+        child.kill()
+        child.wait()
+    return child
+
+
+def test_a_lock_excludes_until_its_process_ends(tmp_path):
+    """rule: two live processes exclude each other, a killed one leaves no lock"""
+    path = tmp_path / ".lock"
+    child = locked_by_a_child(path, kill=False)
+    assert files.is_locked(path)
+    with pytest.raises(BlockingIOError, match="another process"):
+        files.lock(path)
+    child.kill()
+    child.wait()
+    assert not files.is_locked(path)
+    files.lock(path).release()
+
+
+def test_without_locks_a_file_stands_in(tmp_path, no_locks, capsys):
+    """rule: two live processes exclude each other, with one warning, and the holder is named"""
+    path = str(tmp_path / ".lock")
+    lock = files.lock(path)
+    assert capsys.readouterr().err.count("has no locks") == 1
+    with pytest.raises(BlockingIOError, match=f"process {os.getpid()} of host .* delete .*owner"):
+        files.lock(path)
+    assert files.is_locked(path) and "has no locks" not in capsys.readouterr().err
+    lock.release()
+    assert not files.is_locked(path) and not os.path.exists(path + ".owner")
+
+
+def test_the_file_of_a_dead_process_is_taken_over(tmp_path, no_locks):
+    """rule: a killed process of this host blocks nobody"""
+    path = str(tmp_path / ".lock")
+    holder = filelock.SoftFileLock(path + ".owner")
+    holder.acquire()
+    with open(path + ".owner", encoding="utf-8") as file:
+        text = file.read()
+    holder.release()
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    with open(path + ".owner", "w", encoding="utf-8") as file:  # the same host, a process that has ended
+        file.write("\n".join([str(child.pid), *text.split("\n")[1:2], ""]))
+    files.lock(path).release()
+
+
+def test_the_file_of_another_host_is_named(tmp_path, no_locks):
+    """rule: whether a process of another host lives cannot be known; the file to delete is named"""
+    path = str(tmp_path / ".lock")
+    with open(path + ".owner", "w", encoding="utf-8") as file:
+        file.write("42\nelsewhere\n")
+    with pytest.raises(BlockingIOError) as busy:
+        files.lock(path)
+    assert busy.value.strerror == f"process 42 of host 'elsewhere' (if it has ended, delete {path}.owner)"
+
+
+def test_a_lock_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """rule: other errors than a lack of locks are not hidden, and a lock that only others may take counts
+    as held"""
+    (tmp_path / ".lock").touch()
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(PermissionError):
+        files.lock(tmp_path / ".lock")
+    assert files.is_locked(tmp_path / ".lock")
+
+
+def test_a_folder_that_cannot_be_flushed_costs_a_warning(tmp_path, monkeypatch, capsys):
+    """rule: one warning, no error, and no handle is left open"""
+    real = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(files, "warned", set())
+    first = os.open(tmp_path, os.O_RDONLY)
+    os.close(first)
+    files.sync_folder(tmp_path)
+    files.sync_folder(tmp_path)
+    assert capsys.readouterr().err.count("cannot flush a folder") == 1
+    assert os.open(tmp_path, os.O_RDONLY) == first
+    os.close(first)
+
+
+@pytest.mark.parametrize("patch", [NO_FOLDER_FSYNC, NO_LOCKS.format(code="ENOLCK")])
+def test_training_survives_a_poor_file_system(data_dir, out_dir, patch):
+    """rule: without fsync of folders, and without locks, a run saves, resumes and ends complete"""
+    changes = dict(max_steps=4, eval_every=0, sample_every=0, save_every=2)
+    _, err = train(data_dir, out_dir, "poor", patch=patch, **changes | dict(max_steps=2))
+    assert err.count("warning: the file system") == 1
+    train(data_dir, out_dir, "poor", patch=patch, resume="auto", **changes)
+    assert final(os.path.join(out_dir, "poor"), step=4)
