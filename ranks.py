@@ -6,9 +6,11 @@ one rank knows and all must act on (a signal, a time limit, whether a save succe
 anybody acts, since a rank that leaves alone leaves the others waiting.
 """
 
+import contextlib
 import datetime
 import os
 import signal
+import sys
 import time
 import warnings
 
@@ -83,14 +85,24 @@ received, received_at = 0, 0.0  # the signal that this process got, and when
 interrupted = 0  # the one that any rank got, as far as that was asked
 
 
+def handle_signals(handler):
+    """Set the handler of SIGINT, SIGTERM and, if the platform has it, SIGHUP (a closed terminal)."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # set by nohup
+        signal.signal(signal.SIGHUP, handler)
+
+
+def leave_on_signal():
+    """From now on a signal ends the program with 128 + its number and removes what has only been begun."""
+    handle_signals(lambda signum, frame: sys.exit(128 + signum))
+
+
 def listen():
-    """from now on the first SIGINT, SIGTERM or SIGHUP sets the flag, and the second exits at once. One of
-    several ranks may get the same one twice, from SLURM and from torchrun: it takes a second for another
+    """from now on the first SIGINT, SIGTERM or SIGHUP sets the flag, and the second exits immediately. One
+    of several ranks may get the same one twice, from SLURM and from torchrun: it takes a second for another
     only after five seconds."""
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless nohup says not to care
-        signal.signal(signal.SIGHUP, on_signal)
+    handle_signals(on_signal)
 
 
 def on_signal(signum, frame):
@@ -98,10 +110,16 @@ def on_signal(signum, frame):
     if received and WORLD > 1 and time.monotonic() < received_at + 5:
         return
     if received:  # a rename is one call, which this cannot cut in two
-        os.write(2, b"\nstopped at once, nothing saved; --resume=auto goes on from the last checkpoint\n")
+        say(b"\nstopped, nothing saved; --resume=auto continues from the last checkpoint\n")
         os._exit(128 + signum)
     received, received_at = signum, time.monotonic()
-    os.write(2, b"\nstopping: saving the state first; once more to stop at once\n")
+    say(b"\nstopping: saving the state first; once more to stop immediately\n")
+
+
+def say(text):
+    """Write bytes to stderr, from inside a signal handler, if it can be written: not to a closed terminal."""
+    with contextlib.suppress(OSError):
+        os.write(2, text)
 
 
 def asked_to_stop():

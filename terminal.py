@@ -1,5 +1,7 @@
 """What a program shows: text that is safe to print, and output that may go away before the program ends."""
 
+import sys
+
 
 def printable(text):
     """Return text with every control character, line break and lone surrogate as an escape such as \\x1b.
@@ -8,3 +10,33 @@ def printable(text):
     clipboard, or add a line to an error.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class Lossy:
+    """A text stream that drops what cannot be written: the terminal was closed, the reader of a pipe has
+    ended, the disk under a log is full. For a run, which must not end because of what it prints."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a text that the encoding cannot hold is no reason
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def survive_lost_output():
+    """From now on, drop what cannot be written to stdout and stderr instead of raising an error."""
+    sys.stdout, sys.stderr = Lossy(sys.stdout), Lossy(sys.stderr)

@@ -20,9 +20,11 @@ import sys
 import time
 
 import config
+import terminal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C just ends the program
 cfg = config.load(sys.argv[1:], __doc__)
+terminal.survive_lost_output()
 
 import torch
 from tqdm import tqdm
@@ -62,6 +64,7 @@ prompts = samples.encode(cfg, tokenizer, meta["eot"]) if cfg.sample_every else [
 
 # model, optimizer, and where the run starts
 
+ranks.leave_on_signal()  # an empty folder of the run does not stay
 run_dir = os.path.join(cfg.out_dir, cfg.run_id)
 origin, same_run, passed_over = ranks.from_main(lambda: checkpoint.origin(cfg, run_dir))
 torch.manual_seed(cfg.seed)
