@@ -12,6 +12,7 @@ torch.load itself notices a truncated file but not a flipped bit, which would lo
 the sums.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ import optim
 import ranks
 import record
 from config import fail
-from files import sync_folder, write_json
+from files import set_aside, sync_folder, write_json
 
 FORMAT = 2  # 1: one optimizer in trainer.pt, no scaler; its weights are read, it is not resumed
 MODEL, TRAINER = "checkpoint.pt", "trainer.pt"
@@ -62,12 +63,24 @@ def step_dir(run_dir, step):
     return os.path.join(run_dir, "checkpoints", f"step_{step:06d}")
 
 
+def has_manifest(run_dir, step):
+    """Return whether the checkpoint of a step is there, without a look at its content."""
+    return os.path.exists(os.path.join(step_dir(run_dir, step), "manifest.json"))
+
+
+def step_folders(run_dir):
+    """Return the steps of a run that have a folder, newest first. Raises OSError if that cannot be read."""
+    folder = os.path.join(run_dir, "checkpoints")
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted((int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name)), reverse=True)
+
+
 def steps(run_dir):
     """steps of a run that have a manifest, newest first"""
-    folder = os.path.join(run_dir, "checkpoints")
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    whole = [name for name in names if os.path.exists(os.path.join(folder, name, "manifest.json"))]
-    return sorted((int(name[5:]) for name in whole if re.fullmatch(r"step_\d{6,}", name)), reverse=True)
+    return [step for step in step_folders(run_dir) if has_manifest(run_dir, step)]
 
 
 def save(run_dir, step, model_part, trainer_part):
@@ -90,8 +103,8 @@ def save(run_dir, step, model_part, trainer_part):
             manifest["files"][name] = {"bytes": out.bytes, "sha256": out.sha.hexdigest()}
         write_json(os.path.join(partial, "manifest.json"), manifest)
         sync_folder(partial)
-        if os.path.isdir(final):  # remains without a manifest: no checkpoint
-            shutil.rmtree(final)
+        if os.path.isdir(final):  # without a manifest, perhaps with good weights
+            set_aside(final)
         os.rename(partial, final)
         sync_folder(os.path.dirname(final))
     except BaseException:
@@ -101,7 +114,8 @@ def save(run_dir, step, model_part, trainer_part):
 
 
 def fault(folder, name):
-    """what is wrong with one file of a checkpoint, or None: it agrees with the manifest"""
+    """Return what is wrong with one file of a checkpoint, or None: it agrees with the manifest. Raises
+    OSError if it exists and cannot be read now: then nothing is known about it."""
     path = os.path.join(folder, name)
     try:
         with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
@@ -111,17 +125,31 @@ def fault(folder, name):
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != want["sha256"]:
                 return f"{name} does not have the sha256 of the manifest: its content changed on disk"
-    except OSError as error:
-        return f"{name} cannot be checked: {error.strerror}: {error.filename}"
-    except (ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{os.path.basename(error.filename)} is missing"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return f"manifest.json is damaged ({type(error).__name__}), {name} cannot be checked"
     return None
 
 
+@contextlib.contextmanager
+def reading():
+    """Exit with 1 if a file cannot be read now: to take an older checkpoint would lose what was trained."""
+    try:
+        yield
+    except OSError as error:
+        fail(
+            f"{error.filename} cannot be read now ({error.strerror}); repair that and run the same command "
+            "again, or name the folder of another checkpoint",
+            code=1,
+        )
+
+
 def newest(run_dir, resumable):
-    """(folder or None, [(step, fault)] of the newer ones passed over): the newest checkpoint that verifies"""
+    """(folder or None, [(step, fault)] of the newer ones passed over): the newest checkpoint that verifies.
+    Raises OSError if a newer one cannot be read now: it may be whole."""
     passed = []
-    for step in steps(run_dir):
+    for step in step_folders(run_dir):
         folder = step_dir(run_dir, step)
         wrong = fault(folder, MODEL) or (resumable and fault(folder, TRAINER)) or None
         if not wrong:
@@ -142,7 +170,8 @@ def locate(path, resumable=False, setting="ckpt", also=""):
         fail(f"{setting} = {path!r} is no checkpoint; {wanted}")
     folder = os.path.dirname(path) or "." if os.path.isfile(path) else path
     if os.path.isdir(os.path.join(folder, "checkpoints")):
-        folder, passed = newest(folder, resumable)
+        with reading():
+            folder, passed = newest(folder, resumable)
         for step, wrong in passed:
             print(f"passed over step {step}: {wrong}", file=sys.stderr)
         if folder is None:
@@ -157,7 +186,8 @@ def locate(path, resumable=False, setting="ckpt", also=""):
         fail(
             f"{setting} = {path!r} has no {TRAINER} any more (keep_last); --init_from= takes its weights only"
         )
-    wrong = fault(folder, MODEL) or (resumable and fault(folder, TRAINER)) or None
+    with reading():
+        wrong = fault(folder, MODEL) or (resumable and fault(folder, TRAINER)) or None
     if wrong:
         fail(f"{setting} = {path!r} is no {kind} checkpoint: {wrong}")
     return folder
@@ -180,25 +210,47 @@ def trained(path):
     return load(folder), folder
 
 
+def newest_resumable(run_dir):
+    """Return (step folder or None, [(step, fault)] of newer ones), what resume = 'auto' continues from. A run
+    of which nothing is whole is renamed, to start over.
+
+    Exits with 1, and the choices, if a checkpoint cannot be read now, or if weights are whole but nothing
+    can be resumed: an unattended restart must not throw away what was trained.
+    """
+    with reading():
+        folder, passed = newest(run_dir, resumable=True)
+        usable = newest(run_dir, resumable=False)[0] if passed and not folder else None
+    for step, wrong in passed:
+        print(f"resume: passed over step {step}: {wrong}")
+    if usable:
+        fail(
+            f"{run_dir} has no checkpoint to resume from, see above, but the weights of {usable} are whole; "
+            f"--init_from={usable} with another --run_id= starts a new run from them; to start this run "
+            f"over, rename or delete {run_dir}",
+            code=1,
+        )
+    if passed and not folder:
+        record.lock.release()  # Windows does not rename a folder with an open file
+        print(f"resume: no checkpoint is whole, starting over; the old run is now {set_aside(run_dir)}")
+        record.open_run(run_dir)
+    return folder, passed
+
+
 def origin(cfg, run_dir):
     """(step folder that a run goes on from or None, whether it is this run's own, what was passed over), by
     cfg.resume; the run's folder is locked from now on. Exits with 2 where it already holds a run that this
     one would overwrite."""
     record.open_run(run_dir)  # before anything is chosen from it: its former process may still be saving
     if cfg.resume == "auto":
-        folder, passed = newest(run_dir, resumable=True)
-        for step, wrong in passed:
-            print(f"resume: passed over step {step}: {wrong}")
-        if passed and not folder:
-            print(f"resume: none is whole, starting anew; the old run is now {record.set_aside(run_dir)}")
-            record.open_run(run_dir)
+        folder, passed = newest_resumable(run_dir)
         return folder, True, passed
     folder = locate(cfg.resume, resumable=True, setting="resume") if cfg.resume else None
-    same_run = bool(folder) and os.path.realpath(folder).startswith(os.path.realpath(run_dir) + os.sep)
-    if steps(run_dir) and not same_run:
+    own = os.path.realpath(os.path.join(run_dir, "checkpoints"))
+    same_run = bool(folder) and os.path.dirname(os.path.realpath(folder)) == own
+    if not same_run and (held := step_folders(run_dir)):
         fail(
-            f"run_id = {cfg.run_id!r}: {run_dir} already holds a run, up to step {steps(run_dir)[0]}; "
-            "go on with --resume=auto, or choose another --run_id="
+            f"run_id = {cfg.run_id!r}: {run_dir} already holds a run, up to step {held[0]}; "
+            "continue with --resume=auto, or choose another --run_id="
         )
     return folder, same_run, []
 
@@ -279,40 +331,41 @@ def load(folder, name=MODEL, mmap=False):
 
 
 def remove(folder):
-    """delete a checkpoint, its manifest first: a folder half gone is no checkpoint"""
-    manifest = os.path.join(folder, "manifest.json")
-    if os.path.exists(manifest):
-        os.remove(manifest)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete a checkpoint under the name of a temporary, which a kill may leave half deleted."""
+    partial = f"{folder}.tmp-{os.getpid()}"
+    try:
+        os.rename(folder, partial)
+        shutil.rmtree(partial)
+    except OSError as error:
+        print(f"warning: {folder} was not removed: {error.strerror}", file=sys.stderr)
 
 
 def prune(run_dir, keep_last, keep_steps):
     """delete trainer.pt beyond the newest keep_last (0 = all) resumable checkpoints, but of none in
     keep_steps"""
-    held = [s for s in steps(run_dir) if os.path.exists(os.path.join(step_dir(run_dir, s), TRAINER))]
-    for step in held[keep_last:] if keep_last else []:
-        if step not in keep_steps:
-            os.remove(os.path.join(step_dir(run_dir, step), TRAINER))
+    try:
+        held = [s for s in steps(run_dir) if os.path.exists(os.path.join(step_dir(run_dir, s), TRAINER))]
+        for step in held[keep_last:] if keep_last else []:
+            if step not in keep_steps and not os.path.islink(step_dir(run_dir, step)):
+                os.remove(os.path.join(step_dir(run_dir, step), TRAINER))
+    except OSError as error:
+        print(f"warning: older checkpoints were not pruned: {error.strerror}", file=sys.stderr)
 
 
 def clean(run_dir, after):
-    """make room for a run that goes on from step `after`: what killed processes left half written or half
-    removed is deleted, whole checkpoints of later steps, which belong to another course of the run, are
-    renamed; returns their new names"""
-    folder, aside = os.path.join(run_dir, "checkpoints"), []
+    """Make room for a run that continues from step `after`, and print what is renamed.
+
+    Deleted are only the temporaries of killed processes. Checkpoints of later steps, which belong to another
+    course of the run, and step folders without a manifest are renamed. Other folders stay as they are.
+    """
+    folder = os.path.join(run_dir, "checkpoints")
     for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if (
-            ".aside" not in name
-            and not os.path.exists(os.path.join(path, "manifest.json"))
-            or ".tmp-" in name
-        ):
-            shutil.rmtree(path, ignore_errors=True)
-    for step in steps(run_dir):
-        if step > after:
-            target = f"{step_dir(run_dir, step)}.aside"
-            while os.path.exists(target):
-                target += "x"
-            os.rename(step_dir(run_dir, step), target)
-            aside.append(target)
-    return aside
+        if re.fullmatch(r"step_\d{6,}\.tmp-\d+", name):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    for step in step_folders(run_dir):
+        if step > after or not has_manifest(run_dir, step):
+            why = "is later than the step this run continues from"
+            if not has_manifest(run_dir, step):
+                why = "has no manifest.json"
+            path = step_dir(run_dir, step)
+            print(f"renamed: {path}, which {why}, to {os.path.basename(set_aside(path))}")

@@ -116,3 +116,12 @@ def is_locked(path):
             raise
         return True
     return False
+
+
+def set_aside(folder):
+    """Rename a folder to a name that is free; return its new path."""
+    path = folder + ".aside"
+    while os.path.exists(path):
+        path += "x"
+    os.rename(folder, path)
+    return path

@@ -187,15 +187,6 @@ def finished(run_dir, cfg, step, patience):
     return end["why"] if step >= cfg.max_steps or out_of_patience else ""
 
 
-def set_aside(run_dir):
-    """rename the folder of a run; returns its new path"""
-    path = run_dir + ".aside"
-    while os.path.exists(path):
-        path += "x"
-    os.rename(run_dir, path)
-    return path
-
-
 def forget(run_dir):
     """remove the folder of a run that ended before it began; where there is a file in it, it stays"""
     if any(not name.startswith(".lock") for _, _, names in os.walk(run_dir) for name in names):

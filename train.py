@@ -116,8 +116,7 @@ def open_folder():
     """make the folder that of a run at this step; returns the step at which an evaluation, and that at which
     samples, are dropped from the record and so to be made again, where they are"""
     checkpoint.check_disk(cfg, run_dir, counts["total"], cfg.max_steps - step)
-    for folder in checkpoint.clean(run_dir, step if same_run else -1):
-        print(f"set aside: {folder}, a later step than the one this run goes on from")
+    checkpoint.clean(run_dir, step if same_run else -1)
     again = [
         step if same_run and record.last(run_dir, *line, step=step) else -1
         for line in ((record.SCALARS, "val_loss"), (record.SAMPLES, "mode"))
@@ -176,7 +175,7 @@ def scheduled(at):
 def save(why):
     """the state before the update at `step` and before its evaluation, which resuming makes again. Returns
     whether it is on disk: a full disk costs a warning, and leaves what was there."""
-    if ranks.share(step in checkpoint.steps(run_dir)):
+    if ranks.share(checkpoint.has_manifest(run_dir, step)):
         return True
     weights = ranks.gather(model.state_dict())
     if cfg.tie_embeddings:  # gathered from shards they would be two

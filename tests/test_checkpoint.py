@@ -134,12 +134,89 @@ def test_later_steps_are_set_aside_not_lost(run_dir):
     for step in (5, 10):
         save(run_dir, step)
     os.makedirs(os.path.join(run_dir, "checkpoints", "step_000015.tmp-1"))
-    aside = checkpoint.clean(run_dir, 5)
-    assert checkpoint.steps(run_dir) == [5] and checkpoint.fault(aside[0], MODEL) is None
+    checkpoint.clean(run_dir, 5)
+    aside = checkpoint.step_dir(run_dir, 10) + ".aside"
+    assert checkpoint.steps(run_dir) == [5] and checkpoint.fault(aside, MODEL) is None
     save(run_dir, 10)
-    assert (
-        len(checkpoint.clean(run_dir, 5)) == 1 and len(os.listdir(os.path.join(run_dir, "checkpoints"))) == 3
-    )
+    checkpoint.clean(run_dir, 5)
+    assert len(os.listdir(os.path.join(run_dir, "checkpoints"))) == 3
+
+
+def test_only_own_temporaries_are_deleted(run_dir, capsys):
+    """rule: a folder of the user's stays, a step folder without a manifest is renamed, and that is printed"""
+    folder = os.path.join(run_dir, "checkpoints")
+    for name in ("mine", "step_000005.bak", "step_000003", "step_000007.tmp-12", "notes.tmp-1"):
+        os.makedirs(os.path.join(folder, name))
+        open(os.path.join(folder, name, "checkpoint.pt"), "w").close()
+    checkpoint.clean(run_dir, 10)
+    want = ["mine", "notes.tmp-1", "step_000003.aside", "step_000005.bak"]
+    assert sorted(os.listdir(folder)) == want
+    assert "step_000003, which has no manifest.json, to step_000003.aside" in capsys.readouterr().out
+
+
+def test_a_save_keeps_weights_without_a_manifest(run_dir):
+    """rule: what lies in the place of a new checkpoint is renamed, not deleted"""
+    os.remove(os.path.join(save(run_dir, 5), "manifest.json"))
+    assert os.path.exists(os.path.join(save(run_dir, 5) + ".aside", MODEL))
+
+
+def test_a_checkpoint_that_cannot_be_read_now_stops_a_resume(run_dir, monkeypatch, capsys):
+    """rule: EIO or EACCES is not damage: resume = 'auto' exits with 1 and renames nothing"""
+    save(run_dir, 5), save(run_dir, 10)
+    real = open
+
+    def failing(path, *args, **kwargs):
+        if "step_000010" in str(path) and str(path).endswith(".pt"):
+            raise OSError(5, "Input/output error", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", failing)
+    for choose in (checkpoint.newest_resumable, lambda path: checkpoint.locate(path)):
+        with pytest.raises(SystemExit) as stop:
+            choose(run_dir)
+        assert stop.value.code == 1 and "checkpoint.pt cannot be read now" in capsys.readouterr().err
+    assert sorted(os.listdir(os.path.join(run_dir, "checkpoints"))) == ["step_000005", "step_000010"]
+
+
+def test_whole_weights_are_not_abandoned(run_dir, capsys):
+    """rule: if weights are whole and no trainer.pt is, resume = 'auto' exits with 1 and names the choices"""
+    save(run_dir, 5), save(run_dir, 10)
+    for step in (5, 10):
+        flip(os.path.join(checkpoint.step_dir(run_dir, step), TRAINER))
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.newest_resumable(run_dir)
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and f"--init_from={checkpoint.step_dir(run_dir, 10)} with another" in said
+    assert os.path.isdir(checkpoint.step_dir(run_dir, 10))
+
+
+def test_a_link_to_another_disk_is_the_same_run(tmp_path):
+    """rule: checkpoints/ may be a link; pruning does not touch what a linked step folder holds"""
+    run_dir, elsewhere = str(tmp_path / "r"), str(tmp_path / "disk")
+    os.makedirs(run_dir), os.makedirs(elsewhere)
+    os.symlink(elsewhere, os.path.join(run_dir, "checkpoints"))
+    save(run_dir, 5), save(run_dir, 10)
+    cfg = settings(resume=run_dir, run_id="r", out_dir=str(tmp_path))
+    assert checkpoint.origin(cfg, run_dir) == (checkpoint.step_dir(run_dir, 10), True, [])
+    record.lock.release()
+    os.rename(checkpoint.step_dir(run_dir, 5), str(tmp_path / "kept"))
+    os.symlink(str(tmp_path / "kept"), checkpoint.step_dir(run_dir, 5))
+    checkpoint.prune(run_dir, 1, set())
+    assert os.path.exists(tmp_path / "kept" / TRAINER)
+
+
+def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(run_dir, monkeypatch, capsys):
+    """rule: training does not end because an old file cannot be deleted"""
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    save(run_dir, 5), save(run_dir, 10)
+    monkeypatch.setattr(os, "remove", refuse)
+    checkpoint.prune(run_dir, 1, set())
+    monkeypatch.setattr(os, "rename", refuse)
+    checkpoint.remove(checkpoint.step_dir(run_dir, 5))
+    assert capsys.readouterr().err.count("warning: ") == 2 and checkpoint.steps(run_dir) == [10, 5]
 
 
 def test_rewind_drops_what_is_made_again(run_dir):
