@@ -139,6 +139,17 @@ def no_compiler(device):
     return ""
 
 
+def compile_fault(device):
+    """Return why a small function cannot be compiled for a device, in one line, or '': a compiler may exist
+    and fail (no headers, a broken installation), or the folder of compiled code may not be writable."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(16, device=device))
+    except Exception as error:  # of torch, of the compiler, of the file system: any of them, and eager works
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0][:200]}"
+    return ""
+
+
 def check_cuda_graph(device, n_expert):
     """exit with 2 where the pass of a token cannot be a CUDA graph"""
     if device.type != "cuda" or n_expert:
@@ -151,7 +162,7 @@ def compiled(model, wanted, device):
     had"""
     if not wanted:
         return model, False
-    if reason := no_compiler(device):
+    if reason := no_compiler(device) or compile_fault(device):
         print(f"compile: off, {reason}", file=sys.stderr)
         return model, False
     return torch.compile(model, dynamic=False), True
