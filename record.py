@@ -53,7 +53,7 @@ def append_text(run_dir, text, name="train.log"):
             file.write(text + "\n")
     except OSError as error:
         print(f"warning: a line of {path} is lost: {error.strerror}", file=sys.stderr)
-        if os.path.exists(path):
+        with contextlib.suppress(OSError):  # the whole disk may be gone, and come back
             os.truncate(path, size)  # no half line, onto which the next would be written
 
 
