@@ -60,44 +60,66 @@ def test_rounding_is_half_to_even():
     assert q.tolist() == [[127, 0, 2, 2, 0]]
 
 
-needs_int8 = pytest.mark.skipif(not quant.HAS_INT8, reason="needs a CPU with oneDNN's int8 products")
+PRODUCTS = "oneDNN", "_int_mm", "fp32"  # how a CPU may compute the integer product
 
 
-@needs_int8
+def set_product(monkeypatch, product):
+    """make exact_matmul take this product, whatever the CPU has and whatever the sizes are"""
+    if product == "oneDNN" and not quant.HAS_INT8:
+        pytest.skip("needs a CPU for which oneDNN has int8 products")
+    monkeypatch.setattr(quant, "HAS_VNNI", product == "_int_mm")
+    monkeypatch.setattr(quant, "int_matmul_pays", lambda *sizes: product != "fp32")
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("shape", [(33, 3072, 64), (7, 5, 3), (1, 768, 384), (0, 64, 48)])
-def test_every_product_gives_the_same_bits(monkeypatch, shape):
+def test_every_product_gives_the_same_bits(monkeypatch, shape, product):
     """bugs guarded: sums of 16 bits that saturate; an odd width; a machine that trains another model"""
     n, n_in, n_out = shape
     torch.manual_seed(0)
     q, t = torch.randint(-128, 128, (n, n_in)), torch.randint(-1, 2, (n_out, n_in))
     if n:
         q[0], q[-1], t[0], t[-1] = 127, -128, 1, -1
-    for pays in (True, False):
-        monkeypatch.setattr(quant, "int_matmul_pays", lambda *sizes, pays=pays: pays)
-        assert torch.equal(quant.exact_matmul(q.float(), t.float()), (q @ t.T).float())
+    set_product(monkeypatch, product)
+    assert torch.equal(quant.exact_matmul(q.float(), t.float()), (q @ t.T).float())
 
 
-@needs_int8
-def test_int8_is_used_where_it_pays():
-    """bug guarded: a rule that never, or for a single token, takes the int8 product"""
-    cpu, wide = torch.device("cpu"), (1024, 768, 3072)
-    assert quant.int_matmul_pays(cpu, *wide) and not quant.int_matmul_pays(cpu, 1, *wide[1:])
-    assert quant.int_matmul_pays(cpu, 512, 768, 384) and not quant.int_matmul_pays(cpu, 511, *wide[1:])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_layer_uses_the_product_of_its_cpu(monkeypatch, product):
+    """bug guarded: a rule that is asked, and a layer that multiplies floats all the same"""
+    names = {"oneDNN": "nanobit::int8_matmul", "_int_mm": "aten::_int_mm"}
+    set_product(monkeypatch, product)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer()(torch.randn(8, 64))
+    calls = {event.key for event in profile.key_averages()} & set(names.values())
+    assert calls == ({names[product]} if product in names else set())
+
+
+def test_int8_is_used_where_it_pays(monkeypatch):
+    """bug guarded: a rule that never, or for too few rows, takes the int8 product"""
+    cpu, cuda, widths = torch.device("cpu"), torch.device("cuda"), (768, 3072)
+    monkeypatch.setattr(quant, "HAS_INT8", True)
+    monkeypatch.setattr(quant, "HAS_VNNI", False)  # AVX2: large products only
+    assert quant.int_matmul_pays(cpu, 1024, *widths) and quant.int_matmul_pays(cpu, 512, 768, 384)
+    assert not any(quant.int_matmul_pays(cpu, rows, *widths) for rows in (1, 511))
     assert not quant.int_matmul_pays(cpu, 768, 128, 512)
-    bit, x = layer(*wide[1:]), torch.randn(wide[0], wide[1])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as told:
-        bit(x)
-    assert "nanobit::int8_matmul" in {event.key for event in told.key_averages()}
+    monkeypatch.setattr(quant, "HAS_INT8", False)  # ARM, or a CPU older than AVX
+    assert not quant.int_matmul_pays(cpu, 1024, *widths)
+    monkeypatch.setattr(quant, "HAS_VNNI", True)  # int8 units: also one row
+    assert quant.int_matmul_pays(cpu, 1, *widths)
+    assert quant.int_matmul_pays(cuda, 17, *widths) and not quant.int_matmul_pays(cuda, 16, *widths)
+    assert not quant.int_matmul_pays(cuda, 17, 768, 3070)
+    assert not quant.int_matmul_pays(torch.device("mps"), 1024, *widths)
 
 
 def test_scale_does_not_depend_on_threads():
     """bug guarded: a mean summed in fp32 changes with the number of threads, and with it the export"""
     w = torch.randn(512, 1024)
-    scales = []
-    for n in (1, 2):
+    scales, threads = [], torch.get_num_threads()
+    for n in (1, 2, threads):
         torch.set_num_threads(n)
         scales.append(quant.weight_scale(w))
-    assert torch.equal(*scales)
+    assert torch.equal(*scales[:2])
     assert quant.weight_scale(torch.randn(3, 8, 4)).shape == (3, 1, 1), "one scale per expert matrix"
 
 
@@ -131,11 +153,11 @@ def test_gradient_dtypes_under_autocast():
     torch.testing.assert_close(bit.weight.grad, other.weight.grad, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("int8, autocast", [(True, False), (False, False), (False, True)])
-def test_compiled_equals_eager(monkeypatch, int8, autocast):
+@pytest.mark.parametrize("product, autocast", [*((product, False) for product in PRODUCTS), ("fp32", True)])
+def test_compiled_equals_eager(monkeypatch, product, autocast):
     """bugs guarded: a graph break, a compiler that contracts the rounding, a gradient that compiling cuts
     off"""
-    monkeypatch.setattr(quant, "int_matmul_pays", lambda *sizes: int8 and quant.HAS_INT8)
+    set_product(monkeypatch, product)
     torch._dynamo.reset()
     bit, x = layer(), torch.randn(4, 64, requires_grad=True)
 

@@ -228,7 +228,8 @@ def test_a_sharded_mixture_is_the_whole_one(one):
     """bugs guarded: Muon on a shard of a matrix; ternary scales of a shard; a sharded checkpoint that one
     process cannot read, or the other way round; an evaluation that not every rank takes part in"""
     how = dict(n_expert=3, optimizer="muon", ternary=False, schedule="constant", dropout=0.0, eval_tokens=192)
-    how |= dict(keep_last=0)
+    # on a CPU with bfloat16 units Muon iterates in bfloat16, whose roundings are larger than the bounds
+    how |= dict(keep_last=0, patch="import device, torch\ndevice.matrix_dtype = lambda device: torch.float32")
     train(*one, "mixture", **PLAIN | how)
     two(one, "sharded", fsdp=True, **how | dict(max_steps=11))
     train(*one, "sharded", resume="auto", **PLAIN | how)
