@@ -122,7 +122,7 @@ def next_logprobs(model, tokenizer, eot, games):
     """natural log chances (N, V) of the next token, and (N,) of what has come so far, for games: texts of
     one length, result first"""
     ids = torch.tensor([[eot, *tokenizer.encode(game)] for game in games])
-    logprobs = model(ids.to(model.embed.weight.device)).log_softmax(-1).double().cpu()  # (N, T, V)
+    logprobs = model(ids.to(model.embed.weight.device)).log_softmax(-1).cpu().double()  # (N, T, V)
     return logprobs[:, -1], logprobs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].sum(-1)
 
 
