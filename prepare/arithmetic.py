@@ -16,8 +16,8 @@ import random
 import signal
 import sys
 
-import numpy as np
 import tokens  # first: it puts the project's folder on the path
+import numpy as np
 from tqdm import tqdm
 
 import config

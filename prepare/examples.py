@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 
-import sources
 import tokens
+import sources
 
 import config
 

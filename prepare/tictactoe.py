@@ -12,8 +12,8 @@ more often, as they do in random play. 2,000,000 games take ten seconds, 40 MB o
 import signal
 import sys
 
-import numpy as np
 import tokens  # first: it puts the project's folder on the path
+import numpy as np
 from tqdm import tqdm
 
 import config

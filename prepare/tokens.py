@@ -6,12 +6,12 @@ import os
 import shutil
 import sys
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from config import fail
+from config import fail  # noqa: I001 -- first: it explains what is not installed
 from files import write_bytes
+
+import numpy as np
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 

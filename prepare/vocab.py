@@ -9,8 +9,8 @@ import os
 import re
 import sys
 
-import sources
 import tokens
+import sources
 from tqdm import tqdm
 
 from config import fail, library

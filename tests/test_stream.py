@@ -5,10 +5,10 @@ import os
 import signal
 import time
 
+import tokens
 import numpy as np
 import pytest
 import stream
-import tokens
 from conftest import run, start
 from documents import PATCH, SLOW, TIKTOKEN, documents_of, read, stopped, text_flags
 
