@@ -21,6 +21,7 @@ import signal
 import sys
 
 import config
+import terminal
 from config import fail
 
 FLAGS = {
@@ -122,7 +123,7 @@ def settings():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in: bench.py ... | head
+    terminal.end_with_reader()
     cfg = settings()  # mistakes are told before torch is imported
 
 import torch

@@ -19,7 +19,6 @@ import glob
 import hashlib
 import json
 import os
-import shlex
 import sys
 import time
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ import torch
 import ranks
 from config import fail
 from files import is_locked, write_json
+from terminal import command_line
 
 
 def meta(cfg):
@@ -43,7 +43,7 @@ def meta(cfg):
     while waits and not os.path.exists(path) and is_being_written(folder):
         time.sleep(1)
     if not os.path.exists(path):
-        where = "" if cfg.data_dir == "data" else f" --data_dir={shlex.quote(cfg.data_dir)}"
+        where = "" if cfg.data_dir == "data" else " " + command_line([f"--data_dir={cfg.data_dir}"])
         command, flagged = cfg.prepare, [cfg.origin[key].startswith("--") for key in ("dataset", "prepare")]
         if not command or flagged == [True, False]:  # the config's command makes another data set
             command = default_command(cfg)

@@ -10,7 +10,6 @@ import contextlib
 import os
 import platform
 import re
-import resource
 import shutil
 import sys
 import time
@@ -63,14 +62,18 @@ def pick(wanted):
 
 
 def pick_dtype(wanted, device):
-    """the torch dtype that matrix products compute in: auto takes bfloat16 where the device has units for it.
-    A CPU without them emulates it several times slower than float32."""
+    """Return the torch dtype that matrix products compute in. auto is bfloat16 if the device has units for
+    it, else float32: a CPU without them emulates bfloat16 several times slower. A card with float16 units
+    alone is reported."""
     if wanted not in DTYPES:
         fail(f"dtype = {wanted!r} is unknown; choose one of {', '.join(DTYPES)}")
     if wanted in ("auto", "bfloat16") and has_bf16(device):
         return torch.bfloat16
     if wanted == "bfloat16":
         print(f"dtype: {describe(device)} has no bfloat16 units; computing in float32", file=sys.stderr)
+    if wanted == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 7:
+        how = "--dtype=float16 should be faster, for models without experts and without fsdp"
+        print(f"dtype: {describe(device)} has no bfloat16 units, so float32; {how}", file=sys.stderr)
     if wanted == "float16" and device.type == "mps":
         fail("dtype = 'float16' needs a gradient scaler, which is for cuda and cpu; use bfloat16 or float32")
     return torch.float16 if wanted == "float16" else torch.float32
@@ -192,7 +195,8 @@ def synchronize(device):
 
 
 def peak_memory_gb(device):
-    """most memory held so far, in 1e9 bytes: allocated on the device, or resident in the process on CPU"""
+    """Return the most memory held so far, in 1e9 bytes: allocated on the device, or resident in the process
+    on CPU; None on Windows, which has no such number in Python."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
@@ -201,8 +205,18 @@ def peak_memory_gb(device):
         with open("/proc/self/status", encoding="utf-8") as file:
             return int(re.search(r"VmHWM:\s*(\d+) kB", file.read())[1]) * 1024 / 1e9
     except (OSError, TypeError):  # not Linux
-        unit = 1 if platform.system() == "Darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        pass
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def gb(number):
+    """Return a size in 1e9 bytes in words; None is unknown."""
+    return "unknown" if number is None else f"{number:.2f} GB"
 
 
 def utilization(device):

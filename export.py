@@ -52,14 +52,14 @@ for key in ("eval_tokens", "data_dir"):
         faults.append(f"--{key} is of --verify; add that")
 if cfg.eval_tokens < 0:
     faults.append(f"eval_tokens = {cfg.eval_tokens} must not be negative")
-if not cfg.out.strip("/"):
+if not cfg.out.strip("/" + os.sep):
     faults.append(f"out = {cfg.out!r} is no name; it is the folder or file to write")
 elif cfg.format in ("hf", "gguf") and cfg.out.endswith(".gguf") != (cfg.format == "gguf"):
     ending = "must end in .gguf" if cfg.format == "gguf" else "ends in .gguf, but --format=hf writes a folder"
     faults.append(f"out = {cfg.out!r} {ending}")
 if faults:
     fail(*faults)
-cfg.out = cfg.out.rstrip("/")
+cfg.out = cfg.out.rstrip("/" + os.sep)
 
 import torch
 

@@ -22,6 +22,7 @@ import time
 import config
 import pictures
 import record
+import terminal
 from config import fail
 from status import clock, status
 
@@ -191,7 +192,7 @@ def main(argv):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in: monitor.py ... | head
+    terminal.end_with_reader()
     sys.stdout.reconfigure(errors="backslashreplace")  # samples may hold what the terminal cannot show
     try:
         main(sys.argv[1:])

@@ -78,8 +78,8 @@ def library():
     for compiler in filter(None, map(shutil.which, COMPILERS)):
         for more in (["-march=native", "-fopenmp"], ["-march=native"], []):
             try:
-                with tempfile.TemporaryDirectory() as folder:
-                    return built(compiler, more, folder)
+                with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                    return built(compiler, more, folder)  # Windows cannot delete what is loaded
             except (OSError, AttributeError) as error:  # it fails, or makes what this machine cannot load
                 problem = f"{compiler}: {error}"
     print(f"ternary layers compute from int8, which is slower: {problem}", file=sys.stderr)

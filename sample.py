@@ -13,11 +13,13 @@ that you and the model write in turns: base models go on with a text, they were 
 needs a model of config/train_tictactoe.py.
 """
 
+import contextlib
 import signal
 import sys
 import time
 
 import config
+import terminal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the text where it is
 FLAGS = {
@@ -74,9 +76,8 @@ faults = [
 ]
 if faults:
     config.fail(*faults)
-signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in: sample.py ... | head
+terminal.end_with_reader()
 
-import readline  # noqa: F401 -- input() then edits lines, and takes a paste of several at once
 import select
 
 import torch
@@ -86,6 +87,9 @@ import device as machine
 import tictactoe as game
 from inference import generate, lighten_head, restore
 from tokenizer import continuation, encode_prompt, make_tokenizer
+
+with contextlib.suppress(ModuleNotFoundError):  # Windows: its console edits lines by itself
+    import readline  # noqa: F401 -- input() then edits lines, and takes a paste of several at once
 
 HELP = """you and the model write one text in turns: your message is put after what is there, and the model
 goes on. It is a base model: it was not taught to answer. Where it ended the text, your next message begins
@@ -143,10 +147,18 @@ def read_line(prompt):
         return None
 
 
+def has_line():
+    """Return whether a terminal has the next line ready. Windows cannot know: a paste is several messages."""
+    try:
+        return sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], 0.05)[0])
+    except OSError:
+        return False
+
+
 def read_message():
     """the next line of stdin, or None at its end; from a terminal all lines that come at once: a paste"""
     message = read_line("> ")
-    while message is not None and sys.stdin.isatty() and select.select([sys.stdin], [], [], 0.05)[0]:
+    while message is not None and has_line():
         more = read_line("")
         if more is None:
             break

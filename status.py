@@ -95,6 +95,8 @@ def is_alive(run_config):
     pid, here = run_config.get("pid"), platform.node()
     if type(pid) is not int or run_config.get("host", here) != here:
         return None
+    if os.name == "nt":  # os.kill(pid, 0) would send Ctrl-C there
+        return None
     try:
         os.kill(pid, 0)
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:

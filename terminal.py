@@ -1,5 +1,10 @@
 """What a program shows: text that is safe to print, and output that may go away before the program ends."""
 
+import errno
+import io
+import os
+import shlex
+import signal
 import sys
 
 
@@ -40,3 +45,34 @@ class Lossy:
 def survive_lost_output():
     """From now on, drop what cannot be written to stdout and stderr instead of raising an error."""
     sys.stdout, sys.stderr = Lossy(sys.stdout), Lossy(sys.stderr)
+
+
+def command_line(args):
+    """Return args (a list) as the line that a shell of this system takes them from."""
+    if os.name == "nt":
+        from subprocess import list2cmdline
+
+        return list2cmdline(args)
+    return shlex.join(args)
+
+
+class Pipe(io.FileIO):
+    """Standard output whose reader may end first: the program then ends too."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EINVAL):  # Windows reports the second
+                os._exit(1)
+            raise
+
+
+def end_with_reader():
+    """Let this program end quietly if the reader of its output ends first, as in `sample.py ... | head`."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    elif sys.stdout is sys.__stdout__ and not sys.stdout.isatty():  # Windows has no such signal
+        sys.stdout.flush()
+        binary = io.BufferedWriter(Pipe(sys.stdout.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(binary, sys.stdout.encoding, sys.stdout.errors)

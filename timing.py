@@ -149,7 +149,7 @@ def twin_memory_gb(cfg, ternary):
     device = machine.pick(cfg.device)
     if cfg.deterministic:
         machine.make_deterministic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps what is open
         ours(cfg, ternary, random_tokens(cfg, folder), device, machine.pick_dtype(cfg.dtype, device))
     return machine.peak_memory_gb(device)
 
@@ -187,7 +187,7 @@ def ratio_line(one, other):
 def training(cfg, device, dtype, alone=False):
     """time and print steps of the experiment, and unless alone of its twin and peers; what there is for the
     JSON line"""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         windows = random_tokens(cfg, folder)
         first, is_compiled = ours(cfg, cfg.ternary, windows, device, dtype)
         peak_memory_gb = machine.peak_memory_gb(device)  # before the others take their share
@@ -218,7 +218,8 @@ def training(cfg, device, dtype, alone=False):
     print(f"MFU: {known}{flops / reached:.1%} of the {reached / 1e12:.3g} TFLOP/s of a large product here")
     planned = planner.memory_gb(first.model.cfg, first.model.counts(), cfg.batch_size, dtype.itemsize)
     print(
-        f"peak memory {peak_memory_gb:.2f} GB, of the process on a CPU; planned, without that: {planned:.2f}"
+        f"peak memory {machine.gb(peak_memory_gb)}, of the process on a CPU; planned, without that: "
+        f"{machine.gb(planned)}"
     )
     found = dict(
         step_ms=step_ms,
@@ -237,7 +238,7 @@ def training(cfg, device, dtype, alone=False):
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as alone_in:
             gb = [alone_in.submit(twin_memory_gb, cfg, ternary).result() for ternary in (True, False)]
-        print(f"peak memory of each alone: ternary {gb[0]:.2f} GB, float {gb[1]:.2f} GB")
+        print(f"peak memory of each alone: ternary {machine.gb(gb[0])}, float {machine.gb(gb[1])}")
         found |= dict(nanogpt_step_ms=nanogpt_step_ms, float_peak_memory_gb=gb[1])
         found |= dict(peak_memory_gb=gb[0 if cfg.ternary else 1], ratios=ratios)
     return found
@@ -281,7 +282,7 @@ def writers(cfg, device, prompt, n_new):
     if cfg.compare and device.type != "cpu":
         print("llama.cpp is left out: the binding computes on the CPU")
     elif cfg.compare:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             name, write = theirs(folder)
         found[name] = write
     return found

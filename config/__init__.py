@@ -15,10 +15,11 @@ import math
 import os
 import re
 import runpy
-import signal
 import sys
 import textwrap
 from types import ModuleType, SimpleNamespace
+
+import terminal
 
 DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "default.py")
 SCHEDULES = ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant")
@@ -28,12 +29,29 @@ RANK, WORLD, LOCAL_RANK = (
     for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+REQUIRED = "torch", "numpy", "tqdm", "filelock"
 
 
 def fail(*faults, code=2):
     """print each fault as an `error:` line on stderr and exit, with 2 for a user's mistake"""
     print(*(f"error: {fault}" for fault in faults), sep="\n", file=sys.stderr)
     raise SystemExit(code)
+
+
+def explain_missing(kind, error, trace):
+    """Print one line with the remedy if a required module is missing, and exit with 2; an excepthook."""
+    if not (issubclass(kind, ModuleNotFoundError) and error.name in REQUIRED):
+        return sys.__excepthook__(kind, error, trace)
+    venv = os.path.join(os.path.dirname(os.path.dirname(DEFAULT)), ".venv")
+    how = "install the requirements first: make setup, or pip install -r requirements.txt"
+    if os.path.isdir(venv) and os.path.realpath(sys.prefix) != os.path.realpath(venv):
+        windows, others = [f"{venv}\\Scripts\\activate"], ["source", f"{venv}/bin/activate"]
+        activate = terminal.command_line(windows if os.name == "nt" else others)
+        how = f"activate the environment first: {activate}"
+    fail(f"{sys.executable} has no module {error.name}; {how}")
+
+
+sys.excepthook = explain_missing  # every command imports this file before torch and numpy
 
 
 def settings_of(cfg):
@@ -72,7 +90,7 @@ def comments():
 
 def print_help(doc, flags, defaults, takes_files):
     """the script's docstring, its own flags, then the settings, each with default and comment"""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in: train.py --help | head
+    terminal.end_with_reader()
     width = min(100, max(50, os.get_terminal_size().columns if sys.stdout.isatty() else 100))
     print(doc.strip())
     sections = [("options", [(name, comment) for name, (_, comment) in flags.items()])]

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -21,9 +20,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+import tokens
 import numpy as np
 import sources
-import tokens
 import vocab
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ import config
 import files
 from config import fail
 from files import write_bytes
+from terminal import command_line
 from tokenizer import make_tokenizer, with_content
 
 CHUNK_CHARS = 2**20  # characters of text that a worker gets at a time
@@ -258,7 +258,7 @@ def encode(cfg, folder, streams, progress):
         progress["shards"] = finished(splits, progress)
         progress["seconds"] = spent + time.perf_counter() - began
         write_bytes(os.path.join(folder, "progress.json"), json.dumps(progress).encode())
-        write_meta(folder, progress, complete=False, command=shlex.join(["python", *sys.argv]))
+        write_meta(folder, progress, complete=False, command=command_line(["python", *sys.argv]))
 
     def take():
         nonlocal saved
