@@ -1,18 +1,29 @@
 # make demo: everything from nothing to a ternary model that adds.  make test ARGS="-k quant": some of the tests.
 PYTHON ?= python3
 BIN = .venv/bin
+SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 .PHONY: setup demo test lint
+
+# a .venv of an unsupported Python, or of one that was removed since, is made again
+ifneq ($(shell $(BIN)/python -c '$(SUPPORTED)' 2>/dev/null && echo usable),usable)
+.PHONY: .venv/ready
+endif
 
 setup: .venv/ready
 
 .venv/ready: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -c '$(SUPPORTED)' 2>/dev/null || $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing); Python 3.11 to 3.13 is" \
+	    "needed: install it and name it, as in: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -c '$(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	@echo "installing requirements.txt into .venv: 1.5 GB of disk, several more with the CUDA build of torch"
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 .venv/dev: .venv/ready requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 demo: setup
