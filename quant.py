@@ -239,7 +239,7 @@ def health(model, before, idx):
         rows.append(torch.stack([*fractions, (1 / s).mean(), near, flips, absmax[name]]))
         sizes.append(t.numel())
     table = torch.stack(rows).cpu().double()  # (layers, len(HEALTH)); MPS has no float64
-    total = (table * torch.tensor(sizes).double()[:, None]).sum(0) / sum(sizes)
+    total = (table * torch.tensor(sizes, dtype=torch.float64)[:, None]).sum(0) / sum(sizes)
     total[HEALTH.index("scale")] = table[:, HEALTH.index("scale")].mean()
     total[HEALTH.index("act_absmax")] = table[:, HEALTH.index("act_absmax")].max()
 

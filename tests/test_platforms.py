@@ -1,0 +1,181 @@
+"""Other machines, emulated: Windows (tests/windows.py), MPS, cards and CPUs without bfloat16; no .venv."""
+
+import glob
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, RUN, flags, lines, run, settings, start
+from windows import PATCH
+
+import config
+import device
+import model
+import quant
+import status
+import terminal
+import tictactoe
+import tokenizer
+
+MODEL = RUN | dict(dataset="text", max_steps=4, save_every=2, keep_last=1, eval_every=2, sample_every=2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{data_dir, out_dir, run, folder}: a text prepared, and a run of four steps on it, both on an emulated
+    Windows; the folder has a space in its name"""
+    folder = tmp_path_factory.mktemp("a folder")
+    where = dict(data_dir=str(folder / "data"), out_dir=str(folder / "runs"))
+    (folder / "text.txt").write_text("".join(f"{n} birds and a dog\n" for n in range(300)), encoding="utf-8")
+    how = dict(files=folder / "text.txt", tokenizer="char", workers=1, data_dir=where["data_dir"])
+    run("prepare/text.py", *flags(**how), patch=PATCH)
+    run("train.py", *flags(**where, run_id="r", **MODEL), patch=PATCH)
+    return where | dict(folder=str(folder), run=os.path.join(where["out_dir"], "r"))
+
+
+def test_windows_trains_and_resumes(folders):
+    """bugs guarded: a module or signal that only other systems have; a file renamed or deleted while open"""
+    where = {key: folders[key] for key in ("data_dir", "out_dir")}
+    how = MODEL | dict(run_id="r", resume="auto", max_steps=6)
+    out, _ = run("train.py", *flags(**where, **how), patch=PATCH)
+    result = json.loads(out.strip().split("\n")[-1])
+    assert result["step"] == 6 and result["val_loss"] > 0 and result["peak_memory_gb"] is None
+    assert [row["step"] for row in lines(folders["run"], "metrics/scalars.jsonl") if "loss" in row] == [
+        *range(1, 7)
+    ]
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        ("sample.py --ckpt={run} --prompt=1 --max_new_tokens=3", "1"),
+        ("sample.py --ckpt={run} --chat --max_new_tokens=3", ""),
+        ("evaluate.py --ckpt={run} --data_dir={data_dir} --eval_tokens=64", "val_loss"),
+        ("monitor.py {run}", "state"),
+        ("export.py --ckpt={run} --format=hf --out={folder}/hf", ""),
+        ("export.py --ckpt={run} --format=gguf --out={folder}/x.gguf --type=f16", ""),
+        ("bench.py --help", "--plan"),
+    ],
+)
+def test_windows_runs(folders, command, says):
+    """bug guarded: a module or signal that only other systems have"""
+    script, *args = command.split()
+    out, _ = run(script, *(arg.format(**folders) for arg in args), patch=PATCH)
+    assert says in out
+
+
+@pytest.mark.parametrize("patch, code", [(PATCH, 1), ("", -13)])
+@pytest.mark.parametrize("command", ["train.py --help", "monitor.py {run}"])
+def test_a_program_ends_with_its_reader(folders, command, patch, code):
+    """bug guarded: a traceback, or an error line, after `| head` has ended"""
+    script, *args = command.split()
+    path = os.path.join(ROOT, script)
+    program = f"import sys, runpy\nsys.argv = {[script, *(arg.format(**folders) for arg in args)]!r}\n"
+    program += f"sys.path.insert(0, {ROOT!r})\n{patch}\nrunpy.run_path({path!r}, run_name='__main__')"
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (child.returncode, child.stderr) == (code, b"")
+
+
+def test_windows_is_not_asked_for_a_process(monkeypatch):
+    """bug guarded: os.kill(pid, 0), which sends Ctrl-C to the run there"""
+    monkeypatch.setattr(os, "kill", lambda *args: pytest.fail("a signal was sent"))
+    monkeypatch.setattr(os, "name", "nt")
+    assert status.is_alive(dict(pid=os.getpid())) is None
+
+
+def test_a_command_is_quoted_for_its_shell(monkeypatch):
+    """bug guarded: single quotes, which mean nothing to the command prompt of Windows"""
+    args = ["python", "train.py", "--data_dir=my data"]
+    assert terminal.command_line(args) == "python train.py '--data_dir=my data'"
+    monkeypatch.setattr(os, "name", "nt")
+    assert terminal.command_line(args) == 'python train.py "--data_dir=my data"'
+
+
+class OnHost(torch.Tensor):
+    """what Tensor.cpu returns below, and what follows from it"""
+
+
+def test_float64_is_on_the_cpu_only(monkeypatch):
+    """bug guarded: MPS, which cannot convert a tensor to float64"""
+
+    def double(tensor, real=torch.Tensor.double):
+        assert isinstance(tensor, OnHost), "Cannot convert a MPS Tensor to float64"
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.detach().as_subclass(OnHost))
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    net = model.Transformer(settings(vocab_size=len(tictactoe.CHARS)))
+    idx = torch.zeros(1, 8, dtype=torch.long)
+    assert quant.health(net, None, idx)[0]["total"]["zero"] > 0
+    assert model.mean_loss(net, [(idx, idx)]) > 0
+    chars = tokenizer.CharTokenizer(dict(chars=tictactoe.CHARS))
+    assert tictactoe.next_logprobs(net, chars, 0, ["X1"])[0].isfinite().all()
+
+
+def pick_dtype(monkeypatch, wanted, device_type, has_bf16, capability=(8, 0)):
+    """device.pick_dtype on a CPU or a CUDA card with or without units for bfloat16"""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: "Tesla T4")
+    return device.pick_dtype(wanted, torch.device(device_type))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda:0"])
+def test_auto_is_bfloat16_if_the_device_has_units_for_it(monkeypatch, capsys, kind):
+    """bug guarded: bfloat16 that is emulated, several times slower than float32"""
+    assert pick_dtype(monkeypatch, "auto", kind, True) == torch.bfloat16
+    assert device.matrix_dtype(torch.device(kind)) == torch.bfloat16
+    assert pick_dtype(monkeypatch, "auto", kind, False) == torch.float32
+    assert device.matrix_dtype(torch.device(kind)) == torch.float32
+    assert not capsys.readouterr().err
+    assert pick_dtype(monkeypatch, "bfloat16", kind, False) == torch.float32
+    assert "no bfloat16 units" in capsys.readouterr().err
+
+
+def test_a_card_with_float16_units_alone_is_reported(monkeypatch, capsys):
+    """bug guarded: a T4 that trains in float32 without a word about the faster choice"""
+    assert pick_dtype(monkeypatch, "auto", "cuda:0", False, (7, 5)) == torch.float32
+    assert "Tesla T4 has no bfloat16 units" in (err := capsys.readouterr().err) and "--dtype=float16" in err
+    pick_dtype(monkeypatch, "float32", "cuda:0", False, (7, 5))
+    assert not capsys.readouterr().err
+
+
+COMMANDS = {  # what each needs to get to its imports
+    "train.py": ["config/train_simple.py"],
+    "sample.py": ["--ckpt=x", "--prompt=x"],
+    "evaluate.py": ["--ckpt=x"],
+    "export.py": ["--ckpt=x", "--format=hf", "--out=x"],
+    "bench.py": ["config/train_simple.py"],
+    "monitor.py": ["--help"],
+} | {path: [] for path in glob.glob("prepare/*.py", root_dir=ROOT)}
+
+
+def test_a_missing_requirement_is_explained_by_every_command():
+    """bug guarded: a traceback where the environment is not active"""
+    patch = "for name in ('torch', 'numpy', 'tqdm'): sys.modules[name] = None"
+    children = {script: start(script, *args, patch=patch) for script, args in COMMANDS.items()}
+    for script, child in children.items():
+        out, err = child.communicate(timeout=60)
+        if script == "monitor.py":
+            assert child.returncode == 0 and "--watch" in out, "it needs none of them"
+        else:
+            assert child.returncode == 2 and err.count("\n") == 1, (script, err)
+            assert err.startswith(f"error: {sys.executable} has no module "), (script, err)
+
+
+def test_the_remedy_is_the_environment_if_there_is_one(monkeypatch, tmp_path, capsys):
+    """bug guarded: an installation into another Python, where .venv only has to be activated"""
+    monkeypatch.setattr(config, "DEFAULT", str(tmp_path / "config" / "default.py"))
+    error = ModuleNotFoundError("No module named 'torch'", name="torch")
+    for remedy in ("make setup", f"source {tmp_path}/.venv/bin/activate"):
+        with pytest.raises(SystemExit):
+            config.explain_missing(type(error), error, None)
+        assert remedy in capsys.readouterr().err
+        (tmp_path / ".venv").mkdir(exist_ok=True)
