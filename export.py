@@ -127,7 +127,7 @@ try:
     make_room()  # again: that took a while
     if os.path.isdir(cfg.out):  # a file is replaced in one step
         os.rename(cfg.out, f"{partial}.old")
-    os.rename(partial, cfg.out)
+    os.replace(partial, cfg.out)
 except OSError as error:
     fail(f"out = {cfg.out!r} cannot be written: {error}; is there room, and may you write there?", code=1)
 except KeyboardInterrupt:

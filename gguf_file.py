@@ -162,10 +162,12 @@ def write(part, path, kind, embed):
         if w.dim() == 3:
             theirs = theirs.replace(".weight", "_exps.weight")
         writer.add_tensor(theirs, array, raw_dtype=its)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()  # what is open cannot be deleted on Windows
 
 
 def add_tokenizer(gguf, writer, spec, vocab_size):

@@ -191,6 +191,7 @@ def forget(run_dir):
     """remove the folder of a run that ended before it began; where there is a file in it, it stays"""
     if any(not name.startswith(".lock") for _, _, names in os.walk(run_dir) for name in names):
         return
+    lock.release()  # Windows deletes nothing that is open
     with contextlib.suppress(OSError):
         shutil.rmtree(run_dir)
 

@@ -90,11 +90,11 @@ hf.write = write
     # a rename that fails takes no earlier export away
     stuck = f"""
 import os
-real = os.rename
-def rename(a, b):
-    if b == {str(out)!r} and not a.endswith(".old"): raise OSError("stuck")
+real = os.replace
+def replace(a, b):
+    if b == {str(out)!r}: raise OSError("stuck")
     real(a, b)
-os.rename = rename
+os.replace = replace
 """
     _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", code=1, patch=stuck)
     assert "cannot be written: stuck" in err and hf.is_ours(str(out))

@@ -56,7 +56,6 @@ def test_windows_trains_and_resumes(folders):
         ("evaluate.py --ckpt={run} --data_dir={data_dir} --eval_tokens=64", "val_loss"),
         ("monitor.py {run}", "state"),
         ("export.py --ckpt={run} --format=hf --out={folder}/hf", ""),
-        ("export.py --ckpt={run} --format=gguf --out={folder}/x.gguf --type=f16", ""),
         ("bench.py --help", "--plan"),
     ],
 )
@@ -65,6 +64,22 @@ def test_windows_runs(folders, command, says):
     script, *args = command.split()
     out, _ = run(script, *(arg.format(**folders) for arg in args), patch=PATCH)
     assert says in out
+
+
+def test_windows_removes_what_has_only_begun(folders):
+    """bug guarded: a file that is still open when it is to be deleted: the lock of a run that is refused, a
+    GGUF file for which the disk has no room"""
+    where = {key: folders[key] for key in ("data_dir", "out_dir")}
+    run("train.py", *flags(**where, **MODEL, run_id="d", resume=folders["run"], seed=1), code=2, patch=PATCH)
+    assert not os.path.exists(os.path.join(folders["out_dir"], "d"))
+    full = PATCH + "\nimport gguf\ndef write(self): raise OSError(28, 'No space left on device')\n"
+    full += "gguf.GGUFWriter.write_tensors_to_file = write"
+    path = os.path.join(folders["folder"], "full.gguf")
+    export = [f"--ckpt={folders['run']}", "--format=gguf", f"--out={path}", "--type=f16"]
+    _, err = run("export.py", *export, code=1, patch=full)
+    assert "cannot be written" in err and not glob.glob(path + "*")
+    run("export.py", *export, patch=PATCH)
+    run("export.py", *export, "--force", patch=PATCH)  # replaces it
 
 
 @pytest.mark.parametrize("patch, code", [(PATCH, 1), ("", -13)])
