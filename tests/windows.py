@@ -73,6 +73,15 @@ def emulate():
             raise FileNotFoundError(errno.ENOENT, "no such file or directory", path)
         return real(path, *args, **options)
 
-    select.select, os.fsync, builtins.open = no_select, fsync, no_proc
+    def rmtree(path, ignore_errors=False, real=shutil.rmtree, **options):
+        try:
+            refuse_if_open(path)
+        except PermissionError:
+            if ignore_errors or options:  # what stays is the caller's to decide
+                return
+            raise
+        real(path, ignore_errors, **options)
+
+    select.select, os.fsync, builtins.open, shutil.rmtree = no_select, fsync, no_proc, rmtree
     os.replace, os.remove, os.unlink = map(guarded, (os.replace, os.remove, os.unlink))
-    os.rename, shutil.rmtree = guarded(os.rename, replaces=False), guarded(shutil.rmtree)
+    os.rename = guarded(os.rename, replaces=False)
