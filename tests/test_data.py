@@ -72,16 +72,6 @@ def test_large_ids_are_read_as_they_were_written(tmp_path):
     assert w.read(0, 3).tolist() == want[48:65].tolist() and want.max() > 65_535
 
 
-def test_ids_are_scanned_once(data_dir, monkeypatch):
-    """bug guarded: 20 GB read at every start; a damaged cache that stops it"""
-    windows(data_dir)
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "memmap", None)
-        windows(data_dir)
-    damage(data_dir, ".checked.json", lambda b: b"x")
-    windows(data_dir)
-
-
 def test_a_batch_depends_on_its_numbers_alone(data_dir):
     """bugs guarded: hidden state in the loader; other tokens with another batch_size or number of devices"""
     w = windows(data_dir)
@@ -268,7 +258,12 @@ def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):
         (dict(dataset="arithmetic", data_dir=str(tmp_path)), "python prepare/arithmetic.py"),
         (dict(prepare="python prepare/x.py --y", dataset="x"), "make it: python prepare/x.py --y"),
         (dict(dataset="x", data_dir=str(tmp_path)), "holds no data set; --data_dir names another"),
-        (dict(seq_len=600), "seq_len can be at most 499"),
+        (dict(seq_len=600), "seq_len can be at most 499; or prepare more text"),
+        (
+            dict(seq_len=300, split="val"),
+            "at most 199; or prepare more text, or hold out more (--val_fraction=)",
+        ),
+        (dict(seq_len=300, split="val"), "or none (train.py --eval_every=0 --patience=0)"),
         (dict(vocab_size=20), "vocab_size = 20 is less than the 28"),
     ):
         with pytest.raises(SystemExit):
