@@ -208,6 +208,23 @@ def test_a_wait_ends_with_a_signal_or_with_the_data(tmp_path, monkeypatch):
     assert len(told) == 3 and "going on" in told[2] and max(slept) <= 1
 
 
+@pytest.mark.parametrize(
+    "name, change, says",
+    [
+        ("train_00002.bin", lambda b: b[:-2] + bytes([b[-2] ^ 1, 0]), "train_00002.bin has changed"),
+        ("meta.json", lambda b: b[:50], "meta.json is damaged"),
+    ],
+)
+def test_a_shard_that_comes_damaged_ends_the_wait(tmp_path, monkeypatch, name, change, says):
+    """bug guarded: a run that trains on it, or that is lost, on some ranks, because it exits in the wait"""
+    data_dir, whole = growing(tmp_path / "d", monkeypatch)
+    w = windows(data_dir, tokenize_on_fly=True)
+    damage(data_dir, "meta.json", lambda _: json.dumps(whole).encode())
+    os.rename(tmp_path / "d/tiny/val_00000.bin.partial", tmp_path / "d/tiny/val_00000.bin")
+    damage(data_dir, name, change)
+    assert says in w.wait_for(24), "train.py saves its state, then ends with this line"
+
+
 def test_validation_on_the_fly_is_the_same_before_and_after(tmp_path, monkeypatch, capsys):
     """bug guarded: another validation set once the split has grown; all of it asked of a set that grows"""
     data_dir, whole = growing(tmp_path / "d", monkeypatch)
