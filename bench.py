@@ -15,7 +15,6 @@ nothing is built and nothing timed. The last line of stdout is one JSON object.
 """
 
 import datetime
-import json
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ import sys
 import config
 import terminal
 from config import fail
+from data_set import Damaged, read_meta
 
 FLAGS = {
     "pairs": (15, "timed steps of each model"),
@@ -100,14 +100,11 @@ def settings():
     path, numbers = os.path.join(cfg.data_dir, cfg.dataset, "meta.json"), {}
     if os.path.exists(path):
         try:
-            with open(path, encoding="utf-8") as file:
-                meta = json.load(file)
+            meta = read_meta(os.path.dirname(path))
             numbers = {"vocab_size": meta["vocab_size"], "val_tokens": meta["tokens"].get("val", 0)}
-            numbers["dataset_tokens"] = meta["tokens"]["train"]
-            if not all(type(number) is int and number >= 0 for number in numbers.values()):
-                raise ValueError(numbers)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            faults.append(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
+            numbers["dataset_tokens"] = meta["tokens"].get("train", 0)
+        except Damaged as error:
+            faults.append(str(error))
     for key, number in numbers.items():
         setattr(cfg, key, getattr(cfg, key) or number)
     if not cfg.vocab_size and not faults:

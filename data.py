@@ -17,9 +17,7 @@ those of the complete set; what is not there yet is waited for. Its first epoch 
 
 import glob
 import hashlib
-import json
 import os
-import sys
 import time
 from types import SimpleNamespace
 
@@ -28,18 +26,20 @@ import torch
 
 import ranks
 from config import fail
-from files import is_locked, write_json
-from terminal import command_line
+from data_set import Damaged, read_meta
+from files import is_locked
+from shards import Shards, check_shards, say
+from terminal import command_line, printable
 
 
-def meta(cfg):
-    """meta.json of cfg.dataset, its shards checked: size, dtype, every id < vocab_size. Exits with 2 where
-    not, or where it is not complete without cfg.tokenize_on_fly."""
+def meta(cfg, split="", verify=False):
+    """Return meta.json of cfg.dataset, checked: itself, and its shards as in data_set.check_shards.
+    Exits with 2 if anything is wrong, or if the data set is not complete without cfg.tokenize_on_fly."""
     folder = os.path.join(cfg.data_dir, cfg.dataset)
     path = os.path.join(folder, "meta.json")
     waits = cfg.tokenize_on_fly and not os.path.exists(path) and is_being_written(folder)
     if waits:
-        tell(f"waiting for the tokenizer of {folder}, which is being made")
+        say(f"waiting for the tokenizer of {folder}, which is being made")
     while waits and not os.path.exists(path) and is_being_written(folder):
         time.sleep(1)
     if not os.path.exists(path):
@@ -54,52 +54,33 @@ def meta(cfg):
             how = f"make it: {command}{where}; or name the folder that holds it with --data_dir"
         fail(f"data set {folder} is not there (no meta.json); {how}")
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        if "examples" in found:
-            how = f"evaluate.py --dataset={cfg.dataset} scores a model on it"
-            fail(f"data set {folder} is a task of text, with no tokens to train on; {how}")
-        need = ("complete", "shards", "dtype", "vocab_size", "tokens", "bytes", "tokenizer", "eot")
-        complete, shards, dtype, vocab_size = [found[key] for key in need][:4]
-        dtype = np.dtype(dtype).newbyteorder("<")
-        sizes = {name: shard["tokens"] * dtype.itemsize for name, shard in shards.items()}
-        named = found["tokenizer"]["kind"] and found["tokenizer"]["sha256"]
-        if not (0 <= found["eot"] < vocab_size and named and all(sizes.values())):
-            raise ValueError(f"eot {found['eot']!r}, vocab_size {vocab_size!r}, bytes {sizes}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
-    if not complete and not cfg.tokenize_on_fly:
-        how = f"go on with it: {found['command']}" if "command" in found else "run its preparation again"
-        fail(f"data set {folder} is not complete; {how}; to train while it runs: --tokenize_on_fly")
-    if cfg.vocab_size and cfg.vocab_size < vocab_size:
-        fail(f"vocab_size = {cfg.vocab_size} is less than the {vocab_size} ids of {folder}; set it to 0")
-    checked = os.path.join(folder, ".checked.json")  # {shard: size, time, vocab_size}: each is scanned once
-    try:
-        with open(checked, encoding="utf-8") as file:
-            seen = json.load(file)
-    except (OSError, ValueError):  # not there, or damaged: only a cache
-        seen = {}
-    now = {}
-    for name, want in sizes.items():
-        file = os.path.join(folder, name)
-        size = os.path.getsize(file) if os.path.exists(file) else -1
-        if size != want:
-            state = "is missing" if size < 0 else f"has {size:,} bytes"
-            fail(f"shard {file} {state}, meta.json says {want:,}; make the data set again")
-        now[name] = [size, os.stat(file).st_mtime_ns, vocab_size]
-        if seen.get(name) != now[name]:
-            largest = int(np.memmap(file, dtype, "r").max())
-            if largest >= vocab_size:
-                fail(
-                    f"shard {file} holds token id {largest}, but vocab_size is {vocab_size} and ids must be "
-                    "below it; make the data set again with the tokenizer that meta.json names"
-                )
-    if now != seen and os.access(folder, os.W_OK):  # a read-only data set is scanned each time
-        write_json(checked, now)
+        return checked_meta(cfg, folder, split, verify)
+    except Damaged as error:
+        fail(str(error))
+
+
+def checked_meta(cfg, folder, split="", verify=False):
+    """Return meta.json of a folder and check that it serves cfg. Raises Damaged with one line."""
+    found = read_meta(folder)
+    if not found["complete"] and not cfg.tokenize_on_fly:
+        how = f"go on with it: {printable(found['command'])}" if "command" in found else "prepare it again"
+        raise Damaged(f"data set {folder} is not complete; {how}; to train while it runs: --tokenize_on_fly")
+    if cfg.vocab_size and cfg.vocab_size < found["vocab_size"]:
+        ids = found["vocab_size"]
+        raise Damaged(f"vocab_size = {cfg.vocab_size} is less than the {ids} ids of {folder}; set it to 0")
+    check_shards(folder, found, split, verify)
     return found
 
 
-def of_trained(part, split, dataset="", data_dir=""):
+def check_vocabulary(cfg, meta, tokenizer):
+    """Exit with 2 if meta.json claims another number of ids than its tokenizer has."""
+    if meta["vocab_size"] != tokenizer.size:
+        path = os.path.join(cfg.data_dir, cfg.dataset, "meta.json")
+        wrong = f"vocab_size = {meta['vocab_size']}, but its tokenizer has {tokenizer.size} ids"
+        fail(f"{path}: {wrong}; correct it, or prepare the data set again; to pad rows: --vocab_multiple")
+
+
+def of_trained(part, split, dataset="", data_dir="", verify=False):
     """(meta, windows of a split, as long as the model's context) of the data set on which the model of a
     checkpoint was trained, or of another that its tokenizer made. Exits with 2 where another did."""
     trained = part["config"]
@@ -107,17 +88,13 @@ def of_trained(part, split, dataset="", data_dir=""):
     cfg |= dict(vocab_size=0, tokenize_on_fly=False, origin=dict(dataset="", prepare=""))
     cfg = SimpleNamespace(**trained | cfg)
     cfg.prepare = trained["prepare"] if cfg.dataset == trained["dataset"] else ""
-    found = meta(cfg)
+    found = meta(cfg, split, verify)
     if found["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
         fail(
             f"dataset = {cfg.dataset!r} has another tokenizer than the model, its token ids mean other text; "
             "name one that the model's tokenizer made, or its folder with --data_dir"
         )
     return found, Windows(cfg, found, split)
-
-
-def tell(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def is_being_written(folder):
@@ -171,19 +148,22 @@ class Windows:
     first shard, or the validation windows, are waited for. Exits with 2 where the split holds not even one
     window, with 1 where its preparation has ended before.
 
-    meta, of which all Windows share one, is kept up to date; total is None until the split is complete."""
+    meta, of which all Windows share one, is kept up to date; total is None until the split is complete.
+
+    An id over the vocabulary in a shard that has changed since it was checked ends the program, as in Shards:
+    a GPU would report it as a failed assertion."""
 
     def __init__(self, cfg, meta, split):
         self.cfg, self.meta, self.split = cfg, meta, split
         self.folder = os.path.join(cfg.data_dir, cfg.dataset)
         self.seed, self.seq_len, self.dtype = cfg.seed, cfg.seq_len, np.dtype(meta["dtype"]).newbyteorder("<")
-        self.files = []
+        self.vocab_size, self.shards = meta["vocab_size"], Shards(self.folder)
         self.update_shards()
         if fault := self.wait_for(max(1, cfg.eval_tokens // self.seq_len) - 1 if split == "val" else 0):
             fail(fault, code=1)
 
     def update_shards(self):
-        """take in the shards of meta: counts, the windows of each; ends, their running sum; files"""
+        """take in the shards of meta: counts, the windows of each; ends, their running sum; shards"""
         folder, split, meta = self.folder, self.split, self.meta
         names = sorted(name for name in meta["shards"] if name.startswith(split + "_"))
         shards = {name: meta["shards"][name]["tokens"] for name in names}
@@ -193,7 +173,8 @@ class Windows:
         if not shards and meta["complete"]:
             how = "see --split"
             if split == "val":
-                how = "make it with a val_fraction; without, train.py wants --eval_every=0, "
+                how = "make it with a larger --val_fraction or more documents; without, train.py wants "
+                how += "--eval_every=0 --patience=0, "
                 how += "export.py --eval_tokens=0"
             fail(f"data set {folder} has no split {split!r}, but {', '.join(meta['tokens'])}; {how}")
         self.counts = [max(0, n - 1) // self.seq_len for n in shards.values()]  # windows per shard
@@ -202,40 +183,35 @@ class Windows:
         self.total = self.ready if meta["complete"] else None
         if self.total == 0:
             most = max(shards.values())
+            more = "prepare more text"
+            if split == "val":
+                more += ", or hold out more (--val_fraction=), or none (train.py --eval_every=0 --patience=0)"
             fail(
                 f"seq_len = {self.seq_len} is over the data: the largest {split} shard of {folder} has "
-                f"{most:,} tokens, so seq_len can be at most {most - 1}"
+                f"{most:,} tokens, so seq_len can be at most {most - 1}; or {more}"
             )
-        for name in list(shards)[len(self.files) :]:
-            self.files.append(self.open_shard(os.path.join(folder, name), name in meta["shards"]))
-
-    def open_shard(self, path, is_finished):
-        if not is_finished:
-            try:
-                return open(path + ".partial", "rb", buffering=0)  # and stays open when it is renamed
-            except FileNotFoundError:  # renamed since meta.json was read
-                pass
-        return open(path, "rb", buffering=0)
+        self.shards.update(list(shards), n_finished=len(names))
 
     def has(self, sample):
         """whether training samples (of the split val: windows) up to this number can be read"""
         return sample < self.ready or self.total is not None
 
-    def wait_for(self, sample, stop=lambda: False, say=tell):
+    def wait_for(self, sample, stop=lambda: False, say=say):
         """return when has(sample), or when stop() is true, asked every second: '' or, where the preparation
         has ended before, what is wrong and what to do about it. Every rank must ask, and stop() be the same
         on all. say(line) tells of the wait and its end."""
         waits = False
         while not self.has(sample) and not stop():
             # of rank 0, for all; whether it is written is asked first: the lock goes after the last meta.json
-            found = (is_being_written(self.folder), meta(self.cfg)) if ranks.is_main else None
-            is_growing, new = ranks.share(found)
+            is_growing, new, fault = ranks.share(self.look() if ranks.is_main else None)
+            if fault:
+                return fault
             self.meta.update(new)
             self.update_shards()
             if self.has(sample):
                 break
             if not is_growing:
-                how = self.meta.get("command", "its preparation")
+                how = printable(self.meta.get("command", "its preparation"))
                 return f"data set {self.folder} is not complete, and nothing writes it; go on with it: {how}"
             if not waits:
                 say(f"waiting for more {self.split} tokens of {self.folder}, which is being written")
@@ -245,16 +221,29 @@ class Windows:
             say(f"going on: {self.folder} has {sum(self.meta['tokens'].values()):,} tokens")
         return ""
 
+    def look(self):
+        """Return (whether the data set is being written, its meta.json now, what is wrong with it or '')."""
+        is_growing = is_being_written(self.folder)
+        try:
+            return is_growing, checked_meta(self.cfg, self.folder), ""
+        except Damaged as error:
+            return is_growing, None, str(error)
+
     def read(self, shard, i):
         """window i of a shard: seq_len + 1 token ids"""
-        self.files[shard].seek(i * self.seq_len * self.dtype.itemsize)
-        raw = self.files[shard].read((self.seq_len + 1) * self.dtype.itemsize)
+        start, size = i * self.seq_len, self.seq_len + 1
+        raw = self.shards.read(shard, start * self.dtype.itemsize, size * self.dtype.itemsize)
         return np.frombuffer(raw, self.dtype)
 
     def tensor(self, places, device):
         """the windows at (shard, i) places as inputs and targets (B, T), both views of one tensor on the
         device"""
-        rows = torch.from_numpy(np.stack([self.read(shard, i) for shard, i in places]).astype(np.int64))
+        rows = np.stack([self.read(shard, i) for shard, i in places])
+        if rows.max() >= self.vocab_size:  # microseconds
+            row = int(rows.max(axis=1).argmax())
+            state = f"holds token id {rows.max()} since it was checked, but vocab_size is {self.vocab_size}"
+            self.shards.stop(places[row][0], state)
+        rows = torch.from_numpy(rows.astype(np.int64))
         if device.type == "cuda":
             rows = rows.pin_memory()
         rows = rows.to(device, non_blocking=True)

@@ -38,7 +38,7 @@ FLAGS = {
     "batch_size": (16, "sequences at a time"),
     "games": (2000, "games of each match-up, for tictactoe"),
 }
-cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir", "device"), check_run=False)
+cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir", "verify_data", "device"), check_run=False)
 config.need_flags(cfg, "ckpt")
 faults = [
     f"{name} = {getattr(cfg, name)} must be at least {least}"
@@ -77,7 +77,7 @@ if os.path.exists(os.path.join(data_set, "task.jsonl")):
     task, examples = tasks.read(data_set)
     print(f"{folder} on {cfg.dataset}: {len(examples):,} examples")
 else:
-    meta, windows = data.of_trained(part, cfg.split, cfg.dataset, cfg.data_dir)
+    meta, windows = data.of_trained(part, cfg.split, cfg.dataset, cfg.data_dir, cfg.verify_data)
     task = meta.get("task", "") if cfg.split == "val" else ""
     n = min(windows.total, max(1, cfg.eval_tokens // windows.seq_len)) if cfg.eval_tokens else windows.total
     print(f"{folder} on {cfg.dataset}/{cfg.split}: {n:,} windows of {windows.seq_len} tokens")
@@ -104,7 +104,7 @@ if task not in ("lambada", "blimp"):
 scores, lines = {}, []
 with machine.autocast(device, dtype):
     if task == "arithmetic":
-        problems = tasks.problems(data_set)
+        problems = tasks.problems(data_set, meta["tokens"]["val"] - 1)
         scores, lines = tasks.arithmetic(model, tokenizer, eot, problems, cfg.batch_size)
     elif task == "lambada":
         scores, lines = tasks.lambada(model, tokenizer, eot, examples, cfg.batch_size)

@@ -10,7 +10,9 @@ reads the text with its own tokenizer.
 
 import json
 import math
+import operator
 import os
+import re
 import sys
 
 import torch
@@ -18,29 +20,43 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from config import fail
+from data_set import TEXT, fault, shown, whole
 from inference import generate
+from terminal import printable
 from tokenizer import encode_prompt
+
+META = {"task": TEXT, "examples": whole(1, 2**40)}  # what a meta.json must hold, as in data_set.py
+COLUMNS = {  # and a line of task.jsonl
+    "lambada": {"text": TEXT},
+    "blimp": dict.fromkeys(["sentence_good", "sentence_bad", "UID", "linguistics_term"], TEXT),
+}
+RESULT = {"+": operator.add, "-": operator.sub, "x": operator.mul}
 
 
 def read(folder):
     """(task, examples) of a data set that is text to score: the lines of its task.jsonl, as dicts. Exits
     with 2 where it is not whole."""
-    path = os.path.join(folder, "meta.json")
+    path, again = os.path.join(folder, "meta.json"), "make the data set again"
     if not os.path.exists(path):
         fail(f"data set {folder} is not complete (no meta.json); run its preparation again")
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
+        if wrong := fault(meta, META, ""):
+            raise ValueError(wrong)
         path = os.path.join(folder, "task.jsonl")
         with open(path, encoding="utf-8") as file:
             examples = [json.loads(line) for line in file]
-        task, n = meta["task"], meta["examples"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path} is damaged ({type(error).__name__}: {printable(error)}); {again}")
+    task, n = meta["task"], meta["examples"]
     if len(examples) != n:
-        fail(f"{path} has {len(examples):,} examples, meta.json says {n:,}; make the data set again")
-    if task not in ("lambada", "blimp"):
-        fail(f"{folder}: task {task!r} is unknown; this version scores lambada, blimp")
+        fail(f"{path} has {len(examples):,} examples, meta.json says {n:,}; {again}")
+    if task not in COLUMNS:
+        fail(f"{folder}: task {shown(task)} is unknown; this version scores {', '.join(COLUMNS)}")
+    for number, example in enumerate(examples, 1):
+        if wrong := fault(example, COLUMNS[task], f"line {number}"):
+            fail(f"{path} is damaged: {wrong}; {again}")
     return task, examples
 
 
@@ -156,13 +172,25 @@ def mean(values):
     return math.fsum(values) / len(values)
 
 
-def problems(folder):
-    """[(question, answer)] of the held-out problems of an arithmetic data set; '12+7=' is a question"""
-    path = os.path.join(folder, "problems.txt")
+def problems(folder, size):
+    """[(question, answer)] of the held-out problems of an arithmetic data set, whose problems.txt has so many
+    bytes; '12+7=' is a question. Exits with 2 where one is no problem or its answer is wrong."""
+    path, again = os.path.join(folder, "problems.txt"), "make the data set again"
     if not os.path.exists(path):
-        fail(f"{path} is missing; make the data set again")
-    with open(path, encoding="utf-8") as file:
-        return [(q + "=", a) for q, _, a in (line.rstrip("\n").partition("=") for line in file)]
+        fail(f"{path} is missing; {again}")
+    with open(path, "rb") as file:
+        content = file.read()
+    if len(content) != size:
+        fail(f"{path} is damaged: it has {len(content):,} bytes, the val split {size:,}; {again}")
+    found = []
+    for number, line in enumerate(content.decode("ascii", "replace").splitlines(), 1):
+        parts = re.fullmatch(r"(([0-9]{1,20})([-+x])([0-9]{1,20})=)(-?[0-9]{1,40})", line)
+        if not parts or RESULT[parts[3]](int(parts[2]), int(parts[4])) != int(parts[5]):
+            fail(
+                f"{path} is damaged: line {number} is {shown(line)}, expected a problem like 12+7=19; {again}"
+            )
+        found.append((parts[1], parts[5]))
+    return found
 
 
 def arithmetic(model, tokenizer, eot, problems, batch_size):

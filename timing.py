@@ -34,6 +34,7 @@ def random_tokens(cfg, folder):
     """a data set of random tokens for a hundred micro-steps; returns its Windows"""
     n = 1 + 100 * cfg.batch_size * cfg.seq_len
     meta = dict(complete=True, dtype="uint32", shards={"train_00000.bin": {"tokens": n}}, tokens={"train": n})
+    meta["vocab_size"] = cfg.vocab_size
     os.mkdir(os.path.join(folder, "random"))
     ids = np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=n, dtype=np.uint32)
     ids.tofile(os.path.join(folder, "random", "train_00000.bin"))

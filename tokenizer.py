@@ -3,9 +3,9 @@ Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE.
 
 A tokenizer is described by a spec, the `tokenizer` entry of meta.json: {kind, sha256, ...}. Those of
 SentencePiece and tiktoken live in a file beside the token files; a checkpoint holds the file's content too,
-so that using a model needs nothing else and no network. All have encode(text) -> ids and decode(ids) ->
-text, and decode(encode(text)) == text, but for U+2581, which SentencePiece takes for a space. decode leaves
-out ids that stand for nothing: a model's vocab_size may be larger than its tokenizer's.
+so that using a model needs nothing else and no network. All have encode(text) -> ids, decode(ids) -> text
+and size, the number of ids; decode(encode(text)) == text, but for U+2581, which SentencePiece takes for a
+space. decode leaves out ids that stand for nothing: a model's vocab_size may be larger than its tokenizer's.
 """
 
 import base64
@@ -13,6 +13,7 @@ import hashlib
 import os
 
 from config import fail, library
+from terminal import printable
 
 
 class CharTokenizer:
@@ -21,6 +22,7 @@ class CharTokenizer:
     def __init__(self, spec):
         self.chars = spec["chars"]
         self.ids = {char: i for i, char in enumerate(self.chars)}
+        self.size = len(self.chars)
 
     def encode(self, text):
         """token ids of text; ValueError for a character that the training text did not have"""
@@ -40,6 +42,7 @@ class SentencePieceTokenizer:
     def __init__(self, spec):
         spm = library("sentencepiece")
         self.model = spm.SentencePieceProcessor(model_proto=spec["content"])
+        self.size = self.model.vocab_size()
         self.newline = self.model.encode("\n")
         self.keeps_lines = self.model.decode(self.newline) == "\n"  # not where it normalises white space
 
@@ -72,6 +75,7 @@ class TiktokenTokenizer:
             mergeable_ranks=ranks,
             special_tokens=spec["special"],
         )
+        self.size = self.model.n_vocab
 
     def encode(self, text):
         """ids of text, in which the names of special tokens are ordinary text"""
@@ -87,10 +91,14 @@ KINDS = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer, "tiktok
 
 
 def make_tokenizer(spec):
-    """the tokenizer of a spec that has its content"""
+    """the tokenizer of a spec that has its content. Exits with 2 if it cannot be made of that."""
     if spec["kind"] not in KINDS:
         fail(f"tokenizer kind {spec['kind']!r} is unknown; this version reads {', '.join(KINDS)}")
-    return KINDS[spec["kind"]](spec)
+    try:
+        return KINDS[spec["kind"]](spec)
+    except Exception as error:  # each library raises its own
+        what = printable(f"{type(error).__name__}: {error}")[:200]
+        fail(f"the {spec['kind']} tokenizer is damaged ({what}); restore its data set, checkpoint or export")
 
 
 def with_content(spec, folder):

@@ -53,11 +53,12 @@ machine.explain_out_of_memory(cfg, device)
 ranks.start(device)
 if cfg.deterministic:
     machine.make_deterministic()
-meta = ranks.from_main(lambda: data.meta(cfg))
+meta = ranks.from_main(lambda: data.meta(cfg, verify=cfg.verify_data))
 cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
 tokenizer_spec = {"eot": meta["eot"]}  # with all that a checkpoint needs to make the tokenizer
 tokenizer_spec |= with_content(meta["tokenizer"], os.path.join(cfg.data_dir, cfg.dataset))
 tokenizer = make_tokenizer(tokenizer_spec)
+data.check_vocabulary(cfg, meta, tokenizer)
 train_windows = data.Windows(cfg, meta, "train")
 val_windows = data.Windows(cfg, meta, "val") if cfg.eval_every else None
 prompts = samples.encode(cfg, tokenizer, meta["eot"]) if cfg.sample_every else []
@@ -279,6 +280,13 @@ def hand_over():
     sys.exit(128 + ranks.interrupted)
 
 
+def rescue():
+    """save the state before damaged data end the program; of several ranks, one alone cannot"""
+    bar.close()
+    if ranks.WORLD == 1 and save("damaged data"):
+        log_line(f"saved step {step}; once the data set is whole again, --resume=auto goes on from it")
+
+
 # the loop
 
 # steps skipped: in all, in a row up to now, most in a row since a log line; a resumed run begins a new row
@@ -321,6 +329,8 @@ def seed(micro):
 
 
 batch, why = next_batch(0), ending()
+for windows in filter(None, (train_windows, val_windows)):
+    windows.shards.on_damage = rescue
 while True:
     lr, weight_decay = optim.set_rates(optimizers, cfg, step)
     before_evaluation = dict(best=best, stale_evals=stale_evals)

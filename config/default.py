@@ -13,6 +13,7 @@ dataset = "arithmetic"  # name of the folder in data_dir, made by prepare/<name>
 data_dir = "data"  # folder of all data sets
 prepare = ""  # the command that makes it, shown where it is missing; '' = python prepare/<dataset>.py
 tokenize_on_fly = False  # train while the data set is being written; validates on its first val windows
+verify_data = False  # read every shard again and compare its sha256, also if its size and time are the same
 batch_size = 16  # sequences per device and micro-step; halve it if out of memory
 seq_len = 256  # tokens per sequence, the longest context of the model
 total_batch_size = 0  # TOKENS per optimizer step, over all devices and micro-steps; 0 = one micro-step

@@ -49,7 +49,8 @@ def write_data(folder, name="tiny", n_train=500, n_val=200, vocab_size=28, top=N
         ids = rng.integers(0, top or vocab_size, n)
         shards |= tokens.write_split(target, split, ids, vocab_size)
         splits[split] = (n, n)
-    tokens.write_meta(target, tokens.char_tokenizer(CHARS), 0, vocab_size, splits, shards, "random ids")
+    chars = CHARS + "".join(chr(0x10000 + i) for i in range(vocab_size - len(CHARS)))
+    tokens.write_meta(target, tokens.char_tokenizer(chars), 0, vocab_size, splits, shards, "random ids")
     return str(folder)
 
 

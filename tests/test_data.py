@@ -72,16 +72,6 @@ def test_large_ids_are_read_as_they_were_written(tmp_path):
     assert w.read(0, 3).tolist() == want[48:65].tolist() and want.max() > 65_535
 
 
-def test_ids_are_scanned_once(data_dir, monkeypatch):
-    """bug guarded: 20 GB read at every start; a damaged cache that stops it"""
-    windows(data_dir)
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "memmap", None)
-        windows(data_dir)
-    damage(data_dir, ".checked.json", lambda b: b"x")
-    windows(data_dir)
-
-
 def test_a_batch_depends_on_its_numbers_alone(data_dir):
     """bugs guarded: hidden state in the loader; other tokens with another batch_size or number of devices"""
     w = windows(data_dir)
@@ -218,6 +208,23 @@ def test_a_wait_ends_with_a_signal_or_with_the_data(tmp_path, monkeypatch):
     assert len(told) == 3 and "going on" in told[2] and max(slept) <= 1
 
 
+@pytest.mark.parametrize(
+    "name, change, says",
+    [
+        ("train_00002.bin", lambda b: b[:-2] + bytes([b[-2] ^ 1, 0]), "train_00002.bin has changed"),
+        ("meta.json", lambda b: b[:50], "meta.json is damaged"),
+    ],
+)
+def test_a_shard_that_comes_damaged_ends_the_wait(tmp_path, monkeypatch, name, change, says):
+    """bug guarded: a run that trains on it, or that is lost, on some ranks, because it exits in the wait"""
+    data_dir, whole = growing(tmp_path / "d", monkeypatch)
+    w = windows(data_dir, tokenize_on_fly=True)
+    damage(data_dir, "meta.json", lambda _: json.dumps(whole).encode())
+    os.rename(tmp_path / "d/tiny/val_00000.bin.partial", tmp_path / "d/tiny/val_00000.bin")
+    damage(data_dir, name, change)
+    assert says in w.wait_for(24), "train.py saves its state, then ends with this line"
+
+
 def test_validation_on_the_fly_is_the_same_before_and_after(tmp_path, monkeypatch, capsys):
     """bug guarded: another validation set once the split has grown; all of it asked of a set that grows"""
     data_dir, whole = growing(tmp_path / "d", monkeypatch)
@@ -268,7 +275,12 @@ def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):
         (dict(dataset="arithmetic", data_dir=str(tmp_path)), "python prepare/arithmetic.py"),
         (dict(prepare="python prepare/x.py --y", dataset="x"), "make it: python prepare/x.py --y"),
         (dict(dataset="x", data_dir=str(tmp_path)), "holds no data set; --data_dir names another"),
-        (dict(seq_len=600), "seq_len can be at most 499"),
+        (dict(seq_len=600), "seq_len can be at most 499; or prepare more text"),
+        (
+            dict(seq_len=300, split="val"),
+            "at most 199; or prepare more text, or hold out more (--val_fraction=)",
+        ),
+        (dict(seq_len=300, split="val"), "or none (train.py --eval_every=0 --patience=0)"),
         (dict(vocab_size=20), "vocab_size = 20 is less than the 28"),
     ):
         with pytest.raises(SystemExit):

@@ -264,6 +264,35 @@ def test_a_disk_that_fills_loses_nothing(data_dir, out_dir):
     )
 
 
+def test_data_that_are_damaged_in_use_cost_nothing(data_dir, out_dir):
+    """bug guarded: a traceback, and the steps since the last save lost, because a shard is cut"""
+    path = os.path.join(data_dir, "tiny", "train_00000.bin")
+    cut = f"""
+import os, torch
+real, count = torch.optim.AdamW.step, [0]
+def step(*args, **options):
+    count[0] += 1
+    if count[0] == 7: os.truncate({path!r}, 40)
+    return real(*args, **options)
+torch.optim.AdamW.step = step
+"""
+    train(data_dir, out_dir, "whole")
+    with open(path, "rb") as file:
+        content = file.read()
+    _, err = train(data_dir, out_dir, "broken", code=1, patch=cut, save_every=100)
+    assert err.count("error: ") == 1 and "shorter" in err and "saved step 7; " in err, err
+    with open(path, "wb") as file:
+        file.write(content)
+    train(data_dir, out_dir, "broken", resume="auto")
+    assert_same_run(f"{out_dir}/whole", f"{out_dir}/broken")
+    time_of_check = os.stat(path).st_mtime_ns
+    with open(path, "wb") as file:
+        file.write(b"\xff" * len(content))
+    os.utime(path, ns=(time_of_check, time_of_check))
+    _, err = train(data_dir, out_dir, "first_batch", code=1)
+    assert err.count("error: ") == 1 and "holds token id 65535" in err and "saved" not in err, err
+
+
 def test_signals_are_heard_in_evaluation_and_sampling(data_dir, out_dir):
     """bug guarded: Ctrl-C that waits for an evaluation of an hour; state lost with it"""
     for name, when in (("model.mean_loss", "evaluation"), ("inference.generate", "sampling")):

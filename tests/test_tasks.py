@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import blimp
 import examples
 import pytest
+import tokens
 import torch
 from conftest import CHARS, ROOT, run, settings, train, write_data
 
@@ -309,8 +310,8 @@ def test_evaluate_reads_the_splits_of_any_data_set_with_its_tokenizer(trained):
     other = evaluate(trained, "--dataset=other", "--eval_tokens=64")[0]
     assert other["dataset"] == "other" and other["split"] == "val" and other["tokens"] == 64
     assert other["bits_per_byte"] == pytest.approx(other["val_loss"] / math.log(2) / 4)
-    write_data(trained[0], "foreign", vocab_size=300)
-    change_meta(trained[0], "foreign", tokenizer=dict(kind="char", chars="\nab", sha256="0" * 64))
+    write_data(trained[0], "foreign", vocab_size=3)
+    change_meta(trained[0], "foreign", tokenizer=tokens.char_tokenizer("\nab"))
     assert "has another tokenizer" in evaluate(trained, "--dataset=foreign", code=2)[2]
 
 
@@ -378,3 +379,61 @@ def test_half_a_task_is_not_scored(tmp_path, capsys):
     with pytest.raises(SystemExit):
         tasks.lambada(Bigram({}, CHAR.ids), CHAR, 0, [dict(text="a b"), dict(text="a B")], 1)
     assert "example 2 ('a B'): the tokenizer has no character 'B'" in capsys.readouterr().err
+
+
+def test_a_damaged_example_is_one_line(tmp_path, capsys):
+    """bug guarded: a KeyError or TypeError in the middle of the scoring, text of a file on the terminal"""
+    for name, rows in (("lambada", [dict(text="a b")]), ("blimp", [PAIR])):
+        for line in ("[1]", '{"text": 3, "UID": ""}', "{}", "[" * 100_000, "\xff", '"\x1b[2J"'):
+            folder = tmp_path / name
+            write_lines(folder / "task.jsonl", *rows)
+            with open(folder / "task.jsonl", "ab") as file:
+                file.write(line.encode("latin-1") + b"\n")
+            (folder / "meta.json").write_text(json.dumps(dict(task=name, examples=2)))
+            with pytest.raises(SystemExit) as stop:
+                tasks.read(str(folder))
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and "task.jsonl is damaged" in error and error[:-1].isprintable()
+    for meta in ("[]", '{"task": 3, "examples": 2}', '{"task": "blimp", "examples": "2"}', "[" * 100_000):
+        (folder / "meta.json").write_text(meta)
+        with pytest.raises(SystemExit):
+            tasks.read(str(folder))
+        assert "meta.json is damaged" in capsys.readouterr().err
+
+
+def test_damaged_problems_are_one_line(tmp_path, capsys):
+    """bugs guarded: a UnicodeDecodeError; a wrong answer that counts as the right one, or fewer problems"""
+    path, content = tmp_path / "problems.txt", b"12+7=19\n3-10=-7\n12x12=144\n"
+    path.write_bytes(content)
+    assert tasks.problems(str(tmp_path), len(content)) == [
+        ("12+7=", "19"),
+        ("3-10=", "-7"),
+        ("12x12=", "144"),
+    ]
+    for damaged, says in (
+        (content.replace(b"19", b"18"), "line 1 is '12+7=18'"),
+        (content.replace(b"3-", b"\xff-"), "line 2 is"),
+        (content.replace(b"-10", b" 10"), "line 2 is"),
+        (content.replace(b"=19\n", b"=19 "), "line 1 is"),
+        (content[:8], "has 8 bytes"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(SystemExit) as stop:
+            tasks.problems(str(tmp_path), len(content))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and says in error and error.count("\n") == 1, error
+
+
+def test_evaluate_verifies_its_data_if_asked(trained):
+    """bug guarded: a flag that is checked and then forgotten"""
+    write_data(trained[0], "rotten")
+    evaluate(trained, "--dataset=rotten")
+    path = os.path.join(trained[0], "rotten", "val_00000.bin")
+    stat = os.stat(path)
+    with open(path, "r+b") as file:
+        low = file.read(1)[0]
+        file.seek(0)
+        file.write(bytes([0 if low else 1]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    _, _, err = evaluate(trained, "--dataset=rotten", "--verify_data", code=2)
+    assert "val_00000.bin has changed" in err

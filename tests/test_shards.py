@@ -1,0 +1,214 @@
+"""shards.py: a changed token is noticed, each byte is read once on a machine, and few files are open."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import tokens
+import torch
+from conftest import CHARS, settings, train, write_data
+
+import data
+import shards
+from data_set import Damaged, read_meta
+
+CPU = torch.device("cpu")
+
+
+def read_by(monkeypatch):
+    """the list of the names of the shards that are read from now on"""
+    read, real = [], shards.check_shard
+
+    def spy(folder, name, *rest):
+        read.append(name)
+        return real(folder, name, *rest)
+
+    monkeypatch.setattr(shards, "check_shard", spy)
+    return read
+
+
+@pytest.fixture
+def place(data_dir):
+    """the folder of a data set that no process has checked"""
+    shards.remembered.clear()
+    return os.path.join(data_dir, "tiny")
+
+
+def check(place, **how):
+    shards.check_shards(place, read_meta(place), **how)
+
+
+def change(place, name="train_00000.bin", keep_time=False, new=None):
+    """give another valid id to a token of a shard"""
+    path = os.path.join(place, name)
+    stat, ids = os.stat(path), np.fromfile(path, "<u2")
+    ids[7] = (ids[7] + 1) % len(CHARS) if new is None else new
+    ids.tofile(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + (0 if keep_time else 10**9)))
+
+
+def test_a_changed_token_is_noticed_at_first_use(place):
+    """bug guarded: a sum in meta.json that nobody compares"""
+    change(place)
+    with pytest.raises(Damaged, match="train_00000.bin has changed: its sha256 .* copy it again"):
+        check(place)
+    assert shards.read_checked(os.path.join(place, ".checked.json")) == {shards.platform.node(): {}}
+
+
+def test_a_token_changed_later_is_noticed(place, monkeypatch):
+    """bug guarded: a shard that is known for good; one that is not known after a change of another"""
+    check(place)
+    change(place, "val_00000.bin")
+    read = read_by(monkeypatch)
+    for _ in range(2):
+        with pytest.raises(Damaged, match="val_00000.bin has changed"):
+            check(place)
+    assert read == ["val_00000.bin"] * 2
+
+
+def test_verify_finds_what_kept_size_and_time(place, capsys):
+    """bugs guarded: --verify_data that trusts the cache, or leaves it saying that all is well"""
+    check(place)
+    check(place, verify=True)
+    assert "2 shards read again" in capsys.readouterr().err
+    change(place, keep_time=True)
+    check(place)
+    check(place, split="val", verify=True)
+    for verify in (True, False):
+        with pytest.raises(Damaged, match="train_00000.bin has changed"):
+            check(place, verify=verify)
+
+
+def test_each_machine_reads_each_byte_once(place, monkeypatch):
+    """bugs guarded: 200 GB read at every start; the check of another machine, whose disk or network is not
+    this one's, taken for one's own; its entries lost"""
+    read = read_by(monkeypatch)
+    for host, want in (("one", 2), ("one", 2), ("two", 4), ("two", 4), ("one", 4)):
+        monkeypatch.setattr(shards.platform, "node", lambda host=host: host)
+        shards.remembered.clear()
+        check(place)
+        assert len(read) == want
+    touched = os.path.join(place, "val_00000.bin")
+    os.utime(touched)
+    check(place)
+    assert len(read) == 5, "its time is another, its bytes are the same"
+
+
+def test_only_the_split_in_use_is_read(place, monkeypatch):
+    """bug guarded: evaluate.py that reads all the training tokens first; entries of the other split lost"""
+    read = read_by(monkeypatch)
+    check(place, split="val")
+    assert read == ["val_00000.bin"]
+    check(place)
+    assert read == ["val_00000.bin", "train_00000.bin"]
+    check(place, split="val", verify=True)
+    shards.remembered.clear()
+    check(place)
+    assert len(read) == 3
+
+
+def test_only_new_shards_of_a_growing_set_are_read(tmp_path, monkeypatch):
+    """bug guarded: all shards read again for each that is finished"""
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 100)
+    place, read = os.path.join(write_data(tmp_path), "tiny"), read_by(monkeypatch)
+    meta = read_meta(place)
+    for n in (1, 1, 3):
+        part = meta | dict(shards={name: meta["shards"][name] for name in sorted(meta["shards"])[:n]})
+        shards.check_shards(place, part)
+    assert read == [f"train_{i:05d}.bin" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["null", "[]", "3", "x", "[" * 100_000, '{"train_00000.bin": [1000, 1, 28]}', "{HOST: 3}", "{HOST: {}}"]
+    + [f'{{HOST: {{"train_00000.bin": {entry}}}}}' for entry in ("5", "null", '["a"]', "{}")],
+)
+def test_a_damaged_cache_is_none(place, content):
+    """bug guarded: a traceback because of a file that is only a cache, or one of an earlier version"""
+    path = os.path.join(place, ".checked.json")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(content.replace("HOST", json.dumps(shards.platform.node())))
+    check(place)
+    assert len(shards.read_checked(path)[shards.platform.node()]) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(place, monkeypatch, capsys):
+    """bugs guarded: no training because 100 bytes of cache do not fit on the disk; all read every second
+    while the set grows"""
+
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "write_json", full)
+    read = read_by(monkeypatch)
+    check(place)
+    check(place)
+    assert len(read) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("warning: ") and "No space left on device" in error and error.count("\n") == 1
+
+
+def test_a_long_check_says_what_it_does(place, monkeypatch, capsys):
+    """bug guarded: minutes of silence at the first start"""
+    monkeypatch.setattr(shards, "LARGE", 1000)
+    check(place)
+    assert "tiny: checking 2 shards, 0.0 GB, once on each machine" in capsys.readouterr().err
+
+
+def windows(data_dir, split="train", **changes):
+    cfg = settings(data_dir=data_dir, **changes)
+    return data.Windows(cfg, data.meta(cfg), split)
+
+
+def test_few_files_are_open(tmp_path, monkeypatch):
+    """bugs guarded: "Too many open files" with many shards; the tokens of another shard"""
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 20)
+    w = windows(write_data(tmp_path, n_train=1000))
+    files, real = [], w.shards.open
+    monkeypatch.setattr(w.shards, "open", lambda shard: files.append(real(shard)) or files[-1])
+    for shard in [*range(50), *np.random.default_rng(0).integers(0, 50, 100).tolist()]:
+        ids = np.fromfile(tmp_path / "tiny" / f"train_{shard:05d}.bin", "<u2")
+        assert w.read(shard, 0).tolist() == ids[:17].tolist()
+        assert sum(not file.closed for file in files) <= shards.MAX_OPEN == len(w.shards.files)
+    n = len(files)
+    for shard in [*w.shards.files] * 3:
+        w.read(shard, 0)
+    assert len(files) == n, "those in use stay open"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not delete an open file")
+def test_shards_in_use_outlive_their_names(data_dir):
+    """bug guarded: a run that ends because its data set was deleted"""
+    w = windows(data_dir)
+    for name in os.listdir(os.path.join(data_dir, "tiny")):
+        os.remove(os.path.join(data_dir, "tiny", name))
+    assert w.batch(0, 8, CPU)[0].shape == (8, 16)
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda path: os.truncate(path, 40), "has become shorter"),
+        (lambda path: change(os.path.dirname(path), keep_time=True, new=28), "holds token id 28"),
+    ],
+)
+def test_damage_behind_the_check_is_one_line(data_dir, capsys, damage, says):
+    """bug guarded: an IndexError in the embedding, a failed assertion of a GPU, a batch of other sizes"""
+    w, saved = windows(data_dir), []
+    w.shards.on_damage = lambda: saved.append(True)
+    damage(os.path.join(data_dir, "tiny", "train_00000.bin"))
+    with pytest.raises(SystemExit) as stop:
+        w.batch(0, 31, CPU)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and saved == [True]
+    assert "train_00000.bin " + says in error and error.count("\n") == 1, error
+
+
+def test_train_verifies_its_data_if_asked(data_dir, out_dir):
+    """bug guarded: a flag that is checked and then forgotten"""
+    place = os.path.join(data_dir, "tiny")
+    check(place)
+    change(place, keep_time=True)
+    _, err = train(data_dir, out_dir, "r", code=2, verify_data=True)
+    assert err.startswith("error: shard ") and err.count("\n") == 1, err
