@@ -276,10 +276,14 @@ def check(cfg, faults):
         each, micro = f"batch_size {cfg.batch_size} x seq_len {cfg.seq_len}", micro * WORLD
         each += f" x {WORLD} devices" if WORLD > 1 else ""
         total = cfg.total_batch_size or micro
-        nearest = max(1, round(total / micro)) * micro
+        remedy = f"use {max(1, round(total / micro)) * micro}"
+        if total % micro and total % (cfg.seq_len * WORLD) == 0:
+            sequences = total // cfg.seq_len // WORLD
+            fits = next(n for n in range(min(cfg.batch_size, sequences), 0, -1) if sequences % n == 0)
+            remedy += f", or batch_size = {fits}, which does not change the experiment"
         need(
             total % micro == 0,
-            f"total_batch_size = {total:,} is not a multiple of {each} = {micro:,} tokens; use {nearest}",
+            f"total_batch_size = {total:,} is not a multiple of {each} = {micro:,} tokens; {remedy}",
         )
         cfg.total_batch_size, cfg.accumulation = total, total // micro
     need(

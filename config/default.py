@@ -13,7 +13,7 @@ dataset = "arithmetic"  # name of the folder in data_dir, made by prepare/<name>
 data_dir = "data"  # folder of all data sets
 prepare = ""  # the command that makes it, shown where it is missing; '' = python prepare/<dataset>.py
 tokenize_on_fly = False  # train while the data set is being written; validates on its first val windows
-batch_size = 16  # sequences per device and micro-step; halve it if out of memory
+batch_size = 16  # sequences per device and micro-step; halve it if out of memory: total_batch_size stays
 seq_len = 256  # tokens per sequence, the longest context of the model
 total_batch_size = 0  # TOKENS per optimizer step, over all devices and micro-steps; 0 = one micro-step
 

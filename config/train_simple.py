@@ -5,7 +5,8 @@ dataset = "arithmetic"
 vocab_size = 15  # the characters of an addition
 seq_len = 64  # about eight problems
 batch_size = 12
-max_steps = 4000  # many small steps beat few large ones here: 4,000 x 768 tokens
+total_batch_size = 768  # tokens = 12 x 64
+max_steps = 4000  # many small steps beat few large ones here
 
 n_layer = 2
 n_head = 4

@@ -4,7 +4,8 @@
 dataset = "text"
 prepare = "python prepare/text.py --files='*.txt'"
 seq_len = 256
-batch_size = 32  # 8,192 tokens a step
+batch_size = 32
+total_batch_size = 8192  # tokens = 32 x 256
 max_steps = 5000  # 41M tokens; more than ten times the tokens of the text only repeat it
 
 n_layer = 6

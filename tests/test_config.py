@@ -52,6 +52,7 @@ def test_values_take_the_type_of_the_default():
         (["--ternary=3"], ["ternary is bool (True or False), got int 3"]),
         (["--sample_prompts=[1]"], ["sample_prompts is a list of strings"]),
         (["--batch_size=16", "--seq_len=256", "--total_batch_size=10000"], ["10,000", "4,096", "use 8192"]),
+        (["config/train_simple.py", "--batch_size=32"], ["768", "use 2048, or batch_size = 12"]),
         (["--n_embd=100", "--n_head=3", "--n_kv_head=3"], ["n_embd = 100", "n_head = 3"]),
         (["--n_embd=12", "--n_head=4", "--n_kv_head=4"], ["= 3 is odd"]),
         (["--n_head=12", "--n_kv_head=5"], ["n_head = 12", "n_kv_head = 5"]),
