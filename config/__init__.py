@@ -28,6 +28,7 @@ RANK, WORLD, LOCAL_RANK = (
     for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+RATIOS = {"stage2_lr": "stage2_lr_ratio", "min_lr": "min_lr_ratio"}  # former settings and their successors
 
 
 def fail(*faults, code=2):
@@ -57,6 +58,20 @@ def assignments(path):
         for key, value in runpy.run_path(path).items()
         if not (key.startswith("_") or callable(value) or isinstance(value, ModuleType))
     }
+
+
+def with_ratios(settings):
+    """Return the saved settings of a run with stage2_lr_ratio and min_lr_ratio. Earlier versions saved the
+    rates themselves; such a number stays beside its ratio if the product is not the same float."""
+    settings = dict(settings)
+    for former, ratio in RATIOS.items():
+        rate, peak = settings.get(former), settings.get("learning_rate")
+        if ratio not in settings and type(rate) is type(peak) is float:
+            settings[ratio] = rate / peak if peak else 1.0
+            if settings[ratio] * peak == rate:
+                del settings[former]
+    return settings
+
 
 
 def comments():
@@ -128,6 +143,48 @@ def unknown(key, known):
     return f"no setting named {key}" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
 
 
+def renamed(key, rate, learning_rate):
+    """the fault of a rate that is a fraction of learning_rate today, with that fraction"""
+    is_number = isinstance(rate, (int, float)) and learning_rate
+    here = f"; here {rate / learning_rate:.6g}" if is_number else ""
+    return f"{key} is now {RATIOS[key]} = {key} / learning_rate{here}"
+
+
+def split(argv, types):
+    """(config files, [(name, text, flag as typed)], faults) of a command line"""
+    files, given, faults, args = [], [], [], list(argv)
+
+    def is_value(text):
+        return text and not text.startswith("-") and not text.endswith(".py") and not os.path.exists(text)
+
+    while args:
+        arg = args.pop(0)
+        if not arg.startswith("-"):
+            files.append(arg)
+            continue
+        key, eq, text = arg.lstrip("-").partition("=")
+        key, following = key.replace("-", "_"), args[0] if args else ""
+        if (not eq and following.startswith("=")) or (eq and not text and is_value(following)):
+            n = 2 if following == "=" else 1
+            value = "".join(args[:n]).removeprefix("=")
+            del args[:n]
+            faults.append(f"{arg} {following}: no spaces around =, as --{key}={value}")
+            continue
+        if not eq and types.get(key) is bool:
+            text = args.pop(0) if following.lower() in ("true", "false") else "True"
+        elif not eq and types.get(key.removeprefix("no_")) is bool:
+            key, text = key[3:], "False"
+        elif not eq and key in types:
+            if not args or following.startswith("--"):
+                faults.append(f"{arg} needs a value: {arg}=...")
+                continue
+            text = args.pop(0)
+        elif not eq and is_value(following):  # of a name that is unknown
+            text = args.pop(0)
+        given.append((key, text, arg))
+    return files, given, faults
+
+
 def load(argv, doc="", flags=None, only=None, check_run=True):
     """the settings of a command line, as an object with attributes and `origin` {name: where the value came
     from}.
@@ -147,9 +204,13 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         print_help(doc, flags, values, takes_files=only is None)
         raise SystemExit(0)
     types = {key: type(value) for key, value in values.items()}
-    origin, faults = dict.fromkeys(values, "default"), []
+    origin = dict.fromkeys(values, "default")
+    files, given, faults = split(argv, types)
 
     def put(key, value, source):
+        if RATIOS.get(key) in types:
+            faults.append(f"{source}: {renamed(key, value, values['learning_rate'])}")
+            return
         if key not in types:
             faults.append(f"{source}: {unknown(key, types)}")
             return
@@ -158,24 +219,8 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         except TypeError as error:
             faults.append(f"{source}: {error}")
 
-    files, given, args = [], [], list(argv)
-    while args:
-        arg = args.pop(0)
-        if not arg.startswith("-"):
-            files.append(arg)
-            continue
-        key, eq, text = arg.lstrip("-").partition("=")
-        key = key.replace("-", "_")
-        if not eq and types.get(key) is bool:
-            text = args.pop(0) if args and args[0].lower() in ("true", "false") else "True"
-        elif not eq and types.get(key.removeprefix("no_")) is bool:
-            key, text = key[3:], "False"
-        elif not eq and key in types:
-            if not args or args[0].startswith("--"):
-                faults.append(f"{arg} needs a value: {arg}=...")
-                continue
-            text = args.pop(0)
-        given.append((key, text, arg))
+    def is_former(item):  # a former rate is compared with the learning_rate beside it, which comes first
+        return item[0] in RATIOS
 
     if files and only is not None:
         faults.append(f"{files[0]}: this script takes no file, only flags; --help lists them")
@@ -194,9 +239,9 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         except Exception as error:  # the file is the user's own code: whatever it raises is its fault
             faults.append(f"config file {path}: {type(error).__name__}: {error}")
             continue
-        for key, value in found.items():
+        for key, value in sorted(found.items(), key=is_former):
             put(key, value, path)
-    for key, text, arg in given:
+    for key, text, arg in sorted(given, key=is_former):
         put(key, parse(text, types.get(key)), arg)
     if not 0 <= values.get("seed", 0) < 2**63:
         faults.append(f"seed = {values['seed']} must be at least 0 and less than 2^63")
@@ -241,8 +286,8 @@ def check(cfg, faults):
         need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)} must be more than 0")
     for key in (
         "total_batch_size max_steps total_tokens max_minutes vocab_size learning_rate weight_decay "
-        "grad_clip warmup_steps stage2_lr stage2_weight_decay min_lr eval_every sample_every save_every "
-        "keep_last patience sample_tokens eval_tokens n_expert router_balance router_z"
+        "grad_clip warmup_steps stage2_lr_ratio stage2_weight_decay min_lr_ratio eval_every sample_every "
+        "save_every keep_last patience sample_tokens eval_tokens n_expert router_balance router_z"
     ).split():
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)} must not be negative")
     for key in ("beta1", "beta2", "muon_momentum", "dropout"):

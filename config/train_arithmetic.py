@@ -16,7 +16,8 @@ n_embd = 256
 ffn_dim = 768
 
 learning_rate = 2e-3
-stage2_lr = 1.3e-3
+stage2_lr_ratio = 0.65
+min_lr_ratio = 0.0075
 warmup_steps = 200
 
 log_every = 100

@@ -15,7 +15,8 @@ n_embd = 128
 ffn_dim = 512
 
 learning_rate = 2e-3
-stage2_lr = 1.3e-3
+stage2_lr_ratio = 0.65
+min_lr_ratio = 0.0075
 warmup_steps = 50
 
 compile = False  # compiling takes longer than it saves in a run this short

@@ -16,7 +16,7 @@ ffn_dim = 1152
 dropout = 0.1  # small texts are seen many times
 
 learning_rate = 1.5e-3
-stage2_lr = 1e-3
+stage2_lr_ratio = 2 / 3
 warmup_steps = 200
 
 log_every = 50

@@ -15,7 +15,7 @@ n_embd = 512
 ffn_dim = 1280
 
 learning_rate = 1.5e-3
-stage2_lr = 1e-3
+stage2_lr_ratio = 2 / 3
 warmup_steps = 200
 
 log_every = 100

@@ -15,7 +15,7 @@ n_embd = 384
 ffn_dim = 1152
 
 learning_rate = 1.5e-3
-stage2_lr = 1e-3
+stage2_lr_ratio = 2 / 3
 warmup_steps = 375
 
 log_every = 100

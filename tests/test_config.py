@@ -1,6 +1,7 @@
 """config/: what a command line may say, and what it is told when it is wrong."""
 
 import glob
+import math
 import os
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import ROOT, run
 
 import config
+import optim
 from model import Transformer
 
 
@@ -61,7 +63,7 @@ def test_values_take_the_type_of_the_default():
         (["--device=gpu"], ["device = 'gpu'", "cuda:1"]),
         (["--optimizer=sgd"], ["optimizer = 'sgd'", "adamw"]),
         (["--learning_rate=-1"], ["learning_rate = -1.0"]),
-        (["--min_lr", "-0.1"], ["min_lr = -0.1"]),
+        (["--min_lr_ratio", "-0.1"], ["min_lr_ratio = -0.1"]),
         (["--dropout=1"], ["dropout = 1.0"]),
         (["--total_tokens=100"], ["max_steps = 10, total_tokens = 100"]),
         (["--max_steps=0"], ["has no length", "config/train_simple.py"]),
@@ -131,7 +133,56 @@ STATED = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "config", "train_*.py"))))
+CONFIGS = sorted(glob.glob(os.path.join(ROOT, "config", "train_*.py")))
+
+
+FORMER = {  # learning_rate, stage2_lr and min_lr, when all three were rates
+    "train_simple": (2e-3, 1.3e-3, 1.5e-5),
+    "train_arithmetic": (2e-3, 1.3e-3, 1.5e-5),
+    "train_tictactoe": (1.5e-3, 1e-3, 1.5e-5),
+    "train_tinystories": (1.5e-3, 1e-3, 1.5e-5),
+    "train_text": (1.5e-3, 1e-3, 1.5e-5),
+    "train_baseline_95m": (1.5e-3, 1e-3, 1.5e-5),
+    "train_best_95m": (1.5e-3, 1e-3, 1.5e-5),
+    "train_dense_300m": (6e-4, None, 6e-5),  # its schedule and that of the mixture have no stage 2
+    "train_moe_500m": (1e-3, None, 1e-4),
+}
+ONE_ULP = {("train_simple", 1.3e-3), ("train_arithmetic", 1.3e-3), ("train_dense_300m", 6e-5)}
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_the_ratios_are_the_former_rates(path):
+    """bug guarded: a config that trains at other rates than those it was measured with"""
+    cfg = config.load([path])
+    peak, *former = FORMER[cfg.run_id]
+    assert cfg.learning_rate == peak
+    for rate, now in zip(former, optim.final_rates(cfg)):
+        if rate is not None:
+            assert abs(now - rate) == math.ulp(rate) * ((cfg.run_id, rate) in ONE_ULP)
+
+
+def test_former_rates_are_refused_with_their_ratio(capsys, tmp_path):
+    """bugs guarded: a rate taken for a fraction; a fraction of another learning_rate than the file's"""
+    path = tmp_path / "mine.py"
+    path.write_text("max_steps = 10\nstage2_lr = 1.3e-3\nlearning_rate = 2e-3\n")
+    (error,) = faults(capsys, str(path), "--learning_rate=1")
+    assert error.endswith("stage2_lr is now stage2_lr_ratio = stage2_lr / learning_rate; here 0.65")
+    (error,) = faults(capsys, "--max_steps=10", "--min_lr", "1e-5", "--learning-rate=1e-3")
+    assert error == "error: --min_lr: min_lr is now min_lr_ratio = min_lr / learning_rate; here 0.01"
+    (error,) = faults(capsys, "--max_steps=10", "--min_lr=low")
+    assert error.endswith("min_lr_ratio = min_lr / learning_rate")
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_half_the_batch_size_is_the_same_experiment(path):
+    """bug guarded: the advice for a full memory trains half as many tokens"""
+    cfg = config.load([path])
+    half = config.load([path, f"--batch_size={cfg.batch_size // 2}"])
+    differs = {name for name in vars(cfg) if getattr(cfg, name) != getattr(half, name)} - {"origin"}
+    assert differs == {"batch_size", "accumulation"} and half.accumulation == 2 * cfg.accumulation
+
+
+@pytest.mark.parametrize("path", CONFIGS)
 def test_every_shipped_config_builds(path):
     """bug guarded: a config that no longer loads, or whose model is not the one that its text promises"""
     cfg = config.load([path])
@@ -142,8 +193,6 @@ def test_every_shipped_config_builds(path):
 
 def test_the_other_two_systems_are_the_plan():
     """bugs guarded: a number of the plan that drifts; parameters of idle experts counted as active"""
-    import optim
-
     cfg = config.load(["config/train_dense_300m.py"])
     plan = dict(max_steps=100_000, total_batch_size=512 * 2048, warmup_steps=2000, dropout=0.1, n_kv_head=16)
     plan |= dict(eval_every=1000, save_every=10_000, weight_decay=0.1, grad_clip=1.0, adam_eps=1e-8)
@@ -157,13 +206,11 @@ def test_the_other_two_systems_are_the_plan():
     idle = 12 * 6 * 3 * 768 * 2048
     assert counts["active"] == counts["total"] - idle == 166_226_688 and counts["ternary"] == 0
     assert cfg.max_steps == -(-10_000_000_000 // cfg.total_batch_size) and cfg.keep_last == 3
-    assert optim.lr(cfg, 999) == 1e-3 and cfg.min_lr == 1e-4
+    assert optim.lr(cfg, 999) == 1e-3 and optim.final_rates(cfg)[1] == 1e-4
 
 
 def test_baseline_is_the_plan():
     """bug guarded: a number of the plan that drifts"""
-    import optim
-
     cfg = config.load(["config/train_baseline_95m.py"])
     plan = dict(max_steps=400_000, accumulation=2, total_batch_size=8192, warmup_steps=375, log_every=100)
     plan |= dict(eval_every=5000, sample_every=5000, save_every=10_000, seq_len=256, batch_size=16)

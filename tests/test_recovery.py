@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -10,6 +11,7 @@ import torch
 from conftest import EVENTS, NAN, RUN, SCALARS, final, flags, kill_at, lines, rows, start, train, write_data
 
 import checkpoint
+import config
 
 
 def assert_same_run(a, b):
@@ -151,7 +153,7 @@ def test_starting_and_resuming_follow_their_rules(data_dir, out_dir):
     assert "later than the step" in out and rows(f"{out_dir}/a")[-1] == rows(f"{out_dir}/b")[-1]
     assert [row["step"] for row in lines(f"{out_dir}/a", SCALARS) if "loss" in row] == list(range(1, 11))
     # a branch has a best of its own, though its losses are worse, and so have other validation windows
-    how = dict(sample_every=0, learning_rate=3.0, stage2_lr=3.0, min_lr=3.0)
+    how = dict(sample_every=0, learning_rate=3.0, stage2_lr_ratio=1.0, min_lr_ratio=1.0)
     for run_id, max_steps, resume, eval_tokens, its_own in (
         ("c", 12, f"{out_dir}/a", 64, (12,)),
         ("a", 12, "auto", 64, (10,)),
@@ -163,6 +165,39 @@ def test_starting_and_resuming_follow_their_rules(data_dir, out_dir):
     train(data_dir, out_dir, "d", code=2, resume=origin, seed=1)
     train(data_dir, out_dir, "d", code=2, resume=f"{out_dir}/nothing")
     assert not os.path.exists(f"{out_dir}/d")
+
+
+FORMER_RATES = """
+import config
+real = config.load
+def load(*args, **options):
+    cfg = real(*args, **options)
+    cfg.stage2_lr, cfg.min_lr = 1.3e-3, 1.7e-5
+    return cfg
+config.load = load
+"""
+
+
+def test_a_run_from_before_the_ratios_keeps_its_rates(data_dir, out_dir):
+    """bugs guarded: rates of a resumed run that differ in the last bit; a change that is none reported"""
+    how = dict(keep_last=0, learning_rate=2e-3, stage2_lr_ratio=0.65, min_lr_ratio=0.0085)
+    train(data_dir, out_dir, "whole", patch=FORMER_RATES, **how)
+    shutil.copytree(f"{out_dir}/whole", f"{out_dir}/half")
+    shutil.rmtree(f"{out_dir}/half/checkpoints")
+    folder = checkpoint.step_dir(f"{out_dir}/whole", 5)
+    part, trainer = (torch.load(f"{folder}/{name}") for name in (checkpoint.MODEL, checkpoint.TRAINER))
+    cfg = part["config"]
+    assert cfg["learning_rate"] * cfg["stage2_lr_ratio"] != cfg["stage2_lr"] == 1.3e-3
+    for name in config.RATIOS.values():  # which such a checkpoint does not have
+        del cfg[name]
+    checkpoint.save(f"{out_dir}/half", 5, part, trainer)
+    out, _ = train(data_dir, out_dir, "half", resume="auto", **how)
+    assert "resume: from step 5" in out and "changed" not in out and "learning rate" not in out
+    assert_same_run(f"{out_dir}/whole", f"{out_dir}/half")
+    # and its own checkpoints are resumed so, again
+    shutil.rmtree(checkpoint.step_dir(f"{out_dir}/half", 24))
+    train(data_dir, out_dir, "half", resume="auto", **how)
+    assert_same_run(f"{out_dir}/whole", f"{out_dir}/half")
 
 
 def test_a_finished_run_that_goes_on_loses_no_evaluation(data_dir, out_dir):
