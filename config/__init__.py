@@ -11,6 +11,7 @@ import ast
 import difflib
 import glob
 import importlib
+import json
 import math
 import os
 import re
@@ -72,6 +73,32 @@ def with_ratios(settings):
                 del settings[former]
     return settings
 
+
+def run_settings(path, given):
+    """Return the settings of the run that a `resume` path lies in, and the file they are from. They are left
+    out if its config.json cannot be read, and a length if one of these flags gives another."""
+    folder = os.path.abspath(path)
+    if os.path.isfile(folder):  # checkpoint.pt
+        folder = os.path.dirname(folder)
+    if os.path.basename(os.path.dirname(folder)) == "checkpoints":  # a step folder
+        folder = os.path.dirname(os.path.dirname(folder))
+    # the folder may have been moved since, or renamed
+    parent, run_id = os.path.split(folder)
+    out_dir = parent.removeprefix(os.getcwd() + os.sep)
+    source = os.path.join(out_dir, run_id, "config.json")
+    try:
+        with open(source, encoding="utf-8") as file:
+            found = {key: each["value"] for key, each in json.load(file)["settings"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}, source
+    found = with_ratios(found)
+    if given & {"max_steps", "total_tokens"}:
+        leave_out = {"max_steps", "total_tokens"}
+    else:
+        leave_out = {"max_steps"} if found.get("total_tokens") else set()  # it was derived
+    leave_out |= {"resume", "init_from"}
+    found = {key: value for key, value in found.items() if key not in leave_out}
+    return found | dict(out_dir=out_dir, run_id=run_id), source
 
 
 def comments():
@@ -222,6 +249,13 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     def is_former(item):  # a former rate is compared with the learning_rate beside it, which comes first
         return item[0] in RATIOS
 
+    resume = ([""] + [text for key, text, _ in given if key == "resume"])[-1]
+    if only is None and not files and resume not in ("", "auto"):
+        found, source = run_settings(resume, {key for key, _, _ in given})
+        if not os.path.exists(resume):
+            faults.append(f"resume = {resume!r} does not exist; give a run folder, or name a config file")
+        for key in [key for key in found if key in types]:
+            put(key, found[key], source)
     if files and only is not None:
         faults.append(f"{files[0]}: this script takes no file, only flags; --help lists them")
         files = []

@@ -1,6 +1,7 @@
 """config/: what a command line may say, and what it is told when it is wrong."""
 
 import glob
+import json
 import math
 import os
 
@@ -171,6 +172,39 @@ def test_former_rates_are_refused_with_their_ratio(capsys, tmp_path):
     assert error == "error: --min_lr: min_lr is now min_lr_ratio = min_lr / learning_rate; here 0.01"
     (error,) = faults(capsys, "--max_steps=10", "--min_lr=low")
     assert error.endswith("min_lr_ratio = min_lr / learning_rate")
+
+
+def write_run(folder, **changes):
+    """a run's config.json, in the folder that it has been moved to; the folder of a step in it"""
+    values = config.settings_of(config.load(["config/train_simple.py", "--seed=7"])) | changes
+    os.makedirs(folder / "checkpoints" / "step_000010")
+    settings = {name: dict(value=value, origin="x") for name, value in values.items()}
+    (folder / "config.json").write_text(json.dumps(dict(settings=settings)))
+    return folder / "checkpoints" / "step_000010"
+
+
+def test_a_run_is_resumed_with_its_own_settings(tmp_path, capsys):
+    """bugs guarded: a resume that wants every flag typed again; that starts the run elsewhere, or with the
+    weights it began with"""
+    step = write_run(tmp_path / "moved", out_dir="elsewhere", init_from="other", vocab_size=15)
+    for path in (step, step / "checkpoint.pt", tmp_path / "moved"):
+        if path.name == "checkpoint.pt":
+            path.write_text("")
+        cfg = config.load([f"--resume={path}", "--dropout=0.5"])
+        assert (cfg.run_id, cfg.out_dir, cfg.init_from, cfg.resume) == ("moved", str(tmp_path), "", str(path))
+        assert (cfg.seed, cfg.n_embd, cfg.dropout, cfg.max_steps) == (7, 128, 0.5, 4000)
+        assert cfg.origin["seed"].endswith("moved/config.json") and cfg.origin["dropout"] == "--dropout=0.5"
+    assert config.load(["--resume", str(step), "--run_id=branch"]).run_id == "branch"
+    # a config file gives the settings instead
+    assert config.load(["config/train_text.py", f"--resume={step}"]).seed == 1337
+    write_run(tmp_path / "long", total_tokens=7680, max_steps=10)  # these steps are derived
+    assert config.load([f"--resume={tmp_path}/long"]).max_steps == 10
+    assert config.load([f"--resume={tmp_path}/long", "--total_tokens=15360"]).max_steps == 20
+    write_run(tmp_path / "odd", n_layer="two")
+    (error,) = faults(capsys, f"--resume={tmp_path}/odd")
+    assert "odd/config.json: n_layer is int, got str 'two'" in error
+    (error,) = faults(capsys, "--resume=nowhere")
+    assert "resume = 'nowhere' does not exist" in error
 
 
 @pytest.mark.parametrize("path", CONFIGS)

@@ -2,13 +2,28 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import time
 
 import pytest
 import torch
-from conftest import EVENTS, NAN, RUN, SCALARS, final, flags, kill_at, lines, rows, start, train, write_data
+from conftest import (
+    EVENTS,
+    NAN,
+    RUN,
+    SCALARS,
+    final,
+    flags,
+    kill_at,
+    lines,
+    rows,
+    run,
+    start,
+    train,
+    write_data,
+)
 
 import checkpoint
 import config
@@ -38,8 +53,11 @@ def test_kill_9_and_resume_is_the_unbroken_run(data_dir, out_dir):
     assert kill_at(data_dir, out_dir, 7, **how)[0] == -signal.SIGKILL
     assert kill_at(data_dir, out_dir, 17, resume="auto", **how)[0] == -signal.SIGKILL
     code, err = kill_at(data_dir, out_dir, 19, signal.SIGTERM, resume="auto", **how)
-    assert code == 128 + signal.SIGTERM and "--resume=auto" in err and "Traceback" not in err
-    out, _ = train(data_dir, out_dir, "broken", resume="auto", **how)
+    assert code == 128 + signal.SIGTERM and "Traceback" not in err
+    # the command that it printed is whole: the settings are those of the run
+    python, script, *args = shlex.split(err.split("to continue: ")[1])
+    assert python == "python" and script.endswith("train.py")
+    out, _ = run("train.py", *args)
     assert_same_run(f"{out_dir}/whole", f"{out_dir}/broken")
     resumed = [row["step"] for row in lines(f"{out_dir}/broken", EVENTS) if row["event"] == "resume"]
     assert resumed[:2] == [6, 15] or resumed[:2] == [5, 15]
@@ -207,6 +225,7 @@ def test_a_finished_run_that_goes_on_loses_no_evaluation(data_dir, out_dir):
         how = dict(max_steps=max_steps, resume="auto", sample_every=8, save_every=0, stage_boundary=0.75)
         out, _ = train(data_dir, out_dir, "r", **how)
     assert "back in stage 1 until step 12" in out
+    assert "the learning rate is 1.11e-03 from here; the former settings give 1.50e-05" in out
     losses = {row["step"]: row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row}
     assert list(losses) == [0, 6, 10, 12, 16]
     del losses[0]
@@ -314,7 +333,7 @@ def signalled(model_, *args, **options):
         _, err = train(data_dir, out_dir, when, patch=patch, code=128 + signal.SIGINT, **how)
         events = lines(f"{out_dir}/{when}", EVENTS)
         assert events[-1]["event"] == "interrupt" and events[-1]["step"] == (0 if when == "evaluation" else 6)
-        assert checkpoint.newest(f"{out_dir}/{when}", True)[0] and "--resume=auto" in err
+        assert checkpoint.newest(f"{out_dir}/{when}", True)[0] and f"--resume={out_dir}/{when}" in err
 
 
 def test_the_second_signal_exits_at_once(data_dir, out_dir):
