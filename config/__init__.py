@@ -21,7 +21,8 @@ import sys
 import textwrap
 from types import ModuleType, SimpleNamespace
 
-DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "default.py")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DEFAULT = os.path.join(ROOT, "config", "default.py")
 SCHEDULES = ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant")
 # what torchrun says of this process: facts, not settings
 RANK, WORLD, LOCAL_RANK = (
@@ -30,6 +31,20 @@ RANK, WORLD, LOCAL_RANK = (
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RATIOS = {"stage2_lr": "stage2_lr_ratio", "min_lr": "min_lr_ratio"}  # former settings and their successors
+# names of nanoGPT, transformers and others
+ALIASES = dict(
+    pair.split(":")
+    for pair in (
+        "block_size:seq_len context_length:seq_len max_seq_len:seq_len n_embed:n_embd hidden_size:n_embd "
+        "d_model:n_embd intermediate_size:ffn_dim num_layers:n_layer num_hidden_layers:n_layer "
+        "num_heads:n_head num_attention_heads:n_head weight_tying:tie_embeddings "
+        "tie_word_embeddings:tie_embeddings max_iters:max_steps iters:max_steps lr_decay_iters:max_steps "
+        "epochs:total_tokens lr:learning_rate warmup_iters:warmup_steps eval_interval:eval_every "
+        "eval_iters:eval_tokens log_interval:log_every save_interval:save_every "
+        "gradient_accumulation_steps:total_batch_size grad_accum:total_batch_size precision:dtype "
+        "name:run_id out:out_dir init:init_from temp:temperature start:prompt num_tokens:max_new_tokens"
+    ).split()
+)
 
 
 def fail(*faults, code=2):
@@ -53,10 +68,17 @@ def library(name, package=""):
 
 
 def assignments(path):
-    """the plain assignments of a config file; a name that starts with _ is scratch"""
+    """Return {name: value} of a config file, without names that start with _, functions and modules. It may
+    import the files beside it, as in `from train_simple import *`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    sys.path.insert(0, folder)
+    try:
+        found = runpy.run_path(path)
+    finally:
+        sys.path.remove(folder)
     return {
         key: value
-        for key, value in runpy.run_path(path).items()
+        for key, value in found.items()
         if not (key.startswith("_") or callable(value) or isinstance(value, ModuleType))
     }
 
@@ -144,7 +166,8 @@ def coerce(key, value, want):
     if type(value) is tuple:
         value = list(value)
     if type(value) is not want or (want is list and not all(type(item) is str for item in value)):
-        shown = {"list": "a list of strings, as ['a', 'b']", "bool": "bool (True or False)"}
+        quoted = f"""a list of strings, in a shell --{key}="['a', 'b']\""""
+        shown = {"list": quoted, "bool": "bool (True or False)"}
         shown = shown.get(want.__name__, want.__name__)
         raise TypeError(f"{key} is {shown}, got {type(value).__name__} {value!r}")
     return value
@@ -166,7 +189,7 @@ def unknown(key, known):
     """the fault of a name that is no setting, with the nearest one that is"""
     if key.startswith("no_") and key[3:] + "_every" in known:  # --no-eval
         return f"no setting named {key}; to switch it off: --{key[3:]}_every=0"
-    near = difflib.get_close_matches(key, known, n=1)
+    near = [ALIASES[key]] if ALIASES.get(key) in known else difflib.get_close_matches(key, known, n=1)
     return f"no setting named {key}" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
 
 
@@ -175,6 +198,27 @@ def renamed(key, rate, learning_rate):
     is_number = isinstance(rate, (int, float)) and learning_rate
     here = f"; here {rate / learning_rate:.6g}" if is_number else ""
     return f"{key} is now {RATIOS[key]} = {key} / learning_rate{here}"
+
+
+def file_fault(path):
+    """what is wrong with a config file before it is read, with the remedy, or ''"""
+    if os.path.isfile(path):
+        if path.endswith(".py"):
+            return ""
+        is_run = os.path.basename(path) == "config.json"
+        remedy = f"; --resume={os.path.dirname(path) or '.'} takes the settings of that run" if is_run else ""
+        return f"config file {path} is not Python: expected NAME.py with lines as max_steps = 100{remedy}"
+    if os.path.isdir(path):
+        return f"{path} is a folder, not a config file; if a run is in it: --resume={path}"
+    if "=" in path:
+        return f"{path} is no file; did you mean --{path}?"
+    if os.path.isfile(os.path.join(ROOT, path)):
+        return (
+            f"config file {path} does not exist: paths are relative to the current folder; first cd {ROOT}, "
+            f"or give {os.path.join(ROOT, path)}"
+        )
+    near = difflib.get_close_matches(path, glob.glob("config/train_*.py"), n=1, cutoff=0.4)
+    return f"config file {path} does not exist" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def split(argv, types):
@@ -260,13 +304,8 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         faults.append(f"{files[0]}: this script takes no file, only flags; --help lists them")
         files = []
     for path in files:
-        if not os.path.isfile(path):
-            if "=" in path:
-                faults.append(f"{path} is no file; did you mean --{path}?")
-                continue
-            near = difflib.get_close_matches(path, glob.glob("config/train_*.py"), n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            faults.append(f"config file {path} does not exist{hint}")
+        if fault := file_fault(path):
+            faults.append(fault)
             continue
         try:
             found = assignments(path)
@@ -289,7 +328,7 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     if only is None and not cfg.run_id:
         names = [os.path.splitext(os.path.basename(path))[0] for path in files]
         cfg.run_id = names[-1] if names else "default"
-    if check_run and all(map(os.path.isfile, files)):
+    if check_run and not any(map(file_fault, files)):
         check(cfg, faults)
     if faults:
         fail(*faults)

@@ -4,6 +4,8 @@ import glob
 import json
 import math
 import os
+import re
+import shlex
 
 import pytest
 import torch
@@ -51,6 +53,13 @@ def test_values_take_the_type_of_the_default():
     [
         (["--learning_rat=1"], ["learning_rat", "did you mean learning_rate"]),
         (["--no-eval"], ["no_eval", "--eval_every=0"]),
+        (["--block_size=64"], ["no setting named block_size; did you mean seq_len?"]),
+        (["--max-iters", "5000"], ["no setting named max_iters; did you mean max_steps?"]),
+        (["--weight_tying"], ["did you mean tie_embeddings?"]),
+        (["--learning_rate", "=", "1e-3"], ["no spaces around =, as --learning_rate=1e-3"]),
+        (["--learning_rate", "=1e-3"], ["no spaces around =, as --learning_rate=1e-3"]),
+        (["--learning_rate=", "1e-3"], ["no spaces around =, as --learning_rate=1e-3"]),
+        (["config"], ["config is a folder", "--resume=config"]),
         (["--n_layer=two"], ["n_layer is int, got str 'two'"]),
         (["--ternary=3"], ["ternary is bool (True or False), got int 3"]),
         (["--sample_prompts=[1]"], ["sample_prompts is a list of strings"]),
@@ -86,6 +95,25 @@ def test_a_wrong_setting_is_named_with_its_value(capsys, argv, says):
         assert text in errors, errors
 
 
+@pytest.mark.parametrize("argv", [["--lr", "1e-3"], ["--dropout", "=", "0.1"], ["--run_id=", "x"]])
+def test_a_value_is_not_taken_for_a_config_file(capsys, argv):
+    """bug guarded: a second error line, on a config file 1e-3 that nobody named"""
+    assert len(faults(capsys, "--max_steps=10", *argv)) == 1
+
+
+def test_a_remedy_works_as_it_is_shown(capsys):
+    """bug guarded: a list without quotes, of which a shell makes two words"""
+    (error,) = faults(capsys, "--max_steps=10", "--sample_prompts=a")
+    flag = re.search(r"--sample_prompts=\S+ \S+?(?=,)", error)[0]
+    assert config.load(["--max_steps=10", *shlex.split(flag)]).sample_prompts == ["a", "b"]
+
+
+def test_names_of_other_projects_lead_to_settings():
+    """bug guarded: an alias of a setting that was renamed"""
+    of_sample = {"prompt", "temperature", "max_new_tokens"}
+    assert set(config.ALIASES.values()) <= config.assignments(config.DEFAULT).keys() | of_sample
+
+
 def test_all_faults_are_reported_at_once(capsys):
     """bug guarded: one fault per attempt"""
     assert len(faults(capsys, "--lr=1", "--n_layer=x", "nowhere.py")) == 3
@@ -102,6 +130,31 @@ def test_a_config_file_is_checked_too(capsys, tmp_path):
     assert len(errors) == 2 and "did you mean n_layer" in errors[0] and "max_steps is int" in errors[1]
     path.write_text("max_steps = = 5\n")
     assert "SyntaxError" in faults(capsys, str(path))[0]
+
+
+def test_a_file_that_is_not_python_is_refused(capsys, tmp_path):
+    """bug guarded: JSON, which is valid Python, read without effect"""
+    path = tmp_path / "config.json"
+    path.write_text('{"max_steps": 10}')
+    (error,) = faults(capsys, str(path))
+    assert "is not Python" in error and f"--resume={tmp_path} takes the settings of that run" in error
+
+
+def test_a_config_file_may_begin_with_another(tmp_path):
+    """bug guarded: an import that only works for one of the two places of a config file"""
+    (tmp_path / "first.py").write_text("from config.train_simple import *\nn_layer = 3\n")
+    (tmp_path / "second.py").write_text("from first import *\nn_embd = 64\n")
+    cfg = config.load([str(tmp_path / "second.py")])
+    assert (cfg.n_layer, cfg.n_embd, cfg.max_steps) == (3, 64, 4000)
+
+
+def test_from_another_folder_the_place_of_a_config_is_named(capsys, tmp_path, monkeypatch):
+    """bug guarded: a file that "does not exist", although the user sees it"""
+    monkeypatch.chdir(tmp_path)
+    (error,) = faults(capsys, "config/train_simple.py")
+    assert "relative to the current folder" in error and error.endswith(
+        os.path.join(ROOT, "config/train_simple.py")
+    )
 
 
 def test_every_setting_is_documented_and_typed():
