@@ -11,7 +11,7 @@ Time an experiment, or plan it. Needs no prepared data.
 A training step of the experiment and one of its twin, float or ternary, alternate, so that a machine
 whose speed drifts slows both. A step is a batch from token files, forward, backward, clipping and optimizer,
 as in train.py, on random tokens; the first steps, which compile, are counted apart. With --plan and a speed
-nothing is built and nothing timed. The last line of stdout is one JSON object.
+nothing is built and nothing timed. The last line of stdout is a JSON object, on a terminal only with --json.
 """
 
 import datetime
@@ -47,6 +47,7 @@ FLAGS = {
     "watts": (0.0, "plan: what the machine draws, for the price of electricity"),
     "price_per_kwh": (0.0, "plan: the price of a kilowatt-hour"),
     "gpu_memory_gb": (0.0, "plan: memory of the card, for the largest batch_size; 0 = that of this device"),
+    "json": (False, "print the line of JSON on a terminal too"),
     "calibrate": ("", "plan: the folder of a finished run, whose loss the law is shifted to"),
 }
 DISK_GB_PER_SEC, DECODE_TOKENS_PER_SEC = 0.25, 50.0  # assumed where nothing is timed
@@ -70,8 +71,6 @@ def settings():
         cfg.steps = []
     if cfg.plan and cfg.steps and not cfg.max_steps and not cfg.total_tokens:
         cfg.max_steps = cfg.steps[-1]
-    if not cfg.plan and not cfg.max_steps and not cfg.total_tokens:
-        cfg.max_steps = 1  # what is timed has no length
     config.check(cfg, faults)
     if cfg.steps and not 1 <= min(cfg.steps) <= max(cfg.steps) <= 10**9:
         faults.append(f"steps = {cfg.steps} must each be from 1 to 1,000,000,000")
@@ -130,7 +129,7 @@ import planner
 import record
 import timing
 from model import Transformer
-from planner import hours
+from planner import count, hours, size
 
 # the plan
 
@@ -159,16 +158,16 @@ def plan(cfg, counts, step_ms, once, device):
     print(f"\n{step_ms:,.1f} ms a step, {1e3 * cfg.total_batch_size / step_ms:,.0f} tokens/s{by}")
     print(
         f"{'steps':>10} {'tokens':>8} {'T/P':>6} {'epochs':>6} {'hours':>8} {'in all':>8}  {'finish':16} "
-        f"{'disk GB':>7} {'loss':>5}" + (f" {'price':>8}" if cost["per_hour"] else "")
+        f"{'disk':>8} {'loss':>5}" + (f" {'price':>8}" if cost["per_hour"] else "")
     )
     for each in rows:
         epochs = "-" if each["epochs"] is None else f"{each['epochs']:.2f}"
         price = f" {each['price']:8,.2f}" if cost["per_hour"] else ""
         loss = "    -" if each["expected_loss"] is None else f"{each['expected_loss']:5.2f}"
         print(
-            f"{each['steps']:10,} {each['tokens'] / 1e9:7.2f}B {each['tokens_per_param']:6.1f} {epochs:>6} "
+            f"{each['steps']:10,} {count(each['tokens']):>8} {each['tokens_per_param']:6.1f} {epochs:>6} "
             f"{hours(each['hours']):>8} {hours(each['hours_total']):>8}  {each['finish']:16} "
-            f"{each['checkpoint_gb'] + each['log_gb']:7.1f} {loss}{price}"
+            f"{size(each['checkpoint_gb'] + each['log_gb']):>8} {loss}{price}"
         )
     print(
         f"in all: with {once[0]:,.1f} s an evaluation, {once[1]:,.1f} s a round of samples, {once[2]:,.1f} s "
@@ -186,7 +185,7 @@ def plan(cfg, counts, step_ms, once, device):
         gpu_memory_gb = torch.cuda.get_device_properties(device).total_memory / 1e9
     memory = planner.memory_gb(cfg, counts, cfg.batch_size, dtype_bytes)
     print(
-        f"memory: about {memory:.1f} GB with batch_size = {cfg.batch_size}, {8 * dtype_bytes}-bit"
+        f"memory: about {size(memory)} with batch_size = {cfg.batch_size}, {8 * dtype_bytes}-bit"
         f"{', compiled' if cfg.compile else '; without compile up to twice the activations'}"
     )
     warnings, largest = [], None
@@ -196,7 +195,7 @@ def plan(cfg, counts, step_ms, once, device):
         print(f"largest batch_size that fits in {gpu_memory_gb:g} GB: {largest}, {whole}")
         if largest < cfg.batch_size:
             warnings.append(
-                f"batch_size = {cfg.batch_size} takes about {memory:.1f} GB and gpu_memory_gb = "
+                f"batch_size = {cfg.batch_size} takes about {size(memory)} and gpu_memory_gb = "
                 f"{gpu_memory_gb:g}; use {largest or 'a smaller model'}"
             )
 
@@ -217,7 +216,7 @@ def plan(cfg, counts, step_ms, once, device):
     print(f"\nmilestones of {stones[-1]['steps']:,} steps:")
     for i, each in enumerate(stones):
         if each["what"] or i % (1 + len(stones) // 20) == 0:
-            behind = f"{each['tokens'] / 1e9:7.2f}B {hours(each['hours_total']):>8} h  {each['finish']}"
+            behind = f"{count(each['tokens']):>8} {hours(each['hours_total']):>8} h  {each['finish']}"
             print(f"{each['steps']:10,} {behind}  {each['what']}".rstrip())
     for text in warnings:
         print(f"warning: {text}")
@@ -261,7 +260,8 @@ def main(cfg):
             once = timing.once_seconds(cfg, device, dtype)
     if cfg.plan:
         found |= plan(cfg, counts, found["step_ms"], once, device)
-    print(record.to_json(facts | found))
+    if cfg.json or not sys.stdout.isatty():
+        print(record.to_json(facts | found))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ the sums.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -255,11 +256,27 @@ def origin(cfg, run_dir):
     return folder, same_run, []
 
 
+def keep_rates(cfg, saved):
+    """Give cfg the rates of the checkpoint it resumes, to the last bit, if its ratios are the same but for
+    rounding. optim.final_rates looks for such a number under the name that the setting had before it was a
+    ratio. saved: the checkpoint's settings."""
+    if cfg.learning_rate != saved["learning_rate"]:
+        return
+    for former, ratio in config.RATIOS.items():
+        rate = saved.get(former, saved["learning_rate"] * saved[ratio])
+        product = cfg.learning_rate * getattr(cfg, ratio)
+        if product != rate and (math.isclose(product, rate) or not cfg.learning_rate):
+            setattr(cfg, former, rate)
+
+
 def must_agree(cfg, part, tokenizer, names, what, how=""):
     """exit with 2 where a setting among names, or the tokenizer, is not the checkpoint's, with `how` else it
     could be used; print what else changed"""
     saved = part["config"]
     differs = {key: saved[key] for key in saved if key in vars(cfg) and getattr(cfg, key) != saved[key]}
+    for key in differs.keys() & set(config.RATIOS.values()):
+        if math.isclose(getattr(cfg, key), saved[key]):  # one of them may be a quotient of two rates
+            del differs[key]
     told = {key: f"{key} = {getattr(cfg, key)!r}, the checkpoint has {old!r}" for key, old in differs.items()}
     faults = [told[key] for key in names if key in told]
     if part["tokenizer"] is None:
@@ -274,12 +291,14 @@ def must_agree(cfg, part, tokenizer, names, what, how=""):
 
 def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, scaler):
     """give the state of a verified checkpoint back to model, optimizers and scaler; returns the rest of its
-    trainer.pt, and the patience and the stage it was saved with. is_own: whether it is this run's; tokens:
-    data.digest. Exits with 2 where it is of another run, or beyond the end of this one."""
+    trainer.pt and, by the settings it was saved with, the patience, the stage and the next learning rate.
+    is_own: whether it is this run's; tokens: data.digest. Exits with 2 where it is of another run, or beyond
+    the end of this one."""
     on_disk = next(model.parameters()).device.type != "cpu"  # until it goes to the device
     part, trainer = load(folder, mmap=on_disk), load(folder, TRAINER, mmap=on_disk)
     if trainer["step"] > cfg.max_steps:
         fail(f"max_steps = {cfg.max_steps} is less than the {trainer['step']} steps of {folder}; raise it")
+    keep_rates(cfg, part["config"])
     must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}", "; --init_from= takes the weights alone")
     if not data.same_tokens(trainer["data"], tokens):
         fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {folder}, this would be another run")
@@ -290,8 +309,9 @@ def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, s
     same_eval = is_own and all(getattr(cfg, name) == part["config"][name] for name in VALIDATION)
     if not ranks.share(same_eval and trainer["best"].get("step") in steps(run_dir)):
         trainer |= dict(best={}, stale_evals=0)
-    stage = optim.stage(SimpleNamespace(**part["config"]), trainer["step"] - 1)
-    return trainer | dict(patience=part["config"]["patience"], stage=stage)
+    former = SimpleNamespace(**part["config"])
+    stage, lr = optim.stage(former, trainer["step"] - 1), optim.lr(former, trainer["step"])
+    return trainer | dict(patience=former.patience, stage=stage, lr=lr)
 
 
 def kept_bytes(cfg, params, steps):
@@ -326,7 +346,7 @@ def load(folder, name=MODEL, mmap=False):
     if found["format"] > FORMAT or (name == TRAINER and found["format"] != FORMAT):
         fail(f"{folder}/{name} has checkpoint format {found['format']}, this version reads {FORMAT}")
     if name == MODEL:  # an older one may lack newer settings
-        found["config"] = config.assignments(config.DEFAULT) | found["config"]
+        found["config"] = config.assignments(config.DEFAULT) | config.with_ratios(found["config"])
     return found
 
 

@@ -11,6 +11,7 @@ import math
 import torch
 
 import ranks
+from config import RATIOS
 from quant import whole
 
 
@@ -40,34 +41,42 @@ def line(x, x0, x1, y0, y1):
     return y1 if x1 <= x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
+def final_rates(cfg):
+    """Return the learning rates at the end of stage 1 and at the end of the run, as fractions of
+    learning_rate. A run from before they were fractions may hold a number that no fraction gives to the last
+    bit: checkpoint.keep_rates gives it to cfg under its former name."""
+    return [getattr(cfg, former, cfg.learning_rate * getattr(cfg, ratio)) for former, ratio in RATIOS.items()]
+
+
 def lr(cfg, step):
     """learning rate of the update made at `step`; warm-up is (step + 1) / warmup_steps, never zero.
 
-    two_stage   to stage2_lr at the boundary, then to min_lr at max_steps: continuous
-    bitnet      min_lr + (P - min_lr) (1 - step / max_steps), where P is learning_rate before the boundary and
-                stage2_lr after it: two lines and a drop (figure 1 of "The Era of 1-bit LLMs: Training Tips,
-                Code and FAQ")
-    wsd         constant, then to min_lr over the last decay_fraction (arXiv 2404.06395, section 4)
+    With S and E, the rates of final_rates:
+    two_stage   to S at the boundary, then to E at max_steps: continuous
+    bitnet      E + (P - E) (1 - step / max_steps), where P is learning_rate before the boundary and S after
+                it: two lines and a drop (figure 1 of "The Era of 1-bit LLMs: Training Tips, Code and FAQ")
+    wsd         constant, then to E over the last decay_fraction (arXiv 2404.06395, section 4)
     cosine, linear, constant   as named, from the end of the warm-up to max_steps
     """
     peak, warm, end = cfg.learning_rate, cfg.warmup_steps, cfg.max_steps
+    second, low = final_rates(cfg)
     if step < warm:
         return peak * (step + 1) / warm
     if cfg.schedule == "two_stage":
         middle = boundary(cfg)
         if step < middle:
-            return line(step, warm, middle, peak, cfg.stage2_lr)
-        return line(step, max(warm, middle), end, cfg.stage2_lr, cfg.min_lr)
+            return line(step, warm, middle, peak, second)
+        return line(step, max(warm, middle), end, second, low)
     if cfg.schedule == "bitnet":
-        return line(step, 0, end, peak if step < boundary(cfg) else cfg.stage2_lr, cfg.min_lr)
+        return line(step, 0, end, peak if step < boundary(cfg) else second, low)
     if cfg.schedule == "wsd":
         start = max(warm, end - round(cfg.decay_fraction * end))
-        return peak if step < start else line(step, start, end, peak, cfg.min_lr)
+        return peak if step < start else line(step, start, end, peak, low)
     if cfg.schedule == "cosine":
         progress = line(step, warm, end, 0.0, 1.0)
-        return cfg.min_lr + (peak - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
     if cfg.schedule == "linear":
-        return line(step, warm, end, peak, cfg.min_lr)
+        return line(step, warm, end, peak, low)
     return peak
 
 

@@ -70,6 +70,18 @@ def hours(value):
     return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
+def count(tokens):
+    """Return a number of tokens in words: 3.28B, 0.49B, 49.15M, 768"""
+    if tokens >= 1e8:
+        return f"{tokens / 1e9:.2f}B"
+    return f"{tokens / 1e6:.2f}M" if tokens >= 1e5 else f"{tokens:,}"
+
+
+def size(gb):
+    """Return a size of so many 1e9 bytes in words: 22.2 GB, 35 MB"""
+    return f"{gb:.1f} GB" if gb >= 1 else f"{1e3 * gb:.0f} MB"
+
+
 def times(steps, every, at_start=False):
     """how often something happens in a run that does it each `every` steps (0 = never) and at the end"""
     return (-(-steps // every) + at_start) if every else 0

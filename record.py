@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,13 @@ def opening(cfg, facts):
         f"{cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens",
     ]
     return "\n".join(lines)
+
+
+def resume_command(run_dir):
+    """Return the command that resumes a run with the settings of its config.json, quoted for the shell"""
+    python = ["torchrun", f"--nproc_per_node={WORLD}"] if WORLD > 1 else ["python"]
+    command = [*python, sys.argv[0], f"--resume={run_dir}"]
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
 def finished(run_dir, cfg, step, patience):

@@ -13,6 +13,7 @@ import statistics
 import time
 
 import record
+from config import with_ratios
 
 LOGGED = (  # what status() takes over from the newest training line
     "epoch tokens loss lr weight_decay stage grad_norm tokens_per_sec step_ms mfu memory_gb gpu_util"
@@ -34,7 +35,8 @@ def read_config(run_dir):
     try:
         with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as file:
             found = json.load(file)
-        return found | {"settings": {name: each["value"] for name, each in found["settings"].items()}}
+        settings = {name: each["value"] for name, each in found["settings"].items()}
+        return found | {"settings": with_ratios(settings)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {"settings": {}}
 
@@ -248,8 +250,8 @@ def warnings(run, now, limit, window):
         )
 
     # the decay counts as ahead while the rate is in the upper half of its way down
-    lr, peak, low = now["lr"], settings.get("learning_rate"), settings.get("min_lr")
-    is_late = None not in (lr, peak, low) and lr < (peak + low) / 2
+    lr, peak, low = now["lr"], settings.get("learning_rate"), settings.get("min_lr_ratio")
+    is_late = None not in (lr, peak, low) and lr < peak * (1 + low) / 2
     warm, loss = settings.get("warmup_steps") or 0, now["loss_trend"]
     is_due = is_running and settings and len(rows) >= window and rows[-window]["step"] > warm
     if is_due and loss and loss["word"] != "falling":
@@ -302,7 +304,7 @@ def warnings(run, now, limit, window):
     if flips and (flip or 0) > 0.001 and flips["word"] in ("rising", "flat" if is_late else ""):
         told.append(
             f"ternary: the flip rate, {flip:.4f} a line, is {flips['word']} and should fall with the rate; "
-            f"lower {'min_lr' if is_late else 'learning_rate'}"
+            f"lower {'min_lr_ratio' if is_late else 'learning_rate'}"
         )
     dead = [row.get("dead") or 0 for row in run["routers"][-3:]]
     if is_running and len(dead) == 3 and min(dead) > 0:

@@ -4,7 +4,8 @@ Train one model: the settings of a config file, the loop, and a run on disk that
     python train.py config/train_simple.py                          runs/train_simple/
     python train.py config/train_simple.py --ternary=False --run_id=float_twin
     python train.py config/train_simple.py --max_steps=100 --run_id=smoke
-    python train.py config/train_simple.py --resume=auto            goes on from the newest checkpoint
+    python train.py config/train_simple.py --resume=auto            continues from its newest checkpoint
+    python train.py --resume=runs/train_simple                      continues with the settings of that run
     torchrun --nproc_per_node=8 train.py config/train_dense_300m.py the same run on eight devices
 
 Ctrl-C drops the step under way, saves, says how to resume, and exits; a second one exits at once. The last
@@ -133,6 +134,10 @@ print(record.opening(cfg, facts))
 if origin:
     record.event(run_dir, "resume", step=step, path=origin, passed_over=passed_over)
     print(f"resume: from step {step}, {origin}")
+    if not math.isclose(rate := optim.lr(cfg, step), former["lr"]):
+        print(
+            f"resume: the learning rate is {rate:.2e} from here; the former settings give {former['lr']:.2e}"
+        )
     if optim.stage(cfg, step) < former["stage"]:
         print(f"resume: back in stage 1 until step {optim.boundary(cfg)}, since the run is longer now")
 else:
@@ -225,7 +230,8 @@ def save_end():
             if ranks.asked_to_stop():
                 return
             time.sleep(1)
-    fail(f"the end of run {cfg.run_id} is not saved; free disk space, then --resume=auto", code=1)
+    how = f"free disk space, then: {record.resume_command(run_dir)}"
+    fail(f"the end of run {cfg.run_id} is not saved; {how}", code=1)
 
 
 def evaluate():
@@ -275,7 +281,7 @@ def hand_over():
     record.event(run_dir, "interrupt", step=step, signal=ranks.interrupted)
     bar.close()
     if on_disk and ranks.is_main:
-        how = "go on with the same command and --resume=auto"
+        how = f"to continue: {record.resume_command(run_dir)}"
         print(f"stopped by signal {ranks.interrupted}, saved step {step}; {how}", file=sys.stderr)
     sys.exit(128 + ranks.interrupted)
 
@@ -372,7 +378,7 @@ while True:
             hand_over()
         if fault:
             save("no data")
-            fail(f"{fault}; then --resume=auto", code=1)
+            fail(f"{fault}; then: {record.resume_command(run_dir)}", code=1)
     batch = batch or next_batch(0)
     loss_sum, router_sum = torch.zeros((), device=device), 0.0
     try:

@@ -11,6 +11,7 @@ import ast
 import difflib
 import glob
 import importlib
+import json
 import math
 import os
 import re
@@ -21,7 +22,8 @@ from types import ModuleType, SimpleNamespace
 
 import terminal
 
-DEFAULT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "default.py")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DEFAULT = os.path.join(ROOT, "config", "default.py")
 SCHEDULES = ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant")
 # what torchrun says of this process: facts, not settings
 RANK, WORLD, LOCAL_RANK = (
@@ -30,6 +32,21 @@ RANK, WORLD, LOCAL_RANK = (
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REQUIRED = "torch", "numpy", "tqdm", "filelock"
+RATIOS = {"stage2_lr": "stage2_lr_ratio", "min_lr": "min_lr_ratio"}  # former settings and their successors
+# names of nanoGPT, transformers and others
+ALIASES = dict(
+    pair.split(":")
+    for pair in (
+        "block_size:seq_len context_length:seq_len max_seq_len:seq_len n_embed:n_embd hidden_size:n_embd "
+        "d_model:n_embd intermediate_size:ffn_dim num_layers:n_layer num_hidden_layers:n_layer "
+        "num_heads:n_head num_attention_heads:n_head weight_tying:tie_embeddings "
+        "tie_word_embeddings:tie_embeddings max_iters:max_steps iters:max_steps lr_decay_iters:max_steps "
+        "epochs:total_tokens lr:learning_rate warmup_iters:warmup_steps eval_interval:eval_every "
+        "eval_iters:eval_tokens log_interval:log_every save_interval:save_every "
+        "gradient_accumulation_steps:total_batch_size grad_accum:total_batch_size precision:dtype "
+        "name:run_id out:out_dir init:init_from temp:temperature start:prompt num_tokens:max_new_tokens"
+    ).split()
+)
 
 
 def fail(*faults, code=2):
@@ -69,12 +86,59 @@ def library(name, package=""):
 
 
 def assignments(path):
-    """the plain assignments of a config file; a name that starts with _ is scratch"""
+    """Return {name: value} of a config file, without names that start with _, functions and modules. It may
+    import the files beside it, as in `from train_simple import *`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    sys.path.insert(0, folder)
+    try:
+        found = runpy.run_path(path)
+    finally:
+        sys.path.remove(folder)
     return {
         key: value
-        for key, value in runpy.run_path(path).items()
+        for key, value in found.items()
         if not (key.startswith("_") or callable(value) or isinstance(value, ModuleType))
     }
+
+
+def with_ratios(settings):
+    """Return the saved settings of a run with stage2_lr_ratio and min_lr_ratio. Earlier versions saved the
+    rates themselves; such a number stays beside its ratio if the product is not the same float."""
+    settings = dict(settings)
+    for former, ratio in RATIOS.items():
+        rate, peak = settings.get(former), settings.get("learning_rate")
+        if ratio not in settings and type(rate) is type(peak) is float:
+            settings[ratio] = rate / peak if peak else 1.0
+            if settings[ratio] * peak == rate:
+                del settings[former]
+    return settings
+
+
+def run_settings(path, given):
+    """Return the settings of the run that a `resume` path lies in, and the file they are from. They are left
+    out if its config.json cannot be read, and a length if one of these flags gives another."""
+    folder = os.path.abspath(path)
+    if os.path.isfile(folder):  # checkpoint.pt
+        folder = os.path.dirname(folder)
+    if os.path.basename(os.path.dirname(folder)) == "checkpoints":  # a step folder
+        folder = os.path.dirname(os.path.dirname(folder))
+    # the folder may have been moved since, or renamed
+    parent, run_id = os.path.split(folder)
+    out_dir = parent.removeprefix(os.getcwd() + os.sep)
+    source = os.path.join(out_dir, run_id, "config.json")
+    try:
+        with open(source, encoding="utf-8") as file:
+            found = {key: each["value"] for key, each in json.load(file)["settings"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}, source
+    found = with_ratios(found)
+    if given & {"max_steps", "total_tokens"}:
+        leave_out = {"max_steps", "total_tokens"}
+    else:
+        leave_out = {"max_steps"} if found.get("total_tokens") else set()  # it was derived
+    leave_out |= {"resume", "init_from"}
+    found = {key: value for key, value in found.items() if key not in leave_out}
+    return found | dict(out_dir=out_dir, run_id=run_id), source
 
 
 def comments():
@@ -120,7 +184,8 @@ def coerce(key, value, want):
     if type(value) is tuple:
         value = list(value)
     if type(value) is not want or (want is list and not all(type(item) is str for item in value)):
-        shown = {"list": "a list of strings, as ['a', 'b']", "bool": "bool (True or False)"}
+        quoted = f"""a list of strings, in a shell --{key}="['a', 'b']\""""
+        shown = {"list": quoted, "bool": "bool (True or False)"}
         shown = shown.get(want.__name__, want.__name__)
         raise TypeError(f"{key} is {shown}, got {type(value).__name__} {value!r}")
     return value
@@ -142,8 +207,71 @@ def unknown(key, known):
     """the fault of a name that is no setting, with the nearest one that is"""
     if key.startswith("no_") and key[3:] + "_every" in known:  # --no-eval
         return f"no setting named {key}; to switch it off: --{key[3:]}_every=0"
-    near = difflib.get_close_matches(key, known, n=1)
+    near = [ALIASES[key]] if ALIASES.get(key) in known else difflib.get_close_matches(key, known, n=1)
     return f"no setting named {key}" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
+
+
+def renamed(key, rate, learning_rate):
+    """the fault of a rate that is a fraction of learning_rate today, with that fraction"""
+    is_number = isinstance(rate, (int, float)) and learning_rate
+    here = f"; here {rate / learning_rate:.6g}" if is_number else ""
+    return f"{key} is now {RATIOS[key]} = {key} / learning_rate{here}"
+
+
+def file_fault(path):
+    """what is wrong with a config file before it is read, with the remedy, or ''"""
+    if os.path.isfile(path):
+        if path.endswith(".py"):
+            return ""
+        is_run = os.path.basename(path) == "config.json"
+        remedy = f"; --resume={os.path.dirname(path) or '.'} takes the settings of that run" if is_run else ""
+        return f"config file {path} is not Python: expected NAME.py with lines as max_steps = 100{remedy}"
+    if os.path.isdir(path):
+        return f"{path} is a folder, not a config file; if a run is in it: --resume={path}"
+    if "=" in path:
+        return f"{path} is no file; did you mean --{path}?"
+    if os.path.isfile(os.path.join(ROOT, path)):
+        return (
+            f"config file {path} does not exist: paths are relative to the current folder; first cd {ROOT}, "
+            f"or give {os.path.join(ROOT, path)}"
+        )
+    near = difflib.get_close_matches(path, glob.glob("config/train_*.py"), n=1, cutoff=0.4)
+    return f"config file {path} does not exist" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def split(argv, types):
+    """(config files, [(name, text, flag as typed)], faults) of a command line"""
+    files, given, faults, args = [], [], [], list(argv)
+
+    def is_value(text):
+        return text and not text.startswith("-") and not text.endswith(".py") and not os.path.exists(text)
+
+    while args:
+        arg = args.pop(0)
+        if not arg.startswith("-"):
+            files.append(arg)
+            continue
+        key, eq, text = arg.lstrip("-").partition("=")
+        key, following = key.replace("-", "_"), args[0] if args else ""
+        if (not eq and following.startswith("=")) or (eq and not text and is_value(following)):
+            n = 2 if following == "=" else 1
+            value = "".join(args[:n]).removeprefix("=")
+            del args[:n]
+            faults.append(f"{arg} {following}: no spaces around =, as --{key}={value}")
+            continue
+        if not eq and types.get(key) is bool:
+            text = args.pop(0) if following.lower() in ("true", "false") else "True"
+        elif not eq and types.get(key.removeprefix("no_")) is bool:
+            key, text = key[3:], "False"
+        elif not eq and key in types:
+            if not args or following.startswith("--"):
+                faults.append(f"{arg} needs a value: {arg}=...")
+                continue
+            text = args.pop(0)
+        elif not eq and is_value(following):  # of a name that is unknown
+            text = args.pop(0)
+        given.append((key, text, arg))
+    return files, given, faults
 
 
 def load(argv, doc="", flags=None, only=None, check_run=True):
@@ -165,9 +293,13 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         print_help(doc, flags, values, takes_files=only is None)
         raise SystemExit(0)
     types = {key: type(value) for key, value in values.items()}
-    origin, faults = dict.fromkeys(values, "default"), []
+    origin = dict.fromkeys(values, "default")
+    files, given, faults = split(argv, types)
 
     def put(key, value, source):
+        if RATIOS.get(key) in types:
+            faults.append(f"{source}: {renamed(key, value, values['learning_rate'])}")
+            return
         if key not in types:
             faults.append(f"{source}: {unknown(key, types)}")
             return
@@ -176,45 +308,31 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         except TypeError as error:
             faults.append(f"{source}: {error}")
 
-    files, given, args = [], [], list(argv)
-    while args:
-        arg = args.pop(0)
-        if not arg.startswith("-"):
-            files.append(arg)
-            continue
-        key, eq, text = arg.lstrip("-").partition("=")
-        key = key.replace("-", "_")
-        if not eq and types.get(key) is bool:
-            text = args.pop(0) if args and args[0].lower() in ("true", "false") else "True"
-        elif not eq and types.get(key.removeprefix("no_")) is bool:
-            key, text = key[3:], "False"
-        elif not eq and key in types:
-            if not args or args[0].startswith("--"):
-                faults.append(f"{arg} needs a value: {arg}=...")
-                continue
-            text = args.pop(0)
-        given.append((key, text, arg))
+    def is_former(item):  # a former rate is compared with the learning_rate beside it, which comes first
+        return item[0] in RATIOS
 
+    resume = ([""] + [text for key, text, _ in given if key == "resume"])[-1]
+    if only is None and not files and resume not in ("", "auto"):
+        found, source = run_settings(resume, {key for key, _, _ in given})
+        if not os.path.exists(resume):
+            faults.append(f"resume = {resume!r} does not exist; give a run folder, or name a config file")
+        for key in [key for key in found if key in types]:
+            put(key, found[key], source)
     if files and only is not None:
         faults.append(f"{files[0]}: this script takes no file, only flags; --help lists them")
         files = []
     for path in files:
-        if not os.path.isfile(path):
-            if "=" in path:
-                faults.append(f"{path} is no file; did you mean --{path}?")
-                continue
-            near = difflib.get_close_matches(path, glob.glob("config/train_*.py"), n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            faults.append(f"config file {path} does not exist{hint}")
+        if fault := file_fault(path):
+            faults.append(fault)
             continue
         try:
             found = assignments(path)
         except Exception as error:  # the file is the user's own code: whatever it raises is its fault
             faults.append(f"config file {path}: {type(error).__name__}: {error}")
             continue
-        for key, value in found.items():
+        for key, value in sorted(found.items(), key=is_former):
             put(key, value, path)
-    for key, text, arg in given:
+    for key, text, arg in sorted(given, key=is_former):
         put(key, parse(text, types.get(key)), arg)
     if not 0 <= values.get("seed", 0) < 2**63:
         faults.append(f"seed = {values['seed']} must be at least 0 and less than 2^63")
@@ -228,7 +346,7 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     if only is None and not cfg.run_id:
         names = [os.path.splitext(os.path.basename(path))[0] for path in files]
         cfg.run_id = names[-1] if names else "default"
-    if check_run and all(map(os.path.isfile, files)):
+    if check_run and not any(map(file_fault, files)):
         check(cfg, faults)
     if faults:
         fail(*faults)
@@ -259,8 +377,8 @@ def check(cfg, faults):
         need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)} must be more than 0")
     for key in (
         "total_batch_size max_steps total_tokens max_minutes vocab_size learning_rate weight_decay "
-        "grad_clip warmup_steps stage2_lr stage2_weight_decay min_lr eval_every sample_every save_every "
-        "keep_last patience sample_tokens eval_tokens n_expert router_balance router_z"
+        "grad_clip warmup_steps stage2_lr_ratio stage2_weight_decay min_lr_ratio eval_every sample_every "
+        "save_every keep_last patience sample_tokens eval_tokens n_expert router_balance router_z"
     ).split():
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)} must not be negative")
     for key in ("beta1", "beta2", "muon_momentum", "dropout"):
@@ -294,10 +412,14 @@ def check(cfg, faults):
         each, micro = f"batch_size {cfg.batch_size} x seq_len {cfg.seq_len}", micro * WORLD
         each += f" x {WORLD} devices" if WORLD > 1 else ""
         total = cfg.total_batch_size or micro
-        nearest = max(1, round(total / micro)) * micro
+        remedy = f"use {max(1, round(total / micro)) * micro}"
+        if total % micro and total % (cfg.seq_len * WORLD) == 0:
+            sequences = total // cfg.seq_len // WORLD
+            fits = next(n for n in range(min(cfg.batch_size, sequences), 0, -1) if sequences % n == 0)
+            remedy += f", or batch_size = {fits}, which does not change the experiment"
         need(
             total % micro == 0,
-            f"total_batch_size = {total:,} is not a multiple of {each} = {micro:,} tokens; use {nearest}",
+            f"total_batch_size = {total:,} is not a multiple of {each} = {micro:,} tokens; {remedy}",
         )
         cfg.total_batch_size, cfg.accumulation = total, total // micro
     need(

@@ -14,7 +14,7 @@ data_dir = "data"  # folder of all data sets
 prepare = ""  # the command that makes it, shown where it is missing; '' = python prepare/<dataset>.py
 tokenize_on_fly = False  # train while the data set is being written; validates on its first val windows
 verify_data = False  # read every shard again and compare its sha256, also if its size and time are the same
-batch_size = 16  # sequences per device and micro-step; halve it if out of memory
+batch_size = 16  # sequences per device and micro-step; halve it if out of memory: total_batch_size stays
 seq_len = 256  # tokens per sequence, the longest context of the model
 total_batch_size = 0  # TOKENS per optimizer step, over all devices and micro-steps; 0 = one micro-step
 
@@ -43,7 +43,7 @@ router_z = 0.001  # weight in the loss of the size of the routers' logits, mean 
 
 # optimizer
 optimizer = "adamw"  # adamw | muon: for the matrices of the blocks; the rest has AdamW at the same rate
-learning_rate = 1.5e-3  # peak, reached at the end of the warm-up
+learning_rate = 1.5e-3  # peak, reached at the end of the warm-up; the whole schedule scales with it
 beta1 = 0.9  # decay of the gradient's running mean
 beta2 = 0.95  # decay of its running square
 adam_eps = 1e-8  # added to the root of the running square
@@ -55,10 +55,10 @@ grad_clip = 1.0  # largest norm of the gradient; 0 = off
 schedule = "two_stage"  # two_stage | bitnet | wsd | cosine | linear | constant
 warmup_steps = 375  # steps of linear warm-up; may exceed max_steps
 stage_boundary = 0.5  # two_stage, bitnet: where stage 2 begins, as a fraction of max_steps
-stage2_lr = 1e-3  # two_stage, bitnet: learning rate at the boundary (bitnet: the peak of the second line)
+stage2_lr_ratio = 2 / 3  # two_stage, bitnet: rate where stage 2 begins, as a fraction of learning_rate
 stage2_weight_decay = 0.0  # two_stage, bitnet: weight decay of stage 2
-decay_fraction = 0.33  # wsd: the last part of the run, in which the learning rate falls to min_lr
-min_lr = 1.5e-5  # learning rate at max_steps
+decay_fraction = 0.33  # wsd: the last part of the run, in which the learning rate falls to its final value
+min_lr_ratio = 0.01  # rate at max_steps, as a fraction of learning_rate
 
 # machine
 device = "auto"  # auto | cpu | cuda | cuda:1 | mps

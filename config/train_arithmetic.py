@@ -6,6 +6,7 @@ prepare = "python prepare/arithmetic.py --ops=+-x --digits=3 --train_problems=20
 vocab_size = 15  # the characters of a problem
 seq_len = 128
 batch_size = 32
+total_batch_size = 4096  # tokens = 32 x 128
 max_steps = 30_000
 
 n_layer = 6
@@ -15,7 +16,8 @@ n_embd = 256
 ffn_dim = 768
 
 learning_rate = 2e-3
-stage2_lr = 1.3e-3
+stage2_lr_ratio = 0.65
+min_lr_ratio = 0.0075
 warmup_steps = 200
 
 log_every = 100

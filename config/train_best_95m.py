@@ -21,9 +21,9 @@ warmup_steps = 375
 learning_rate = 1.5e-3
 weight_decay = 0.1
 stage_boundary = 0.5  # step 200,000
-stage2_lr = 1e-3
+stage2_lr_ratio = 2 / 3
 stage2_weight_decay = 0.0
-min_lr = 1.5e-5
+min_lr_ratio = 0.01
 beta1 = 0.9
 beta2 = 0.95
 

@@ -24,7 +24,7 @@ optimizer = "muon"  # the matrices, each expert's by itself; AdamW at the same r
 schedule = "cosine"
 warmup_steps = 1000
 learning_rate = 1e-3
-min_lr = 1e-4
+min_lr_ratio = 0.1
 weight_decay = 0.1
 grad_clip = 1.0
 

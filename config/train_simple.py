@@ -5,7 +5,8 @@ dataset = "arithmetic"
 vocab_size = 15  # the characters of an addition
 seq_len = 64  # about eight problems
 batch_size = 12
-max_steps = 4000  # many small steps beat few large ones here: 4,000 x 768 tokens
+total_batch_size = 768  # tokens = 12 x 64
+max_steps = 4000  # many small steps beat few large ones here
 
 n_layer = 2
 n_head = 4
@@ -14,7 +15,8 @@ n_embd = 128
 ffn_dim = 512
 
 learning_rate = 2e-3
-stage2_lr = 1.3e-3
+stage2_lr_ratio = 0.65
+min_lr_ratio = 0.0075
 warmup_steps = 50
 
 compile = False  # compiling takes longer than it saves in a run this short

@@ -4,7 +4,8 @@
 dataset = "text"
 prepare = "python prepare/text.py --files='*.txt'"
 seq_len = 256
-batch_size = 32  # 8,192 tokens a step
+batch_size = 32
+total_batch_size = 8192  # tokens = 32 x 256
 max_steps = 5000  # 41M tokens; more than ten times the tokens of the text only repeat it
 
 n_layer = 6
@@ -15,7 +16,7 @@ ffn_dim = 1152
 dropout = 0.1  # small texts are seen many times
 
 learning_rate = 1.5e-3
-stage2_lr = 1e-3
+stage2_lr_ratio = 2 / 3
 warmup_steps = 200
 
 log_every = 50

@@ -5,6 +5,7 @@ dataset = "tictactoe"
 vocab_size = 13  # the end of a line, X O D, the squares 1 to 9
 seq_len = 64  # about six games
 batch_size = 64
+total_batch_size = 4096  # tokens = 64 x 64
 max_steps = 20_000
 
 n_layer = 4
@@ -14,7 +15,7 @@ n_embd = 512
 ffn_dim = 1280
 
 learning_rate = 1.5e-3
-stage2_lr = 1e-3
+stage2_lr_ratio = 2 / 3
 warmup_steps = 200
 
 log_every = 100

@@ -4,7 +4,8 @@
 dataset = "tinystories"
 vocab_size = 4096  # a SentencePiece tokenizer trained on the stories
 seq_len = 256
-batch_size = 32  # 8,192 tokens a step
+batch_size = 32
+total_batch_size = 8192  # tokens = 32 x 256
 max_steps = 60_000  # 491M tokens, about an epoch
 
 n_layer = 6
@@ -14,7 +15,7 @@ n_embd = 384
 ffn_dim = 1152
 
 learning_rate = 1.5e-3
-stage2_lr = 1e-3
+stage2_lr_ratio = 2 / 3
 warmup_steps = 375
 
 log_every = 100

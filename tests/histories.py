@@ -6,7 +6,9 @@ import time
 
 import numpy as np
 
-SETTINGS = dict(max_steps=1000, learning_rate=1e-3, min_lr=1e-5, schedule="wsd", save_every=100, keep_last=3)
+SETTINGS = dict(
+    max_steps=1000, learning_rate=1e-3, min_lr_ratio=0.01, schedule="wsd", save_every=100, keep_last=3
+)
 
 
 def child_pid():

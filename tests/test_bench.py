@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import sys
 import textwrap
 from types import SimpleNamespace
 
@@ -248,6 +249,34 @@ def test_the_page_on_cost_is_what_the_planner_says():
         shown += [f"{each['checkpoint_gb'] + each['log_gb']:.1f} GB", f"{each['expected_loss']:.2f}"]
         assert f"| {' | '.join(shown)} | {each['price']:.2f} |" in page
     assert "182.0 hours" in run(*second)[0]
+
+
+def test_bench_wants_an_experiment_as_training_does():
+    """bug guarded: minutes of compiling the default model, which nobody named"""
+    _, _, err = bench(code=2)
+    assert "has no length; name a config file" in err
+
+
+def test_a_small_plan_has_numbers():
+    """bug guarded: 0.00B tokens and 0.0 GB"""
+    found, out, _ = bench(
+        "config/train_simple.py", plan=True, step_ms=50, steps="100,4000", gpu_memory_gb=0.5
+    )
+    assert "76,800" in out and "3.07M" in out and " 55 MB" in out
+    assert not re.search(r"\b0\.0+(B| GB)", out)
+    assert [planner.count(n) for n in (768, 3e8)] == ["768", "0.30B"] and planner.size(1.04) == "1.0 GB"
+
+
+def test_a_terminal_gets_no_json(monkeypatch, capsys):
+    """bug guarded: 2,000 characters of JSON under the table"""
+    how = [BASELINE, "--plan", "--step_ms=695", "--steps=400000"]
+    for flags, has_json in (([], False), (["--json"], True)):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *how, *flags])
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        import bench as script
+
+        script.main(script.settings())
+        assert ('{"params"' in capsys.readouterr().out) is has_json
 
 
 def test_bench_times_the_twins_part_by_part():

@@ -1,13 +1,18 @@
 """config/: what a command line may say, and what it is told when it is wrong."""
 
 import glob
+import json
+import math
 import os
+import re
+import shlex
 
 import pytest
 import torch
 from conftest import ROOT, run
 
 import config
+import optim
 from model import Transformer
 
 
@@ -48,10 +53,18 @@ def test_values_take_the_type_of_the_default():
     [
         (["--learning_rat=1"], ["learning_rat", "did you mean learning_rate"]),
         (["--no-eval"], ["no_eval", "--eval_every=0"]),
+        (["--block_size=64"], ["no setting named block_size; did you mean seq_len?"]),
+        (["--max-iters", "5000"], ["no setting named max_iters; did you mean max_steps?"]),
+        (["--weight_tying"], ["did you mean tie_embeddings?"]),
+        (["--learning_rate", "=", "1e-3"], ["no spaces around =, as --learning_rate=1e-3"]),
+        (["--learning_rate", "=1e-3"], ["no spaces around =, as --learning_rate=1e-3"]),
+        (["--learning_rate=", "1e-3"], ["no spaces around =, as --learning_rate=1e-3"]),
+        (["config"], ["config is a folder", "--resume=config"]),
         (["--n_layer=two"], ["n_layer is int, got str 'two'"]),
         (["--ternary=3"], ["ternary is bool (True or False), got int 3"]),
         (["--sample_prompts=[1]"], ["sample_prompts is a list of strings"]),
         (["--batch_size=16", "--seq_len=256", "--total_batch_size=10000"], ["10,000", "4,096", "use 8192"]),
+        (["config/train_simple.py", "--batch_size=32"], ["768", "use 2048, or batch_size = 12"]),
         (["--n_embd=100", "--n_head=3", "--n_kv_head=3"], ["n_embd = 100", "n_head = 3"]),
         (["--n_embd=12", "--n_head=4", "--n_kv_head=4"], ["= 3 is odd"]),
         (["--n_head=12", "--n_kv_head=5"], ["n_head = 12", "n_kv_head = 5"]),
@@ -60,7 +73,7 @@ def test_values_take_the_type_of_the_default():
         (["--device=gpu"], ["device = 'gpu'", "cuda:1"]),
         (["--optimizer=sgd"], ["optimizer = 'sgd'", "adamw"]),
         (["--learning_rate=-1"], ["learning_rate = -1.0"]),
-        (["--min_lr", "-0.1"], ["min_lr = -0.1"]),
+        (["--min_lr_ratio", "-0.1"], ["min_lr_ratio = -0.1"]),
         (["--dropout=1"], ["dropout = 1.0"]),
         (["--total_tokens=100"], ["max_steps = 10, total_tokens = 100"]),
         (["--max_steps=0"], ["has no length", "config/train_simple.py"]),
@@ -82,6 +95,25 @@ def test_a_wrong_setting_is_named_with_its_value(capsys, argv, says):
         assert text in errors, errors
 
 
+@pytest.mark.parametrize("argv", [["--lr", "1e-3"], ["--dropout", "=", "0.1"], ["--run_id=", "x"]])
+def test_a_value_is_not_taken_for_a_config_file(capsys, argv):
+    """bug guarded: a second error line, on a config file 1e-3 that nobody named"""
+    assert len(faults(capsys, "--max_steps=10", *argv)) == 1
+
+
+def test_a_remedy_works_as_it_is_shown(capsys):
+    """bug guarded: a list without quotes, of which a shell makes two words"""
+    (error,) = faults(capsys, "--max_steps=10", "--sample_prompts=a")
+    flag = re.search(r"--sample_prompts=\S+ \S+?(?=,)", error)[0]
+    assert config.load(["--max_steps=10", *shlex.split(flag)]).sample_prompts == ["a", "b"]
+
+
+def test_names_of_other_projects_lead_to_settings():
+    """bug guarded: an alias of a setting that was renamed"""
+    of_sample = {"prompt", "temperature", "max_new_tokens"}
+    assert set(config.ALIASES.values()) <= config.assignments(config.DEFAULT).keys() | of_sample
+
+
 def test_all_faults_are_reported_at_once(capsys):
     """bug guarded: one fault per attempt"""
     assert len(faults(capsys, "--lr=1", "--n_layer=x", "nowhere.py")) == 3
@@ -98,6 +130,31 @@ def test_a_config_file_is_checked_too(capsys, tmp_path):
     assert len(errors) == 2 and "did you mean n_layer" in errors[0] and "max_steps is int" in errors[1]
     path.write_text("max_steps = = 5\n")
     assert "SyntaxError" in faults(capsys, str(path))[0]
+
+
+def test_a_file_that_is_not_python_is_refused(capsys, tmp_path):
+    """bug guarded: JSON, which is valid Python, read without effect"""
+    path = tmp_path / "config.json"
+    path.write_text('{"max_steps": 10}')
+    (error,) = faults(capsys, str(path))
+    assert "is not Python" in error and f"--resume={tmp_path} takes the settings of that run" in error
+
+
+def test_a_config_file_may_begin_with_another(tmp_path):
+    """bug guarded: an import that only works for one of the two places of a config file"""
+    (tmp_path / "first.py").write_text("from config.train_simple import *\nn_layer = 3\n")
+    (tmp_path / "second.py").write_text("from first import *\nn_embd = 64\n")
+    cfg = config.load([str(tmp_path / "second.py")])
+    assert (cfg.n_layer, cfg.n_embd, cfg.max_steps) == (3, 64, 4000)
+
+
+def test_from_another_folder_the_place_of_a_config_is_named(capsys, tmp_path, monkeypatch):
+    """bug guarded: a file that "does not exist", although the user sees it"""
+    monkeypatch.chdir(tmp_path)
+    (error,) = faults(capsys, "config/train_simple.py")
+    assert "relative to the current folder" in error and error.endswith(
+        os.path.join(ROOT, "config/train_simple.py")
+    )
 
 
 def test_every_setting_is_documented_and_typed():
@@ -130,7 +187,89 @@ STATED = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "config", "train_*.py"))))
+CONFIGS = sorted(glob.glob(os.path.join(ROOT, "config", "train_*.py")))
+
+
+FORMER = {  # learning_rate, stage2_lr and min_lr, when all three were rates
+    "train_simple": (2e-3, 1.3e-3, 1.5e-5),
+    "train_arithmetic": (2e-3, 1.3e-3, 1.5e-5),
+    "train_tictactoe": (1.5e-3, 1e-3, 1.5e-5),
+    "train_tinystories": (1.5e-3, 1e-3, 1.5e-5),
+    "train_text": (1.5e-3, 1e-3, 1.5e-5),
+    "train_baseline_95m": (1.5e-3, 1e-3, 1.5e-5),
+    "train_best_95m": (1.5e-3, 1e-3, 1.5e-5),
+    "train_dense_300m": (6e-4, None, 6e-5),  # its schedule and that of the mixture have no stage 2
+    "train_moe_500m": (1e-3, None, 1e-4),
+}
+ONE_ULP = {("train_simple", 1.3e-3), ("train_arithmetic", 1.3e-3), ("train_dense_300m", 6e-5)}
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_the_ratios_are_the_former_rates(path):
+    """bug guarded: a config that trains at other rates than those it was measured with"""
+    cfg = config.load([path])
+    peak, *former = FORMER[cfg.run_id]
+    assert cfg.learning_rate == peak
+    for rate, now in zip(former, optim.final_rates(cfg)):
+        if rate is not None:
+            assert abs(now - rate) == math.ulp(rate) * ((cfg.run_id, rate) in ONE_ULP)
+
+
+def test_former_rates_are_refused_with_their_ratio(capsys, tmp_path):
+    """bugs guarded: a rate taken for a fraction; a fraction of another learning_rate than the file's"""
+    path = tmp_path / "mine.py"
+    path.write_text("max_steps = 10\nstage2_lr = 1.3e-3\nlearning_rate = 2e-3\n")
+    (error,) = faults(capsys, str(path), "--learning_rate=1")
+    assert error.endswith("stage2_lr is now stage2_lr_ratio = stage2_lr / learning_rate; here 0.65")
+    (error,) = faults(capsys, "--max_steps=10", "--min_lr", "1e-5", "--learning-rate=1e-3")
+    assert error == "error: --min_lr: min_lr is now min_lr_ratio = min_lr / learning_rate; here 0.01"
+    (error,) = faults(capsys, "--max_steps=10", "--min_lr=low")
+    assert error.endswith("min_lr_ratio = min_lr / learning_rate")
+
+
+def write_run(folder, **changes):
+    """a run's config.json, in the folder that it has been moved to; the folder of a step in it"""
+    values = config.settings_of(config.load(["config/train_simple.py", "--seed=7"])) | changes
+    os.makedirs(folder / "checkpoints" / "step_000010")
+    settings = {name: dict(value=value, origin="x") for name, value in values.items()}
+    (folder / "config.json").write_text(json.dumps(dict(settings=settings)))
+    return folder / "checkpoints" / "step_000010"
+
+
+def test_a_run_is_resumed_with_its_own_settings(tmp_path, capsys):
+    """bugs guarded: a resume that wants every flag typed again; that starts the run elsewhere, or with the
+    weights it began with"""
+    step = write_run(tmp_path / "moved", out_dir="elsewhere", init_from="other", vocab_size=15)
+    for path in (step, step / "checkpoint.pt", tmp_path / "moved"):
+        if path.name == "checkpoint.pt":
+            path.write_text("")
+        cfg = config.load([f"--resume={path}", "--dropout=0.5"])
+        assert (cfg.run_id, cfg.out_dir, cfg.init_from, cfg.resume) == ("moved", str(tmp_path), "", str(path))
+        assert (cfg.seed, cfg.n_embd, cfg.dropout, cfg.max_steps) == (7, 128, 0.5, 4000)
+        assert cfg.origin["seed"].endswith("moved/config.json") and cfg.origin["dropout"] == "--dropout=0.5"
+    assert config.load(["--resume", str(step), "--run_id=branch"]).run_id == "branch"
+    # a config file gives the settings instead
+    assert config.load(["config/train_text.py", f"--resume={step}"]).seed == 1337
+    write_run(tmp_path / "long", total_tokens=7680, max_steps=10)  # these steps are derived
+    assert config.load([f"--resume={tmp_path}/long"]).max_steps == 10
+    assert config.load([f"--resume={tmp_path}/long", "--total_tokens=15360"]).max_steps == 20
+    write_run(tmp_path / "odd", n_layer="two")
+    (error,) = faults(capsys, f"--resume={tmp_path}/odd")
+    assert "odd/config.json: n_layer is int, got str 'two'" in error
+    (error,) = faults(capsys, "--resume=nowhere")
+    assert "resume = 'nowhere' does not exist" in error
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_half_the_batch_size_is_the_same_experiment(path):
+    """bug guarded: the advice for a full memory trains half as many tokens"""
+    cfg = config.load([path])
+    half = config.load([path, f"--batch_size={cfg.batch_size // 2}"])
+    differs = {name for name in vars(cfg) if getattr(cfg, name) != getattr(half, name)} - {"origin"}
+    assert differs == {"batch_size", "accumulation"} and half.accumulation == 2 * cfg.accumulation
+
+
+@pytest.mark.parametrize("path", CONFIGS)
 def test_every_shipped_config_builds(path):
     """bug guarded: a config that no longer loads, or whose model is not the one that its text promises"""
     cfg = config.load([path])
@@ -141,8 +280,6 @@ def test_every_shipped_config_builds(path):
 
 def test_the_other_two_systems_are_the_plan():
     """bugs guarded: a number of the plan that drifts; parameters of idle experts counted as active"""
-    import optim
-
     cfg = config.load(["config/train_dense_300m.py"])
     plan = dict(max_steps=100_000, total_batch_size=512 * 2048, warmup_steps=2000, dropout=0.1, n_kv_head=16)
     plan |= dict(eval_every=1000, save_every=10_000, weight_decay=0.1, grad_clip=1.0, adam_eps=1e-8)
@@ -156,13 +293,11 @@ def test_the_other_two_systems_are_the_plan():
     idle = 12 * 6 * 3 * 768 * 2048
     assert counts["active"] == counts["total"] - idle == 166_226_688 and counts["ternary"] == 0
     assert cfg.max_steps == -(-10_000_000_000 // cfg.total_batch_size) and cfg.keep_last == 3
-    assert optim.lr(cfg, 999) == 1e-3 and cfg.min_lr == 1e-4
+    assert optim.lr(cfg, 999) == 1e-3 and optim.final_rates(cfg)[1] == 1e-4
 
 
 def test_baseline_is_the_plan():
     """bug guarded: a number of the plan that drifts"""
-    import optim
-
     cfg = config.load(["config/train_baseline_95m.py"])
     plan = dict(max_steps=400_000, accumulation=2, total_batch_size=8192, warmup_steps=375, log_every=100)
     plan |= dict(eval_every=5000, sample_every=5000, save_every=10_000, seq_len=256, batch_size=16)

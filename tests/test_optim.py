@@ -6,10 +6,18 @@ import pytest
 import torch
 from conftest import settings
 
+import config
 import optim
 from model import Transformer
 
-BASE = dict(max_steps=1000, warmup_steps=10, learning_rate=1.0, stage2_lr=0.5, min_lr=0.1, weight_decay=0.1)
+BASE = dict(
+    max_steps=1000,
+    warmup_steps=10,
+    learning_rate=1.0,
+    stage2_lr_ratio=0.5,
+    min_lr_ratio=0.1,
+    weight_decay=0.1,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,7 +25,7 @@ BASE = dict(max_steps=1000, warmup_steps=10, learning_rate=1.0, stage2_lr=0.5, m
     [
         # two lines that meet at the boundary; the update after step 500 is the first of stage 2
         ("two_stage", {10: 1.0, 255: 0.75, 500: 0.5, 750: 0.3, 1000: 0.1}),
-        # min_lr + (P - min_lr)(1 - t/T): a drop at the boundary from 0.55 to 0.3
+        # E + (P - E)(1 - t/T): a drop at the boundary from 0.55 to 0.3
         ("bitnet", {10: 0.1 + 0.9 * 0.99, 499: 0.1 + 0.9 * 0.501, 500: 0.1 + 0.4 * 0.5, 1000: 0.1}),
         ("wsd", {10: 1.0, 669: 1.0, 670: 1.0, 835: 0.55, 1000: 0.1}),
         ("cosine", {10: 1.0, 505: 0.55, 1000: 0.1}),
@@ -31,6 +39,16 @@ def test_schedules_hit_their_points(schedule, points):
     assert optim.lr(cfg, 0) == pytest.approx(0.1), "a first update with rate zero is a lost batch"
     assert optim.lr(cfg, 9) == pytest.approx(1.0)
     assert {step: optim.lr(cfg, step) for step in points} == pytest.approx(points)
+
+
+@pytest.mark.parametrize("schedule", config.SCHEDULES)
+def test_the_whole_schedule_scales_with_the_learning_rate(schedule):
+    """bug guarded: a sweep over learning_rate that leaves the rates of stage 2 and of the end as they are"""
+    rates = []
+    for peak in (0.0, 1.0, 2.0):
+        cfg = settings(schedule=schedule, **BASE | dict(learning_rate=peak))
+        rates.append([optim.lr(cfg, step) for step in range(1000)])
+    assert not any(rates[0]) and rates[2] == [2 * rate for rate in rates[1]]
 
 
 def test_weight_decay_ends_with_stage_1():

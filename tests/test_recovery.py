@@ -2,14 +2,31 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import time
 
 import pytest
 import torch
-from conftest import EVENTS, NAN, RUN, SCALARS, final, flags, kill_at, lines, rows, start, train, write_data
+from conftest import (
+    EVENTS,
+    NAN,
+    RUN,
+    SCALARS,
+    final,
+    flags,
+    kill_at,
+    lines,
+    rows,
+    run,
+    start,
+    train,
+    write_data,
+)
 
 import checkpoint
+import config
 
 
 def assert_same_run(a, b):
@@ -36,8 +53,11 @@ def test_kill_9_and_resume_is_the_unbroken_run(data_dir, out_dir):
     assert kill_at(data_dir, out_dir, 7, **how)[0] == -signal.SIGKILL
     assert kill_at(data_dir, out_dir, 17, resume="auto", **how)[0] == -signal.SIGKILL
     code, err = kill_at(data_dir, out_dir, 19, signal.SIGTERM, resume="auto", **how)
-    assert code == 128 + signal.SIGTERM and "--resume=auto" in err and "Traceback" not in err
-    out, _ = train(data_dir, out_dir, "broken", resume="auto", **how)
+    assert code == 128 + signal.SIGTERM and "Traceback" not in err
+    # the command that it printed is whole: the settings are those of the run
+    python, script, *args = shlex.split(err.split("to continue: ")[1])
+    assert python == "python" and script.endswith("train.py")
+    out, _ = run("train.py", *args)
     assert_same_run(f"{out_dir}/whole", f"{out_dir}/broken")
     resumed = [row["step"] for row in lines(f"{out_dir}/broken", EVENTS) if row["event"] == "resume"]
     assert resumed[:2] == [6, 15] or resumed[:2] == [5, 15]
@@ -151,7 +171,7 @@ def test_starting_and_resuming_follow_their_rules(data_dir, out_dir):
     assert "later than the step" in out and rows(f"{out_dir}/a")[-1] == rows(f"{out_dir}/b")[-1]
     assert [row["step"] for row in lines(f"{out_dir}/a", SCALARS) if "loss" in row] == list(range(1, 11))
     # a branch has a best of its own, though its losses are worse, and so have other validation windows
-    how = dict(sample_every=0, learning_rate=3.0, stage2_lr=3.0, min_lr=3.0)
+    how = dict(sample_every=0, learning_rate=3.0, stage2_lr_ratio=1.0, min_lr_ratio=1.0)
     for run_id, max_steps, resume, eval_tokens, its_own in (
         ("c", 12, f"{out_dir}/a", 64, (12,)),
         ("a", 12, "auto", 64, (10,)),
@@ -165,6 +185,39 @@ def test_starting_and_resuming_follow_their_rules(data_dir, out_dir):
     assert not os.path.exists(f"{out_dir}/d")
 
 
+FORMER_RATES = """
+import config
+real = config.load
+def load(*args, **options):
+    cfg = real(*args, **options)
+    cfg.stage2_lr, cfg.min_lr = 1.3e-3, 1.7e-5
+    return cfg
+config.load = load
+"""
+
+
+def test_a_run_from_before_the_ratios_keeps_its_rates(data_dir, out_dir):
+    """bugs guarded: rates of a resumed run that differ in the last bit; a change that is none reported"""
+    how = dict(keep_last=0, learning_rate=2e-3, stage2_lr_ratio=0.65, min_lr_ratio=0.0085)
+    train(data_dir, out_dir, "whole", patch=FORMER_RATES, **how)
+    shutil.copytree(f"{out_dir}/whole", f"{out_dir}/half")
+    shutil.rmtree(f"{out_dir}/half/checkpoints")
+    folder = checkpoint.step_dir(f"{out_dir}/whole", 5)
+    part, trainer = (torch.load(f"{folder}/{name}") for name in (checkpoint.MODEL, checkpoint.TRAINER))
+    cfg = part["config"]
+    assert cfg["learning_rate"] * cfg["stage2_lr_ratio"] != cfg["stage2_lr"] == 1.3e-3
+    for name in config.RATIOS.values():  # which such a checkpoint does not have
+        del cfg[name]
+    checkpoint.save(f"{out_dir}/half", 5, part, trainer)
+    out, _ = train(data_dir, out_dir, "half", resume="auto", **how)
+    assert "resume: from step 5" in out and "changed" not in out and "learning rate" not in out
+    assert_same_run(f"{out_dir}/whole", f"{out_dir}/half")
+    # and its own checkpoints are resumed so, again
+    shutil.rmtree(checkpoint.step_dir(f"{out_dir}/half", 24))
+    train(data_dir, out_dir, "half", resume="auto", **how)
+    assert_same_run(f"{out_dir}/whole", f"{out_dir}/half")
+
+
 def test_a_finished_run_that_goes_on_loses_no_evaluation(data_dir, out_dir):
     """bugs guarded: the evaluation, the samples and the best of the former end dropped, since they are no
     longer due there"""
@@ -172,6 +225,7 @@ def test_a_finished_run_that_goes_on_loses_no_evaluation(data_dir, out_dir):
         how = dict(max_steps=max_steps, resume="auto", sample_every=8, save_every=0, stage_boundary=0.75)
         out, _ = train(data_dir, out_dir, "r", **how)
     assert "back in stage 1 until step 12" in out
+    assert "the learning rate is 1.11e-03 from here; the former settings give 1.50e-05" in out
     losses = {row["step"]: row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row}
     assert list(losses) == [0, 6, 10, 12, 16]
     del losses[0]
@@ -308,7 +362,7 @@ def signalled(model_, *args, **options):
         _, err = train(data_dir, out_dir, when, patch=patch, code=128 + signal.SIGINT, **how)
         events = lines(f"{out_dir}/{when}", EVENTS)
         assert events[-1]["event"] == "interrupt" and events[-1]["step"] == (0 if when == "evaluation" else 6)
-        assert checkpoint.newest(f"{out_dir}/{when}", True)[0] and "--resume=auto" in err
+        assert checkpoint.newest(f"{out_dir}/{when}", True)[0] and f"--resume={out_dir}/{when}" in err
 
 
 def test_the_second_signal_exits_at_once(data_dir, out_dir):

@@ -3,9 +3,9 @@
 import json
 import os
 
+import tokens
 import numpy as np
 import pytest
-import tokens
 import torch
 from conftest import CHARS, settings, train, write_data
 

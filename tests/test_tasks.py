@@ -8,10 +8,10 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import tokens
 import blimp
 import examples
 import pytest
-import tokens
 import torch
 from conftest import CHARS, ROOT, run, settings, train, write_data
 

@@ -27,8 +27,6 @@ def test_init_from_takes_weights_only(data_dir, out_dir):
         init_from=f"{out_dir}/float",
         sample_every=0,
         learning_rate=0.0,
-        stage2_lr=0.0,
-        min_lr=0.0,
     )
     events = lines(f"{out_dir}/from", EVENTS)
     assert events[0]["event"] == "start" and events[0]["step"] == 0
@@ -63,9 +61,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(data_dir, out_dir):
 
 def test_a_run_that_overflows_ends_with_one_line(data_dir, out_dir):
     """bug guarded: infinities in the record of ternary health end the run with a traceback"""
-    _, err = train(
-        data_dir, out_dir, "r", code=1, learning_rate=1e30, stage2_lr=1e30, sample_every=0, eval_every=0
-    )
+    _, err = train(data_dir, out_dir, "r", code=1, learning_rate=1e30, sample_every=0, eval_every=0)
     assert "5 steps in a row" in err
 
 
@@ -144,8 +140,6 @@ def test_max_minutes_and_patience_end_as_if_finished(data_dir, out_dir):
     how = dict(
         patience=2,
         learning_rate=0.0,
-        stage2_lr=0.0,
-        min_lr=0.0,
         eval_every=2,
         sample_every=0,
         stage2_weight_decay=0.0,
