@@ -181,8 +181,8 @@ def rewind(run_dir, step, before=None):
             fates.pop()
         count = max(fates.count(None), (before or {}).get(base, 0) - len(kept))
         if step is not None and count:
-            of_all = f"{count} of {before[base]}" if before and base in before else f"{count}"
-            lost.append(f"{name}: {of_all} lines before step {step} are missing or damaged")
+            of_all = f" of {max(count, before[base])}" if before and base in before else ""
+            lost.append(f"{name}: {count}{of_all} lines before step {step} are missing or damaged")
     for name in (*FILES, "config.json", "best.json"):
         path = os.path.join(run_dir, name)
         for partial in glob.glob(glob.escape(path) + ".tmp*"):
@@ -197,11 +197,8 @@ def note_failures(run_dir, step):
     former = sys.excepthook
 
     def note(what):
-        if last(run_dir, EVENTS).get("event") not in (
-            "interrupt",
-            "finish",
-        ):  # what follows them costs nothing
-            event(run_dir, "failed", step=step(), what=what)
+        if last(run_dir, EVENTS).get("event") not in ("interrupt", "finish"):  # what follows costs nothing
+            event(run_dir, "failed", step=step(), what=" ".join(what.split()))
 
     def hook(kind, error, trace):
         former(kind, error, trace)
