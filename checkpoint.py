@@ -271,7 +271,7 @@ def keep_rates(cfg, saved):
 
 def must_agree(cfg, part, tokenizer, names, what, how=""):
     """exit with 2 where a setting among names, or the tokenizer, is not the checkpoint's, with `how` else it
-    could be used; print what else changed"""
+    could be used; print what else changed, and return it as {setting: its value in the checkpoint}"""
     saved = part["config"]
     differs = {key: saved[key] for key in saved if key in vars(cfg) and getattr(cfg, key) != saved[key]}
     for key in differs.keys() & set(config.RATIOS.values()):
@@ -285,21 +285,24 @@ def must_agree(cfg, part, tokenizer, names, what, how=""):
         faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
     if faults:
         fail(*(f"{what}: {text}; these must agree{how}" for text in faults))
-    for key in sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from"}):
+    changed = sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from"})
+    for key in changed:
         print(f"changed: {told[key]}")
+    return {key: saved[key] for key in changed}
 
 
 def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, scaler):
     """give the state of a verified checkpoint back to model, optimizers and scaler; returns the rest of its
-    trainer.pt and, by the settings it was saved with, the patience, the stage and the next learning rate.
-    is_own: whether it is this run's; tokens: data.digest. Exits with 2 where it is of another run, or beyond
-    the end of this one."""
+    trainer.pt, the settings that changed, and, by those it was saved with, the patience, the stage and the
+    next learning rate. is_own: whether it is this run's; tokens: data.digest. Exits with 2 where it is of
+    another run, or beyond the end of this one."""
     on_disk = next(model.parameters()).device.type != "cpu"  # until it goes to the device
     part, trainer = load(folder, mmap=on_disk), load(folder, TRAINER, mmap=on_disk)
     if trainer["step"] > cfg.max_steps:
         fail(f"max_steps = {cfg.max_steps} is less than the {trainer['step']} steps of {folder}; raise it")
     keep_rates(cfg, part["config"])
-    must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}", "; --init_from= takes the weights alone")
+    how = "; --init_from= takes the weights alone"
+    changed = must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}", how)
     if not data.same_tokens(trainer["data"], tokens):
         fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {folder}, this would be another run")
     ranks.load(model, optimizers, part["model"], trainer.pop("optimizer"))
@@ -311,7 +314,7 @@ def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, s
         trainer |= dict(best={}, stale_evals=0)
     former = SimpleNamespace(**part["config"])
     stage, lr = optim.stage(former, trainer["step"] - 1), optim.lr(former, trainer["step"])
-    return trainer | dict(patience=former.patience, stage=stage, lr=lr)
+    return trainer | dict(patience=former.patience, stage=stage, lr=lr, changed=changed)
 
 
 def kept_bytes(cfg, params, steps):

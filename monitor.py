@@ -2,7 +2,7 @@
 The state of a run, from the files it writes: progress, losses, ternary health, warnings with a remedy.
 
     python monitor.py                              the runs of runs/, one line each
-    python monitor.py runs/demo                    one screen
+    python monitor.py runs/demo                    one screen; `demo` alone will do
     python monitor.py runs/demo --watch            again every 10 s, until Ctrl-C
     python monitor.py runs/demo --json             one JSON object
     python monitor.py runs/demo --plot=out.png     losses, rates, ternary fractions; of several runs too
@@ -24,7 +24,8 @@ import pictures
 import record
 import terminal
 from config import fail
-from status import clock, status
+from status import clock, moves, status
+from terminal import printable
 
 FLAGS = {
     "watch": (False, "show it again and again, in place on a terminal; Ctrl-C ends it"),
@@ -37,76 +38,83 @@ FLAGS = {
 }
 
 
-def show(value, form=""):
-    """a value in a format, - where it is not known"""
-    return "-" if value is None else format(value, form)
+def known(*parts):
+    """Return (value, format) pairs as one text, without those whose value is not known."""
+    return ", ".join(form.format(value) for value, form in parts if value is not None)
 
 
 def screen(now, width):
     """the state of a run as lines of at most `width` characters"""
-    state = now["state"] + (f" ({now['why']})" if now["why"] else "")
-    step = f"{now['step']:,} of {show(now['max_steps'], ',')}, {show(now['progress'], '.1%')}"
-    if now["state"] != "finished":
-        step += f", {clock(now['eta_seconds'])} to go"
-    loss, best, health, saved = now["loss_trend"], now["best"], now["bitnet"], now["checkpoint"]
-    rows = [("state", f"{state}, last line {clock(now['last_line_age'])} ago"), ("step", step)]
-    moves = f", {loss['word']}: {loss['change']:+.4f} +-{loss['error']:.4f}" if loss else ""
-    rows.append(("loss", show(now["loss"], ".4f") + moves))
+    state = now["state"]
+    if now["why"] and state != "failed":  # that is a whole sentence, and among the warnings
+        state += f" ({now['why']})"
+    loss, best, saved, router = now["loss_trend"], now["best"], now["checkpoint"], now["router"]
+    health = now["bitnet"] or {}
+    age, eta = now["last_line_age"], now["eta_seconds"]
+    step = f"{now['step']:,}" + (f" of {now['max_steps']:,}" if now["max_steps"] else "")
+    rows = [
+        ("state", known((state, "{}"), (age if age is None else clock(age), "last line {} ago"))),
+        (
+            "step",
+            known(
+                (step, "{}"),
+                (now["progress"], "{:.1%}"),
+                (now["epoch"], "epoch {:.2f}"),
+                (clock(eta) if eta and state != "finished" else None, "{} to go"),
+            ),
+        ),
+        ("loss", known((now["loss"], "{:.4f}"), (loss and moves(loss), "{}"))),
+    ]
     if best:
         at_best = f"best {best['val_loss']:.4f} at step {best['step']:,}"
         rows.append(("val_loss", f"{now['val_loss']:.4f} at step {now['val_step']:,}, {at_best}"))
-    decay, stage = show(now["weight_decay"], "g"), show(now["stage"])
-    rows.append(("lr", f"{show(now['lr'], '.2e')}, weight_decay {decay}, stage {stage}"))
-    speed = f"{show(now['tokens_per_sec'], ',.0f')} tokens/s, {show(now['step_ms'], ',.4g')} ms a step"
-    rows.append(("speed", speed + (f", MFU {now['mfu']:.1%}" if now["mfu"] is not None else "")))
-    busy = f", {now['gpu_util']:.0%} busy" if now["gpu_util"] is not None else ""
-    rows.append(("device", f"{show(now['device'])}, {show(now['memory_gb'], '.2f')} GB{busy}"))
-    if health:
-        zero, plus, minus, near = (
-            show(health.get(key), ".1%") for key in ("zero", "plus", "minus", "near_threshold")
-        )
-        flips = f"{show(health.get('flip_rate'), '.2%')} flipped, {near} near a threshold"
-        rows.append(("codes", f"0 {zero}, +1 {plus}, -1 {minus}; {flips}"))
-    if now["router"]:
-        load, entropy, dead = (now["router"].get(key) for key in ("load_max", "entropy", "dead"))
+    rates = ((now["lr"], "{:.2e}"), (now["weight_decay"], "weight_decay {:g}"), (now["stage"], "stage {:g}"))
+    speed = ((now["tokens_per_sec"], "{:,.0f} tokens/s"), (now["step_ms"], "{:,.4g} ms a step"))
+    rows.append(("lr", known(*rates)))
+    rows.append(("speed", known(*speed, (now["mfu"], "MFU {:.1%}"))))
+    device = ((now["device"], "{}"), (now["memory_gb"], "{:.2f} GB"), (now["gpu_util"], "{:.0%} busy"))
+    rows.append(("device", known(*device)))
+    forms = dict(zero="0 {:.1%}", plus="+1 {:.1%}", minus="-1 {:.1%}")
+    forms |= dict(flip_rate="{:.2%} changed since the last line", near_threshold="{:.1%} near a threshold")
+    rows.append(("codes", known(*((health.get(key), form) for key, form in forms.items()))))
+    if router:
         even = f" (even {math.log(now['n_expert']):.2f})" if now["n_expert"] else ""
-        most = f"busiest expert {show(load, '.2f')} x the mean"
-        rows.append(("routers", f"{most}, entropy {show(entropy, '.2f')}{even}, {show(dead)} dead"))
+        busy = (router.get("load_max"), "busiest expert {:.2f} x the mean")
+        entropy = (router.get("entropy"), "entropy {:.2f}" + even)
+        rows.append(("routers", known(busy, entropy, (router.get("dead"), "{:g} dead"))))
     rows.append(("checkpoint", f"step {saved['step']:,}, {clock(saved['age'])} old" if saved else "none"))
-    need = f", {now['disk_need_gb']:.3g} GB of checkpoints to come" if now["disk_need_gb"] else ""
-    rows.append(("disk", f"{now['disk_free_gb']:.3g} GB free{need}"))
+    need = (now["disk_need_gb"] or None, "{:.3g} GB of checkpoints to come")
+    rows.append(("disk", known((now["disk_free_gb"], "{:.3g} GB free"), need)))
     if now["anomalies"]["count"]:
         shown = "; ".join(f"step {row['step']:,}: {row.get('what')}" for row in now["anomalies"]["last"])
         rows.append(("anomalies", f"{now['anomalies']['count']}; {shown}"))
     if now["sample"]:
         text, prompt = repr(now["sample"]["generated_text"]), repr(now["sample"]["prompt"])
-        text = f"{prompt[:40]} -> {text[:120]}, repetition {show(now['repetition'], '.2f')}"
-        rows.append(("sample", f"step {now['sample']['step']:,}: {text}"))
-    lines = [now["run_id"][:width]]
+        text = f"step {now['sample']['step']:,}: {prompt[:40]} -> {text[:120]}"
+        rows.append(("sample", known((text, "{}"), (now["repetition"], "repetition {:.2f}"))))
+    lines = [printable(now["run_id"])[:width]]
     for label, value in rows + [("warning", text) for text in now["warnings"]]:
         how = dict(initial_indent=f"{label:11}", subsequent_indent=" " * 11, break_on_hyphens=False)
-        lines += textwrap.wrap(value, width, **how)
+        lines += textwrap.wrap(printable(value), width, **how) if value else []
     return lines
 
 
 def table(found, width):
-    """several runs, one line each, below a line of headings"""
+    """several runs, one line each, below a line of headings; a narrow one has fewer columns"""
     rows = [("run_id", "state", "step", "%", "loss", "val", "age")]
     for now in found:
-        step, share = f"{now['step']}/{show(now['max_steps'])}", show(now["progress"], ".0%")
-        losses, age = (show(now[key], ".3f") for key in ("loss", "val_loss")), clock(now["last_line_age"])
-        state = now["state"].split()[0]
-        rows.append(
-            (
-                os.path.basename(now["run_dir"])[: width - 52],
-                state,
-                step,
-                share,
-                *losses,
-                " ".join(age.split()[:2]),
-            )
-        )
-    return [f"{a:{width - 52}} {b:11} {c:>13} {d:>4} {e:>6} {f:>6} {g:>6}" for a, b, c, d, e, f, g in rows]
+        step = f"{now['step']}" + (f"/{now['max_steps']}" if now["max_steps"] else "")
+        losses = [known((now[key], "{:.3f}")) for key in ("loss", "val_loss")]
+        age = " ".join(clock(now["last_line_age"]).split()[:2])
+        name, state = printable(os.path.basename(os.path.abspath(now["run_dir"]))), now["state"].split()[0]
+        rows.append((name, state, step, known((now["progress"], "{:.0%}")), *losses, age))
+    rows = rows if width >= 76 else [row[:3] + row[4:6] for row in rows]
+    sizes = [max(map(len, column)) for column in zip(*rows)]
+    sizes[0] = max(8, min(sizes[0], width - sum(sizes[1:]) - len(sizes) + 1))
+    aligned = [str.ljust, str.ljust, *[str.rjust] * 5]
+    return [
+        " ".join(align(cell[:size], size) for align, cell, size in zip(aligned, row, sizes)) for row in rows
+    ]
 
 
 def split(argv):
@@ -158,6 +166,8 @@ def check(cfg, folders):
 def main(argv):
     folders, flags = split(argv)
     cfg = config.load(flags, __doc__, FLAGS, only=("out_dir",), check_run=False)
+    inside = [os.path.join(cfg.out_dir, path) for path in folders]
+    folders = [b if os.path.isdir(b) and not os.path.isdir(a) else a for a, b in zip(folders, inside)]
     on_terminal = sys.stdout.isatty()
     while True:
         check(cfg, folders)
@@ -172,11 +182,11 @@ def main(argv):
             pictures.plot(run_dirs, cfg.plot)
             print(f"wrote {cfg.plot}", file=sys.stderr)
         if cfg.codes:
-            pictures.plot_codes(run_dirs[0], cfg.matrix, cfg.codes)
-            print(f"wrote {cfg.codes}", file=sys.stderr)
+            shown = pictures.plot_codes(run_dirs[0], cfg.matrix, cfg.codes)
+            print(f"wrote {cfg.codes}, with {shown}", file=sys.stderr)
         if cfg.json:
             lines = [record.to_json(found[0] if len(folders) == 1 else {"runs": found})]
-        elif folders:
+        elif folders and not cfg.plot and not cfg.codes:
             lines = [line for now in found for line in [*screen(now, width), ""]][:-1]
         else:
             lines = table(found, width) if found else [f"no run in {cfg.out_dir}"]
@@ -197,5 +207,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except OSError as error:
-        name = error.filename or "the picture"
-        fail(f"{name}: {error.strerror}; it must read the run and write the picture")
+        name = error.filename2 or error.filename or "the picture"
+        fail(f"{printable(name)}: {error.strerror}; it must read the run and write the picture")

@@ -1,13 +1,16 @@
 """Pictures of runs, by matplotlib: their curves, and a ternary matrix settling."""
 
 import difflib
+import io
 import os
 import statistics
 import sys
 
 import config
+import files
 from config import fail
 from status import checkpoints, column, number, read_run
+from terminal import printable
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, 2008
 CODE_COLORS = ("#0072B2", "#F0F0F0", "#D55E00")  # of -1, 0, +1
@@ -19,23 +22,53 @@ def smooth(values):
     return [statistics.mean(values[i - r : i + r + 1]) for i, r in enumerate(reach)]
 
 
+def write(figure, path):
+    """write a figure as a whole file: a full disk leaves no part of one"""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.rpartition(".")[2])
+    files.write_bytes(path, content.getvalue())
+
+
+def label_of(name):
+    """Return the name of a run as matplotlib shows it: letters that its font lacks as \\uXXXX, and signs
+    that it would read as a formula, or as a label to leave out, as they are."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    has = get_font(findfont(FontProperties())).get_charmap()
+    text = "".join(c if ord(c) in has else c.encode("unicode_escape").decode() for c in printable(name))
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def plot(run_dirs, path):
-    """write a picture of runs over their steps: losses, learning rate, fractions of the codes, flip rate"""
+    """write a picture of runs over their steps: losses, learning rate, fractions of the codes, how many
+    change"""
     names = [os.path.basename(os.path.abspath(each)) for each in run_dirs]
     names = names if len(set(names)) == len(names) else run_dirs
-    runs = {name: read_run(each) for name, each in zip(names, run_dirs)}
+    figures = config.library("matplotlib.figure", "matplotlib")
+    runs = {label_of(name): read_run(each) for name, each in zip(names, run_dirs)}
     for name, run in runs.items():
         if not run["rows"]:
             fail(f"{name} has no training line yet: there is nothing to plot; wait for its first")
-    labels = ["loss (nats per token)", "learning rate", "fraction of codes", "flip rate"]
+    labels = ["loss (nats per token)", "learning rate (1e-3)", "fraction of codes"]
+    labels += ["share of codes changed\nsince the last line"]
     labels = labels if any(run["health"] for run in runs.values()) else labels[:2]
-    figure = config.library("matplotlib.figure", "matplotlib").Figure(
-        figsize=(10, 2.2 + 2 * len(labels)), layout="constrained"
-    )
+    figure = figures.Figure(figsize=(10, 2.2 + 2 * len(labels)), layout="constrained")
+    title = ", ".join(runs)
+    if len(runs) == 1:
+        facts = runs[title]["config"]
+        size, data_set = facts.get("params", {}).get("total"), facts["settings"].get("dataset")
+        title += f": {size:,} parameters" if size else ""
+        title += f", {label_of(data_set)}" if data_set else ""
+    figure.suptitle(title, wrap=True)
     axes = figure.subplots(len(labels), sharex=True, height_ratios=[2, *[1] * (len(labels) - 1)])
+    # the fall of the first 2 % of the steps would press the rest of a long run into a flat line
+    lines = [row for run in runs.values() for row in run["rows"]]
+    start = max(row["step"] for row in lines) / 50
 
     def draw(ax, rows, key, line="-", **how):
         rows = [row for row in rows if number(row.get(key)) is not None]
+        if len(rows) == 1:  # one point makes no line
+            line = {"--": "^", ":": "v"}.get(line, "o")
         ax.plot([row["step"] for row in rows], column(rows, key), line, **how)
 
     for i, (name, run) in enumerate(runs.items()):
@@ -49,8 +82,11 @@ def plot(run_dirs, path):
         val_color = color if len(runs) > 1 else "black"
         if run["evals"]:
             label = f"{name}: validation"
-            draw(axes[0], run["evals"], "val_loss", "o--", color=val_color, label=label, **how)
-        draw(axes[1], run["rows"], "lr", color=color, linewidth=width)
+            # the first one, of a model that has learned nothing, lies above the frame
+            evals = [row for row in run["evals"] if row["step"] > start] or run["evals"]
+            draw(axes[0], evals, "val_loss", "o--", color=val_color, label=label, **how)
+        rates = [row | {"lr": 1e3 * row["lr"]} for row in run["rows"] if number(row.get("lr")) is not None]
+        draw(axes[1], rates, "lr", color=color, linewidth=width)
         if run["health"]:
             for key, code, line in (("zero", "0", "-"), ("plus", "+1", "--"), ("minus", "-1", ":")):
                 draw(axes[2], run["health"], key, line, color=color, label=f"{name}: {code}")
@@ -62,27 +98,29 @@ def plot(run_dirs, path):
                 ax.axvline(boundary, color="gray", linestyle=":")
             at = dict(xytext=(4, 4), textcoords="offset points", color="dimgray")
             axes[1].annotate("stage 2", (boundary, 0), **at)
-    # the fall of the first 2 % of the steps would press the rest of a long run into a flat line
-    lines = [row for run in runs.values() for row in run["rows"]]
-    start = max(row["step"] for row in lines) / 50
     later = column([row for row in lines if row["step"] > start], "loss")
     if later:
         axes[0].set_ylim(top=max(later) + 0.1 * (max(later) - min(later)) + 0.01)
     for ax, label in zip(axes, labels):
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
-        if "rate" in label:
+        if label.startswith(("learning rate", "share")):
             ax.set_ylim(bottom=0)
         else:
             ax.legend(ncols=3 if label == "fraction of codes" else 1)
     axes[-1].set_xlabel("step")
-    figure.savefig(path)
+    last = lines[-1]
+    if len(runs) == 1 and last["step"] and number(last.get("epoch")):
+        ratio = last["epoch"] / last["step"]
+        epochs = axes[0].secondary_xaxis("top", functions=(lambda x: x * ratio, lambda x: x / ratio))
+        epochs.set_xlabel("epoch")
+    write(figure, path)
 
 
 def plot_codes(run_dir, matrix, path):
     """write a picture of a corner of one ternary matrix at up to 8 checkpoints, and of the codes that
-    flipped from each to the next. Exits with 2 for a float run, an unknown matrix, fewer than two
-    checkpoints."""
+    flipped from each to the next; returns in words how many are shown. Exits with 2 for a float run, an
+    unknown matrix, fewer than two checkpoints."""
     figures = config.library("matplotlib.figure", "matplotlib")
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -91,16 +129,20 @@ def plot_codes(run_dir, matrix, path):
     import inference
     import quant
 
-    folders = []
-    for folder in checkpoints(run_dir).values():
+    whole = {}
+    for step, folder in checkpoints(run_dir).items():
         wrong = checkpoint.fault(folder, checkpoint.MODEL)
         if wrong:
-            print(f"passed over {folder}: {wrong}", file=sys.stderr)
+            print(printable(f"passed over {folder}: {wrong}"), file=sys.stderr)
         else:
-            folders.append(folder)
-    n = min(8, len(folders))
+            whole[step] = folder
+    steps = list(whole)
+    if len(steps) > 8:  # even distances, so that the pair at a stage boundary takes one place
+        marks = [steps[0] + i * (steps[-1] - steps[0]) / 7 for i in range(8)]
+        steps = sorted({min(whole, key=lambda step: abs(step - mark)) for mark in marks})
+    n, shown = len(steps), f"{len(steps)} of {len(whole)} checkpoints"
     if n:
-        part = checkpoint.load(folders[0])
+        part = checkpoint.load(whole[steps[0]])
         if not part["config"]["ternary"]:
             fail(f"{run_dir} is a float run (ternary = False), its weights have no codes; choose another")
         names = list(quant.bit_layers(inference.restore(part, "cpu")))
@@ -112,8 +154,8 @@ def plot_codes(run_dir, matrix, path):
         fail(f"{run_dir} has {found}, codes flip between two; train on, with a smaller save_every")
     figure = figures.Figure(figsize=(2.1 * n, 5), dpi=120, layout="constrained")
     axes, before, former = figure.subplots(2, n), None, None
-    for (top, bottom), i in zip(axes.T, range(n)):
-        part = checkpoint.load(folders[i * (len(folders) - 1) // (n - 1)])
+    for (top, bottom), step in zip(axes.T, steps):
+        part = checkpoint.load(whole[step])
         # experts one below the other
         codes = quant.ternarize(part["model"][f"{matrix}.weight"])[0].flatten(0, -2).numpy()
         top.imshow(
@@ -130,8 +172,10 @@ def plot_codes(run_dir, matrix, path):
         ax.set(xticks=[], yticks=[])
     out, into = before.shape
     corner = f"{matrix}: {min(64, out)} x {min(64, into)} of its {out} x {into} codes"
-    figure.suptitle(f"{corner}; below, what flipped, with the share of the whole matrix", wrap=True)
+    corner += f", at {shown}; below, what flipped, with the share of the whole matrix"
+    figure.suptitle(f"{label_of(os.path.basename(os.path.abspath(run_dir)))}, {corner}", wrap=True)
     names = zip(CODE_COLORS, ("-1", "0", "+1"))
     patches = [Patch(facecolor=color, edgecolor="gray", label=name) for color, name in names]
     figure.legend(handles=patches, ncols=3, loc="outside lower center")
-    figure.savefig(path)
+    write(figure, path)
+    return shown

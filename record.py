@@ -6,11 +6,14 @@ beyond k, and each evaluation, sample and best from k on, is there once, whateve
 """
 
 import atexit
+import collections
 import contextlib
+import glob
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +21,7 @@ import sys
 import time
 from importlib import metadata
 
+import config
 import files
 from config import RANK, WORLD, fail, settings_of
 from files import write_json
@@ -25,7 +29,9 @@ from files import write_json
 SCALARS, BITNET = os.path.join("metrics", "scalars.jsonl"), os.path.join("metrics", "bitnet.jsonl")
 ROUTER = os.path.join("metrics", "router.jsonl")
 EVENTS, SAMPLES = os.path.join("metrics", "events.jsonl"), os.path.join("samples", "samples.jsonl")
+FILES = (SCALARS, BITNET, ROUTER, EVENTS, SAMPLES, "train.log")
 lock = None  # that of the run's folder
+counts = collections.Counter()  # of the run that this process writes: {base name of a file: its lines}
 
 
 def plain(value):
@@ -56,6 +62,8 @@ def append_text(run_dir, text, name="train.log"):
         print(f"warning: a line of {path} is lost: {error.strerror}", file=sys.stderr)
         with contextlib.suppress(OSError):  # the whole disk may be gone, and come back
             os.truncate(path, size)  # no half line, onto which the next would be written
+    else:
+        counts[os.path.basename(name)] += 1
 
 
 def append(run_dir, name, **fields):
@@ -68,21 +76,26 @@ def event(run_dir, kind, **fields):
 
 def flush(run_dir):
     """put the record on the disk itself, so that a checkpoint that survives a power cut has its lines"""
-    for name in (SCALARS, BITNET, ROUTER, EVENTS, SAMPLES, "train.log"):
+    for name in FILES:
         path = os.path.join(run_dir, name)
         if os.path.exists(path):
             with open(path, "ab") as file:  # Windows flushes only what it may write
                 os.fsync(file.fileno())
 
 
-def read(run_dir, name):
-    """the whole lines of a JSONL file, oldest first; a half-written last line is left out"""
+def whole_lines(run_dir, name):
+    """Return the lines of a file of the run, oldest first; a half-written last line is left out."""
     path = os.path.join(run_dir, name)
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8", errors="replace") as file:
-        lines = file.read().split("\n")[:-1]
-    return [row for row in map(parsed, lines) if row is not None]
+        return file.read().split("\n")[:-1]
+
+
+def read(run_dir, name):
+    """Return the undamaged lines of a JSONL file, oldest first; see parsed."""
+    rows = (parsed(line, name) for line in whole_lines(run_dir, name))
+    return [row for row in rows if row is not None]
 
 
 def last(run_dir, name, has="step", **fields):
@@ -91,41 +104,109 @@ def last(run_dir, name, has="step", **fields):
     return next(found, {})
 
 
-def parsed(line):
-    """the object that a line of JSON holds, or None where it is damaged"""
+def is_number(value):
+    """Return whether value is a number with which the arithmetic of a reader cannot overflow."""
+    return type(value) in (int, float) and abs(value) < 1e100  # which is false for NaN
+
+
+# what the values are that readers rely on, by their names in all files
+NUMBERS = (
+    "epoch tokens loss lr weight_decay stage grad_norm tokens_per_sec step_ms mfu memory_gb gpu_util "
+    "val_loss val_perplexity loss_scale repetition steps signal time"
+).split()
+CHECKS = dict.fromkeys(NUMBERS, is_number)
+CHECKS |= dict.fromkeys(("total", "result", "changed"), lambda value: type(value) is dict)
+CHECKS |= dict.fromkeys("event what why mode prompt generated_text".split(), lambda value: type(value) is str)
+NEEDED = {  # without which a line says nothing
+    BITNET: ["total"],
+    ROUTER: ["total"],
+    EVENTS: ["event"],
+    SAMPLES: ["mode", "prompt", "generated_text"],
+}
+
+
+def parsed(line, name):
+    """Return the object in a line of the file `name`, or None if the line is damaged: it is not JSON, has no
+    step, or lacks what its file needs. A value of another type than its name wants becomes None, unknown.
+
+    This is the one place that checks, so that a reader may rely on what it gets.
+    """
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = json.loads(line, parse_constant=lambda constant: None)  # NaN and infinity
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    if type(row) is not dict or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
+        return None
+    for key in CHECKS.keys() & row.keys():
+        row[key] = row[key] if CHECKS[key](row[key]) else None
+    if row.get("total"):
+        row["total"] = {key: value if is_number(value) else None for key, value in row["total"].items()}
+    needed = ["why", "result"] if row.get("event") == "finish" else NEEDED.get(name, [])
+    is_whole = "loss" in row or "val_loss" in row if name == SCALARS else None not in map(row.get, needed)
+    return row if is_whole else None
 
 
-def rewind(run_dir, step):
-    """drop what a run that goes on from `step` (None: from the start) makes again; half-written lines go
-    too"""
+def rewind(run_dir, step, before=None):
+    """Drop what a run that resumes from `step` (None: from the start) writes again, with damaged lines, and
+    the temporary files of killed processes.
+
+    before: {base name of a file: number of its lines} at that step, from the checkpoint, as far as it has
+    them. Return a sentence for each file that has lost lines of earlier steps.
+    """
 
     def is_kept(name, line):
-        if name == "train.log":  # "step 100/2000 ..." tells of an update, "eval 100/2000 ..." is made again
-            kind, _, rest = line.partition(" ")
-            number, again = rest.partition("/")[0], kind == "eval"
-            if kind not in ("step", "eval") or not number.isdigit():
+        """whether a line stays; None if it is damaged"""
+        if name == "train.log":  # "step 100/2000 ..." is about an update, "eval 100/2000 ..." is made again
+            found = re.match(r"(step|eval) (\d{1,15})/", line, re.ASCII)
+            if not found:
                 return step is not None
-        elif (fields := parsed(line)) is None:
-            return False
+            number, again = int(found[2]), found[1] == "eval"
+        elif (fields := parsed(line, name)) is None:
+            return None
         elif name == EVENTS:
             return True
         else:
             number, again = fields["step"], name == SAMPLES or "val_loss" in fields
-        return step is not None and int(number) < step + (not again)
+        return step is not None and number < step + (not again)
 
-    for name in (SCALARS, BITNET, ROUTER, EVENTS, SAMPLES, "train.log"):
-        path = os.path.join(run_dir, name)
+    lost = []
+    for name in FILES:
+        path, base = os.path.join(run_dir, name), os.path.basename(name)
+        found = whole_lines(run_dir, name)
+        fates = [is_kept(name, line) for line in found]
+        kept = [line for line, fate in zip(found, fates) if fate]
         if os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                lines = file.read().split("\n")[:-1]
-            with open(path + ".tmp", "w", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in lines if is_kept(name, line))
-            os.replace(path + ".tmp", path)
+            files.write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        counts[base] = len(kept)
+        while fates and not fates[-1]:  # a damaged line behind the last kept one may be of a later step
+            fates.pop()
+        count = max(fates.count(None), (before or {}).get(base, 0) - len(kept))
+        if step is not None and count:
+            of_all = f" of {max(count, before[base])}" if before and base in before else ""
+            lost.append(f"{name}: {count}{of_all} lines before step {step} are missing or damaged")
+    for name in (*FILES, "config.json", "best.json"):
+        path = os.path.join(run_dir, name)
+        for partial in glob.glob(glob.escape(path) + ".tmp*"):
+            if re.fullmatch(r"\.tmp(-\d+)?", partial[len(path) :]) and os.path.isfile(partial):
+                os.remove(partial)
+    return lost
+
+
+def note_failures(run_dir, step):
+    """From now on, record an event `failed` with the error if this process ends by one; step() is the step
+    that the run has reached."""
+    former = sys.excepthook
+
+    def note(what):
+        if last(run_dir, EVENTS).get("event") not in ("interrupt", "finish"):  # what follows costs nothing
+            event(run_dir, "failed", step=step(), what=" ".join(what.split()))
+
+    def hook(kind, error, trace):
+        former(kind, error, trace)
+        note(f"{kind.__name__}: {error}")
+
+    sys.excepthook = hook
+    config.on_fail.append(note)
 
 
 def write_best(run_dir, best):

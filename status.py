@@ -3,6 +3,7 @@ The state of a run, read from its files only: status(run_dir) is what monitor.py
 pictures.py draws. What is missing or damaged is left out, so that it works beside a run that writes.
 """
 
+import functools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import shutil
 import statistics
 import time
 
+import config
 import record
 from config import with_ratios
 
@@ -21,8 +23,8 @@ LOGGED = (  # what status() takes over from the newest training line
 
 
 def number(value):
-    """value where it is a finite number, else None"""
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+    """Return value if it is a finite number, else None."""
+    return value if record.is_number(value) else None
 
 
 def column(rows, key):
@@ -30,15 +32,36 @@ def column(rows, key):
     return [row[key] for row in rows if number(row.get(key)) is not None]
 
 
+@functools.cache
+def defaults():
+    return config.assignments(config.DEFAULT)
+
+
+def is_setting(name, value):
+    """Return whether a setting may have this value. Of a name that this version lacks only the kind of value
+    is known."""
+    if name not in defaults():
+        return record.is_number(value) or type(value) in (str, bool)
+    want = type(defaults()[name])
+    return record.is_number(value) if want in (int, float) else type(value) is want
+
+
 def read_config(run_dir):
-    """config.json with its settings as {name: value}; no settings where it cannot be read"""
+    """Return what config.json holds: settings, {name: value}; pid, host and device; params, {total: number}.
+    What is missing, damaged or of another type is left out."""
     try:
         with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as file:
             found = json.load(file)
-        settings = {name: each["value"] for name, each in found["settings"].items()}
-        return found | {"settings": with_ratios(settings)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        settings = with_ratios({name: entry["value"] for name, entry in found["settings"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {"settings": {}}
+    facts = {"settings": {name: value for name, value in settings.items() if is_setting(name, value)}}
+    for name, kind in (("pid", int), ("host", str), ("device", str)):
+        if type(found.get(name)) is kind:
+            facts[name] = found[name]
+    if type(found.get("params")) is dict:
+        facts["params"] = {"total": number(found["params"].get("total"))}
+    return facts
 
 
 def checkpoints(run_dir):
@@ -54,18 +77,17 @@ def read_run(run_dir):
     """what a run has written: config; rows (of training), evals, health, routers, events, greedy, lists;
     starts, the times at which a process began; checkpoints"""
 
-    def lines(name):
-        return [row for row in record.read(run_dir, name) if type(row.get("step")) is int]
-
-    scalars, health, events = lines(record.SCALARS), lines(record.BITNET), lines(record.EVENTS)
+    scalars, health, events = (
+        record.read(run_dir, name) for name in (record.SCALARS, record.BITNET, record.EVENTS)
+    )
     return dict(
         config=read_config(run_dir),
         rows=[row for row in scalars if "loss" in row],
-        evals=[row for row in scalars if number(row.get("val_loss")) is not None],
-        health=[{"step": row["step"]} | row["total"] for row in health if type(row.get("total")) is dict],
-        routers=[row["total"] for row in lines(record.ROUTER) if type(row.get("total")) is dict],
+        evals=[row for row in scalars if row.get("val_loss") is not None],
+        health=[{"step": row["step"]} | row["total"] for row in health],
+        routers=[row["total"] for row in record.read(run_dir, record.ROUTER)],
         events=events,
-        greedy=[row for row in lines(record.SAMPLES) if row.get("mode") == "greedy"],
+        greedy=[row for row in record.read(run_dir, record.SAMPLES) if row["mode"] == "greedy"],
         starts=column([row for row in events if row.get("event") in ("start", "resume")], "time"),
         checkpoints=checkpoints(run_dir),
     )
@@ -74,13 +96,20 @@ def read_run(run_dir):
 # judging
 
 
+JUMP = 8  # standard errors that noise rarely reaches: in 1 to 4 of 1,000 windows of 50 lines
+
+
 def trend(values, window):
-    """{word, change, error} of the mean of the newest window // 2 values less that of as many before: error
-    is its standard error, word is falling or rising where the change is more than twice that, else flat.
-    None for fewer than 6 values.
+    """Return how the newest values move: {word, lines, change, error, jump}, or None for fewer than 6.
+
+    change: the mean of the newest `lines` = window // 2 values less that of as many before; error: its
+    standard error; jump: how far the mean of the newest 5 lies above the lowest mean of 5 in the window, 0 if
+    noise may do that. word: rising after a jump, else falling or rising if the change is more than twice its
+    error, else flat.
 
     The variance of single values is half the mean square of the differences between neighbours, which a
-    trend does not inflate (von Neumann et al., "The mean square successive difference", 1941).
+    trend does not inflate (von Neumann et al., "The mean square successive difference", 1941). For the jump,
+    which would inflate it, it comes from their median: 0.954 of the standard deviation.
     """
     k = min(window, len(values)) // 2
     if k < 3:
@@ -88,14 +117,19 @@ def trend(values, window):
     old, new = values[-2 * k : -k], values[-k:]
     squares = [(b - a) ** 2 for half in (old, new) for a, b in zip(half, half[1:])]
     change, error = statistics.mean(new) - statistics.mean(old), math.sqrt(statistics.mean(squares) / k)
+    both = old + new
+    means = [statistics.mean(both[i : i + 5]) for i in range(len(both) - 4)]
+    noise = statistics.median(abs(b - a) for a, b in zip(both, both[1:])) / 0.954 / math.sqrt(5)
+    jump = means[-1] - min(means)
+    jump = jump if jump > max(JUMP * noise, 0.01 * abs(min(means))) else 0.0
     word = "flat" if abs(change) <= 2 * error else "falling" if change < 0 else "rising"
-    return dict(word=word, change=change, error=error)
+    return dict(word="rising" if jump else word, lines=k, change=change, error=error, jump=jump)
 
 
 def is_alive(run_config):
     """whether the process of a run is there; None where this machine cannot know"""
     pid, here = run_config.get("pid"), platform.node()
-    if type(pid) is not int or run_config.get("host", here) != here:
+    if type(pid) is not int or pid < 1 or run_config.get("host", here) != here:
         return None
     if os.name == "nt":  # os.kill(pid, 0) would send Ctrl-C there
         return None
@@ -119,12 +153,14 @@ def pulse(run, alive, now):
     gaps = [b - a for a, b in zip(times, times[1:])]
     # the first gap has compiling and an evaluation in it, the newest have evaluations, samples and saves
     limit = max(60, 5 * statistics.median(gaps), 2 * max(gaps[:1] + gaps[-50:])) if gaps else 1800
-    kinds = ("start", "resume", "interrupt", "finish")
+    kinds = ("start", "resume", "interrupt", "finish", "failed")
     end = next((row for row in reversed(events) if row.get("event") in kinds), {})
     if end.get("event") == "finish":
         return "finished", end.get("why"), age, limit
     if end.get("event") == "interrupt":
         return "interrupted", f"signal {end.get('signal')}", age, limit
+    if end.get("event") == "failed":
+        return "failed", end.get("what"), age, limit
     if age is None and alive is None:
         return "empty", None, age, limit
     if alive is False:
@@ -184,11 +220,11 @@ def status(run_dir, window=50):
         eta = min(eta, max(0.0, began + 60 * minutes - now))
     trained = [row for row in evals if row["step"] > 0]  # as best.json: the initial weights are no result
     best = min(trained or evals, key=lambda row: row["val_loss"], default=None)
-    odd = anomalies(run)
+    odd, losses = anomalies(run), column(rows, "loss")
     saved = next(reversed(run["checkpoints"]), None)
     saved_at = os.path.getmtime(run["checkpoints"][saved]) if run["checkpoints"] else None
     found = dict(
-        run_id=settings.get("run_id") or os.path.basename(os.path.abspath(run_dir)),
+        run_id=os.path.basename(os.path.abspath(run_dir)),  # a copy has the name of its folder
         run_dir=run_dir,
         state=state,
         why=why,
@@ -200,7 +236,8 @@ def status(run_dir, window=50):
         progress=step / max_steps if max_steps else None,
         eta_seconds=0.0 if state == "finished" else eta,
         **{key: number(last.get(key)) for key in LOGGED},
-        loss_trend=trend(column(rows, "loss"), window),
+        # the older half of a run is left out: its beginning falls, which hides what comes after it
+        loss_trend=trend(losses, min(window, len(losses) // 2)),
         val_loss=evals[-1]["val_loss"] if evals else None,
         val_step=evals[-1]["step"] if evals else None,
         best=best and {key: best[key] for key in ("step", "val_loss")},
@@ -222,10 +259,26 @@ def status(run_dir, window=50):
 def warnings(run, now, limit, window):
     """what is wrong or may soon be, in words, with what to do; now: the fields of status()"""
     settings, rows, told = run["config"]["settings"], run["rows"], []
-    is_running, silent = now["state"] != "finished", f"nothing written for {clock(now['last_line_age'])}"
-    go_on = "go on with the same command and --resume=auto"
+    is_running, age = now["state"] != "finished", now["last_line_age"]
+    silent = "nothing was written" if age is None else f"nothing written for {clock(age)}"
+    saved = now["checkpoint"]
+    go_on = "repeat the command with --resume=auto, it "
+    go_on += f"continues from step {saved['step']:,}" if saved else "starts over, as no step is saved"
     if now["state"] == "dead process":
-        told.append(f"dead process: {silent}, and process {now['pid']} is gone without a word; {go_on}")
+        told.append(
+            f"dead process: {silent}, and process {now['pid']} was killed, by a person, a lack of memory or "
+            f"the end of the machine; {go_on}"
+        )
+    if now["state"] == "failed":
+        what = now["why"] or "by an error that is not known"
+        remedy = f"; {go_on}"
+        if "out of memory" in what.lower():
+            remedy = f"; lower batch_size and leave total_batch_size as it is, then {go_on}"
+        elif re.match(r"\w+: ", what):  # an exception; other errors name their remedy
+            remedy = f"; the traceback is where the run printed; once its cause is gone, {go_on}"
+        elif ";" in what:
+            remedy = ""
+        told.append(f"failed: {what}{remedy}")
     if now["state"] == "stopped writing":
         where = "is still there" if now["pid_alive"] else "may be on another machine"
         told.append(
@@ -235,8 +288,9 @@ def warnings(run, now, limit, window):
 
     horizon = rows[-window]["step"] if len(rows) >= window else 0
     recent = [row for row in anomalies(run) if row["step"] > horizon]
-    skipped = sum(number(row.get("steps")) or 1 for row in recent if row.get("what") != "save failed")
-    if skipped or (rows and now["loss"] is None):
+    skips = [row for row in recent if (row.get("what") or "").startswith("not finite")]
+    skipped = sum(row.get("steps") or 1 for row in skips)
+    if now["state"] != "failed" and (skipped or (rows and now["loss"] is None)):
         told.append(
             f"not finite: {skipped or 1} steps skipped after step {horizon:,}; if more come, go on with "
             "a lower learning_rate or longer warmup_steps: five in a row end the run"
@@ -258,14 +312,10 @@ def warnings(run, now, limit, window):
         what = "most of the learning rate's decay is ahead: wait for it, the loss falls with it"
         if is_late or settings.get("schedule") == "constant":
             what = "stop here, or look with a longer --window whether it still falls"
-        is_rising = loss["change"] > 5 * loss["error"]  # more than a plateau does by chance
+        is_rising = loss["jump"] or loss["change"] > 5 * loss["error"]  # more than a plateau does by chance
         if is_rising:
             what = "lower learning_rate and go on from an earlier step (--resume=STEP_FOLDER --run_id=NEW)"
-        told.append(
-            f"{'rising' if is_rising else 'plateau'}: the loss of the last {window // 2} lines "
-            f"is {loss['change']:+.4f} from that of the {window // 2} before, by chance "
-            f"+-{loss['error']:.4f}; {what}"
-        )
+        told.append(f"{'rising' if is_rising else 'plateau'}: the loss is {moves(loss)}; {what}")
     best, later = now["best"], column(run["evals"], "val_loss")[-2:]
     if len(later) == 2 and min(later) > best["val_loss"]:
         before = column([row for row in rows if row["step"] <= best["step"]], "loss")
@@ -313,6 +363,15 @@ def warnings(run, now, limit, window):
             "learning_rate"
         )
     return told
+
+
+def moves(loss):
+    """Return what trend() has found, in words."""
+    if loss["jump"]:
+        return f"rising: the last 5 lines average {loss['jump']:.4f} more than the lowest 5 before"
+    lines, change = loss["lines"], f"{abs(loss['change']):.4f} {'more' if loss['change'] > 0 else 'less'}"
+    found = f"{loss['word']}: the last {lines} lines average {change} than the {lines} before"
+    return f"{found}, with a standard error of {loss['error']:.4f}"
 
 
 def clock(seconds):

@@ -79,7 +79,7 @@ elif cfg.fsdp:
 model.to(device)
 optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-step, best, stale_evals = 0, {}, 0  # best: {step, val_loss}; stale_evals: evaluations since then
+step, best, stale_evals, former = 0, {}, 0, {}  # best: {step, val_loss}; stale_evals: evaluations since then
 # what the routers did, summed over this rank's micro-steps since the last line, and the number of all ranks'
 routers, n_routers = torch.zeros((), device=device), 0
 skipped, told = 0, 0  # steps whose loss or gradient was not finite, and those of them already reported
@@ -116,23 +116,24 @@ facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile
 
 def open_folder():
     """make the folder that of a run at this step; returns the step at which an evaluation, and that at which
-    samples, are dropped from the record and so to be made again, where they are"""
+    samples, are dropped from the record and so to be made again, where they are, and what the record lost"""
     checkpoint.check_disk(cfg, run_dir, counts["total"], cfg.max_steps - step)
     checkpoint.clean(run_dir, step if same_run else -1)
     again = [
         step if same_run and record.last(run_dir, *line, step=step) else -1
         for line in ((record.SCALARS, "val_loss"), (record.SAMPLES, "mode"))
     ]
-    record.rewind(run_dir, step if same_run and origin else None)
+    lost = record.rewind(run_dir, step if same_run and origin else None, former.get("counts"))
     record.write_best(run_dir, best)
     record.write_config(run_dir, cfg, facts | dict(origin=origin, world_size=ranks.WORLD))
-    return again
+    return *again, lost
 
 
-evaluated, sampled = ranks.from_main(open_folder)
+evaluated, sampled, lost = ranks.from_main(open_folder)
 print(record.opening(cfg, facts))
 if origin:
-    record.event(run_dir, "resume", step=step, path=origin, passed_over=passed_over)
+    changed = former["changed"]
+    record.event(run_dir, "resume", step=step, path=origin, passed_over=passed_over, changed=changed)
     print(f"resume: from step {step}, {origin}")
     if not math.isclose(rate := optim.lr(cfg, step), former["lr"]):
         print(
@@ -142,6 +143,10 @@ if origin:
         print(f"resume: back in stage 1 until step {optim.boundary(cfg)}, since the run is longer now")
 else:
     record.event(run_dir, "start", step=0, init_from=cfg.init_from, passed_over=passed_over)
+for text in lost:
+    print(f"warning: {text}")
+    record.event(run_dir, "anomaly", step=step, what=text)
+record.note_failures(run_dir, lambda: step)
 
 # logging, saving, evaluating, sampling
 
@@ -339,7 +344,7 @@ for windows in filter(None, (train_windows, val_windows)):
     windows.shards.on_damage = rescue
 while True:
     lr, weight_decay = optim.set_rates(optimizers, cfg, step)
-    before_evaluation = dict(best=best, stale_evals=stale_evals)
+    before_evaluation = dict(best=best, stale_evals=stale_evals, counts=dict(record.counts))
 
     # save, then evaluate, then sample: what fails here costs nothing that was trained
     save_due = scheduled(step) or (owed and step % cfg.log_every == 0)
@@ -461,11 +466,10 @@ while True:
             told = int(skipped)
         if worst_streak >= 5:
             good, _ = checkpoint.newest(run_dir, resumable=True)
-            fail(
-                f"{int(worst_streak)} steps in a row were not finite by step {step}; the last good "
-                f"checkpoint is {good or 'not there'}; go on from it with a lower learning_rate",
-                code=1,
-            )
+            remedy = "no checkpoint was saved before; start again with a lower learning_rate"
+            if good:
+                remedy = f"the last good checkpoint is {good}; resume from it with a lower learning_rate"
+            fail(f"{int(worst_streak)} steps in a row were not finite by step {step}; {remedy}", code=1)
         skips[2] = skips[1]
         speedometer.go_on()
 

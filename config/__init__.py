@@ -47,11 +47,14 @@ ALIASES = dict(
         "name:run_id out:out_dir init:init_from temp:temperature start:prompt num_tokens:max_new_tokens"
     ).split()
 )
+on_fail = []  # functions that fail() hands its faults to, as one text, before it exits
 
 
 def fail(*faults, code=2):
     """print each fault as an `error:` line on stderr and exit, with 2 for a user's mistake"""
     print(*(f"error: {fault}" for fault in faults), sep="\n", file=sys.stderr)
+    for note in on_fail:
+        note("; ".join(faults))
     raise SystemExit(code)
 
 
@@ -342,6 +345,8 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     for key in ("run_id", "name"):
         if key in values and (values[key] in (".", "..") or set(values[key]) & set("/\\")):
             faults.append(f"{key} = {values[key]!r} is not the name of a folder, but a path")
+        elif key in values and not values[key].isprintable():
+            faults.append(f"{key} = {values[key]!r} has a line break or control character; leave it out")
     cfg = SimpleNamespace(**values, origin=origin)
     if only is None and not cfg.run_id:
         names = [os.path.splitext(os.path.basename(path))[0] for path in files]

@@ -1,6 +1,9 @@
 """The model card of an export, from runs made by hand."""
 
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
 from conftest import CHARS, settings
@@ -9,7 +12,7 @@ import card
 import checkpoint
 import config
 from model import Transformer
-from record import SCALARS
+from record import EVENTS, SCALARS
 
 
 def run_of(root, name, losses, step=7, **changes):
@@ -83,3 +86,42 @@ def test_the_commands_of_a_card_can_be_typed(tmp_path, n_expert):
     assert ("sample.py --ckpt=FOLDER" in text) == (not n_expert) == ("dequantised" not in text)
     assert n_expert or """--prompt='it'"'"'s $HOME `x`'""" in text
     assert 'tokenizer("it\'s $HOME `x`"' in text
+
+
+def test_settings_that_changed_during_a_run_are_stated(tmp_path):
+    """bugs guarded: a run of 1,144 steps at one learning rate described by that of its last two; settings of
+    steps that were dropped, or that are later than the checkpoint"""
+    part, run_dir = run_of(tmp_path, "a", {7: 3.0}, step=50, learning_rate=5e-3)
+    events = [
+        dict(event="start", step=0),
+        dict(event="resume", step=40, changed=dict(dropout=0.5)),  # dropped by the next
+        dict(event="resume", step=30, changed=dict(learning_rate=1e-3, batch_size=2)),
+        dict(event="resume", step=45, changed=dict(learning_rate=2e-3)),
+        dict(event="resume", step=60, changed=dict(beta1=0.5)),
+    ]
+    (tmp_path / "a" / EVENTS).write_text("".join(json.dumps(row) + "\n" for row in events))
+    text = written(tmp_path, part, run_dir)
+    assert "learning_rate = 0.005  # 0.001 up to step 30, 0.002 up to step 45\n" in text
+    assert "# 2 up to step 30\n" in text and "0.5" not in text and "another run" not in text
+    (tmp_path / "a" / EVENTS).write_text("".join(json.dumps(row) + "\n" for row in events[2:]))
+    assert "Its first 30 steps are those of another run." in written(tmp_path, part, run_dir)
+
+
+def test_text_of_a_checkpoint_stays_text(tmp_path):
+    """bug guarded: a script, an image link or a closed code fence that a checkpoint puts into a card"""
+    part, run_dir = run_of(tmp_path, "a", {7: 3.0})
+    bad = "x`\n```\n<script>![a](http://b/c.png)</script>\x1b[2J"
+    part["config"] |= dict(run_id=bad, dataset=bad, sample_prompts=[bad], data_dir="x", schedule=bad)
+    text = written(tmp_path, part, run_dir)
+    outside, fences = [], 0
+    for line in text.split("\n"):
+        fences += line.startswith("```")
+        if fences % 2 == 0 and not line.startswith("```"):
+            outside.append(re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", line))
+    assert fences == 6 and "\x1b" not in text
+    assert not any("<" in line or "![" in line for line in outside), outside
+    if not shutil.which("bash"):
+        pytest.skip("needs bash, to read the command as a user's shell does")
+    command = next(line for line in text.split("\n") if line.startswith("python sample.py"))
+    shown = subprocess.run(["bash", "-c", f"printf %s {command.split(' ', 3)[3]}"], capture_output=True)
+    assert shown.stdout.decode() == f"--prompt={bad}--temperature=0"

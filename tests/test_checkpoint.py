@@ -224,11 +224,11 @@ def test_rewind_drops_what_is_made_again(run_dir):
     readers"""
     for step in (1, 2, 3):
         record.append(run_dir, record.SCALARS, step=step, loss=0.5)
-        record.append(run_dir, record.BITNET, step=step)
+        record.append(run_dir, record.BITNET, step=step, total={})
         record.append_text(run_dir, f"step {step}/9 ...")
         if step > 1:
             record.append(run_dir, record.SCALARS, step=step, val_loss=1.0)
-            record.append(run_dir, record.SAMPLES, step=step)
+            record.append(run_dir, record.SAMPLES, step=step, mode="greedy", prompt="a", generated_text="b")
             record.append_text(run_dir, f"eval {step}/9 ...")
         record.event(run_dir, "save", step=step)
     for name in (record.SCALARS, record.EVENTS):
@@ -269,15 +269,15 @@ def test_what_must_agree_is_refused_by_name(capsys, name):
 
 def test_a_full_disk_costs_a_line_not_the_run(run_dir, monkeypatch, capsys):
     """bug guarded: a log line that cannot be written ends three days of training"""
-    record.append(run_dir, record.SCALARS, step=1)
+    record.append(run_dir, record.SCALARS, step=1, loss=0.5)
 
     def full(path, *args, **options):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", full)
-        record.append(run_dir, record.SCALARS, step=2)
-    record.append(run_dir, record.SCALARS, step=3)
+        record.append(run_dir, record.SCALARS, step=2, loss=0.5)
+    record.append(run_dir, record.SCALARS, step=3, loss=0.5)
     assert "No space left" in capsys.readouterr().err
     assert [row["step"] for row in record.read(run_dir, record.SCALARS)] == [1, 3]
 
@@ -343,3 +343,98 @@ def test_an_older_or_newer_format_is_told(tmp_path, capsys):
         else:
             with pytest.raises(SystemExit):
                 checkpoint.load(folder)
+
+
+DAMAGED = (
+    '{"stfp": 3, "loss": 1}',
+    '{"step": null, "loss": 1}',
+    '{"step": "3", "loss": 1}',
+    '{"step": -3, "loss": 1}',
+    '{"step": 3, "lpss": 1}',
+    '{"step": 3, "loss": ' + "1" * 5000 + "}",
+    '{"step": 3, "loss": 1' + "[" * 100000,
+    "[3]",
+    "\0" * 40,
+)
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_left_out(run_dir, line):
+    """bug guarded: a line that ends every reader, and so every resume, with a traceback"""
+    record.append(run_dir, record.SCALARS, step=1, loss=0.5)
+    record.append_text(run_dir, line, record.SCALARS)
+    record.append(run_dir, record.SCALARS, step=4, loss=0.5)
+    assert [row["step"] for row in record.read(run_dir, record.SCALARS)] == [1, 4]
+    lost = record.rewind(run_dir, 4, {})
+    assert lost == [f"{record.SCALARS}: 1 lines before step 4 are missing or damaged"]
+    assert record.rewind(run_dir, 4, {}) == [], "a damaged line is dropped, and reported once"
+
+
+def test_a_value_of_another_type_is_unknown(run_dir):
+    """bug guarded: a reader that sorts, adds or hashes what is no number or text"""
+    big = "1" + "0" * 400
+    record.append_text(
+        run_dir, f'{{"step": 1, "loss": {big}, "lr": "x", "time": 1e999, "mfu": NaN}}', record.SCALARS
+    )
+    assert record.read(run_dir, record.SCALARS) == [dict(step=1, loss=None, lr=None, time=None, mfu=None)]
+    record.append(run_dir, record.BITNET, step=1, total={"zero": 0.5, "plus": [1]})
+    assert record.read(run_dir, record.BITNET)[0]["total"] == {"zero": 0.5, "plus": None}
+    record.event(run_dir, "anomaly", step=1, what=[1])
+    assert record.read(run_dir, record.EVENTS)[0]["what"] is None
+
+
+def test_a_finish_without_its_result_is_none(run_dir):
+    """bug guarded: a finished run that cannot print its result again"""
+    for fields in (dict(why="max_steps"), dict(result={}), dict(why=3, result={})):
+        record.event(run_dir, "finish", step=9, **fields)
+        assert record.finished(run_dir, settings(max_steps=9), 9, 0) == ""
+    record.event(run_dir, "finish", step=9, why="max_steps", result={})
+    assert record.finished(run_dir, settings(max_steps=9), 9, 0) == "max_steps"
+
+
+def test_lost_lines_are_counted(run_dir):
+    """bugs guarded: lines of earlier steps that are gone without a word; those made again counted as lost"""
+
+    def write():
+        record.rewind(run_dir, None)
+        for step in range(1, 7):
+            if step == 4:  # what a checkpoint of step 3 holds
+                before.update(record.counts)
+            record.append(run_dir, record.SCALARS, step=step, loss=0.5)
+            record.append_text(run_dir, f"step {step}/9 ...")
+            record.event(run_dir, "save", step=step)
+
+    before = {}
+    write()
+    assert record.rewind(run_dir, 3, before) == []
+    for damage, lost in (
+        (lambda lines: lines[1:], 1),
+        (lambda lines: [], 3),
+        (lambda lines: [lines[0], "\0\0" + lines[1], *lines[2:]], 1),
+        (lambda lines: [*lines[:4], "{}"], 0),
+    ):
+        write()
+        path = os.path.join(run_dir, record.SCALARS)
+        with open(path, encoding="utf-8") as file:
+            lines = damage(file.read().split("\n")[:-1])
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+        says = f"{record.SCALARS}: {lost} of 3 lines before step 3 are missing or damaged"
+        assert record.rewind(run_dir, 3, before) == ([says] if lost else [])
+    write()
+    os.remove(os.path.join(run_dir, "train.log"))
+    assert record.rewind(run_dir, 3, before) == [
+        "train.log: 3 of 3 lines before step 3 are missing or damaged"
+    ]
+
+
+def test_only_the_own_temporaries_of_a_run_are_removed(run_dir):
+    """bugs guarded: half-written files of killed processes that stay for ever; a user's file taken for one"""
+    own = ["best.json.tmp-12", "config.json.tmp-7", f"{record.SCALARS}.tmp", f"{record.SAMPLES}.tmp-1"]
+    foreign = ["notes.tmp", "best.json.tmp-x", "mine.json.tmp-1"]
+    for name in own + foreign:
+        with open(os.path.join(run_dir, name), "w", encoding="utf-8") as file:
+            file.write("{")
+    record.rewind(run_dir, 3)
+    left = [name for name in own + foreign if os.path.exists(os.path.join(run_dir, name))]
+    assert left == foreign

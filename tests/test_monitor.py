@@ -3,12 +3,12 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import matplotlib.figure
 import pytest
 import torch
 from conftest import ROOT, lines, run, start, train, write_data
@@ -16,6 +16,7 @@ from histories import noisy, write_run
 
 import checkpoint
 import monitor
+import pictures
 import quant
 import status
 
@@ -101,7 +102,7 @@ def test_screen_fits(tmp_path, width):
 def caught(monkeypatch, argv):
     """the figure that a command makes, instead of its file"""
     figures = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path: figures.append(self))
+    monkeypatch.setattr(pictures, "write", lambda figure, path: figures.append(figure))
     monitor.main(argv)
     return figures[0]
 
@@ -170,7 +171,11 @@ def test_plot(real, monkeypatch, tmp_path):
     a picture that is not written"""
     figure = caught(monkeypatch, [f"{real}/r", f"{real}/f", "--plot=x.png"])
     loss, lr, codes, flips = figure.axes
-    assert [ax.get_ylabel() for ax in figure.axes][2:] == ["fraction of codes", "flip rate"]
+    assert [ax.get_ylabel() for ax in figure.axes][1:] == [
+        "learning rate (1e-3)",
+        "fraction of codes",
+        "share of codes changed\nsince the last line",
+    ]
     names = [text.get_text() for text in loss.get_legend().get_texts()]
     assert names == ["r: training, smoothed", "r: validation", "f: training, smoothed", "f: validation"]
     rows = lines(f"{real}/r", "metrics/scalars.jsonl")
@@ -178,6 +183,9 @@ def test_plot(real, monkeypatch, tmp_path):
     assert drawn.get_ydata().tolist() == [row["loss"] for row in rows if "loss" in row]
     assert drawn.get_xdata().tolist() == list(range(1, 25))
     assert [line.get_xdata() for line in lr.lines if line.get_linestyle() == ":"][0] == [12, 12]
+    rates = [1e3 * row["lr"] for row in rows if "loss" in row]
+    assert lr.lines[0].get_ydata().tolist() == pytest.approx(rates) and figure.get_suptitle() == "r, f"
+    assert 0 not in loss.lines[2].get_xdata(), "the evaluation of step 0 is above the frame"
     assert len(flips.lines) == 2 and len(codes.lines) == 4, "codes and a boundary of one run only"
     assert len(caught(monkeypatch, [f"{real}/f", "--plot=x.png"]).axes) == 2
     monkeypatch.undo()
@@ -239,3 +247,96 @@ def test_watch_ends_quietly(real):
         shown += os.read(master, 4096)
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=20) == 130 and b"Traceback" not in shown and shown.count(b"\x1b[J") >= 2
+
+
+def test_one_line_is_seen_in_a_picture(tmp_path, monkeypatch):
+    """bug guarded: an empty picture of a short run: a line through one point shows nothing"""
+    health = dict(zero=0.33, plus=0.33, minus=0.34, flip_rate=0.1)
+    path = write_run(tmp_path / "one", losses=[2.0], evals=[(10, 2.1)], health=[health])
+    figure = caught(monkeypatch, [path, "--plot=x.png"])
+    shown = [line.get_marker() for ax in figure.axes for line in ax.lines]
+    assert "None" not in shown and len(set(shown[-4:-1])) == 3, "the three codes differ"
+
+
+def test_names_of_runs_in_pictures(tmp_path, monkeypatch, recwarn):
+    """bugs guarded: letters that the font lacks drawn as boxes, with warnings; a name read as a formula; one
+    that the legend leaves out"""
+    names = ["\u65e5\u672c", "$x", "_y", "a\x1b[2J"]
+    runs = [write_run(tmp_path / name, losses=noisy(0.01), evals=[(10, 2.1)]) for name in names]
+    figure = caught(monkeypatch, [*runs, "--plot=x.png"])
+    figure.savefig(tmp_path / "out.png")
+    shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert len(shown) == 2 * len(names) and shown[0].startswith("\\u65e5\\u672c: ") and not list(recwarn)
+    assert "\x1b" not in figure.get_suptitle()
+
+
+def test_a_picture_is_whole_or_missing(tmp_path, monkeypatch):
+    """bug guarded: a full disk that leaves the first part of a picture, in the place of the former one"""
+    path = write_run(tmp_path / "r", losses=noisy(0.01))
+    (tmp_path / "x.png").write_bytes(b"former")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        monitor.main([path, f"--plot={tmp_path}/x.png"])
+    assert (tmp_path / "x.png").read_bytes() == b"former" and len(os.listdir(tmp_path)) == 2
+
+
+def test_more_checkpoints_than_panels(tmp_path, real, monkeypatch, capsys):
+    """bugs guarded: checkpoints left out without a word; the pair at a stage boundary that takes the panel of
+    another"""
+    part = checkpoint.load(checkpoint.step_dir(f"{real}/r", 5))
+    os.makedirs(tmp_path / "r" / "metrics")
+    for step in (500, 1000, 1500, 1999, 2000, 2500, 3000, 3500, 4000):
+        checkpoint.save(f"{tmp_path}/r", step, part | {"step": step}, {"format": 1})
+    figure = caught(monkeypatch, [f"{tmp_path}/r", "--codes=x.png"])
+    steps = [int(ax.get_title()[5:].replace(",", "")) for ax in figure.axes[:8]]
+    assert steps == list(range(500, 4001, 500))
+    out, err = capsys.readouterr()
+    assert "wrote x.png, with 8 of 9 checkpoints" in err and "8 of 9" in figure.get_suptitle()
+    assert out.count("\n") == 2, "a heading and a line, not the whole screen"
+
+
+def test_text_from_files_is_safe_to_print(tmp_path, capsys):
+    """bug guarded: the names, settings and events of a run that write the clipboard or clear the screen"""
+    bad = "\x1b]52;c;eA==\x07\x1b[2J\n"
+    events = [dict(event="anomaly", step=1, what=bad), dict(event="finish", step=1, why=bad, result={})]
+    path = write_run(tmp_path / f"r{bad}", losses=[1.0], events=events, run_id=bad, device=bad)
+    for args in ([path], [f"--out_dir={tmp_path}"], [path, f"--plot={tmp_path}/x.png"]):
+        monitor.main(args)
+        out, err = capsys.readouterr()
+        assert r"\x1b" in out and all(c.isprintable() or c == "\n" for c in out + err.replace(path, ""))
+
+
+def test_a_screen_shows_only_what_is_known(tmp_path):
+    """bug guarded: `- flipped`, `- to go` and `nothing written for -`"""
+    os.makedirs(tmp_path / "empty")
+    for path in (
+        write_run(tmp_path / "none", pid=2**22 + 1),
+        write_run(tmp_path / "first", losses=[1.0], health=[dict(zero=0.33)], max_steps="x"),
+        f"{tmp_path}/empty",
+    ):
+        text = "\n".join(monitor.screen(status.status(path), 80))
+        assert "- " not in text.replace("-1 ", "") and "for -" not in text and "None" not in text, text
+    assert "epoch 1.50" in "\n".join(
+        monitor.screen(status.status(write_run(tmp_path / "e", losses=[1.0], row=dict(epoch=1.5))), 80)
+    )
+
+
+def test_a_narrow_table_keeps_names(tmp_path):
+    """bug guarded: names cut to eight letters at 60 columns, and rows that wrap"""
+    path = write_run(tmp_path / "train_tinystories_b", losses=[1.0], max_steps=10**6)
+    for width in (60, 80):
+        rows = monitor.table([status.status(path)] * 2, width)
+        assert all(len(row) <= width for row in rows) and rows[1].startswith("train_tinystories_b ")
+
+
+def test_a_run_is_found_by_its_name(real, monkeypatch, capsys):
+    """bug guarded: `monitor.py` lists demo, and `monitor.py demo` does not find it; the name of its origin
+    shown for a copy"""
+    monitor.main(["r", f"--out_dir={real}"])
+    assert capsys.readouterr().out.startswith("r\n")
+    shutil.copytree(f"{real}/r", f"{real}/../copy")
+    assert status.status(f"{real}/../copy")["run_id"] == "copy"

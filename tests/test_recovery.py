@@ -12,6 +12,7 @@ import torch
 from conftest import (
     EVENTS,
     NAN,
+    ROOT,
     RUN,
     SCALARS,
     final,
@@ -24,6 +25,7 @@ from conftest import (
     train,
     write_data,
 )
+from fork import Script
 
 import checkpoint
 import config
@@ -380,3 +382,41 @@ def test_the_second_signal_exits_at_once(data_dir, out_dir):
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=10)
     assert child.returncode == 128 + signal.SIGINT
+
+
+def test_damaged_lines_of_the_record_are_reported_and_cost_nothing(data_dir, out_dir):
+    """bugs guarded: a resume that ends at a damaged line; lines of the record that are lost without a word; a
+    finished run whose last event is damaged and that cannot end again"""
+    how = dict(max_steps=10, sample_every=0)
+    train(data_dir, out_dir, "r", **how)
+    run_dir = f"{out_dir}/r"
+    whole, ended = rows(run_dir), lines(run_dir, EVENTS)[-1]
+    for name, change in (
+        (SCALARS, lambda text: text.replace('"step": 3,', '"stfp": 3,')),
+        (EVENTS, lambda text: text.replace('"why": "max_steps"', '"whx": "max_steps"')),
+    ):
+        with open(f"{run_dir}/{name}", encoding="utf-8") as file:
+            text = change(file.read())
+        with open(f"{run_dir}/{name}", "w", encoding="utf-8") as file:
+            file.write(text)
+    out, _ = train(data_dir, out_dir, "r", resume="auto", **how)
+    says = f"{SCALARS}: 1 of 12 lines before step 10 are missing or damaged"  # of step 0 and 6: evaluations
+    assert f"warning: {says}\n" in out
+    found = lines(run_dir, EVENTS)
+    assert [row["what"] for row in found if row["event"] == "anomaly"] == [says]
+    assert rows(run_dir) == [row for row in whole if row["step"] != 3]
+    assert found[-1]["result"]["val_loss"] == ended["result"]["val_loss"]
+
+
+@pytest.mark.parametrize("bad, says", [("float('nan')", "5 steps in a row"), ("{}['x']", "KeyError: 'x'")])
+def test_a_run_that_ends_itself_records_why(data_dir, out_dir, bad, says):
+    """bugs guarded: a run whose own error looks like a kill; a remedy that names a checkpoint that does not
+    exist"""
+    patch = NAN.format(bad="True").replace("float('nan')", bad)
+    how = dict(eval_every=0, sample_every=0, save_every=0, schedule="linear")
+    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id="r") | RUN | how
+    child = Script(os.path.join(ROOT, "train.py"), flags(**values), ROOT, patch)
+    code, _, err = child.wait(60)
+    end = lines(f"{out_dir}/r", EVENTS)[-1]
+    assert code == 1 and end["event"] == "failed" and says in end["what"] and says in err
+    assert "in a row" not in says or "no checkpoint was saved" in end["what"]

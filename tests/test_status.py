@@ -50,7 +50,8 @@ def test_damage_is_left_out(tmp_path):
 def test_state(tmp_path, monkeypatch):
     """bugs guarded: a dead run that seems to train; a run on another machine that seems dead; a pause for
     an evaluation taken for the end; the finish of a run that was lengthened; a zombie taken for a run"""
-    finish, resume = (dict(event=kind, step=600, time=time.time()) for kind in ("finish", "resume"))
+    resume = dict(event="resume", step=600, time=time.time())
+    finish = resume | dict(event="finish", why="max_steps", result={})
     interrupt = dict(event="interrupt", step=603, signal=15, time=time.time())
 
     def state(name, **how):
@@ -112,7 +113,7 @@ RISE = [(0, 2.5), (200, 2.0), (400, 2.1), (600, 2.2)]
         ("plateau", dict(losses=noisy(0), row=LATE)),
         ("plateau", dict(losses=noisy(0), schedule="constant")),
         ("", dict(losses=noisy(0, n=49))),  # too few lines to tell
-        ("", dict(losses=noisy(0), events=[dict(event="finish", step=600, why="max_steps")])),
+        ("", dict(losses=noisy(0), events=[dict(event="finish", step=600, why="max_steps", result={})])),
         ("overfitting", dict(losses=noisy(0.01), evals=RISE)),
         ("", dict(losses=noisy(0.01), evals=RISE[:3])),  # one worse evaluation is chance
         ("rising", dict(losses=noisy(-0.01), evals=RISE)),  # both losses rise: no overfitting
@@ -211,3 +212,60 @@ def test_anomalies_are_counted_once(tmp_path):
         file.write(text)
     found = status.status(path)
     assert found["anomalies"]["count"] == 1 and found["step"] == 600
+
+
+def test_a_loss_that_has_jumped_is_not_falling():
+    """bug guarded: a run that jumped from 4.0 to 5.0 called falling, since its newer half lies lower"""
+    losses = noisy(0.05, n=50, start=6.5) + noisy(0, n=6, start=5.0)
+    found = status.trend(losses, 50)
+    assert found["change"] < 0 and found["word"] == "rising" and found["jump"] == pytest.approx(0.9, abs=0.2)
+    assert status.moves(found).startswith("rising: the last 5 lines average 0.")
+    assert status.trend(losses[:50], 50)["jump"] == 0
+
+
+def test_noise_is_no_jump():
+    """bug guarded: a flat run called rising by its noise"""
+    rng = np.random.default_rng(2)
+    jumps = [status.trend(rng.normal(2, 0.1, 50).tolist(), 50)["jump"] for _ in range(300)]
+    assert sum(map(bool, jumps)) <= 2
+    assert status.trend([1.0] * 25 + [1.001] * 25, 50)["jump"] == 0, "without noise, less than 1 %"
+
+
+def test_the_beginning_of_a_short_run_is_left_out(tmp_path):
+    """bug guarded: a finished run of 40 lines, flat for the last 30, called falling because it began high"""
+    losses = [2.8, 2.4, 2.0, 1.7, 1.5, 1.4, 1.3, 1.25, 1.2, 1.15] + noisy(0, n=30, start=1.08)
+    found = status.status(write_run(tmp_path / "r", losses=losses))["loss_trend"]
+    assert found["word"] == "flat" and found["lines"] == 10
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        ("9 steps in a row were not finite; start again with a lower learning_rate", "not finite"),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GB", "lower batch_size and leave"),
+        ("KeyError: 'x'", "once its cause is gone, repeat the command with --resume=auto"),
+    ],
+)
+def test_a_run_that_ended_itself_gets_the_advice_of_its_error(tmp_path, what, says):
+    """bug guarded: `go on with the same command` for a run that ends the same way each time"""
+    failed = dict(event="failed", step=600, what=what, time=time.time())
+    found = status.status(write_run(tmp_path / "r", losses=noisy(0.01), events=[failed], pid=DEAD))
+    assert (found["state"], found["why"], heads(found)) == ("failed", what, ["failed"])
+    assert says in found["warnings"][0] and ("row" not in what or "--resume" not in found["warnings"][0])
+    assert "no step is saved" in found["warnings"][0] or "row" in what
+
+
+def test_config_values_of_other_types_are_left_out(tmp_path):
+    """bug guarded: a damaged config.json that ends the monitor with a traceback"""
+    path = write_run(
+        tmp_path / "r", losses=noisy(0.01), max_steps="x", min_lr=[1], save_every=None, n_expert={}
+    )
+    found = status.status(path)
+    assert found["max_steps"] is None and found["n_expert"] is None and found["step"] == 600
+    for facts in (dict(params=3, pid=-1, host=[], device={}), dict(settings=3)):
+        with open(f"{path}/config.json", "w", encoding="utf-8") as file:
+            json.dump(dict(settings={}) | facts, file)
+        assert status.status(path)["device"] is None
+    with open(f"{path}/config.json", "w", encoding="utf-8") as file:
+        file.write("[" * 100000)
+    assert status.status(path)["max_steps"] is None
