@@ -30,6 +30,7 @@ import torch
 import ranks
 from config import fail
 from files import is_locked, write_json
+from tokenizer import bos_of
 
 
 def meta(cfg):
@@ -64,7 +65,8 @@ def meta(cfg):
         dtype = np.dtype(dtype).newbyteorder("<")
         sizes = {name: shard["tokens"] * dtype.itemsize for name, shard in shards.items()}
         named = found["tokenizer"]["kind"] and found["tokenizer"]["sha256"]
-        if not (0 <= found["eot"] < vocab_size and named and all(sizes.values())):
+        marks = [found["eot"], found.get("bos", 0)]
+        if not (all(0 <= i < vocab_size for i in marks) and named and all(sizes.values())):
             raise ValueError(f"eot {found['eot']!r}, vocab_size {vocab_size!r}, bytes {sizes}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{path} is damaged ({type(error).__name__}: {error}); make the data set again")
@@ -112,6 +114,12 @@ def of_trained(part, split, dataset="", data_dir=""):
         fail(
             f"dataset = {cfg.dataset!r} has another tokenizer than the model, its token ids mean other text; "
             "name one that the model's tokenizer made, or its folder with --data_dir"
+        )
+    begins, expected = bos_of(found), bos_of(part["tokenizer"])
+    if begins != expected:
+        fail(
+            f"dataset = {cfg.dataset!r}: its texts begin with token {begins}, the model's with {expected}; "
+            "prepare it with --tokenizer= and the folder of the model's own data set or export"
         )
     return found, Windows(cfg, found, split)
 

@@ -22,7 +22,7 @@ import tokenizer_files
 from config import fail, library
 from files import write_json
 from model import Transformer
-from tokenizer import with_content
+from tokenizer import bos_of, with_content
 
 OURS = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 BLOCK = {
@@ -103,7 +103,7 @@ def model_config(part, latent=False):
         attention_bias=False,
         mlp_bias=False,
         head_dim=cfg["n_embd"] // cfg["n_head"],
-        bos_token_id=spec["eot"],
+        bos_token_id=bos_of(spec),
         eos_token_id=spec["eot"],
         dtype="float32",
         **{theirs: cfg[ours] for theirs, ours in SETTINGS.items()},
@@ -160,8 +160,8 @@ def write(part, out, latent=False):
     theirs = model_config(part, latent)
     theirs["nanobit"]["sha256"] = sha256(place)
     write_json(os.path.join(out, "config.json"), theirs)
-    eot = part["tokenizer"]["eot"]
-    write_json(os.path.join(out, "generation_config.json"), dict(bos_token_id=eot, eos_token_id=eot))
+    marks = {key: theirs[key] for key in ("bos_token_id", "eos_token_id")}
+    write_json(os.path.join(out, "generation_config.json"), marks)
     tokenizer_files.write(part["tokenizer"], out, part["config"]["seq_len"])
 
 
@@ -215,7 +215,8 @@ def check_own(own, theirs):
     if own:
         int(own["sha256"], 16)
         spec, n_ids = own["tokenizer"], own["config"]["vocab_size"]
-        if not (type(spec["eot"]) is int and 0 <= spec["eot"] < n_ids and spec["sha256"] and spec["kind"]):
+        marks = spec["eot"], bos_of(spec)
+        if not (all(type(i) is int and 0 <= i < n_ids for i in marks) and spec["sha256"] and spec["kind"]):
             raise ValueError(f"nanobit: tokenizer {spec}")
         if type(spec["chars"] if spec["kind"] == "char" else spec["file"]) is not str:
             raise ValueError(f"nanobit: tokenizer {spec}")

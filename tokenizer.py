@@ -3,7 +3,8 @@ Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE.
 
 A tokenizer is described by a spec, the `tokenizer` entry of meta.json: {kind, sha256, ...}. Those of
 SentencePiece and tiktoken live in a file beside the token files; a checkpoint holds the file's content too,
-so that using a model needs nothing else and no network. All have encode(text) -> ids and decode(ids) ->
+so that using a model needs nothing else and no network. The id `eot` ends a text and `bos` begins one;
+without `bos` the end-of-text token does both. All have encode(text) -> ids and decode(ids) ->
 text, and decode(encode(text)) == text, but for U+2581, which SentencePiece takes for a space. decode leaves
 out ids that stand for nothing: a model's vocab_size may be larger than its tokenizer's.
 """
@@ -107,9 +108,14 @@ def with_content(spec, folder):
     return spec | {"content": content}
 
 
-def encode_prompt(tokenizer, eot, text):
-    """ids of a prompt: the end-of-text token first, since every document in training followed one"""
-    return [eot, *tokenizer.encode(text)]
+def bos_of(spec):
+    """Return the id that begins a text: that of bos, or the end-of-text token if the spec has no bos."""
+    return spec.get("bos", spec["eot"])
+
+
+def encode_prompt(tokenizer, bos, text):
+    """Return the ids of a prompt: the one that begins a text first (bos_of), as in training."""
+    return [bos, *tokenizer.encode(text)]
 
 
 def continuation(tokenizer, prompt, new):
