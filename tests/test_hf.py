@@ -7,13 +7,14 @@ import os
 import pytest
 import torch
 from conftest import CHARS, run, train
-from parts import CHAR, part_of, sentencepiece, tiktoken
+from parts import CHAR, llama_like, part_of, sentencepiece, tiktoken
 
 import checkpoint
 import hf
 import tokenizer_files
 import verify
 from inference import restore
+from tokenizer import bos_of
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
 
@@ -83,7 +84,7 @@ def test_widths_that_cannot_be_packed(tmp_path, capsys):
     hf.write(part_of(ffn_dim=66, ternary=False), str(tmp_path / "y"))
 
 
-@pytest.mark.parametrize("make", [lambda: CHAR, sentencepiece, tiktoken])
+@pytest.mark.parametrize("make", [lambda: CHAR, sentencepiece, tiktoken, llama_like])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -104,7 +105,7 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
     hf.write(part, str(path))
     for name in ("config.json", "generation_config.json"):
         theirs = json.load(open(path / name))
-        assert theirs["bos_token_id"] == theirs["eos_token_id"] == spec["eot"]
+        assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (bos_of(spec), spec["eot"])
     found, where = checkpoint.trained(str(path))
     assert where == str(path) and found["step"] == 7 and "/home/me" not in (path / "config.json").read_text()
     assert found["tokenizer"] == spec | ({"file": tokenizer_files.CONTENT[spec["kind"]]} if content else {})
