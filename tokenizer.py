@@ -37,6 +37,26 @@ class CharTokenizer:
         return "".join(self.chars[i] for i in ids if i < len(self.chars))
 
 
+def sentencepiece_model(content, path):
+    """Return the model of a SentencePiece file's content. Exits with 2 if it is another file, or has no
+    end-of-text token."""
+    model = library("sentencepiece").SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(content)
+    except RuntimeError:
+        how = "expected a tokenizer.model; a tokenizer.json, as of Llama 3, is not supported"
+        fail(f"tokenizer {path} is no SentencePiece model; {how}")
+    if model.eos_id() < 0:
+        fail(f"tokenizer {path} has no end-of-text token (eos)")
+    return model
+
+
+def marks_of(model):
+    """Return {"eot": id}, with "bos" if a SentencePiece model has another token than that to begin a text."""
+    bos, eot = model.bos_id(), model.eos_id()
+    return {"eot": eot} | ({} if bos in (-1, eot) else {"bos": bos})
+
+
 class SentencePieceTokenizer:
     def __init__(self, spec):
         spm = library("sentencepiece")

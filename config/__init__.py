@@ -206,6 +206,8 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     for key in ("run_id", "name"):
         if key in values and (values[key] in (".", "..") or set(values[key]) & set("/\\")):
             faults.append(f"{key} = {values[key]!r} is not the name of a folder, but a path")
+    if check_run and values.get("init_from"):
+        take_shape(values, origin, faults)
     cfg = SimpleNamespace(**values, origin=origin)
     if only is None and not cfg.run_id:
         names = [os.path.splitext(os.path.basename(path))[0] for path in files]
@@ -215,6 +217,24 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     if faults:
         fail(*faults)
     return cfg
+
+
+def take_shape(values, origin, faults):
+    """Give the shape settings that nobody has set the values of the Llama whose folder init_from names; what
+    was set is compared when its weights are read."""
+    from config import llama
+
+    if not llama.is_folder(values["init_from"]):
+        return
+    shape, positions = llama.shape(values["init_from"])
+    source = f"init_from {values['init_from']}"
+    for key, value in shape.items():
+        if origin[key] == "default":
+            values[key], origin[key] = value, source
+    if values["seq_len"] > positions and origin["seq_len"] == "default":
+        values["seq_len"], origin["seq_len"] = positions, source
+    elif values["seq_len"] > positions:
+        faults.append(f"seq_len = {values['seq_len']} is more than the {positions:,} positions of {source}")
 
 
 def need_flags(cfg, *names):

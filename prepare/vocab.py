@@ -15,7 +15,7 @@ import tokens
 from tqdm import tqdm
 
 from config import fail, library
-from tokenizer import bos_of
+from tokenizer import marks_of, sentencepiece_model
 
 TRAIN_CHARS = 50_000_000  # characters of text that a new SentencePiece model is trained on
 MODEL = "tokenizer.model"
@@ -63,20 +63,15 @@ def sentencepiece(cfg, path, texts):
             fail(no_model(wanted))
         with open(path if os.path.isfile(path) else sources.hub_file(wanted, MODEL), "rb") as file:
             content = file.read()
-    model = spm.SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(content)
-    except RuntimeError:
-        how = f"expected a {MODEL}; a tokenizer.json, as of Llama 3, is not supported"
-        fail(f"tokenizer = {wanted!r} is not a SentencePiece model; {how}")
-    if model.eos_id() < 0:
-        fail(f"tokenizer = {wanted!r} has no end-of-text token (eos)")
+    model = sentencepiece_model(content, wanted)
     probe = "two  spaces,\na line"
     if model.decode(model.encode(probe)) != probe:
         print(f"warning: tokenizer = {wanted!r} changes white space: decoding does not give the text back")
-    # a tokenizer trained here has a bos, too, but its texts begin with the end-of-text token
-    bos = model.eos_id() if wanted == "sentencepiece" else bos_beside(path, content) or model.bos_id()
-    marks = {"eot": model.eos_id()} | ({} if bos in (-1, model.eos_id()) else {"bos": bos})
+    marks = marks_of(model)
+    if wanted == "sentencepiece":  # one trained here has a bos, too, but eot plays both parts
+        marks = {"eot": marks["eot"]}
+    elif entry := entry_beside(path, content):
+        marks = {key: entry[key] for key in ("eot", "bos") if key in entry}
     return {"kind": "sentencepiece", "file": MODEL}, content, marks, model.vocab_size()
 
 
@@ -87,16 +82,16 @@ def no_model(folder):
     return f"tokenizer = {folder!r}: the folder has no {MODEL}; {how}"
 
 
-def bos_beside(path, content):
-    """Return the id that begins a text by the data set or export of this project whose folder holds the
-    tokenizer file, or None: then the model's own bos counts."""
+def entry_beside(path, content):
+    """Return the tokenizer entry of the data set or export of this project whose folder holds the tokenizer
+    file, or None: what is prepared with the same file has the same layout."""
     for name in ("meta.json", "config.json"):
         try:
             with open(os.path.join(os.path.dirname(path), name), encoding="utf-8") as file:
                 found = json.load(file)
             spec = found["tokenizer"] | found if name == "meta.json" else found["nanobit"]["tokenizer"]
-            if spec["sha256"] == hashlib.sha256(content).hexdigest():
-                return int(bos_of(spec))
+            if spec["sha256"] == hashlib.sha256(content).hexdigest() and spec["eot"] >= 0:
+                return spec
         except (OSError, ValueError, LookupError, TypeError):  # another program's file
             continue
     return None
