@@ -10,7 +10,7 @@ All faults of a command line are reported at once, one `error:` line each, and e
 import ast
 import difflib
 import glob
-import importlib
+import importlib.util
 import math
 import os
 import re
@@ -48,6 +48,16 @@ def library(name, package=""):
         return importlib.import_module(name)
     except ModuleNotFoundError:
         fail(f"this needs {package or name}, which is not installed: pip install {package or name}")
+
+
+def need_packages(names, extra):
+    """Exit with 2 if packages are missing, naming all of them and the extra of pyproject.toml with them."""
+    missing = [name for name in names if not importlib.util.find_spec(name)]
+    if missing:
+        how = (
+            f'pip install {" ".join(missing)}, or, in the folder of this project, pip install -e ".[{extra}]"'
+        )
+        fail(f"this needs {', '.join(missing)}, not installed: {how}")
 
 
 def assignments(path):
