@@ -32,6 +32,7 @@ import ranks
 import record
 from config import fail
 from files import set_aside, sync_folder, write_json
+from tokenizer import bos_of
 
 FORMAT = 2  # 1: one optimizer in trainer.pt, no scaler; its weights are read, it is not resumed
 MODEL, TRAINER = "checkpoint.pt", "trainer.pt"
@@ -283,6 +284,11 @@ def must_agree(cfg, part, tokenizer, names, what, how=""):
         print(f"{what}: its tokenizer cannot be compared with that of dataset = {cfg.dataset!r}")
     elif part["tokenizer"]["sha256"] != tokenizer["sha256"]:
         faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
+    elif (bos := bos_of(tokenizer)) != (saved_bos := bos_of(part["tokenizer"])):
+        print(
+            f"warning: {what}: its texts begin with token {saved_bos}, those of dataset = {cfg.dataset!r} "
+            f"with {bos}, which costs loss; prepared with --tokenizer=FOLDER of the model they begin alike"
+        )
     if faults:
         fail(*(f"{what}: {text}; these must agree{how}" for text in faults))
     changed = sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from"})

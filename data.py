@@ -30,6 +30,7 @@ from data_set import Damaged, read_meta
 from files import is_locked
 from shards import Shards, check_shards, say
 from terminal import command_line, printable
+from tokenizer import bos_of
 
 
 def meta(cfg, split="", verify=False):
@@ -93,6 +94,12 @@ def of_trained(part, split, dataset="", data_dir="", verify=False):
         fail(
             f"dataset = {cfg.dataset!r} has another tokenizer than the model, its token ids mean other text; "
             "name one that the model's tokenizer made, or its folder with --data_dir"
+        )
+    begins, expected = bos_of(found), bos_of(part["tokenizer"])
+    if begins != expected:
+        fail(
+            f"dataset = {cfg.dataset!r}: its texts begin with token {begins}, the model's with {expected}; "
+            "prepare it with --tokenizer= and the folder of the model's own data set or export"
         )
     return found, Windows(cfg, found, split)
 

@@ -58,7 +58,7 @@ import record
 import tasks
 from inference import restore
 from model import mean_loss
-from tokenizer import make_tokenizer
+from tokenizer import bos_of, make_tokenizer
 
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
@@ -68,7 +68,7 @@ cfg.dataset = cfg.dataset or trained["dataset"]
 if cfg.origin["data_dir"] == "default":
     cfg.data_dir = trained["data_dir"]
 data_set = os.path.join(cfg.data_dir, cfg.dataset)
-tokenizer, eot = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]
+tokenizer, eot, bos = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"], bos_of(part["tokenizer"])
 result = dict(step=part["step"], dataset=cfg.dataset, split=cfg.split, dtype=machine.name(dtype))
 
 if os.path.exists(os.path.join(data_set, "task.jsonl")):
@@ -107,9 +107,9 @@ with machine.autocast(device, dtype):
         problems = tasks.problems(data_set, meta["tokens"]["val"] - 1)
         scores, lines = tasks.arithmetic(model, tokenizer, eot, problems, cfg.batch_size)
     elif task == "lambada":
-        scores, lines = tasks.lambada(model, tokenizer, eot, examples, cfg.batch_size)
+        scores, lines = tasks.lambada(model, tokenizer, bos, examples, cfg.batch_size)
     elif task == "blimp":
-        scores, lines = tasks.blimp(model, tokenizer, eot, examples, cfg.batch_size)
+        scores, lines = tasks.blimp(model, tokenizer, bos, examples, cfg.batch_size)
     elif task == "tictactoe":
         import tictactoe
 

@@ -8,8 +8,8 @@ Write a trained model for other engines: a folder for transformers, or a GGUF fi
 
 --verify loads what was written with another reader (transformers; the llama.cpp binding cyllama) and compares
 logits and, where the data set of the run is here, the validation loss, and shows greedy text beside; the last
-line of stdout is then one JSON object. Needs `pip install safetensors tokenizers gguf`, and for --verify
-`transformers accelerate cyllama`.
+line of stdout is then one JSON object. Needs `pip install -e ".[export]"`, and for --verify
+`".[export,verify]"`.
 """
 
 import os
@@ -104,9 +104,10 @@ def compared(size):
 
 
 make_room()
-for name in ("transformers", "accelerate") if cfg.format == "hf" else ("cyllama",):
-    if cfg.verify:
-        config.library(name)
+needed = ["safetensors", "tokenizers"] if cfg.format == "hf" else ["gguf"]
+if cfg.verify:
+    needed += ["transformers", "accelerate"] if cfg.format == "hf" else ["cyllama"]
+config.need_packages(needed, "export,verify" if cfg.verify else "export")
 if hf.is_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is a folder for transformers already; give a run, as the one it was made from")
 folder = checkpoint.locate(cfg.ckpt)
@@ -125,6 +126,8 @@ try:
         hf.write(part, partial, cfg.latent)
         card.write(part, partial, run_dir, cfg.latent)
     make_room()  # again: that took a while
+    # from here on Ctrl-C waits until it is said that the export is written
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.path.isdir(cfg.out):  # a file is replaced in one step
         os.rename(cfg.out, f"{partial}.old")
     os.replace(partial, cfg.out)
@@ -140,7 +143,6 @@ finally:
             shutil.rmtree(path, ignore_errors=True)
         elif os.path.exists(path):
             os.remove(path)
-signal.signal(signal.SIGINT, signal.SIG_DFL)
 if cfg.format == "gguf":
     size, types = os.path.getsize(cfg.out), f"{kind}, embedding {cfg.embed}"
     print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}, {types}, step {part['step']:,}")
@@ -151,6 +153,8 @@ else:
     print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}, step {part['step']:,}")
     if part["config"]["n_expert"] and part["config"]["ternary"] and not cfg.latent:
         print(f"written as {hf.DEQUANTISED}")
+sys.stdout.flush()
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 if cfg.verify:
     if cfg.format == "gguf":
         found = verify.gguf(part, cfg.out, kind, cfg.embed, windows)

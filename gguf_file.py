@@ -16,6 +16,7 @@ import hf
 import quant
 import tokenizer_files
 from config import fail, library
+from tokenizer import bos_of
 
 NAMES = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
 BLOCK = {"attn_norm": "attn_norm", "ffn_norm": "ffn_norm", "ffn.router": "ffn_gate_inp"}
@@ -171,7 +172,7 @@ def write(part, path, kind, embed):
 
 
 def add_tokenizer(gguf, writer, spec, vocab_size):
-    """the tokenizer of a spec with content, and the end-of-text token before each text, as in training"""
+    """the tokenizer of a spec with content, and the token that begins each text, as in training"""
     Kind = gguf.TokenType
     kinds = dict(normal=Kind.NORMAL, byte=Kind.BYTE, control=Kind.CONTROL, unknown=Kind.UNKNOWN)
     if spec["kind"] == "tiktoken":
@@ -184,7 +185,7 @@ def add_tokenizer(gguf, writer, spec, vocab_size):
     elif spec["kind"] == "char":  # as pieces of one character: a space is written as U+2581 there
         names = [char.replace(" ", "\u2581").replace("\0", tokenizer_files.END) for char in spec["chars"]]
         rows = {i: (name, 0.0, Kind.NORMAL) for i, name in enumerate(names)}
-        rows[spec["eot"]] = (names[spec["eot"]], 0.0, Kind.CONTROL)
+        rows |= {i: (names[i], 0.0, Kind.CONTROL) for i in (spec["eot"], bos_of(spec))}
         writer.add_tokenizer_model("llama")
         writer.add_add_space_prefix(False)
     else:
@@ -196,6 +197,6 @@ def add_tokenizer(gguf, writer, spec, vocab_size):
     writer.add_token_list([text for text, *_ in rows])
     writer.add_token_scores([score for _, score, _ in rows])
     writer.add_token_types([kind for *_, kind in rows])
-    writer.add_bos_token_id(spec["eot"])
+    writer.add_bos_token_id(bos_of(spec))
     writer.add_eos_token_id(spec["eot"])
     writer.add_add_bos_token(True)

@@ -19,10 +19,10 @@ import config
 import packed
 import quant
 import tokenizer_files
-from config import fail, library
+from config import fail, library, llama
 from files import write_json
 from model import Transformer
-from tokenizer import with_content
+from tokenizer import bos_of, marks_of, sentencepiece_model, with_content
 
 OURS = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 BLOCK = {
@@ -32,18 +32,6 @@ BLOCK = {
 } | {f"attn.{x}_proj": f"self_attn.{x}_proj" for x in "qkvo"}
 BLOCK |= {f"ffn.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 EXPERT = {"ffn.gate_proj": "w1", "ffn.up_proj": "w3", "ffn.down_proj": "w2"}
-SETTINGS = {  # config.json of a Llama and the settings that it stands for
-    "hidden_size": "n_embd",
-    "intermediate_size": "ffn_dim",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_kv_head",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "seq_len",
-    "rms_norm_eps": "norm_eps",
-    "rope_theta": "rope_theta",
-    "tie_word_embeddings": "tie_embeddings",
-}
 DEQUANTISED = "ternary experts, dequantised: a Mixtral rounds no input to int8"
 # paths and accounts, which are nobody's business
 PRIVATE = "out_dir data_dir resume init_from prepare wandb_entity wandb_project wandb_name".split()
@@ -103,10 +91,10 @@ def model_config(part, latent=False):
         attention_bias=False,
         mlp_bias=False,
         head_dim=cfg["n_embd"] // cfg["n_head"],
-        bos_token_id=spec["eot"],
+        bos_token_id=bos_of(spec),
         eos_token_id=spec["eot"],
         dtype="float32",
-        **{theirs: cfg[ours] for theirs, ours in SETTINGS.items()},
+        **{theirs: cfg[ours] for theirs, ours in llama.SETTINGS.items()},
     )
     if latent:
         found["vocab_size"] = len(part["model"]["embed.weight"])
@@ -160,8 +148,8 @@ def write(part, out, latent=False):
     theirs = model_config(part, latent)
     theirs["nanobit"]["sha256"] = sha256(place)
     write_json(os.path.join(out, "config.json"), theirs)
-    eot = part["tokenizer"]["eot"]
-    write_json(os.path.join(out, "generation_config.json"), dict(bos_token_id=eot, eos_token_id=eot))
+    marks = {key: theirs[key] for key in ("bos_token_id", "eos_token_id")}
+    write_json(os.path.join(out, "generation_config.json"), marks)
     tokenizer_files.write(part["tokenizer"], out, part["config"]["seq_len"])
 
 
@@ -186,10 +174,7 @@ def is_ours(path):
         return False
 
 
-def is_folder(path):
-    """whether a path is a folder of this form, whole or not"""
-    names = os.listdir(path) if os.path.isdir(path) else []
-    return "generation_config.json" in names or any(name.endswith(".safetensors") for name in names)
+is_folder = llama.is_folder
 
 
 def our_name(name):
@@ -212,10 +197,13 @@ def check_own(own, theirs):
             raise ValueError(f"nanobit: {key} = {value!r}")
         if key in theirs and key != "vocab_size" and value != theirs[key]:  # latent: with rows of padding
             raise ValueError(f"nanobit: {key} = {value!r}, beside it {theirs[key]!r}")
+        if key == "n_expert" and value or key in ("vocab_size", "vocab_multiple") and not 1 <= value <= 2**24:
+            raise ValueError(f"nanobit: {key} = {value!r}")
     if own:
         int(own["sha256"], 16)
         spec, n_ids = own["tokenizer"], own["config"]["vocab_size"]
-        if not (type(spec["eot"]) is int and 0 <= spec["eot"] < n_ids and spec["sha256"] and spec["kind"]):
+        marks = spec["eot"], bos_of(spec)
+        if not (all(type(i) is int and 0 <= i < n_ids for i in marks) and spec["sha256"] and spec["kind"]):
             raise ValueError(f"nanobit: tokenizer {spec}")
         if type(spec["chars"] if spec["kind"] == "char" else spec["file"]) is not str:
             raise ValueError(f"nanobit: tokenizer {spec}")
@@ -223,19 +211,14 @@ def check_own(own, theirs):
 
 def read_config(folder, to_train):
     """(settings, what export.py noted, whether the matrices are packed) of a folder's config.json"""
+    settings, theirs = llama.read(folder)
+    head_dim = theirs.get("head_dim") or settings["n_embd"] // settings["n_head"]
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            theirs = json.load(file)
-        if theirs["model_type"] != "llama":
-            fail(f"{folder}: model_type = {theirs['model_type']!r}: only 'llama' can be read")
-        theirs = theirs.get("rope_parameters", {}) | theirs  # where newer files hold rope_theta
-        settings = {ours: theirs[name] for name, ours in SETTINGS.items() if name in theirs}
-        head_dim = theirs.get("head_dim") or settings["n_embd"] // settings["n_head"]
         own = theirs.get("nanobit") or {}
         check_own(own, settings)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
-        fail(f"{folder}/config.json cannot be read ({what}); expected the folder of a Llama model")
+        fail(f"{folder}/config.json cannot be read ({what}); export it again")
     faults = []
     if head_dim * settings["n_head"] != settings["n_embd"]:
         faults.append(f"head_dim = {head_dim}: ours is hidden_size / num_attention_heads")
@@ -246,8 +229,9 @@ def read_config(folder, to_train):
         faults.append("its weights are packed, and cannot be trained on: export with --latent")
     elif packing and packing != {"quant_method": "bitnet"}:
         faults.append(f"quantization_config = {packing}: only weights that export.py has packed can be read")
-    if not to_train and not own:
-        faults.append("it is no export of export.py, its tokenizer cannot be read; use it with transformers")
+    if not to_train and not own and (packing or not os.path.exists(os.path.join(folder, "tokenizer.model"))):
+        how = "of others only float Llamas with a tokenizer.model can be used; use it with transformers"
+        faults.append(f"it is no export of export.py, its tokenizer cannot be read: {how}")
     for key in ("attention_bias", "mlp_bias", "rope_scaling"):
         if theirs.get(key):
             faults.append(f"{key} = {theirs[key]!r}: our blocks have none")
@@ -255,17 +239,15 @@ def read_config(folder, to_train):
         faults.append(f"hidden_act = {theirs['hidden_act']!r}: our blocks have silu")
     if faults:
         fail(*(f"{folder}: {text}" for text in faults))
-    return settings | dict(n_expert=0, vocab_multiple=1) | own.get("config", {}), own, bool(packing)
+    # of another origin: a float model
+    settings |= dict(n_expert=0, vocab_multiple=1, ternary=False) | own.get("config", {})
+    return settings, own, bool(packing)
 
 
 def read_weights(folder, own, to_train):
     """{our name: tensor} of a folder, of which export.py noted `own`: float32, or uint8 where it is packed"""
-    weights, files = {}, sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    if not files:
-        fail(f"{folder} holds no .safetensors, where the weights would be; copy or export it again")
-    load_file = library("safetensors.torch", "safetensors").load_file
-    for name in files:
-        path = os.path.join(folder, name)
+    weights, load_file = {}, library("safetensors.torch", "safetensors").load_file
+    for path in llama.weight_files(folder):
         try:
             is_whole = not own or sha256(path) == own["sha256"]
             found = load_file(path)
@@ -303,6 +285,17 @@ def check_shapes(folder, settings, weights, is_packed):
             fail(f"{folder}: {name} has the shape {is_there}, config.json asks for {needed}; copy it again")
 
 
+def tokenizer_of(folder):
+    """Return the spec with content of the SentencePiece model beside a Llama of another origin, or None."""
+    path = os.path.join(folder, "tokenizer.model")
+    if not os.path.exists(path):
+        return None
+    with open(path, "rb") as file:
+        content = file.read()
+    spec = dict(kind="sentencepiece", file="tokenizer.model", sha256=hashlib.sha256(content).hexdigest())
+    return spec | marks_of(sentencepiece_model(content, path)) | dict(content=content)
+
+
 def read(folder, to_train=False):
     """the part of a checkpoint.pt that a folder stands for. Packed matrices stay as they are, uint8 beside
     their weight_scale. to_train: a Llama of any origin, whose tokenizer is what is known of it, or None, but
@@ -316,5 +309,7 @@ def read(folder, to_train=False):
     if settings.get("tie_embeddings") and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
     check_shapes(folder, settings, weights, is_packed)
-    spec = own.get("tokenizer") if to_train else with_content(own["tokenizer"], folder)
+    spec = own["tokenizer"] if own else tokenizer_of(folder)
+    if own and not to_train:
+        spec = with_content(spec, folder)
     return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0))

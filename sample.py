@@ -86,7 +86,7 @@ import checkpoint
 import device as machine
 import tictactoe as game
 from inference import generate, lighten_head, restore
-from tokenizer import continuation, encode_prompt, make_tokenizer
+from tokenizer import bos_of, continuation, encode_prompt, make_tokenizer
 
 with contextlib.suppress(ModuleNotFoundError):  # Windows: its console edits lines by itself
     import readline  # noqa: F401 -- input() then edits lines, and takes a paste of several at once
@@ -115,7 +115,8 @@ def read_prompt():
 @torch.inference_mode()
 def write_on(ids, max_new_tokens, generator):
     """generate after ids (a list) and print the text as it comes; a character of which only some bytes are
-    there waits for the others. ids grows by what was printed, and by an end-of-text token, which is not.
+    there waits for the others. ids grows by what was printed, and at the end of a text by what stands before
+    the next one, which is not.
     Returns (seconds to the first token, tokens, seconds for the tokens after the first)."""
     began, first, made, held = time.perf_counter(), 0.0, 0, []
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
@@ -132,7 +133,7 @@ def write_on(ids, max_new_tokens, generator):
                 ids += held
                 held = []
             if has_ended:
-                ids.append(eot)
+                ids += [eot] if bos == eot else [eot, bos]
                 break
     return first - began, made, time.perf_counter() - first
 
@@ -179,13 +180,13 @@ def chat(ids):
     while (message := read_message()) is not None:
         if message.startswith("/") and "\n" not in message:
             if message == "/reset":
-                ids = [eot]
+                ids = [bos]
                 say("the history is empty")
             else:
                 say(HELP if message == "/help" else f"no command {message}; /help lists them")
             continue
         try:
-            ids += (tokenizer.encode if ids[-1] == eot else tokenizer.encode_on)(message)
+            ids += (tokenizer.encode if ids[-1] == bos else tokenizer.encode_on)(message)
         except ValueError as error:
             say(f"not taken: {error}")
             continue
@@ -268,10 +269,10 @@ if cfg.cuda_graph:
 model = restore(part, device, cfg.packed)
 if cfg.head == "bfloat16":
     lighten_head(model)
-tokenizer, eot = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"]
+tokenizer, eot, bos = make_tokenizer(part["tokenizer"]), part["tokenizer"]["eot"], bos_of(part["tokenizer"])
 try:
     text.encode()  # half a character of a command line is told like one that the tokenizer lacks
-    prompt = encode_prompt(tokenizer, eot, text)
+    prompt = encode_prompt(tokenizer, bos, text)
 except ValueError as error:
     config.fail(f"prompt_file = {cfg.prompt_file!r}: {error}" if cfg.prompt_file else f"prompt: {error}")
 

@@ -13,10 +13,10 @@ MODES = {
 }
 
 
-def encode(cfg, tokenizer, eot):
+def encode(cfg, tokenizer, bos):
     """[(prompt, its ids)] of cfg.sample_prompts. Exits with 2 where the tokenizer lacks a character."""
     try:
-        return [(text, encode_prompt(tokenizer, eot, text)) for text in cfg.sample_prompts]
+        return [(text, encode_prompt(tokenizer, bos, text)) for text in cfg.sample_prompts]
     except ValueError as error:
         fail(f"sample_prompts: {error}; set prompts for this data set, or --sample_every=0")
 

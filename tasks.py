@@ -1,8 +1,8 @@
 """
 The scores of the tasks that evaluate.py knows: arithmetic by exact answers, LAMBADA and BLiMP by the
-log-likelihood of text. A score is a function of (model, tokenizer, eot, examples, batch_size) that returns
-the fields for the JSON line and lines of text to print. Every text begins after the end-of-text token, as
-in training.
+log-likelihood of text. A score is a function of (model, tokenizer, bos, examples, batch_size) that returns
+the fields for the JSON line and lines of text to print. Every text begins with bos, the token that begins a
+text in training (tokenizer.bos_of).
 
 data/<name>/ of LAMBADA and BLiMP holds no tokens but task.jsonl, one example a line, because each model
 reads the text with its own tokenizer.
@@ -60,11 +60,10 @@ def read(folder):
     return task, examples
 
 
-def encode(tokenizer, eot, text, number):
-    """ids of example `number`, the end-of-text token first. Exits with 2 where the tokenizer lacks a
-    character."""
+def encode(tokenizer, bos, text, number):
+    """ids of example `number`, bos first. Exits with 2 where the tokenizer lacks a character."""
     try:
-        return encode_prompt(tokenizer, eot, text)
+        return encode_prompt(tokenizer, bos, text)
     except ValueError as error:
         fail(f"example {number:,} ({text[:40]!r}): {error}; this model cannot be scored on it")
 
@@ -109,7 +108,7 @@ def exp(nats):
     return math.exp(min(nats, 700.0))
 
 
-def lambada(model, tokenizer, eot, examples, batch_size):
+def lambada(model, tokenizer, bos, examples, batch_size):
     """LAMBADA (Paperno et al. 2016, arXiv 1606.06031): the last word of a passage, given all before it.
     examples: dicts with `text`.
 
@@ -120,8 +119,8 @@ def lambada(model, tokenizer, eot, examples, batch_size):
     """
     texts, spans, size = [], 0, model.cfg.seq_len
     for number, example in enumerate(examples, 1):
-        ids = encode(tokenizer, eot, example["text"], number)
-        context = encode(tokenizer, eot, example["text"].rpartition(" ")[0], number)
+        ids = encode(tokenizer, bos, example["text"], number)
+        context = encode(tokenizer, bos, example["text"].rpartition(" ")[0], number)
         shared = len(os.path.commonprefix([ids[:-1], context]))
         spans += shared < len(context)
         texts.append((tuple(ids), len(ids) - shared))
@@ -139,7 +138,7 @@ def lambada(model, tokenizer, eot, examples, batch_size):
     return result, lines
 
 
-def blimp(model, tokenizer, eot, examples, batch_size):
+def blimp(model, tokenizer, bos, examples, batch_size):
     """BLiMP (Warstadt et al. 2020, arXiv 1912.00582): of two sentences that differ in one point, the
     grammatical one should be the likelier as a whole; a tie counts half. examples: dicts with
     sentence_good, sentence_bad, UID (the paradigm) and linguistics_term (the phenomenon).
@@ -149,7 +148,7 @@ def blimp(model, tokenizer, eot, examples, batch_size):
     """
     pairs, shares = [], {}
     for number, example in enumerate(examples, 1):
-        ids = [encode(tokenizer, eot, example[f"sentence_{kind}"], number) for kind in ("good", "bad")]
+        ids = [encode(tokenizer, bos, example[f"sentence_{kind}"], number) for kind in ("good", "bad")]
         pairs.append([(tuple(row), len(row) - 1) for row in ids])
     found = log_likelihoods(model, [text for pair in pairs for text in pair], batch_size)
     for example, pair in zip(examples, pairs):
@@ -195,7 +194,8 @@ def problems(folder, size):
 
 def arithmetic(model, tokenizer, eot, problems, batch_size):
     """exact answers: the share of problems (question, answer) whose greedy answer is right to the last
-    character, in all and by kind: +2 are additions whose longer operand has 2 digits"""
+    character, in all and by kind: +2 are additions whose longer operand has 2 digits. Only characters are
+    tokens of such a data set, so that the end-of-text token begins a text, too."""
     by_length = {}  # prompts of one length make a batch
     for question, answer in problems:
         by_length.setdefault(len(question), []).append((question, answer))

@@ -3,9 +3,10 @@ Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE.
 
 A tokenizer is described by a spec, the `tokenizer` entry of meta.json: {kind, sha256, ...}. Those of
 SentencePiece and tiktoken live in a file beside the token files; a checkpoint holds the file's content too,
-so that using a model needs nothing else and no network. All have encode(text) -> ids, decode(ids) -> text
-and size, the number of ids; decode(encode(text)) == text, but for U+2581, which SentencePiece takes for a
-space. decode leaves out ids that stand for nothing: a model's vocab_size may be larger than its tokenizer's.
+so that using a model needs nothing else and no network. The id `eot` ends a text and `bos` begins one;
+without `bos` the end-of-text token does both. All have encode(text) -> ids, decode(ids) -> text and size,
+the number of ids; decode(encode(text)) == text, but for U+2581, which SentencePiece takes for a space.
+decode leaves out ids that stand for nothing: a model's vocab_size may be larger than its tokenizer's.
 """
 
 import base64
@@ -36,6 +37,26 @@ class CharTokenizer:
 
     def decode(self, ids):
         return "".join(self.chars[i] for i in ids if i < len(self.chars))
+
+
+def sentencepiece_model(content, path):
+    """Return the model of a SentencePiece file's content. Exits with 2 if it is another file, or has no
+    end-of-text token."""
+    model = library("sentencepiece").SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(content)
+    except RuntimeError:
+        how = "expected a tokenizer.model; a tokenizer.json, as of Llama 3, is not supported"
+        fail(f"tokenizer {path} is no SentencePiece model; {how}")
+    if model.eos_id() < 0:
+        fail(f"tokenizer {path} has no end-of-text token (eos)")
+    return model
+
+
+def marks_of(model):
+    """Return {"eot": id}, with "bos" if a SentencePiece model has another token than that to begin a text."""
+    bos, eot = model.bos_id(), model.eos_id()
+    return {"eot": eot} | ({} if bos in (-1, eot) else {"bos": bos})
 
 
 class SentencePieceTokenizer:
@@ -115,9 +136,14 @@ def with_content(spec, folder):
     return spec | {"content": content}
 
 
-def encode_prompt(tokenizer, eot, text):
-    """ids of a prompt: the end-of-text token first, since every document in training followed one"""
-    return [eot, *tokenizer.encode(text)]
+def bos_of(spec):
+    """Return the id that begins a text: that of bos, or the end-of-text token if the spec has no bos."""
+    return spec.get("bos", spec["eot"])
+
+
+def encode_prompt(tokenizer, bos, text):
+    """Return the ids of a prompt: the one that begins a text first (bos_of), as in training."""
+    return [bos, *tokenizer.encode(text)]
 
 
 def continuation(tokenizer, prompt, new):

@@ -7,7 +7,7 @@ import os
 
 from config import fail, library
 from files import write_json
-from tokenizer import ranks_of
+from tokenizer import bos_of, ranks_of
 
 CONTENT = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}  # the file of its content
 END = "<|endoftext|>"  # what a NUL, the end of a text in a char tokenizer, is called in files
@@ -66,15 +66,16 @@ def bpe_of(spec):
 
 
 def fast_tokenizer(spec):
-    """(tokenizer of the tokenizers library, name of the end-of-text token) of a spec with content"""
-    lib, eot = library("tokenizers"), spec["eot"]
+    """Return (tokenizer of the tokenizers library, name of the token that begins a text, name of the one that
+    ends it) of a spec with content."""
+    lib = library("tokenizers")
     models, pre, decoders = lib.models, lib.pre_tokenizers, lib.decoders
     if spec["kind"] == "char":
         names = [END if char == "\0" else char for char in spec["chars"]]
         # an unknown character is an error: this name is not in the vocabulary
         made = lib.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
         made.pre_tokenizer = pre.Split(lib.Regex(r"[\s\S]"), "isolated")
-        made.decoder, end = decoders.Fuse(), names[eot]
+        made.decoder = decoders.Fuse()
     elif spec["kind"] == "tiktoken":
         vocab, merges = bpe_of(spec)
         made = lib.Tokenizer(models.BPE(vocab, merges))
@@ -84,7 +85,7 @@ def fast_tokenizer(spec):
         made.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
         made.decoder = decoders.ByteLevel()
         made.add_special_tokens(sorted(spec["special"], key=spec["special"].get))
-        end = next(name for name, i in spec["special"].items() if i == eot)
+        names = {i: name for name, i in spec["special"].items()}
     else:
         model, found = pieces(spec)
         normal = [(piece, i) for i, (piece, _, kind) in enumerate(found) if kind == "normal"]
@@ -100,25 +101,28 @@ def fast_tokenizer(spec):
         made.normalizer = lib.normalizers.Sequence([lib.normalizers.Prepend("\u2581"), spaces])
         strip = decoders.Strip(content=" ", left=1)
         parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
-        made.decoder, end = decoders.Sequence(parts), found[eot][0]
+        made.decoder, names = decoders.Sequence(parts), [piece for piece, *_ in found]
         special = [piece for piece, _, kind in found if kind == "control"]
         made.add_special_tokens([lib.AddedToken(piece, special=True, normalized=False) for piece in special])
-    made.add_special_tokens([lib.AddedToken(end, special=True, normalized=False)])
-    template = lib.processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, eot)])
+    bos, eot = bos_of(spec), spec["eot"]
+    made.add_special_tokens([lib.AddedToken(names[i], special=True, normalized=False) for i in (bos, eot)])
+    template = lib.processors.TemplateProcessing(
+        single=f"{names[bos]} $A", special_tokens=[(names[bos], bos)]
+    )
     made.post_processor = (
         template
         if spec["kind"] != "tiktoken"
         else lib.processors.Sequence([lib.processors.ByteLevel(trim_offsets=False), template])
     )
-    return made, end
+    return made, names[bos], names[eot]
 
 
 def write(spec, out, seq_len):
-    """the files from which AutoTokenizer makes this tokenizer. It puts the end-of-text token before a text,
-    as every document in training had it."""
-    made, end = fast_tokenizer(spec)
+    """Write the files from which AutoTokenizer makes this tokenizer. It puts the token that begins a text
+    before it, as in training."""
+    made, begin, end = fast_tokenizer(spec)
     made.save(os.path.join(out, "tokenizer.json"))
-    found = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end)
+    found = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end)
     found |= dict(clean_up_tokenization_spaces=False, model_max_length=seq_len)
     write_json(os.path.join(out, "tokenizer_config.json"), found)
     if spec["kind"] in CONTENT:

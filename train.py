@@ -41,7 +41,7 @@ import samples
 import trackers
 from config import fail
 from model import Transformer, mean_loss, router_health, router_loss
-from tokenizer import make_tokenizer, with_content
+from tokenizer import bos_of, make_tokenizer, with_content
 
 # machine and data
 
@@ -56,13 +56,14 @@ if cfg.deterministic:
     machine.make_deterministic()
 meta = ranks.from_main(lambda: data.meta(cfg, verify=cfg.verify_data))
 cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
-tokenizer_spec = {"eot": meta["eot"]}  # with all that a checkpoint needs to make the tokenizer
+# with all that a checkpoint needs to make the tokenizer
+tokenizer_spec = {key: meta[key] for key in ("eot", "bos") if key in meta}
 tokenizer_spec |= with_content(meta["tokenizer"], os.path.join(cfg.data_dir, cfg.dataset))
 tokenizer = make_tokenizer(tokenizer_spec)
 data.check_vocabulary(cfg, meta, tokenizer)
 train_windows = data.Windows(cfg, meta, "train")
 val_windows = data.Windows(cfg, meta, "val") if cfg.eval_every else None
-prompts = samples.encode(cfg, tokenizer, meta["eot"]) if cfg.sample_every else []
+prompts = samples.encode(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg.sample_every else []
 
 # model, optimizer, and where the run starts
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import quant
 from config import fail, library
 from inference import generate, restore
-from tokenizer import continuation, encode_prompt, make_tokenizer
+from tokenizer import bos_of, continuation, encode_prompt, make_tokenizer
 
 NEW = 32  # greedy tokens after each prompt
 
@@ -65,7 +65,7 @@ def compare(part, windows, reference, bound, name, logits, tokenize, go_on):
     n = max(1, min(NEW, cfg["seq_len"] // 2))
     for text in cfg["sample_prompts"]:
         try:
-            ids = encode_prompt(tokenizer, spec["eot"], text)
+            ids = encode_prompt(tokenizer, bos_of(spec), text)
         except ValueError:  # a run that wrote no samples may have prompts of another language
             continue
         if (got := tokenize(text)) != ids:

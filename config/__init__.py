@@ -11,6 +11,7 @@ import ast
 import difflib
 import glob
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -86,6 +87,16 @@ def library(name, package=""):
         return importlib.import_module(name)
     except ModuleNotFoundError:
         fail(f"this needs {package or name}, which is not installed: pip install {package or name}")
+
+
+def need_packages(names, extra):
+    """Exit with 2 if packages are missing, naming all of them and the extra of pyproject.toml with them."""
+    missing = [name for name in names if not importlib.util.find_spec(name)]
+    if missing:
+        how = (
+            f'pip install {" ".join(missing)}, or, in the folder of this project, pip install -e ".[{extra}]"'
+        )
+        fail(f"this needs {', '.join(missing)}, not installed: {how}")
 
 
 def assignments(path):
@@ -347,6 +358,8 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
             faults.append(f"{key} = {values[key]!r} is not the name of a folder, but a path")
         elif key in values and not values[key].isprintable():
             faults.append(f"{key} = {values[key]!r} has a line break or control character; leave it out")
+    if check_run and values.get("init_from"):
+        take_shape(values, origin, faults)
     cfg = SimpleNamespace(**values, origin=origin)
     if only is None and not cfg.run_id:
         names = [os.path.splitext(os.path.basename(path))[0] for path in files]
@@ -356,6 +369,24 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
     if faults:
         fail(*faults)
     return cfg
+
+
+def take_shape(values, origin, faults):
+    """Give the shape settings that nobody has set the values of the Llama whose folder init_from names; what
+    was set is compared when its weights are read."""
+    from config import llama
+
+    if not llama.is_folder(values["init_from"]):
+        return
+    shape, positions = llama.shape(values["init_from"])
+    source = f"init_from {values['init_from']}"
+    for key, value in shape.items():
+        if origin[key] == "default":
+            values[key], origin[key] = value, source
+    if values["seq_len"] > positions and origin["seq_len"] == "default":
+        values["seq_len"], origin["seq_len"] = positions, source
+    elif values["seq_len"] > positions:
+        faults.append(f"seq_len = {values['seq_len']} is more than the {positions:,} positions of {source}")
 
 
 def need_flags(cfg, *names):

@@ -153,7 +153,7 @@ def hub_file(repo, name):
             how = "try again, or name a file"
             fail(f"tokenizer = {repo!r}: the hub cannot be reached ({text}); {how}", code=1)
         how = "expected a file, a hub repository that holds one, or the name of an encoding"
-        fail(f"tokenizer = {repo!r}: no {name} is there; {how}")
+        fail(f"tokenizer = {repo!r} has no {name} (a tokenizer.json is not supported); {how}")
 
 
 class Files:

@@ -42,7 +42,7 @@ FLAGS = {
     "tokenizer": (
         "",
         "sentencepiece: trained on this text | char | gpt2, cl100k_base, ...: an encoding of tiktoken | a "
-        "tokenizer.model of SentencePiece, or a repository of the hub that holds one",
+        "tokenizer.model of SentencePiece, or a folder or a repository of the hub that holds one",
     ),
     "vocab_size": (4096, "tokens of a sentencepiece tokenizer that is trained here"),
     "max_documents": (0, "documents to read at most, of a val_split too; 0 = all"),
@@ -59,27 +59,29 @@ HUB_FLAGS = {
 }
 
 
-def start_worker(spec, eot, dtype):
+def start_worker(spec, marks, dtype):
     """make a worker process ready: its tokenizer, and an end when the parent has ended, however it did"""
     global worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    worker = make_tokenizer(spec), eot, np.dtype(dtype)
+    worker = make_tokenizer(spec), marks, np.dtype(dtype)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def encode_chunk(pieces):
     """{split: (ids, documents, bytes of text)} of pieces (split, text, first, last), each document followed
-    by the end-of-text token"""
-    tokenizer, eot, dtype = worker
+    by the end-of-text token and, where the marks {eot, bos} have one, begun by bos"""
+    tokenizer, marks, dtype = worker
     found = {}
     for split, text, first, last in pieces:
         ids, documents, size = found.setdefault(split, ([], 0, 0))
+        if first and "bos" in marks:
+            ids.append(np.array([marks["bos"]], dtype))
         for part, start in cut(text):
             encode = tokenizer.encode if first and not start else tokenizer.encode_on
             ids.append(np.array(encode(part), dtype))
         if last:
-            ids.append(np.array([eot], dtype))
+            ids.append(np.array([marks["eot"]], dtype))
         found[split] = ids, documents + last, size + len(text.encode())
     return {split: (np.concatenate(ids), n, size) for split, (ids, n, size) in found.items()}
 
@@ -174,8 +176,8 @@ def prepare(cfg, open_streams, source):
         if not progress:
             if not cfg.max_documents:
                 check_room(cfg, folder, sum(stream.size for stream in streams))
-            spec, eot, vocab_size = vocab.pick(cfg, folder, texts(cfg, open_streams()))
-            progress = dict(source=source, tokenizer=spec, eot=eot, vocab_size=vocab_size, seconds=0.0)
+            spec, marks, vocab_size = vocab.pick(cfg, folder, texts(cfg, open_streams()))
+            progress = dict(source=source, tokenizer=spec, **marks, vocab_size=vocab_size, seconds=0.0)
             progress |= dict(mark=START, tokens={}, bytes={}, documents={}, revision=streams[0].revision)
             progress["stream_began"] = [0, 0]  # tokens and bytes before the stream under way
             tokens.write_file(progress_path, json.dumps(progress).encode())
@@ -233,7 +235,7 @@ def write_meta(folder, progress, **extra):
     """meta.json of what is in progress"""
     sizes = {name: (n, progress["bytes"][name]) for name, n in progress["tokens"].items()}
     spec, eot, vocab_size = progress["tokenizer"], progress["eot"], progress["vocab_size"]
-    extra |= {key: progress[key] for key in ("documents", "seconds", "revision")}
+    extra |= {key: progress[key] for key in ("documents", "seconds", "revision", "bos") if key in progress}
     tokens.write_meta(folder, spec, eot, vocab_size, sizes, progress["shards"], progress["source"], **extra)
 
 
@@ -270,7 +272,8 @@ def encode(cfg, folder, streams, progress):
         for name, (ids, documents, size) in found.items():
             if name not in splits:
                 splits[name] = tokens.Split(folder, name, dtype, 0)
-                splits[name].write(np.array([progress["eot"]], dtype))  # what precedes the first document
+                if "bos" not in progress:  # the end of a text precedes the first document, too
+                    splits[name].write(np.array([progress["eot"]], dtype))
             splits[name].write(ids)
             for key, more in (("documents", documents), ("bytes", size)):
                 progress[key][name] = progress[key].get(name, 0) + more
@@ -287,7 +290,7 @@ def encode(cfg, folder, streams, progress):
                 check_room(cfg, folder, 0, (written() - n_began) * dtype.itemsize * (1 / fraction - 1))
 
     context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
-    args = (spec, progress["eot"], dtype.str)
+    args = (spec, {key: progress[key] for key in ("eot", "bos") if key in progress}, dtype.str)
     with progress_bar(cfg.name, sum(progress["bytes"].values())) as bar:
         pool = ProcessPoolExecutor(workers, context, start_worker, args)
         try:

@@ -5,6 +5,7 @@ import base64
 import difflib
 import hashlib
 import io
+import json
 import os
 import re
 import sys
@@ -14,27 +15,31 @@ import sources
 from tqdm import tqdm
 
 from config import fail, library
+from tokenizer import marks_of, sentencepiece_model
 
 TRAIN_CHARS = 50_000_000  # characters of text that a new SentencePiece model is trained on
+MODEL = "tokenizer.model"
 LLAMA2 = "hf-internal-testing/llama-tokenizer"  # a copy of LLaMA-2's tokenizer.model that is not gated
 
 
 def pick(cfg, folder, texts):
-    """(spec, eot id, vocab_size) of cfg.tokenizer; what it needs is written into folder. texts: an iterable
-    of the training text, of which a new tokenizer is made"""
+    """Return (spec, marks, vocab_size) of cfg.tokenizer; what it needs is written into folder. marks is
+    {"eot": id}, with "bos" if another token than eot begins a text. texts: an iterable of the training text,
+    of which a new tokenizer is made."""
     wanted = cfg.tokenizer
     if wanted == "char":
         chars = "\0" + "".join(sorted(characters(texts)))  # id 0 ends a text
-        return tokens.char_tokenizer(chars), 0, len(chars)
+        return tokens.char_tokenizer(chars), {"eot": 0}, len(chars)
     if wanted.endswith(".model") and not os.path.isfile(wanted):
         fail(f"tokenizer = {wanted!r} does not exist; expected a file, org/name on the hub, or an encoding")
-    if wanted == "sentencepiece" or os.path.isfile(wanted) or "/" in wanted:
-        spec, content, eot, vocab_size = sentencepiece(cfg, texts)
+    path = os.path.join(wanted, MODEL) if os.path.isdir(wanted) else wanted
+    if wanted == "sentencepiece" or os.path.isfile(path) or "/" in wanted:
+        spec, content, marks, vocab_size = sentencepiece(cfg, path, texts)
     else:
-        spec, content, eot, vocab_size = tiktoken(wanted)
+        spec, content, marks, vocab_size = tiktoken(wanted)
     spec["sha256"] = hashlib.sha256(content).hexdigest()
     tokens.write_file(os.path.join(folder, spec["file"]), content)
-    return spec, eot, vocab_size
+    return spec, marks, vocab_size
 
 
 def characters(texts):
@@ -47,28 +52,49 @@ def characters(texts):
     return found
 
 
-def sentencepiece(cfg, texts):
-    """(spec, content, eot id, vocab_size) of a SentencePiece model: a file, one from the hub, or one
-    trained here"""
+def sentencepiece(cfg, path, texts):
+    """Return (spec, content, marks, vocab_size) of a SentencePiece model: a file, one from the hub, or one
+    trained here."""
     spm, wanted = library("sentencepiece"), cfg.tokenizer
     if wanted == "sentencepiece":
         content = train(cfg, spm, texts)
     else:
-        with open(
-            wanted if os.path.isfile(wanted) else sources.hub_file(wanted, "tokenizer.model"), "rb"
-        ) as file:
+        if os.path.isdir(wanted) and not os.path.isfile(path):
+            fail(no_model(wanted))
+        with open(path if os.path.isfile(path) else sources.hub_file(wanted, MODEL), "rb") as file:
             content = file.read()
-    model = spm.SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(content)
-    except RuntimeError:
-        fail(f"tokenizer = {wanted!r} is no SentencePiece model")
-    if model.eos_id() < 0:
-        fail(f"tokenizer = {wanted!r} has no end-of-text token (eos)")
+    model = sentencepiece_model(content, wanted)
     probe = "two  spaces,\na line"
     if model.decode(model.encode(probe)) != probe:
         print(f"warning: tokenizer = {wanted!r} changes white space: decoding does not give the text back")
-    return {"kind": "sentencepiece", "file": "tokenizer.model"}, content, model.eos_id(), model.vocab_size()
+    marks = marks_of(model)
+    if wanted == "sentencepiece":  # one trained here has a bos, too, but eot plays both parts
+        marks = {"eot": marks["eot"]}
+    elif entry := entry_beside(path, content):
+        marks = {key: entry[key] for key in ("eot", "bos") if key in entry}
+    return {"kind": "sentencepiece", "file": MODEL}, content, marks, model.vocab_size()
+
+
+def no_model(folder):
+    """Return the fault of a folder that holds no SentencePiece model."""
+    other = os.path.exists(os.path.join(folder, "tokenizer.json"))
+    how = "its tokenizer.json, as of Llama 3, is not supported" if other else "expected one of SentencePiece"
+    return f"tokenizer = {folder!r}: the folder has no {MODEL}; {how}"
+
+
+def entry_beside(path, content):
+    """Return the tokenizer entry of the data set or export of this project whose folder holds the tokenizer
+    file, or None: what is prepared with the same file has the same layout."""
+    for name in ("meta.json", "config.json"):
+        try:
+            with open(os.path.join(os.path.dirname(path), name), encoding="utf-8") as file:
+                found = json.load(file)
+            spec = found["tokenizer"] | found if name == "meta.json" else found["nanobit"]["tokenizer"]
+            if spec["sha256"] == hashlib.sha256(content).hexdigest() and spec["eot"] >= 0:
+                return spec
+        except (OSError, ValueError, LookupError, TypeError):  # another program's file
+            continue
+    return None
 
 
 def train(cfg, spm, texts):
@@ -131,10 +157,12 @@ def watched(desc, texts):
 
 
 def tiktoken(name):
-    """(spec, content, eot id, vocab_size) of an encoding of tiktoken: its ranks, in the form of a .tiktoken
-    file"""
+    """Return (spec, content, marks, vocab_size) of an encoding of tiktoken: its ranks, in the form of a
+    .tiktoken file."""
     lib = library("tiktoken")
     if name not in lib.list_encoding_names():
+        if os.path.isdir(name):
+            fail(no_model(name))
         known = ", ".join(lib.list_encoding_names())
         how = "expected sentencepiece, char, a file, a hub repository (org/name) or one of"
         near = difflib.get_close_matches(name, ["char", "sentencepiece", *lib.list_encoding_names()], n=1)
@@ -150,4 +178,4 @@ def tiktoken(name):
     content = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
     spec = {"kind": "tiktoken", "name": name, "file": "tokenizer.tiktoken"}
     spec |= {"pattern": found._pat_str, "special": found._special_tokens}
-    return spec, content, found.eot_token, found.n_vocab
+    return spec, content, {"eot": found.eot_token}, found.n_vocab

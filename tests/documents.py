@@ -9,7 +9,7 @@ import stream
 from conftest import start
 
 import data
-from tokenizer import make_tokenizer, with_content
+from tokenizer import bos_of, make_tokenizer, with_content
 
 WORDS = (
     "the cat sat on a mat, saw 12 birds; caf\u00e9 \u65e5\u672c \U0001f600 l'\u00e9t\u00e9\tTom  said".split(
@@ -64,10 +64,13 @@ def documents_of(folder):
     ids, meta, tokenizer = read(folder)
     found = {}
     for split, row in ids.items():
-        assert row[0] == meta["eot"] == row[-1]  # the end of a text stands before the first one, too
+        begins = [meta["bos"]] if "bos" in meta else []
+        # without bos the end of a text stands before the first one, too
+        assert row[0] == bos_of(meta) and row[-1] == meta["eot"]
         found[split], text = [], []
-        for token in row[1:]:
+        for token in row if begins else row[1:]:
             if token == meta["eot"]:
+                assert text[: len(begins)] == begins and not set(text[len(begins) :]) & {*begins}
                 found[split].append(tokenizer.decode(text))
                 text = []
             else:

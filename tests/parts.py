@@ -59,6 +59,11 @@ def sentencepiece(**changes):
     return dict(kind="sentencepiece", sha256="x", eot=2, content=out.getvalue())
 
 
+def llama_like():
+    """a tokenizer whose texts begin with another token than they end with, as those of public Llamas"""
+    return sentencepiece() | dict(bos=1)
+
+
 def tiktoken(pattern=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"):
     """a byte-level BPE with merges of its own, named as GPT-2's"""
     tokens = [bytes([b]) for b in range(256)]

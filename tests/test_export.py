@@ -121,6 +121,34 @@ os.replace = replace
     assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
 
 
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_ctrl_c_after_the_rename_is_too_late(format, runs, tmp_path):
+    """bug guarded: an export that is whole, whose command ends as if it were not, and then wants --force"""
+    out = f"{tmp_path}/x.gguf" if format == "gguf" else f"{tmp_path}/x"
+    late = f"""
+import os, signal
+real = os.rename
+def rename(a, b):
+    real(a, b)
+    if b == {out!r}: os.kill(os.getpid(), signal.SIGINT)
+os.rename = rename
+"""
+    text, _ = run("export.py", f"--ckpt={runs[1]}/r", f"--format={format}", f"--out={out}", patch=late)
+    assert text.startswith(f"wrote {out}")
+
+
+def test_all_missing_packages_are_named_at_one_time(runs, tmp_path):
+    """bug guarded: pip install, the same command, the next package"""
+    gone = "import sys\n"
+    gone += "for name in ('safetensors', 'tokenizers', 'gguf', 'transformers'): sys.modules[name] = None"
+    flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={tmp_path}/x"]
+    _, err = run("export.py", *flags, "--verify", code=2, patch=gone)
+    assert "pip install safetensors tokenizers transformers, or" in err and '".[export,verify]"' in err
+    assert err.count("\n") == 1
+    _, err = run("export.py", *flags, code=2, patch=gone)
+    assert "pip install safetensors tokenizers, or" in err and '".[export]"' in err
+
+
 def test_latent_weights_come_back(runs, tmp_path):
     """bug guarded: master weights that come back changed, or not in a run"""
     data_dir, out_dir = runs

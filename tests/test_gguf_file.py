@@ -5,11 +5,12 @@ import importlib.util
 import numpy as np
 import pytest
 from conftest import CHARS
-from parts import CHAR, NUL, TEXTS, part_of, sentencepiece, tiktoken
+from parts import CHAR, NUL, TEXTS, llama_like, part_of, sentencepiece, tiktoken
 
 import gguf_file
 import quant
 import verify
+from tokenizer import bos_of
 
 cyllama = pytest.mark.skipif(
     importlib.util.find_spec("cyllama") is None, reason="needs cyllama: requirements-dev.txt"
@@ -21,7 +22,7 @@ cyllama = pytest.mark.skipif(
     "changes, make",
     [
         ({}, lambda: CHAR),
-        (dict(ternary=False, tie_embeddings=False, rope_theta=500.0, norm_eps=1e-3), sentencepiece),
+        (dict(ternary=False, tie_embeddings=False, rope_theta=500.0, norm_eps=1e-3), llama_like),
         (dict(n_head=2, n_kv_head=1), tiktoken),
         (dict(ternary=False, n_expert=4, n_expert_active=2), lambda: CHAR),
     ],
@@ -30,7 +31,7 @@ def test_llama_cpp_computes_the_same(changes, make, tmp_path):
     """bugs guarded: rows of q and k in the other rotary order, k permuted by the heads of q, a constant left
     at its default, a tokenizer that llama.cpp reads otherwise"""
     spec = make()
-    vocab_size = 320 if make is sentencepiece else 266 if make is tiktoken else len(CHARS)
+    vocab_size = 320 if make is llama_like else 266 if make is tiktoken else len(CHARS)
     part = part_of(spec, vocab_size=vocab_size, **changes)
     part["config"]["sample_prompts"] = ["the cat", "a"] if spec is CHAR else TEXTS[2:]
     gguf_file.write(part, str(tmp_path / "x.gguf"), "f32", "f32")
@@ -40,7 +41,7 @@ def test_llama_cpp_computes_the_same(changes, make, tmp_path):
     assert verify.gguf(part, str(tmp_path / "x.gguf"), "f16", "f16")["good"]
 
 
-@pytest.mark.parametrize("make", [lambda: NUL, sentencepiece, tiktoken])
+@pytest.mark.parametrize("make", [lambda: NUL, sentencepiece, tiktoken, llama_like])
 def test_what_a_file_says_of_tokens(make, tmp_path):
     """bugs guarded: an end of text that is another token, or is printed; a context of another length"""
     gguf = pytest.importorskip("gguf")
@@ -49,7 +50,8 @@ def test_what_a_file_says_of_tokens(make, tmp_path):
     gguf_file.write(part, path, "f16", "f16")
     fields = gguf.GGUFReader(path).fields
     says = lambda name: fields[name].contents()  # noqa: E731
-    assert says("tokenizer.ggml.eos_token_id") == says("tokenizer.ggml.bos_token_id") == spec["eot"]
+    assert says("tokenizer.ggml.eos_token_id") == spec["eot"] and says("tokenizer.ggml.add_bos_token") is True
+    assert says("tokenizer.ggml.bos_token_id") == bos_of(spec)
     kinds, names = says("tokenizer.ggml.token_type"), says("tokenizer.ggml.tokens")
     assert kinds[spec["eot"]] == gguf.TokenType.CONTROL and kinds[-1] == gguf.TokenType.UNUSED
     assert len(kinds) == len(set(names)) == 400 and "\0" not in names[spec["eot"]]

@@ -7,13 +7,16 @@ import os
 import pytest
 import torch
 from conftest import CHARS, run, train
-from parts import CHAR, part_of, sentencepiece, tiktoken
+from parts import CHAR, llama_like, part_of, sentencepiece, tiktoken
 
 import checkpoint
+import config
 import hf
 import tokenizer_files
 import verify
+from config import llama
 from inference import restore
+from tokenizer import bos_of
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
 
@@ -83,7 +86,7 @@ def test_widths_that_cannot_be_packed(tmp_path, capsys):
     hf.write(part_of(ffn_dim=66, ternary=False), str(tmp_path / "y"))
 
 
-@pytest.mark.parametrize("make", [lambda: CHAR, sentencepiece, tiktoken])
+@pytest.mark.parametrize("make", [lambda: CHAR, sentencepiece, tiktoken, llama_like])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -104,7 +107,7 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
     hf.write(part, str(path))
     for name in ("config.json", "generation_config.json"):
         theirs = json.load(open(path / name))
-        assert theirs["bos_token_id"] == theirs["eos_token_id"] == spec["eot"]
+        assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (bos_of(spec), spec["eot"])
     found, where = checkpoint.trained(str(path))
     assert where == str(path) and found["step"] == 7 and "/home/me" not in (path / "config.json").read_text()
     assert found["tokenizer"] == spec | ({"file": tokenizer_files.CONTENT[spec["kind"]]} if content else {})
@@ -130,20 +133,39 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
         assert "is missing" in capsys.readouterr().err
 
 
-def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path):
+def changed(folder, **changes):
+    """the folder, with these changes in its config.json"""
+    theirs = json.load(open(folder / "config.json")) | changes
+    (folder / "config.json").write_text(json.dumps(theirs))
+    return folder
+
+
+def refused(capsys, path, to_train):
+    """the error line with which a folder is refused"""
+    with pytest.raises(SystemExit) as end:
+        (checkpoint.initial if to_train else checkpoint.trained)(str(path))
+    err = capsys.readouterr().err
+    assert (
+        end.value.code == 2
+        and str(path) in err
+        and all(line.startswith("error: ") for line in err.splitlines())
+    )
+    return err
+
+
+def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path, capsys):
     """bug guarded: a folder that is packed, damaged or another model, that begins a run all the same"""
     part, how = part_of(n_embd=32, ffn_dim=64, seq_len=16), dict(max_steps=1, sample_every=0)
 
     def folder(name, latent=True, **changes):
-        path = tmp_path / name
-        hf.write(part, str(path), latent)
-        theirs = json.load(open(path / "config.json")) | changes
-        (path / "config.json").write_text(json.dumps(theirs))
-        return path
+        hf.write(part, str(tmp_path / name), latent)
+        return changed(tmp_path / name, **changes)
 
-    short = folder("short")
+    short, headless, empty = folder("short"), folder("headless"), folder("no_weights")
     data = (short / "model.safetensors").read_bytes()
     (short / "model.safetensors").write_bytes(data[: len(data) // 2])
+    (headless / "model.safetensors").write_bytes(data[:50])
+    os.remove(empty / "model.safetensors")
     for path, says in (
         (folder("packed", latent=False), "export with --latent"),
         (folder("other", model_type="gpt2"), "only 'llama' can be read"),
@@ -153,9 +175,10 @@ def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path):
         (folder("heads", head_dim=16, nanobit={}), "head_dim = 16"),
         (folder("gelu", hidden_act="gelu", nanobit={}), "hidden_act = 'gelu'"),
         (short, "is damaged"),
+        (headless, "is damaged"),
+        (empty, "holds no .safetensors"),
     ):
-        _, err = train(data_dir, out_dir, "x", code=2, init_from=path, **how)
-        assert says in err and str(path) in err, err
+        assert says in refused(capsys, path, to_train=True)
     flipped = folder("flipped", latent=False)
     data = bytearray((flipped / "model.safetensors").read_bytes())
     data[-5] ^= 1
@@ -165,17 +188,17 @@ def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path):
         (short, "is damaged"),
         (folder("foreign", nanobit={}), "it is no export of export.py"),
         (folder("gptq", latent=False, **other), "only weights that export.py"),
-        (folder("deep", latent=False, num_hidden_layers=3), "beside it 3"),
+        (folder("deep", latent=False, num_hidden_layers=3), "3, but its files hold 2 blocks"),
         (flipped, "is not the file that was exported"),
         (folder("head", latent=False, num_attention_heads=2), "beside it 2"),
         (folder("null", latent=False, nanobit=dict(tokenizer=None)), "cannot be read"),
         (folder("layers", latent=False, nanobit=dict(config=dict(n_layer="two"))), "n_layer = 'two'"),
-        (folder("empty", latent=False, nanobit=None), "it is no export of export.py"),
+        (folder("nothing", latent=False, nanobit=None), "it is no export of export.py"),
         (folder("widthless", latent=False, hidden_size=None), "cannot be read"),
-        (tmp_path / "none", "or an export for transformers"),
     ):
-        _, err = run("sample.py", f"--ckpt={path}", "--prompt=a", code=2)
-        assert says in err and str(path) in err, err
+        assert says in refused(capsys, path, to_train=False)
+    _, err = run("sample.py", f"--ckpt={tmp_path}/none", "--prompt=a", code=2)
+    assert "or an export for transformers" in err and f"{tmp_path}/none" in err
     # a Llama of another origin, whose tokenizer nobody can compare
     path = folder("llama", nanobit={})
     theirs = json.load(open(path / "config.json"))
@@ -188,3 +211,51 @@ def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path):
     out, _ = train(data_dir, out_dir, "y", init_from=path, **how, **same)
     assert "its tokenizer cannot be compared" in out
     assert restore(part, torch.device("cpu"))(torch.tensor([[1, 2]])).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(num_hidden_layers=10**7),
+        dict(num_hidden_layers=0),
+        dict(num_attention_heads=0),
+        dict(num_attention_heads=-2),
+        dict(num_key_value_heads=3),
+        dict(hidden_size=2**62),
+        dict(intermediate_size=2**23),
+        dict(vocab_size=2**31),
+        dict(max_position_embeddings=2**40),
+        dict(rms_norm_eps=-1.0),
+        dict(rope_theta=float("inf")),
+        dict(tie_word_embeddings="yes"),
+    ],
+)
+@pytest.mark.parametrize("to_train", [False, True])
+def test_sizes_that_the_file_does_not_have_are_refused(changes, to_train, tmp_path, capsys, monkeypatch):
+    """bug guarded: sizes of somebody else's file that are built before they are compared with its tensors:
+    minutes and terabytes, or a traceback"""
+    monkeypatch.setattr(hf, "Transformer", None)  # nothing is built
+    hf.write(part_of(), str(tmp_path / "x"), latent=True)
+    theirs = json.load(open(tmp_path / "x" / "config.json"))
+    ours = {llama.SETTINGS[name]: value for name, value in changes.items()}
+    theirs["nanobit"]["config"] |= ours  # which agrees
+    err = refused(capsys, changed(tmp_path / "x", **changes, nanobit=theirs["nanobit"]), to_train)
+    assert err.count("\n") == 1 and next(iter(changes)) in err
+    with pytest.raises(SystemExit):
+        config.load([f"--init_from={tmp_path}/x", "--max_steps=1"])
+
+
+@pytest.mark.parametrize("own", [dict(vocab_multiple=2**40), dict(vocab_multiple=0), dict(n_expert=10**8)])
+def test_sizes_that_export_never_wrote_are_refused(own, tmp_path, capsys):
+    """bug guarded: rows of padding, or experts, by the note of an export that is not in the tensors"""
+    hf.write(part_of(), str(tmp_path / "x"))
+    theirs = json.load(open(tmp_path / "x" / "config.json"))["nanobit"]
+    theirs["config"] |= own
+    assert f"{next(iter(own))} = " in refused(capsys, changed(tmp_path / "x", nanobit=theirs), to_train=False)
+
+
+def test_deep_json_is_refused(tmp_path, capsys):
+    """bug guarded: a RecursionError"""
+    hf.write(part_of(), str(tmp_path / "x"))
+    (tmp_path / "x" / "config.json").write_text('{"a":' * 100_000)
+    assert "cannot be read" in refused(capsys, tmp_path / "x", to_train=False)

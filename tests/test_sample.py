@@ -227,16 +227,18 @@ def test_chat_keeps_its_history(ckpt, tmp_path):
     assert "no character 'B'" in err and "no command /nonsense" in err and "/reset   empty" in err
 
 
-def test_chat_goes_on_with_a_text_and_begins_another(tmp_path):
-    """bugs guarded: a space put into a word that a message goes on with, an end of text that the history
-    forgets, or prints"""
-    spec = sentencepiece_spec(tmp_path)
+@pytest.mark.parametrize("begins", [[], [1]])
+def test_chat_goes_on_with_a_text_and_begins_another(begins, tmp_path):
+    """bugs guarded: a space put into a word that a message goes on with, an end of text, or a beginning, that
+    the history forgets, or prints"""
+    spec = sentencepiece_spec(tmp_path) | ({"bos": begins[0]} if begins else {})
     tokenizer, ckpt = make_tokenizer(spec), save(tmp_path / "run", spec, 2, seq_len=64)
     patch = scripted(f"{tokenizer.encode_on(' sat')} + [2, 9]") + stdin(tmp_path, "at\nthe\n")
     out, err = run("sample.py", ckpt, "--chat", "--prompt=the c", patch=patch)
     assert out == "the c\n sat\n sat\n"
-    first = [2, *tokenizer.encode("the c"), *tokenizer.encode_on("at")]
-    assert asked(err) == [first, [*first, *tokenizer.encode_on(" sat"), 2, *tokenizer.encode("the")]]
+    first = [*(begins or [2]), *tokenizer.encode("the c"), *tokenizer.encode_on("at")]
+    after = [*first, *tokenizer.encode_on(" sat"), 2, *begins]
+    assert asked(err) == [first, [*after, *tokenizer.encode("the")]]
     assert tokenizer.decode(first) == "the cat"
 
 

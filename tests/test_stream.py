@@ -1,5 +1,6 @@
 """prepare/stream.py: from documents to token files and back, killed, interrupted and continued."""
 
+import hashlib
 import json
 import os
 import signal
@@ -9,8 +10,10 @@ import tokens
 import numpy as np
 import pytest
 import stream
+import vocab
 from conftest import run, start
 from documents import PATCH, SLOW, TIKTOKEN, documents_of, read, stopped, text_flags
+from parts import sentencepiece
 
 import config
 from tokenizer import make_tokenizer, with_content
@@ -18,13 +21,19 @@ from tokenizer import make_tokenizer, with_content
 
 @pytest.mark.parametrize("tokenizer", ["char", "sentencepiece", "gpt2"])
 def test_text_comes_back(corpus, tmp_path, tokenizer):
-    """bug guarded: spaces, line ends or rare characters that a tokenizer's settings change or drop"""
+    """bugs guarded: spaces, line ends or rare characters that a tokenizer's settings change or drop; a byte
+    that is no longer what it was before some tokenizers had a bos"""
     folder, documents = corpus
     flags = text_flags(folder, tmp_path, tokenizer=tokenizer, vocab_size=330)
     out, _ = run("prepare/text.py", *flags, patch=TIKTOKEN)
     found = documents_of(tmp_path / "text")
     assert sorted(found["train"] + found["val"]) == sorted(documents)
     assert 0 < len(found["val"]) < 60
+    ids, meta, ours = read(tmp_path / "text")
+    known = "dataset dtype vocab_size tokens bytes shards tokenizer eot source complete documents seconds"
+    assert list(meta) == [*known.split(), "revision"], "no bos: as before there was one"
+    for split, row in ids.items():
+        assert row == sum([[*ours.encode(text), meta["eot"]] for text in found[split]], [meta["eot"]])
     assert read(tmp_path / "text")[2].decode([60_000, 5, 60_000]) == read(tmp_path / "text")[2].decode([5])
     assert "tokens per byte" in out and f"{len(found['train'])} documents" in out
     if tokenizer != "char":
@@ -33,6 +42,67 @@ def test_text_comes_back(corpus, tmp_path, tokenizer):
             file.write(b"x")
         with pytest.raises(SystemExit):  # another tokenizer under the same name would mean other text
             with_content(spec, str(tmp_path / "text"))
+
+
+def test_a_tokenizer_file_with_bos_begins_each_text_with_it(corpus, tmp_path):
+    """bugs guarded: texts that begin with a token which the tokenizer's own model never saw there; bos twice
+    or missing where a killed preparation continues"""
+    os.makedirs(tmp_path / "llama")
+    (tmp_path / "llama" / "tokenizer.model").write_bytes(sentencepiece()["content"])
+    flags = text_flags(corpus[0], tmp_path, tokenizer=tmp_path / "llama", max_documents=60)
+    stopped(flags, tmp_path / "text", 1000)
+    run("prepare/text.py", *flags, patch=PATCH)
+    found, meta = documents_of(tmp_path / "text"), read(tmp_path / "text")[1]
+    assert (meta["bos"], meta["eot"]) == (1, 2)
+    assert sorted(found["train"] + found["val"]) == sorted(corpus[1][:60])
+
+
+def test_bos_is_before_the_first_piece_of_a_text_only(monkeypatch):
+    """bug guarded: a long text, which is tokenized in pieces, with bos in its middle"""
+    ours = make_tokenizer(sentencepiece())
+    monkeypatch.setattr(stream, "PIECE_CHARS", 8)
+    monkeypatch.setattr(stream, "worker", (ours, {"eot": 2, "bos": 1}, np.dtype("<u2")), raising=False)
+    pieces = [("train", "the cat\nsat on", True, False), ("train", " the mat", False, True)]
+    ids = stream.encode_chunk(pieces)["train"][0].tolist()
+    assert (ids[0], ids[-1]) == (1, 2) and not {1, 2} & {*ids[1:-1]}
+    assert ours.decode(ids[1:-1]) == "the cat\nsat on the mat"
+
+
+def test_a_tokenizer_trained_here_keeps_its_layout(tmp_path):
+    """bug guarded: a second data set by the tokenizer of a first one, or of an export, whose texts begin with
+    another token than the first one's"""
+    content = sentencepiece()["content"]
+    sha256, path = hashlib.sha256(content).hexdigest(), tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    cfg = config.SimpleNamespace(tokenizer=str(path))
+    for entry, marks in (
+        ({}, {"eot": 2, "bos": 1}),
+        ({"eot": 2}, {"eot": 2}),
+        ({"eot": 2, "bos": 7}, {"eot": 2, "bos": 7}),
+    ):
+        spec = {"kind": "sentencepiece", "sha256": sha256}
+        for name, beside in (
+            ("meta.json", {"tokenizer": spec} | entry),
+            ("config.json", {"nanobit": {"tokenizer": spec | entry}}),
+        ):
+            (tmp_path / name).write_text(json.dumps(beside))
+            assert vocab.sentencepiece(cfg, str(path), [])[2] == marks
+            (tmp_path / name).unlink()
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": {"sha256": "another"}, "eot": 2}))
+    assert vocab.sentencepiece(cfg, str(path), [])[2] == {"eot": 2, "bos": 1}
+
+
+def test_a_folder_without_a_sentencepiece_model(corpus, tmp_path):
+    """bug guarded: a folder that is taken for a hub repository; a tokenizer.json, as of Llama 3, refused with
+    words that do not say so"""
+    folder = tmp_path / "llama3"
+    os.makedirs(folder)
+    flags = text_flags(corpus[0], tmp_path, tokenizer=folder)
+    assert "the folder has no tokenizer.model; expected one" in run("prepare/text.py", *flags, code=2)[1]
+    (folder / "tokenizer.json").write_text("{}")
+    for name in (folder, folder / "tokenizer.json"):
+        _, err = run("prepare/text.py", *text_flags(corpus[0], tmp_path, tokenizer=name), code=2)
+        assert "tokenizer.json, as of Llama 3, is not supported" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -284,14 +354,13 @@ def test_an_endless_line(tmp_path, text):
     from types import SimpleNamespace
 
     import sentencepiece
-    import vocab
 
     cfg = SimpleNamespace(tokenizer="sentencepiece", vocab_size=380, max_documents=0, val_fraction=0.0)
     with open(__file__, encoding="utf-8") as file:
         content = vocab.train(cfg, sentencepiece, [file.read()])
     (tmp_path / "tokenizer.model").write_bytes(content)
     spec = dict(kind="sentencepiece", content=content)
-    stream.start_worker.__globals__["worker"] = make_tokenizer(spec), 2, np.dtype("<u2")
+    stream.start_worker.__globals__["worker"] = make_tokenizer(spec), {"eot": 2}, np.dtype("<u2")
     began = time.time()
     ids, documents, size = stream.encode_chunk([("train", text, True, True)])["train"]
     assert make_tokenizer(spec).decode(ids[:-1].tolist()) == text and ids[-1] == 2

@@ -313,6 +313,9 @@ def test_evaluate_reads_the_splits_of_any_data_set_with_its_tokenizer(trained):
     write_data(trained[0], "foreign", vocab_size=3)
     change_meta(trained[0], "foreign", tokenizer=tokens.char_tokenizer("\nab"))
     assert "has another tokenizer" in evaluate(trained, "--dataset=foreign", code=2)[2]
+    change_meta(trained[0], "other", bos=5)  # the same ids, but each text after another one
+    err = evaluate(trained, "--dataset=other", code=2)[2]
+    assert "its texts begin with token 5, the model's with 0" in err
 
 
 def test_flags_of_evaluate_reach_the_model(trained):

@@ -4,12 +4,12 @@ import os
 import random
 
 import pytest
-from parts import CHAR, NUL, TEXTS, part_of, sentencepiece, tiktoken
+from parts import CHAR, NUL, TEXTS, llama_like, part_of, sentencepiece, tiktoken
 
 import gguf_file
 import hf
 import tokenizer_files
-from tokenizer import encode_prompt, make_tokenizer
+from tokenizer import bos_of, encode_prompt, make_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
 
@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="the readers of export
         lambda: CHAR,
         lambda: NUL,
         sentencepiece,
+        llama_like,
         tiktoken,
         lambda: tiktoken(r"\p{N}{1,3}+| ?\p{L}++|[^\p{N}\p{L}]++"),
     ],
@@ -37,10 +38,11 @@ def test_tokenizers_come_along(make, tmp_path):
     texts += ["a cat", "the\nthe cat "]
     texts = [text for text in texts if not set(text) - set(spec.get("chars", text))]
     for text in texts:
-        ids = encode_prompt(ours, spec["eot"], text)
+        ids = encode_prompt(ours, bos_of(spec), text)
         assert theirs(text)["input_ids"] == ids, repr(text)
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode([i for i in ids if i != ids[0]])
-    assert theirs.pad_token is None and theirs.eos_token_id == spec["eot"] and theirs.model_max_length == 64
+    assert theirs.pad_token is None and theirs.model_max_length == 64
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (bos_of(spec), spec["eot"])
     assert "\0" not in theirs.eos_token, "a tool that prints names would end there"
 
 

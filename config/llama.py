@@ -1,0 +1,121 @@
+"""
+The shape of a Llama by its config.json, in the names of our settings.
+
+It imports no torch, since the loader of settings reads it for init_from.
+"""
+
+import json
+import math
+import os
+
+from config import fail
+
+SETTINGS = {  # config.json of a Llama and the settings that it stands for
+    "hidden_size": "n_embd",
+    "intermediate_size": "ffn_dim",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "seq_len",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "tie_word_embeddings": "tie_embeddings",
+}
+# what a file means that leaves one out: the defaults of transformers' LlamaConfig
+LEFT_OUT = dict(
+    rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False, max_position_embeddings=2048
+)
+MOST = 2**24  # of any size: what is built to compare it with the tensors stays possible
+
+
+def is_folder(path):
+    """Return whether a path is a folder of this form, whole or not."""
+    names = os.listdir(path) if os.path.isdir(path) else []
+    return "generation_config.json" in names or any(name.endswith(".safetensors") for name in names)
+
+
+def weight_files(folder):
+    """Return the paths of the safetensors files of a folder. Exits with 2 if there are none."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    if not names:
+        fail(f"{folder} holds no .safetensors, where the weights would be; copy or export it again")
+    return [os.path.join(folder, name) for name in names]
+
+
+def shapes(folder):
+    """Return {name: shape} of the tensors, by the headers of the files. Exits with 2 if one is damaged."""
+    found = {}
+    for path in weight_files(folder):
+        try:
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(size, 10**8)))  # the most that the format allows
+            found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            fail(f"{path} is damaged ({type(error).__name__}: {error}); copy or export it again")
+    return found
+
+
+def fault(name, value):
+    """Return what is wrong with a value of config.json by itself, or ''."""
+    if name == "tie_word_embeddings":
+        return "" if type(value) is bool else f"{name} = {value!r} is not true or false"
+    if name in ("rms_norm_eps", "rope_theta"):
+        is_number = type(value) in (int, float) and 0 < value < math.inf
+        return "" if is_number else f"{name} = {value!r} is not a number above 0"
+    is_size = type(value) is int and 1 <= value <= MOST
+    return "" if is_size else f"{name} = {value!r} is not a whole number from 1 to {MOST:,}"
+
+
+def contradictions(theirs, found):
+    """Yield the sizes of a config.json that are not those of the tensors, before anything is built by it."""
+    n_blocks = len({name.split(".")[2] for name in found if name.startswith("model.layers.")})
+    if n_blocks != theirs["num_hidden_layers"]:
+        yield f"num_hidden_layers = {theirs['num_hidden_layers']:,}, but its files hold {n_blocks} blocks"
+    for name, axis, key in (
+        ("model.embed_tokens.weight", 0, "vocab_size"),
+        ("model.embed_tokens.weight", 1, "hidden_size"),
+        ("model.layers.0.mlp.down_proj.weight", 1, "intermediate_size"),
+    ):
+        if name in found and (len(found[name]) != 2 or found[name][axis] != theirs[key]):
+            yield f"{key} = {theirs[key]:,}, but {name} has the shape {found[name]}"
+    if theirs["num_attention_heads"] % theirs["num_key_value_heads"]:
+        yield "num_attention_heads is not a multiple of num_key_value_heads"
+    if theirs["hidden_size"] // theirs["num_attention_heads"] % 2:
+        yield "hidden_size / num_attention_heads is odd"
+
+
+def read(folder):
+    """Return (settings, the whole config.json) of the folder of a Llama. Exits with 2 if it is another model,
+    or the file asks for sizes that its tensors do not have."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            theirs = json.load(file)
+        if theirs["model_type"] != "llama":
+            fail(f"{folder}: model_type = {theirs['model_type']!r}: only 'llama' can be read")
+        theirs = LEFT_OUT | (theirs.get("rope_parameters") or {}) | theirs  # newer files: rope_theta in it
+        if theirs.get("num_key_value_heads") is None:
+            theirs["num_key_value_heads"] = theirs["num_attention_heads"]
+        settings = {ours: theirs[name] for name, ours in SETTINGS.items()}
+        if faults := list(filter(None, (fault(name, theirs[name]) for name in SETTINGS))):
+            raise ValueError("; ".join(faults))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        fail(f"{folder}/config.json cannot be read ({what}); expected the folder of a Llama model")
+    if faults := list(contradictions(theirs, shapes(folder))):
+        fail(*(f"{folder}/config.json: {text}; copy or export it again" for text in faults))
+    for key in ("norm_eps", "rope_theta"):
+        settings[key] = float(settings[key])
+    return settings, theirs
+
+
+def shape(folder):
+    """Return ({setting: value} of the shape that a run must have to begin with the weights of a folder, the
+    largest seq_len)."""
+    settings, theirs = read(folder)
+    own = theirs.get("nanobit")
+    own = own.get("config") if type(own) is dict else None
+    if type(own) is dict:  # an export of ours notes which rows of the vocabulary are padding
+        settings |= {key: own[key] for key in ("vocab_size", "vocab_multiple") if type(own.get(key)) is int}
+    return settings, settings.pop("seq_len")
