@@ -79,6 +79,8 @@ if os.path.exists(os.path.join(data_set, "task.jsonl")):
 else:
     meta, windows = data.of_trained(part, cfg.split, cfg.dataset, cfg.data_dir, cfg.verify_data)
     task = meta.get("task", "") if cfg.split == "val" else ""
+    if task == "arithmetic":
+        problems = tasks.problems(data_set, meta["tokens"]["val"] - 1)
     n = min(windows.total, max(1, cfg.eval_tokens // windows.seq_len)) if cfg.eval_tokens else windows.total
     print(f"{folder} on {cfg.dataset}/{cfg.split}: {n:,} windows of {windows.seq_len} tokens")
 print(f"{machine.describe(device)}, {machine.name(dtype)}")
@@ -104,7 +106,6 @@ if task not in ("lambada", "blimp"):
 scores, lines = {}, []
 with machine.autocast(device, dtype):
     if task == "arithmetic":
-        problems = tasks.problems(data_set, meta["tokens"]["val"] - 1)
         scores, lines = tasks.arithmetic(model, tokenizer, eot, problems, cfg.batch_size)
     elif task == "lambada":
         scores, lines = tasks.lambada(model, tokenizer, bos, examples, cfg.batch_size)

@@ -182,7 +182,7 @@ def problems(folder, size):
     if len(content) != size:
         fail(f"{path} is damaged: it has {len(content):,} bytes, the val split {size:,}; {again}")
     found = []
-    for number, line in enumerate(content.decode("ascii", "replace").splitlines(), 1):
+    for number, line in enumerate(content.decode("ascii", "backslashreplace").splitlines(), 1):
         parts = re.fullmatch(r"(([0-9]{1,20})([-+x])([0-9]{1,20})=)(-?[0-9]{1,40})", line)
         if not parts or RESULT[parts[3]](int(parts[2]), int(parts[4])) != int(parts[5]):
             fail(
