@@ -79,6 +79,8 @@ if os.path.exists(os.path.join(data_set, "task.jsonl")):
 else:
     meta, windows = data.of_trained(part, cfg.split, cfg.dataset, cfg.data_dir, cfg.verify_data)
     task = meta.get("task", "") if cfg.split == "val" else ""
+    if task not in ("", "arithmetic", "tictactoe"):
+        config.fail(f"{data_set}: task {task!r} is unknown; this version scores arithmetic, tictactoe")
     if task == "arithmetic":
         problems = tasks.problems(data_set, meta["tokens"]["val"] - 1)
     n = min(windows.total, max(1, cfg.eval_tokens // windows.seq_len)) if cfg.eval_tokens else windows.total

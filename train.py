@@ -296,7 +296,8 @@ def rescue():
     """save the state before damaged data end the program; of several ranks, one alone cannot"""
     bar.close()
     if ranks.WORLD == 1 and save("damaged data"):
-        log_line(f"saved step {step}; once the data set is whole again, --resume=auto goes on from it")
+        how = record.resume_command(run_dir)
+        log_line(f"saved step {step}; to continue once the data set is whole again: {how}")
 
 
 # the loop

@@ -64,7 +64,7 @@ def test_train_beside_a_preparation_that_dies_and_goes_on(corpus, tmp_path):
     of |= dict(save_every=0, sample_every=0, total_batch_size=960)
     stopped(flags, place, 10_000)  # two shards
     _, err = train(tmp_path, tmp_path / "runs", "fly", code=1, **of)
-    assert "error:" in err and "prepare/text.py --files" in err and "--resume=auto" in err
+    assert "error:" in err and "prepare/text.py --files" in err and "train.py --resume=" in err
     assert checkpoint.steps(tmp_path / "runs" / "fly")[0] > 0, "what was trained is saved"
     child = started(flags, place, HOLD.format(str(tmp_path / "go")))
     more = dict(data_dir=tmp_path, out_dir=tmp_path / "runs", run_id="fly", resume="auto")

@@ -427,8 +427,8 @@ def test_damaged_problems_are_one_line(tmp_path, capsys):
         assert stop.value.code == 2 and says in error and error.count("\n") == 1, error
 
 
-def test_evaluate_verifies_its_data_if_asked(trained):
-    """bug guarded: a flag that is checked and then forgotten"""
+def test_evaluate_notices_damage(trained):
+    """bugs guarded: a flag that is checked and then forgotten; a score that is left out in silence"""
     write_data(trained[0], "rotten")
     evaluate(trained, "--dataset=rotten")
     path = os.path.join(trained[0], "rotten", "val_00000.bin")
@@ -440,3 +440,6 @@ def test_evaluate_verifies_its_data_if_asked(trained):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     _, _, err = evaluate(trained, "--dataset=rotten", "--verify_data", code=2)
     assert "val_00000.bin has changed" in err
+    write_data(trained[0], "rotten")
+    change_meta(trained[0], "rotten", task="arithmetik")
+    assert "task 'arithmetik' is unknown" in evaluate(trained, "--dataset=rotten", code=2)[2]
