@@ -227,6 +227,23 @@ def test_former_rates_are_refused_with_their_ratio(capsys, tmp_path):
     assert error.endswith("min_lr_ratio = min_lr / learning_rate")
 
 
+@pytest.mark.parametrize(
+    "peak, rate, ratio, is_kept",
+    [
+        (1.5e-3, 1e-3, 2 / 3, False),
+        (6e-4, 6e-5, 0.1, True),  # 0.1 of 6e-4 is one ulp less
+        (0.0, 1e-3, 1.0, True),
+    ],
+)
+def test_saved_rates_become_ratios_if_nothing_is_lost(peak, rate, ratio, is_kept):
+    """bugs guarded: a rate of a former run that is another float; one that is forgotten"""
+    found = config.with_ratios(dict(learning_rate=peak, min_lr=rate, n_layer=2))
+    assert found["min_lr_ratio"] == pytest.approx(ratio) and found["n_layer"] == 2
+    assert found.get("min_lr") == (rate if is_kept else None)
+    assert is_kept or found["min_lr_ratio"] * peak == rate
+    assert config.with_ratios(found) == found, "what has ratios stays as it is"
+
+
 def write_run(folder, **changes):
     """a run's config.json, in the folder that it has been moved to; the folder of a step in it"""
     values = config.settings_of(config.load(["config/train_simple.py", "--seed=7"])) | changes
