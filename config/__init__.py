@@ -190,7 +190,7 @@ def print_help(doc, flags, defaults, takes_files):
 def coerce(key, value, want):
     """value as the type of the default, or TypeError that names both types"""
     if want is float and type(value) is int:  # --learning_rate=1
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if want is int and type(value) is float and value.is_integer():  # --max_steps=1e5
         value = int(value)
     if want is float and type(value) is float and not math.isfinite(value):

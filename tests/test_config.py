@@ -82,6 +82,7 @@ def test_values_take_the_type_of_the_default():
         (["--log_every"], ["--log_every needs a value"]),
         (["--run_id", "--resume=auto"], ["--run_id needs a value"]),
         (["--learning_rate=1e400"], ["learning_rate = inf"]),
+        (["--learning_rate=1" + 400 * "0"], ["learning_rate = inf"]),
         (["--seed=99999999999999999999"], ["seed = 99999999999999999999"]),
         (["--out_dir="], ["out_dir = ''"]),
         (["n_layer=3"], ["did you mean --n_layer=3"]),
