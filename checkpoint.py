@@ -207,7 +207,8 @@ def trained(path):
     of a folder that export.py has written"""
     if hf.is_folder(path):
         part = hf.read(path)
-        return part | dict(config=config.assignments(config.DEFAULT) | part["config"]), path
+        settings = config.assignments(config.DEFAULT) | config.with_ratios(part["config"])
+        return part | dict(config=settings), path
     folder = locate(path, also=HF)
     return load(folder), folder
 

@@ -261,9 +261,13 @@ def opening(cfg, facts):
 
 
 def resume_command(run_dir):
-    """Return the command that resumes a run with the settings of its config.json, quoted for the shell"""
-    python = ["torchrun", f"--nproc_per_node={WORLD}"] if WORLD > 1 else ["python"]
-    command = [*python, sys.argv[0], f"--resume={run_dir}"]
+    """Return the command that resumes a run with the settings of its config.json, quoted for the shell; it
+    works without an active virtual environment"""
+    python = [sys.executable.removeprefix(os.getcwd() + os.sep)]
+    if WORLD > 1:
+        python = ["torchrun", f"--nproc_per_node={WORLD}"]
+    script = os.path.join(os.path.dirname(sys.argv[0]), "train.py")
+    command = [*python, script, f"--resume={run_dir}"]
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 

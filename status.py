@@ -15,7 +15,6 @@ import time
 
 import config
 import record
-from config import with_ratios
 
 LOGGED = (  # what status() takes over from the newest training line
     "epoch tokens loss lr weight_decay stage grad_norm tokens_per_sec step_ms mfu memory_gb gpu_util"
@@ -52,7 +51,7 @@ def read_config(run_dir):
     try:
         with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as file:
             found = json.load(file)
-        settings = with_ratios({name: entry["value"] for name, entry in found["settings"].items()})
+        settings = config.with_ratios({name: entry["value"] for name, entry in found["settings"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {"settings": {}}
     facts = {"settings": {name: value for name, value in settings.items() if is_setting(name, value)}}

@@ -190,7 +190,7 @@ def print_help(doc, flags, defaults, takes_files):
 def coerce(key, value, want):
     """value as the type of the default, or TypeError that names both types"""
     if want is float and type(value) is int:  # --learning_rate=1
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if want is int and type(value) is float and value.is_integer():  # --max_steps=1e5
         value = int(value)
     if want is float and type(value) is float and not math.isfinite(value):
@@ -226,14 +226,14 @@ def unknown(key, known):
 
 
 def renamed(key, rate, learning_rate):
-    """the fault of a rate that is a fraction of learning_rate today, with that fraction"""
+    """Return the fault of a rate that is a fraction of learning_rate today, with that fraction."""
     is_number = isinstance(rate, (int, float)) and learning_rate
     here = f"; here {rate / learning_rate:.6g}" if is_number else ""
     return f"{key} is now {RATIOS[key]} = {key} / learning_rate{here}"
 
 
 def file_fault(path):
-    """what is wrong with a config file before it is read, with the remedy, or ''"""
+    """Return what is wrong with a config file before it is read, with the remedy, or ''."""
     if os.path.isfile(path):
         if path.endswith(".py"):
             return ""
@@ -254,7 +254,7 @@ def file_fault(path):
 
 
 def split(argv, types):
-    """(config files, [(name, text, flag as typed)], faults) of a command line"""
+    """Return (config files, [(name, text, flag as typed)], faults) of a command line."""
     files, given, faults, args = [], [], [], list(argv)
 
     def is_value(text):
@@ -267,9 +267,10 @@ def split(argv, types):
             continue
         key, eq, text = arg.lstrip("-").partition("=")
         key, following = key.replace("-", "_"), args[0] if args else ""
-        if (not eq and following.startswith("=")) or (eq and not text and is_value(following)):
-            n = 2 if following == "=" else 1
-            value = "".join(args[:n]).removeprefix("=")
+        n = 2 if following == "=" else 1
+        value = "".join(args[:n]).removeprefix("=")
+        is_before = not eq and following.startswith("=") and (n == 2 or types.get(key) is not str)
+        if (is_before and is_value(value)) or (eq and not text and is_value(following)):
             del args[:n]
             faults.append(f"{arg} {following}: no spaces around =, as --{key}={value}")
             continue

@@ -82,6 +82,7 @@ def test_values_take_the_type_of_the_default():
         (["--log_every"], ["--log_every needs a value"]),
         (["--run_id", "--resume=auto"], ["--run_id needs a value"]),
         (["--learning_rate=1e400"], ["learning_rate = inf"]),
+        (["--learning_rate=1" + 400 * "0"], ["learning_rate = inf"]),
         (["--seed=99999999999999999999"], ["seed = 99999999999999999999"]),
         (["--out_dir="], ["out_dir = ''"]),
         (["n_layer=3"], ["did you mean --n_layer=3"]),
@@ -225,6 +226,23 @@ def test_former_rates_are_refused_with_their_ratio(capsys, tmp_path):
     assert error == "error: --min_lr: min_lr is now min_lr_ratio = min_lr / learning_rate; here 0.01"
     (error,) = faults(capsys, "--max_steps=10", "--min_lr=low")
     assert error.endswith("min_lr_ratio = min_lr / learning_rate")
+
+
+@pytest.mark.parametrize(
+    "peak, rate, ratio, is_kept",
+    [
+        (1.5e-3, 1e-3, 2 / 3, False),
+        (6e-4, 6e-5, 0.1, True),  # 0.1 of 6e-4 is one ulp less
+        (0.0, 1e-3, 1.0, True),
+    ],
+)
+def test_saved_rates_become_ratios_if_nothing_is_lost(peak, rate, ratio, is_kept):
+    """bugs guarded: a rate of a former run that is another float; one that is forgotten"""
+    found = config.with_ratios(dict(learning_rate=peak, min_lr=rate, n_layer=2))
+    assert found["min_lr_ratio"] == pytest.approx(ratio) and found["n_layer"] == 2
+    assert found.get("min_lr") == (rate if is_kept else None)
+    assert is_kept or found["min_lr_ratio"] * peak == rate
+    assert config.with_ratios(found) == found, "what has ratios stays as it is"
 
 
 def write_run(folder, **changes):

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -58,7 +59,7 @@ def test_kill_9_and_resume_is_the_unbroken_run(data_dir, out_dir):
     assert code == 128 + signal.SIGTERM and "Traceback" not in err
     # the command that it printed is whole: the settings are those of the run
     python, script, *args = shlex.split(err.split("to continue: ")[1])
-    assert python == "python" and script.endswith("train.py")
+    assert os.path.samefile(os.path.join(ROOT, python), sys.executable) and script.endswith("train.py")
     out, _ = run("train.py", *args)
     assert_same_run(f"{out_dir}/whole", f"{out_dir}/broken")
     resumed = [row["step"] for row in lines(f"{out_dir}/broken", EVENTS) if row["event"] == "resume"]

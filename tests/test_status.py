@@ -258,7 +258,7 @@ def test_a_run_that_ended_itself_gets_the_advice_of_its_error(tmp_path, what, sa
 def test_config_values_of_other_types_are_left_out(tmp_path):
     """bug guarded: a damaged config.json that ends the monitor with a traceback"""
     path = write_run(
-        tmp_path / "r", losses=noisy(0.01), max_steps="x", min_lr=[1], save_every=None, n_expert={}
+        tmp_path / "r", losses=noisy(0.01), max_steps="x", min_lr_ratio=[1], save_every=None, n_expert={}
     )
     found = status.status(path)
     assert found["max_steps"] is None and found["n_expert"] is None and found["step"] == 600
