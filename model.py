@@ -205,6 +205,14 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to x.
+
+    PackedBlock (packed.py) repeats this forward, with all that it calls, for one token of a ternary model.
+    What you change here is used everywhere all the same: if PackedBlock then gives other logits when a model
+    is loaded, it is not used, which a line on stderr says. Generating text is slower then, until you change
+    it too. Other engines cannot know of a change either: export with --verify.
+    """
+
     def __init__(self, cfg, Linear):
         super().__init__()
         self.attn_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
@@ -235,10 +243,15 @@ class Transformer(nn.Module):
         self.head = nn.Linear(cfg.n_embd, rows, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
-        cos, sin = rope_tables(cfg.seq_len, cfg.n_embd // cfg.n_head, cfg.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)  # (seq_len, D)
-        self.register_buffer("sin", sin, persistent=False)
+        self.init_positions()
         self.init_weights()
+
+    def init_positions(self):
+        """Compute the tables cos, sin (seq_len, D) of the rotary angles, which no checkpoint holds."""
+        cfg = self.cfg
+        cos, sin = rope_tables(cfg.seq_len, cfg.n_embd // cfg.n_head, cfg.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def init_weights(self):
         """normal: std 0.02 for embedding, head and routers; 1 / sqrt(inputs) for the matrices of the blocks,

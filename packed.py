@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import quant
 from device import no_compiler
-from model import Block, FeedForward
+from model import Block, Experts
 from quant import BitExperts, BitLinear, exact_matmul, output_dtype, quantize_activations, ternarize
 
 COMPILERS = "cc", "gcc", "clang"
@@ -140,24 +141,43 @@ class PackedExperts(nn.ModuleList):
         return torch.cat([layer(rows) for layer, rows in zip(self, x.split(sizes))])
 
 
+PRODUCTS = dict(
+    qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    o=("attn.o_proj",),
+    gate_up=("ffn.gate_proj", "ffn.up_proj"),
+    down=("ffn.down_proj",),
+)
+
+
 class PackedBlock(Block):
     """a Block of packed layers. One token of one text goes through it in a dozen calls instead of a hundred:
-    each of torch's costs microseconds, of which the packed layers themselves take few."""
+    each of torch's costs microseconds, of which the packed layers themselves take few.
+
+    It repeats Block.forward (model.py) and all that this calls. Whoever changes one changes the other;
+    pack_blocks sees whether they still agree.
+    """
 
     @staticmethod
-    def of(block):
-        """turn a Block, whose layers are packed already, into one"""
-        block.__class__ = PackedBlock
+    def of(block, layers):
+        """Turn a Block into one; layers: {name in the block: PackedLinear}. ValueError if it has other layers
+        or parameters than forward assumes: C would read and write beyond their ends."""
+        names = [name for names in PRODUCTS.values() for name in names]
+        if type(block) is not Block or layers.keys() != set(names):
+            raise ValueError(f"{type(block).__name__} has the ternary layers {', '.join(layers)}")
+        widths = [(layers[name].in_features, layers[name].out_features) for name in names]
+        (C, n_q), (_, n_kv), *_ = widths
+        n_ffn = layers["ffn.gate_proj"].out_features
+        if widths != [(C, n_q), (C, n_kv), (C, n_kv), (n_q, C), (C, n_ffn), (C, n_ffn), (n_ffn, C)]:
+            raise ValueError(f"its layers have the widths {widths}")
+        parameters = {name: tuple(w.shape) for name, w in block.state_dict().items()}
+        if parameters != {"attn_norm.weight": (C,), "ffn_norm.weight": (C,)}:
+            raise ValueError(f"its other parameters are {parameters}")
         block.matrices = {
-            what: (Matrix * len(layers))(*(layer.matrix for layer in layers))
-            for what, layers in dict(
-                qkv=[block.attn.q_proj, block.attn.k_proj, block.attn.v_proj],
-                o=[block.attn.o_proj],
-                gate_up=[block.ffn.gate_proj, block.ffn.up_proj],
-                down=[block.ffn.down_proj],
-            ).items()
+            what: (Matrix * len(names))(*(layers[name].matrix for name in names))
+            for what, names in PRODUCTS.items()
         }
         block.n_out = {what: sum(m.n_out for m in matrices) for what, matrices in block.matrices.items()}
+        block.__class__ = PackedBlock
 
     def product(self, what, x, norm=None, times=None, plus=None):
         """y (1, 1, outs) of x (1, 1, in) through these matrices side by side. Where they are given, x is
@@ -197,18 +217,79 @@ def replace(model, name, layer):
     setattr(model.get_submodule(parent), own, layer)
 
 
+def as_packed(layer):
+    """the packed form of a BitLinear or BitExperts"""
+    if isinstance(layer, BitLinear):
+        return packed_linear(layer.weight)
+    return PackedExperts(map(packed_linear, layer.weight))
+
+
+def difference(ours, theirs):
+    """Return the largest difference of two tensors: 0.0 if they are equal, where NaN equals NaN."""
+    is_same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    return 0.0 if is_same.all() else (ours - theirs).abs().max().item()
+
+
+@torch.no_grad()
 def pack_layers(model):
-    """give the ternary layers of a model integer weights: the same function, which cannot be trained"""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, BitLinear):
-            packed = packed_linear(layer.weight)
-        elif isinstance(layer, BitExperts):
-            packed = PackedExperts(map(packed_linear, layer.weight))
-        else:
+    """Give the ternary layers of a model integer weights: the same function, which cannot be trained.
+
+    A packed layer repeats BitLinear.forward (quant.py). One layer of each shape is compared with it, on four
+    random rows; if the two differ, nothing is packed, which is said on stderr.
+    """
+    packed, compared = {}, set()
+    for name, layer in quant.bit_layers(model).items():
+        packed[name] = as_packed(layer)
+        shape = type(layer), layer.weight.shape
+        if shape in compared:
             continue
-        replace(model, name, packed)
-    for block in model.blocks:
-        layers = [layer for layer in block.modules() if isinstance(layer, PackedLinear)]
-        whole = all(layer.library and layer.out_features == layer.matrix.n_out for layer in layers)
-        if layers and whole and isinstance(block.ffn, FeedForward):
-            PackedBlock.of(block)
+        compared.add(shape)
+        n_expert = layer.weight.shape[0] if isinstance(layer, BitExperts) else 0
+        x = torch.randn(n_expert or 4, shape[1][-1], generator=torch.Generator().manual_seed(0))
+        x = x.to(layer.weight.device)
+        sizes = ([1] * n_expert,) if n_expert else ()
+        off = difference(packed[name](x, *sizes), layer(x, *sizes))
+        if off:
+            print(
+                f"{name}: {type(layer).__name__} (quant.py) does not compute what packed.py does (largest "
+                f"difference {off:.3g}): its own forward is used, with the float weights, which is slower",
+                file=sys.stderr,
+            )
+            return
+    for name, layer in packed.items():
+        replace(model, name, layer)
+
+
+def pack_blocks(model, single_tokens):
+    """Make each Block of packed layers a PackedBlock, if these compute the same bits; if they do not, the
+    Blocks stay, and the reason is printed on stderr. single_tokens(model) returns a function that computes
+    the logits of tokens which the model reads one by one."""
+    candidates, why = [], ""
+    for block in model.modules():
+        if not isinstance(block, Block) or isinstance(getattr(block, "ffn", None), Experts):
+            continue
+        layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, PackedLinear)}
+        has_c = [layer.library and layer.out_features == layer.matrix.n_out for layer in layers.values()]
+        if has_c and all(has_c):
+            candidates.append((block, layers))
+    if not candidates:
+        return
+    with torch.random.fork_rng(devices=[]):  # a Block that was changed may draw random numbers
+        logits = single_tokens(model)
+        plain = logits()
+        try:
+            for block, layers in candidates:
+                PackedBlock.of(block, layers)
+            if off := difference(logits(), plain):
+                why = f"the largest difference of logits is {off:.3g}"
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}"
+    if why:
+        for block, _ in candidates:
+            if type(block) is PackedBlock:
+                block.__class__ = Block
+        print(
+            f"PackedBlock (packed.py) does not compute what Block (model.py) does: {why}; so each token goes "
+            "through Block, which is slower",
+            file=sys.stderr,
+        )

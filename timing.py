@@ -25,9 +25,8 @@ import gguf_file
 import optim
 import planner
 import verify
-from inference import generate, lighten_head
+from inference import generate, lighten_head, pack
 from model import Transformer, mean_loss, router_loss
-from packed import pack_layers
 
 
 def random_tokens(cfg, folder):
@@ -256,7 +255,7 @@ def writers(cfg, device, prompt, n_new):
     def ours(ternary, head):
         model = build(cfg, ternary, device).eval()
         if ternary and cfg.packed:
-            pack_layers(model)
+            pack(model)
         if head == "bfloat16":
             lighten_head(model)
         return lambda: generate(model, prompt, n_new, temperature=0.0, cuda_graph=cfg.cuda_graph)

@@ -1,14 +1,19 @@
 """packed.py: integer weights are the same function, in every way that they compute it."""
 
+import inspect
 import os
 
 import pytest
 import torch
-from conftest import settings
+import torch.nn.functional as F
+from conftest import CHARS, run, settings, tokens
+from test_sample import save
 from torch import nn
 
+import model as plain
 import packed
-from inference import KVCache, StaticCache, lighten_head, restore
+import quant
+from inference import KVCache, StaticCache, generate, lighten_head, restore
 from model import Transformer
 from quant import BitLinear, ternarize
 
@@ -117,6 +122,122 @@ def test_token_by_token(how, changes):
         assert torch.equal(*(m(both, cache=KVCache(32)) for m in (model, integers)))
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(*(m(idx[:, :1], cache=KVCache(32)) for m in (model, integers)))
+
+
+# changes of model.py and quant.py that a student tries first: {name: (owner, attribute, its new value)}
+
+rotate, rope_tables, quantize = plain.rotate, plain.rope_tables, quant.quantize_activations
+block_forward, block_init = plain.Block.forward, plain.Block.__init__
+
+
+def relu2(self, x):
+    return self.down_proj(F.relu(self.gate_proj(x)).square() * self.up_proj(x)), None
+
+
+def qk_norm(x, cos, sin):
+    return rotate(F.rms_norm(x, x.shape[-1:]), cos, sin)
+
+
+def other_base(x, cos, sin):
+    return rotate(x, cos**2 - sin**2, 2 * sin * cos)  # twice the angle
+
+
+def other_tables(seq_len, head_dim, theta):
+    return rope_tables(seq_len, head_dim, 7 * theta)
+
+
+def inner_norm(self, x):
+    y = F.silu(self.gate_proj(x)) * self.up_proj(x)
+    return self.down_proj(F.rms_norm(y, y.shape[-1:])), None
+
+
+def with_third_norm(self, cfg, Linear):
+    block_init(self, cfg, Linear)
+    self.out_norm = plain.RMSNorm(cfg.n_embd, cfg.norm_eps)
+
+
+def without_an_attribute(self, cfg, Linear):
+    block_init(self, cfg, Linear)
+    self.attn.heads = self.attn.__dict__.pop("n_head")
+
+
+def own_heads(self, x, cos, sin, cache=None):
+    self.attn.n_head = self.attn.heads
+    y = block_forward(self, x, cos, sin, cache)
+    del self.attn.n_head
+    return y
+
+
+def four_bits(x):
+    q, a = quantize(x)
+    return (q / 16).round(), a / 16
+
+
+HACKS = dict(
+    relu2=[(plain.FeedForward, "forward", relu2)],
+    qk_norm=[(plain, "rotate", qk_norm)],
+    other_base=[(plain, "rotate", other_base)],
+    inner_norm=[(plain.FeedForward, "forward", inner_norm)],
+    third_norm=[(plain.Block, "__init__", with_third_norm)],
+    renamed=[(plain.Block, "__init__", without_an_attribute), (plain.Block, "forward", own_heads)],
+    four_bits=[(quant, "quantize_activations", four_bits)],
+)
+
+
+def written(model):
+    """24 tokens after a prompt of three"""
+    generator = torch.Generator().manual_seed(3)
+    return [token.item() for token in generate(model, torch.tensor([[1, 2, 3]]), 24, generator=generator)]
+
+
+@pytest.mark.parametrize("name", HACKS)
+def test_a_change_of_the_model_is_honoured(name, monkeypatch, capfd):
+    """rule: whoever changes model.py or quant.py gets what they wrote, and is shown why it is slower"""
+    for owner, attribute, value in HACKS[name]:
+        monkeypatch.setattr(owner, attribute, value)
+    torch.manual_seed(5)
+    hacked = Transformer(settings(**SHAPE)).eval()
+    for p in hacked.parameters():
+        nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+    part = dict(config=vars(hacked.cfg), model=hacked.state_dict())
+    assert written(restore(part, "cpu", packed=True)) == written(restore(part, "cpu")) == written(hacked)
+    err = capfd.readouterr().err
+    assert err.count("does not compute what") == 1 and "slower" in err
+
+
+def test_other_positions_reach_a_restored_model(monkeypatch):
+    """rule: a restored model has the rotary angles of model.py, which no checkpoint holds"""
+    monkeypatch.setattr(plain, "rope_tables", other_tables)
+    torch.manual_seed(5)
+    model = Transformer(settings(**SHAPE)).eval()
+    part = dict(config=vars(model.cfg), model=model.state_dict())
+    assert torch.equal(restore(part, "cpu").cos, model.cos)
+    assert torch.equal(restore(part, "cpu").sin, model.sin)
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 5, 19])
+def test_the_fast_path_is_compared_in_any_context(seq_len, capfd):
+    """rule: the comparison fits the context, leaves torch's random numbers as they are, and takes NaN on
+    both sides for the same"""
+    torch.manual_seed(5)
+    model = Transformer(settings(**SHAPE | dict(seq_len=seq_len, vocab_size=3))).eval()
+    nn.init.constant_(model.norm.weight, float("nan"))
+    before = torch.get_rng_state()
+    found = restore(dict(config=vars(model.cfg), model=model.state_dict()), "cpu", packed=True)
+    assert type(found.blocks[0]) is (packed.PackedBlock if packed.library() else plain.Block)
+    assert torch.equal(torch.get_rng_state(), before) and not capfd.readouterr().err
+
+
+def test_sample_writes_with_a_changed_model(tmp_path):
+    """rule: what sample.py writes does not depend on --packed, whatever a student did to model.py"""
+    ckpt = save(tmp_path / "run", tokens.char_tokenizer(CHARS))
+    flags = [ckpt, "--prompt=abc", "--max_new_tokens=30", "--device=cpu"]
+    patch = (
+        inspect.getsource(relu2) + "import model, torch.nn.functional as F\nmodel.FeedForward.forward = relu2"
+    )
+    text, err = run("sample.py", *flags, patch=patch)
+    assert run("sample.py", *flags, "--packed=False", patch=patch)[0] == text
+    assert "PackedBlock (packed.py) does not compute what Block (model.py) does" in err
 
 
 def test_a_packed_layer_stays(how):
