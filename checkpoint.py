@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -32,6 +33,8 @@ import ranks
 import record
 from config import fail
 from files import set_aside, sync_folder, write_json
+from model import Transformer
+from terminal import printable
 from tokenizer import bos_of
 
 FORMAT = 2  # 1: one optimizer in trainer.pt, no scaler; its weights are read, it is not resumed
@@ -160,11 +163,30 @@ def newest(run_dir, resumable):
     return None, passed
 
 
+def best_step(run_dir):
+    """Return the step of the best evaluation of a run by its best.json, or None if there is none, or no
+    checkpoint of it. Raises OSError if that cannot be read."""
+    try:
+        with open(os.path.join(run_dir, "best.json"), encoding="utf-8") as file:
+            step = json.load(file)["step"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int and has_manifest(run_dir, step) else None
+
+
 def locate(path, resumable=False, setting="ckpt", also=""):
-    """the verified step folder that a run folder, step folder or checkpoint.pt stands for. Exits with 2 where
-    there is none, naming what `also` could be given; says on stderr which newer ones of a run were passed
-    over."""
-    wanted = f"give a run folder, a step folder or its checkpoint.pt{also}"
+    """the verified step folder that a run folder, RUN/best, a step folder or checkpoint.pt stands for. Exits
+    with 2 where there is none, naming what `also` could be given; says on stderr which newer ones of a run
+    were passed over."""
+    wanted = f"give a run folder, RUN/best, a step folder or its checkpoint.pt{also}"
+    run_dir, name = os.path.split(path)
+    if name == "best" and not os.path.exists(path) and os.path.isdir(run_dir):
+        with reading():
+            step = best_step(run_dir)
+        if step is None:
+            no_best = f"{run_dir} has no best.json that names a checkpoint (eval_every = 0 writes none)"
+            fail(f"{setting} = {path!r}: {no_best}; {wanted}")
+        path = step_dir(run_dir, step)
     if not os.path.exists(path):
         fail(f"{setting} = {path!r} does not exist; {wanted}")
     kind = "resumable" if resumable else "usable"
@@ -198,19 +220,38 @@ def locate(path, resumable=False, setting="ckpt", also=""):
 def initial(path):
     """the part of a checkpoint.pt that init_from stands for; a Hugging Face folder is one too"""
     if hf.is_folder(path):
-        return hf.read(path, to_train=True)
+        return checked_export(path, to_train=True)
     return load(ranks.from_main(lambda: locate(path, setting="init_from", also=HF)))
 
 
 def trained(path):
     """(part of a checkpoint.pt, where it was found) of a trained model: a checkpoint's, see locate, or that
-    of a folder that export.py has written"""
+    of a folder that export.py has written. Prints on stderr which step that is, and how to use the best."""
     if hf.is_folder(path):
-        part = hf.read(path)
+        part = checked_export(path)
+        print(f"using {path}, step {part['step']}", file=sys.stderr)
         settings = config.assignments(config.DEFAULT) | config.with_ratios(part["config"])
         return part | dict(config=settings), path
     folder = locate(path, also=HF)
-    return load(folder), folder
+    part, run_dir = load(folder), os.path.normpath(os.path.join(folder, "..", ".."))
+    with torch.device("meta"):
+        needed = Transformer(SimpleNamespace(**part["config"])).state_dict()
+    check_shapes(folder, part["model"], needed)
+    best, hint = best_step(run_dir), ""
+    if best not in (None, part["step"]):
+        hint = f"; its best evaluation was at step {best}: --ckpt={os.path.join(run_dir, 'best')}"
+    print(f"using run {printable(part['config']['run_id'])}, step {part['step']}{hint}", file=sys.stderr)
+    return part, folder
+
+
+def checked_export(path, to_train=False):
+    """the part that an exported folder stands for, see hf.read. Exits with 2 if a weight is not finite."""
+    part = hf.read(path, to_train)
+    try:
+        check_finite(part["model"])
+    except ValueError as error:
+        fail(f"{path}: {error}; export an earlier step")
+    return part
 
 
 def newest_resumable(run_dir):
@@ -305,6 +346,9 @@ def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, s
     another run, or beyond the end of this one."""
     on_disk = next(model.parameters()).device.type != "cpu"  # until it goes to the device
     part, trainer = load(folder, mmap=on_disk), load(folder, TRAINER, mmap=on_disk)
+    if part["step"] != trainer["step"]:
+        steps_differ = f"{MODEL} is of step {part['step']}, {TRAINER} of step {trainer['step']}"
+        fail(f"{folder}: {steps_differ}, so it cannot be resumed; use another step folder")
     if trainer["step"] > cfg.max_steps:
         fail(f"max_steps = {cfg.max_steps} is less than the {trainer['step']} steps of {folder}; raise it")
     keep_rates(cfg, part["config"])
@@ -312,6 +356,7 @@ def resume(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, s
     changed = must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}", how)
     if not data.same_tokens(trainer["data"], tokens):
         fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {folder}, this would be another run")
+    check_shapes(folder, part["model"], model.state_dict())
     ranks.load(model, optimizers, part["model"], trainer.pop("optimizer"))
     if trainer["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(trainer["scaler"])
@@ -350,14 +395,86 @@ def check_disk(cfg, run_dir, params, steps_left):
 
 
 def load(folder, name=MODEL, mmap=False):
-    """one file of a verified checkpoint, on the CPU; with mmap its tensors are read when they are used, and
-    the processes of a machine share them"""
-    found = torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True, mmap=mmap)
-    if found["format"] > FORMAT or (name == TRAINER and found["format"] != FORMAT):
-        fail(f"{folder}/{name} has checkpoint format {found['format']}, this version reads {FORMAT}")
-    if name == MODEL:  # an older one may lack newer settings
-        found["config"] = config.assignments(config.DEFAULT) | config.with_ratios(found["config"])
+    """Return one file of a verified checkpoint, on the CPU; with mmap its tensors are read when they are
+    used, and the processes of a machine share them. Exits with 2 if it does not hold what it should, whoever
+    wrote it; no code in it is run."""
+    path = os.path.join(folder, name)
+    try:
+        with reading(), warnings.catch_warnings(action="ignore"):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a file that is damaged or hostile can make it raise whatever there is
+        holds = "it is damaged, or holds more than tensors and plain values, none of which was run"
+        fail(f"{path} cannot be loaded ({type(error).__name__}): {holds}; use another step folder")
+    try:
+        number = found["format"]
+        if number > FORMAT or (name == TRAINER and number != FORMAT):
+            fail(f"{path} has checkpoint format {number}, this version reads {FORMAT}")
+        check_model(found) if name == MODEL else check_trainer(found)
+    except ValueError as error:
+        fail(f"{path}: {printable(error)}; use another step folder, or RUN/best")
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        fail(f"{path} is damaged ({type(error).__name__}: {printable(error)}); use another step folder")
     return found
+
+
+def check_model(part):
+    """Give the config of a checkpoint.pt the settings that an older one lacks. Raises an error unless the
+    part holds what its users rely on, and sizes of which a model can be made on the device "meta", to compare
+    the shapes."""
+    defaults, weights, spec = config.assignments(config.DEFAULT), part["model"], part["tokenizer"]
+    part["config"] = defaults | config.with_ratios(part["config"])
+    cfg = SimpleNamespace(**part["config"])
+    for key, default in defaults.items():
+        config.coerce(key, getattr(cfg, key), type(default))
+    for key, value, least, most in (
+        ("n_layer", cfg.n_layer, 1, len(weights)),
+        ("n_head", cfg.n_head, 1, cfg.n_embd),
+        ("n_kv_head", cfg.n_kv_head, 1, cfg.n_head),
+        ("n_expert_active", cfg.n_expert_active if cfg.n_expert else 1, 1, cfg.n_expert or 1),
+        ("vocab_multiple", cfg.vocab_multiple, 1, 2**20),
+        ("seq_len", cfg.seq_len, 1, 2**20),
+        ("vocab_size", cfg.vocab_size, 1, 2**31),
+        ("eot", spec["eot"], 0, cfg.vocab_size - 1),
+        ("bos", bos_of(spec), 0, cfg.vocab_size - 1),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"{key} = {value}, expected {least} to {most:,}")
+    if cfg.n_embd % (2 * cfg.n_head) or cfg.n_head % cfg.n_kv_head:
+        raise ValueError(f"n_embd = {cfg.n_embd}, n_head = {cfg.n_head}, n_kv_head = {cfg.n_kv_head}")
+    if not (0 <= cfg.dropout < 1 and cfg.norm_eps >= 0 and cfg.rope_theta > 0):
+        raise ValueError(f"dropout = {cfg.dropout}, norm_eps = {cfg.norm_eps}, rope_theta = {cfg.rope_theta}")
+    if type(part["step"]) is not int or type(spec["kind"]) is not str or type(spec["sha256"]) is not str:
+        raise ValueError(f"step = {part['step']!r}, tokenizer {spec['kind']!r} {spec['sha256']!r}")
+    for name, w in weights.items():
+        is_stored = w.device.type == "cpu" and w.untyped_storage().nbytes() >= w.nbytes
+        if not (w.is_floating_point() and is_stored):
+            raise ValueError(f"{name} is {w.dtype} on {w.device}, expected floats with a place in the file")
+    check_finite(weights)
+
+
+def check_shapes(path, weights, needed):
+    """Exit with 2 unless the tensors of a checkpoint have the names and shapes of `needed`, a state dict."""
+    for name in sorted(weights.keys() | needed.keys()):
+        has, asked = (tuple(found[name].shape) if name in found else "none" for found in (weights, needed))
+        if has != asked:
+            shapes = f"shape {has} in the file, {asked} by its settings and model.py"
+            fail(f"{path}: {printable(name)}: {shapes}; use another step folder, or the model.py of that run")
+
+
+def check_trainer(part):
+    """Raise an error unless a trainer.pt holds what resume relies on."""
+    for key, kind in dict(step=int, data=dict, optimizer=list, best=dict, stale_evals=int).items():
+        if type(part[key]) is not kind:
+            raise ValueError(f"{key} is {type(part[key]).__name__}, expected {kind.__name__}")
+    for state in part["optimizer"]:
+        state["state"].items(), state["param_groups"]
+
+
+def check_finite(weights):
+    """Raise ValueError if a weight is NaN or infinite."""
+    for name, w in weights.items():
+        if not w.sum().isfinite() and not w.isfinite().all():  # a sum takes a tenth of the time
+            raise ValueError(f"{name} holds NaN or infinity: the run has diverged")
 
 
 def remove(folder):

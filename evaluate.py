@@ -21,11 +21,13 @@ import signal
 import sys
 
 import config
+import terminal
 
 FLAGS = {
     "ckpt": (
         "",
-        "a run folder (its newest checkpoint), a step folder, a checkpoint.pt, or an export for transformers",
+        "a run folder (its newest checkpoint), RUN/best (its best evaluation), a step folder, a "
+        "checkpoint.pt, or an export for transformers",
     ),
     "dataset": ("", "name of the data set in data_dir; '' = the one the model was trained on"),
     "split": ("val", "val | train"),
@@ -48,6 +50,7 @@ faults = [
 if faults:
     config.fail(*faults)
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it
+terminal.end_with_output()
 
 from tqdm import tqdm
 
@@ -119,4 +122,8 @@ with machine.autocast(device, dtype):
         scores, lines = tictactoe.score(model, tokenizer, eot, cfg.games, trained["seed"])
 for line in lines:
     print(line)
-print(record.to_json(result | scores))
+result |= scores
+if not math.isfinite(result["val_loss"]):
+    lost = f"val_loss is {result['val_loss']}: {result['dtype']} cannot hold what this model computes"
+    config.fail(f"{lost}; try --dtype=float32", code=1)
+print(record.to_json(result))

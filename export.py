@@ -18,11 +18,12 @@ import signal
 import sys
 
 import config
+import terminal
 from config import fail
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, but while it writes
 FLAGS = {
-    "ckpt": ("", "a run folder (its newest checkpoint), a step folder or a checkpoint.pt"),
+    "ckpt": ("", "a run folder (its newest checkpoint), RUN/best, a step folder or a checkpoint.pt"),
     "format": ("", "hf: a folder for transformers | gguf: a file for llama.cpp"),
     "out": ("", "the folder or file to write"),
     "latent": (False, "hf: the float master weights, for further training (--init_from)"),
@@ -60,6 +61,7 @@ elif cfg.format in ("hf", "gguf") and cfg.out.endswith(".gguf") != (cfg.format =
 if faults:
     fail(*faults)
 cfg.out = cfg.out.rstrip("/" + os.sep)
+terminal.end_with_output()
 
 import torch
 
@@ -110,8 +112,8 @@ if cfg.verify:
 config.need_packages(needed, "export,verify" if cfg.verify else "export")
 if hf.is_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is a folder for transformers already; give a run, as the one it was made from")
-folder = checkpoint.locate(cfg.ckpt)
-part, run_dir = checkpoint.load(folder), os.path.dirname(os.path.dirname(os.path.abspath(folder)))
+part, folder = checkpoint.trained(cfg.ckpt)
+run_dir = os.path.dirname(os.path.dirname(os.path.abspath(folder)))
 if os.path.abspath(folder) != checkpoint.step_dir(run_dir, part["step"]):
     run_dir = ""  # one that was set aside or copied: its run's curve is of others
 windows = validation(part) if cfg.verify else []

@@ -76,3 +76,30 @@ def end_with_reader():
         sys.stdout.flush()
         binary = io.BufferedWriter(Pipe(sys.stdout.fileno(), "w", closefd=False))
         sys.stdout = io.TextIOWrapper(binary, sys.stdout.encoding, sys.stdout.errors)
+
+
+class Vital(Lossy):
+    """A text stream that holds what its program is run for: the program ends with exit code 1 if that cannot
+    be written, quietly if the reader of a pipe has ended, else with an error line."""
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.end(error)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.end(error)
+
+    def end(self, error):
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        os._exit(1)  # an exit would flush, and fail, again
+
+
+def end_with_output():
+    """From now on, end the program if stdout cannot be written; show what its encoding lacks as \\u65e5."""
+    sys.stdout = Vital(sys.stdout)

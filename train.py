@@ -103,6 +103,7 @@ if origin:
 elif cfg.init_from:
     part = checkpoint.initial(cfg.init_from)
     checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.SHAPE, f"init_from {cfg.init_from}")
+    checkpoint.check_shapes(cfg.init_from, part["model"], model.state_dict())
     ranks.load(model, [], part["model"], [])
     del part
 step_model, is_compiled = machine.compiled(model, cfg.compile, device)
@@ -366,7 +367,9 @@ while True:
                 note_best(val_loss)
             if cfg.patience and stale_evals >= cfg.patience and not why and save("end"):
                 why, sample_due = "patience", cfg.sample_every > 0
-                log_line(f"patience: {stale_evals} evaluations without a better loss than at {best}")
+                former = f"than {best['val_loss']:.4f} at step {best['step']}" if best else "than NaN"
+                use = f"--ckpt={os.path.join(run_dir, 'best')}" if best else "no checkpoint is the best"
+                log_line(f"patience: {stale_evals} evaluations without a better loss {former}: {use}")
         if sample_due and not ranks.asked_to_stop():
             sample()
         speedometer.go_on()

@@ -1,16 +1,25 @@
 """checkpoint.py and record.py: nothing half-written counts, nothing damaged is used, nothing needed is
 pruned."""
 
+import contextlib
+import hashlib
+import io
+import math
 import os
+import pickle
+import zipfile
 
 import pytest
 import torch
 from conftest import settings
+from parts import part_of
 
 import checkpoint
 import record
 import samples
 from checkpoint import MODEL, TRAINER
+from files import write_json
+from model import Transformer
 
 
 def save(run_dir, step):
@@ -256,14 +265,14 @@ def test_what_must_agree_is_refused_by_name(capsys, name):
     cfg = settings()
     part = {
         "config": vars(cfg) | {name: "else"},
-        "tokenizer": {"sha256": "else" if name == "tokenizer" else "0"},
+        "tokenizer": {"sha256": "else" if name == "tokenizer" else "0", "eot": 0},
     }
     if name == "beta1":  # may change, and is told
-        checkpoint.must_agree(cfg, part, {"sha256": "0"}, checkpoint.RUN, "resume")
+        checkpoint.must_agree(cfg, part, {"sha256": "0", "eot": 0}, checkpoint.RUN, "resume")
         assert "changed: beta1 = 0.9, the checkpoint has 'else'" in capsys.readouterr().out
         return
     with pytest.raises(SystemExit) as stop:
-        checkpoint.must_agree(cfg, part, {"sha256": "0"}, checkpoint.RUN, "resume")
+        checkpoint.must_agree(cfg, part, {"sha256": "0", "eot": 0}, checkpoint.RUN, "resume")
     assert stop.value.code == 2 and name in capsys.readouterr().err
 
 
@@ -329,7 +338,8 @@ def test_an_older_or_newer_format_is_told(tmp_path, capsys):
     """bugs guarded: a traceback where the state of an older version is resumed; weights that are still good
     refused, or that lack a newer setting"""
     for step, number, readable in ((1, 1, True), (2, checkpoint.FORMAT + 1, False)):
-        part = dict(format=number, step=step, config=dict(n_layer=7))
+        part = part_of(n_layer=7) | dict(format=number, step=step)
+        del part["config"]["n_expert"]
         folder = checkpoint.save(str(tmp_path), step, part, part)
         with pytest.raises(SystemExit):
             checkpoint.load(folder, checkpoint.TRAINER)
@@ -438,3 +448,163 @@ def test_only_the_own_temporaries_of_a_run_are_removed(run_dir):
     record.rewind(run_dir, 3)
     left = [name for name in own + foreign if os.path.exists(os.path.join(run_dir, name))]
     assert left == foreign
+
+
+def write(run_dir, step=60, content=None, trainer=None, **changes):
+    """a checkpoint whose checkpoint.pt is a random model's with these changes, or these bytes, and whose
+    manifest agrees; returns its folder"""
+    part = part_of() | dict(format=checkpoint.FORMAT, step=step)
+    part["config"]["run_id"] = "r"
+    part |= {key: part[key] | value if type(value) is dict else value for key, value in changes.items()}
+    state = dict(format=checkpoint.FORMAT, step=step, data={}, optimizer=[], best={}, stale_evals=0)
+    folder = checkpoint.save(run_dir, step, part, state | (trainer or {}))
+    if content is not None:
+        with open(os.path.join(folder, MODEL), "wb") as file:
+            file.write(content)
+        entry = {MODEL: dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())}
+        write_json(os.path.join(folder, "manifest.json"), {"files": entry})
+    return folder
+
+
+def refusal(function, *args):
+    """the lines on stderr of what exits with 2"""
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as stop:
+        function(*args)
+    assert stop.value.code == 2
+    return err.getvalue()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EVIL"],)
+
+
+def saved(value):
+    out = io.BytesIO()
+    torch.save(value, out)
+    return out.getvalue()
+
+
+def bomb():
+    """a checkpoint.pt of a few kilobytes with 100 MB of zeros in the place of a tensor of 4 kB"""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(saved(torch.ones(1000)))) as small:
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
+            for name in small.namelist():
+                file.writestr(name, bytes(10**8) if name.endswith("data/0") else small.read(name))
+    return out.getvalue()
+
+
+def test_code_in_a_checkpoint_is_not_run(run_dir, tmp_path, monkeypatch):
+    """rule: a pickle that would run code, bytes of another kind and a zip bomb cost one line, and nothing
+    happens, in checkpoint.pt and in trainer.pt"""
+    monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
+    for content in (
+        saved(Evil()),
+        pickle.dumps(Evil()),
+        b"",
+        os.urandom(999),
+        saved(torch.ones(9))[:200],
+        bomb(),
+    ):
+        err = refusal(checkpoint.load, write(run_dir, content=content))
+        assert err.startswith("error: ") and err.count("\n") == 1 and "none of which was run" in err
+    folder = write(run_dir, trainer=dict(best=Evil()))
+    assert "none of which was run" in refusal(checkpoint.load, folder, TRAINER)
+    assert not os.path.exists(tmp_path / "evil")
+    pickle.loads(pickle.dumps(Evil()))
+    assert os.path.exists(tmp_path / "evil"), "it would have run"
+
+
+SIZES = [
+    dict(n_layer=10**8),
+    dict(n_layer=0),
+    dict(n_layer=3),
+    dict(n_head=0),
+    dict(n_head=-2),
+    dict(n_head=64),
+    dict(n_kv_head=0),
+    dict(n_head=2.5),
+    dict(n_embd=2**30),
+    dict(ffn_dim=2**40),
+    dict(vocab_size=2**31),
+    dict(vocab_size=0),
+    dict(vocab_multiple=2**40),
+    dict(seq_len=2**40),
+    dict(seq_len=0),
+    dict(n_expert=10**9),
+    dict(n_expert=10**9, n_expert_active=2**62),
+    dict(dropout=5.0),
+    dict(rope_theta=0.0),
+    dict(dataset=["x"]),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_sizes_are_compared_with_the_tensors(run_dir, sizes):
+    """rule: what a checkpoint.pt claims is compared with what it holds, before anything is built"""
+    err = refusal(checkpoint.trained, write(run_dir, config=sizes))
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert next(iter(sizes)) in err or "shape" in err
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(tokenizer=dict(kind=["\x1b[2J"])), "tokenizer ['\\x1b[2J']"),
+        (dict(config=3), "damaged"),
+        (dict(model=3), "damaged"),
+        (dict(tokenizer=None), "damaged"),
+        (dict(tokenizer=dict(eot=10**6)), "eot = 1000000"),
+        (dict(model={"norm.weight": torch.ones(3)}), "norm.weight: shape (3,) in the file, (64,) by"),
+        (dict(model={"more\x1b": torch.ones(3)}), "more\\x1b: shape (3,) in the file, none by"),
+        (dict(model={"norm.weight": torch.ones(1).expand(64)}), "norm.weight is torch.float32"),
+        (dict(model={"norm.weight": torch.ones(64, dtype=torch.int8)}), "norm.weight is torch.int8"),
+        (dict(model={"norm.weight": torch.full((64,), math.nan)}), "norm.weight holds NaN"),
+        (
+            dict(model={"blocks.1.attn.q_proj.weight": torch.full((64, 64), math.inf)}),
+            "q_proj.weight holds NaN",
+        ),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_named(run_dir, changes, says):
+    """rule: a part that is missing, of another type or not finite is named in one line, with all text from
+    the file escaped"""
+    err = refusal(checkpoint.trained, write(run_dir, **changes))
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_a_tensor_that_is_missing_is_named(run_dir):
+    weights = part_of()["model"]
+    del weights["blocks.1.ffn_norm.weight"]
+    part = part_of() | dict(format=checkpoint.FORMAT, step=1, model=weights)
+    folder = checkpoint.save(run_dir, 1, part, {})
+    assert "blocks.1.ffn_norm.weight: shape none in the file" in refusal(checkpoint.trained, folder)
+
+
+def test_parts_of_two_steps_are_not_resumed(run_dir):
+    """rule: checkpoint.pt and trainer.pt of different steps are refused, though the manifest agrees"""
+    folder = write(run_dir, 60, trainer=dict(step=50))
+    model = Transformer(settings())
+    err = refusal(checkpoint.resume, settings(), folder, run_dir, True, {}, {}, model, [], None)
+    assert "checkpoint.pt is of step 60, trainer.pt of step 50" in err
+
+
+def test_the_best_is_found_by_its_name(run_dir, capsys):
+    """rule: RUN/best is the step of best.json, and whoever uses another step is shown that flag"""
+    write(run_dir, 50), write(run_dir, 60)
+    assert "has no best.json that names a checkpoint" in refusal(checkpoint.locate, f"{run_dir}/best")
+    record.write_best(run_dir, {"step": 50, "val_loss": 1.0})
+    assert checkpoint.locate(f"{run_dir}/best") == checkpoint.step_dir(run_dir, 50)
+    hint = f"; its best evaluation was at step 50: --ckpt={os.path.join(run_dir, 'best')}"
+    for path, step, says in (
+        (run_dir, 60, hint),
+        (checkpoint.step_dir(run_dir, 60), 60, hint),
+        (f"{run_dir}/best", 50, ""),
+    ):
+        assert checkpoint.trained(path)[0]["step"] == step
+        assert capsys.readouterr().err == f"using run r, step {step}{says}\n"
+    for content in ("null", '{"step": "x"}', '{"step": 70}', "{"):
+        with open(os.path.join(run_dir, "best.json"), "w", encoding="utf-8") as file:
+            file.write(content)
+        assert checkpoint.best_step(run_dir) is None

@@ -343,7 +343,15 @@ def test_evaluate_refuses_what_is_not_there(trained):
         ("--games=0", "games = 0 must be at least 1"),
     ):
         err = evaluate(trained, flag, code=2)[2]
-        assert err.startswith("error: ") and says in err, err
+        assert err.splitlines()[-1].startswith("error: ") and says in err, err
+
+
+def test_a_loss_that_is_not_finite_fails(trained):
+    """rule: evaluate.py never reports a loss of null with exit code 0"""
+    flags = [f"--ckpt={trained[1]}/r", f"--data_dir={trained[0]}", "--dtype=bfloat16"]
+    patch = "import model; model.mean_loss = lambda *_: float('nan')"
+    out, err = run("evaluate.py", *flags, patch=patch, code=1)
+    assert "error: val_loss is nan: bfloat16 cannot hold" in err and "val_loss" not in out
 
 
 def test_evaluate_scores_text(trained, tmp_path):
@@ -354,7 +362,8 @@ def test_evaluate_scores_text(trained, tmp_path):
     run("prepare/lambada.py", f"--files={tmp_path}/words.jsonl", where, "--name=words")
     run("prepare/blimp.py", f"--files={tmp_path}/pairs.jsonl", where, "--name=pairs")
     words, out, err = evaluate(trained, "--dataset=words", "--batch_size=1")
-    assert words["n"] == 2 and words["contexts_cut"] == 1 and words["step"] == 4 and err == ""
+    assert words["n"] == 2 and words["contexts_cut"] == 1 and words["step"] == 4
+    assert err == "using run r, step 4\n"
     assert words["tokens"] == len(" here it") and 20 < math.exp(words["val_loss"]) < 40
     assert "2 examples" in out and "1 passages lost their beginning" in out
     pairs = evaluate(trained, "--dataset=pairs")[0]
