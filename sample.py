@@ -9,8 +9,8 @@ Generate text with a trained model, streamed as it comes; go on with a text in t
 
 Text goes to stdout; what is said about it to stderr: tokens per second of the prompt (prefill) and of the
 new ones (decode), and the words of the chat. Generation ends at the end-of-text token. --chat is one text
-that you and the model write in turns: base models go on with a text, they were not taught to answer. --play
-needs a model of config/train_tictactoe.py.
+that you and the model write in turns, each on a new line: base models continue a text, they were not taught
+to answer. --play needs a model of config/train_tictactoe.py.
 """
 
 import contextlib
@@ -25,9 +25,14 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the text where it is
 FLAGS = {
     "ckpt": (
         "",
-        "a run folder (its newest checkpoint), a step folder, a checkpoint.pt, or an export for transformers",
+        "a run folder (its newest checkpoint), RUN/best (its best evaluation), a step folder, a "
+        "checkpoint.pt, or an export for transformers",
     ),
-    "prompt": ("", "the text to go on from; - reads it from stdin; with --chat what the text begins with"),
+    "prompt": (
+        "",
+        "the text to continue, as it stands: \\n is two characters; - reads it from stdin, where it may have "
+        "line breaks; with --chat what the text begins with",
+    ),
     "prompt_file": ("", "a UTF-8 file with the text to go on from; its last newline does not count"),
     "max_new_tokens": (256, "tokens to generate at most; in a --chat turn at most half of the context"),
     "temperature": (0.8, "0 = greedy, 1 = the model's own chances"),
@@ -77,6 +82,7 @@ faults = [
 if faults:
     config.fail(*faults)
 terminal.end_with_reader()
+terminal.end_with_output()
 
 import select
 
@@ -86,18 +92,19 @@ import checkpoint
 import device as machine
 import tictactoe as game
 from inference import generate, lighten_head, restore
-from tokenizer import bos_of, continuation, encode_prompt, make_tokenizer
+from tokenizer import TextStream, bos_of, encode_prompt, make_tokenizer
 
 with contextlib.suppress(ModuleNotFoundError):  # Windows: its console edits lines by itself
     import readline  # noqa: F401 -- input() then edits lines, and takes a paste of several at once
 
-HELP = """you and the model write one text in turns: your message is put after what is there, and the model
-goes on. It is a base model: it was not taught to answer. Where it ended the text, your next message begins
-another. Several lines pasted at once are one message; an empty one lets the model go on.
+HELP = """you and the model write one text in turns: your message is put on a new line after what is there,
+and the model continues on the next line. It is a base model: it was not taught to answer. If it ended the
+text, your next message begins another. Several lines pasted at once are one message; an empty one lets the
+model continue where it was.
   /reset   empty the history
   /help    this
-  Ctrl-C   stop the model where it is; at the prompt: end
-  Ctrl-D   end"""
+  /exit    end; so do exit, quit and Ctrl-D
+  Ctrl-C   stop the model where it is; at the prompt: end"""
 
 
 def read_prompt():
@@ -114,27 +121,21 @@ def read_prompt():
 
 @torch.inference_mode()
 def write_on(ids, max_new_tokens, generator):
-    """generate after ids (a list) and print the text as it comes; a character of which only some bytes are
-    there waits for the others. ids grows by what was printed, and at the end of a text by what stands before
-    the next one, which is not.
-    Returns (seconds to the first token, tokens, seconds for the tokens after the first)."""
-    began, first, made, held = time.perf_counter(), 0.0, 0, []
+    """Generate after ids (a list) and print the text as it comes. ids grows by the new tokens, and at the end
+    of a text by what stands before the next one, which is not printed. Returns (seconds to the first token,
+    tokens, seconds for the tokens after the first)."""
+    began, first, made, stream = time.perf_counter(), 0.0, 0, TextStream(tokenizer, ids)
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
     options["cuda_graph"] = cfg.cuda_graph
     with machine.autocast(device, dtype):
         for token in generate(model, torch.tensor([ids], device=device), max_new_tokens, **options):
             made, first = made + 1, first or time.perf_counter()
-            has_ended = token.item() == eot
-            held += [] if has_ended else [token.item()]
-            # a few tokens before are enough to tell what the new ones add; all of them would take O(n^2)
-            text = continuation(tokenizer, [eot, *ids[-8:]], held)
-            if has_ended or made == max_new_tokens or not text.endswith("\ufffd"):
-                print(text, end="", flush=True)
-                ids += held
-                held = []
-            if has_ended:
-                ids += [eot] if bos == eot else [eot, bos]
+            ids.append(token.item())
+            if ids[-1] == eot:
+                ids += [] if bos == eot else [bos]
                 break
+            print(stream.add(ids[-1]), end="", flush=True)
+    print(stream.end(), end="", flush=True)
     return first - began, made, time.perf_counter() - first
 
 
@@ -171,13 +172,27 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def message_ids(ids, message):
+    """Return the ids of a message after ids: on a line of its own, as the screen shows it, if the tokenizer
+    has line breaks that do not end a text. ValueError if it lacks a character."""
+    encode = tokenizer.encode if ids[-1] == bos else tokenizer.encode_on
+    try:
+        has_lines = eot not in tokenizer.encode("\n")
+    except ValueError:
+        has_lines = False
+    if not (message and has_lines):
+        return encode(message)
+    is_new_line = ids[-1] == bos or tokenizer.decode(ids[-8:]).endswith("\n")
+    return encode(("" if is_new_line else "\n") + message + "\n")
+
+
 def chat(ids):
     """let the user and the model write in turns after ids, until stdin ends"""
     context = model.cfg.seq_len
     budget = min(cfg.max_new_tokens, context // 2)
     generator, has_cut = torch.Generator().manual_seed(cfg.seed), False
     say(f"at most {budget} tokens a turn, the model sees the last {context}; /help explains, Ctrl-D ends")
-    while (message := read_message()) is not None:
+    while (message := read_message()) not in (None, "exit", "quit", "/exit", "/quit"):
         if message.startswith("/") and "\n" not in message:
             if message == "/reset":
                 ids = [bos]
@@ -186,7 +201,7 @@ def chat(ids):
                 say(HELP if message == "/help" else f"no command {message}; /help lists them")
             continue
         try:
-            ids += (tokenizer.encode if ids[-1] == bos else tokenizer.encode_on)(message)
+            ids += message_ids(ids, message)
         except ValueError as error:
             say(f"not taken: {error}")
             continue
@@ -297,6 +312,7 @@ else:
         read = min(len(prompt), context)
         if read + made - 1 > context:  # the last token is not read
             say(f"the text outgrew the context of {context} tokens; each time, its later half was kept")
-        say(f"prefill {read} tokens, {read / prefill_seconds:,.0f} tokens/s")
+        speed = f"prefill {read} tokens, {read / prefill_seconds:,.0f} tokens/s"
         if made > 1:  # the first token came with the prefill
-            say(f"decode {made - 1} tokens, {(made - 1) / decode_seconds:,.0f} tokens/s")
+            speed += f"; decode {made - 1} tokens, {(made - 1) / decode_seconds:,.0f} tokens/s"
+        say(speed)

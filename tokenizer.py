@@ -22,7 +22,7 @@ class CharTokenizer:
 
     def __init__(self, spec):
         self.chars = spec["chars"]
-        self.ids = {char: i for i, char in enumerate(self.chars)}
+        self.ids = {char: i for i, char in enumerate(self.chars) if char != "\0"}  # NUL ends a text
         self.size = len(self.chars)
 
     def encode(self, text):
@@ -30,7 +30,7 @@ class CharTokenizer:
         try:
             return [self.ids[char] for char in text]
         except KeyError as error:
-            shown = self.chars if len(self.chars) < 200 else self.chars[:200] + "..."
+            shown = "".join(self.ids) if len(self.ids) < 200 else "".join(self.ids)[:200] + "..."
             raise ValueError(f"the tokenizer has no character {error.args[0]!r}; it has {shown!r}") from None
 
     encode_on = encode
@@ -150,3 +150,32 @@ def continuation(tokenizer, prompt, new):
     """the text that the ids `new` add to a prompt (ids as of encode_prompt): decoded together, because a
     SentencePiece text decoded alone loses its leading space"""
     return tokenizer.decode(prompt[1:] + new)[len(tokenizer.decode(prompt[1:])) :]
+
+
+class TextStream:
+    """The text of tokens that come one by one after the ids of earlier text.
+
+    A character of which only some tokens have come waits for the others: three at most, since UTF-8 has four
+    bytes for a character, so bytes that never make one are shown as U+FFFD. Decodes a window of 8 to 16
+    tokens each time: all of them would take O(n^2).
+    """
+
+    def __init__(self, tokenizer, before):
+        self.decode, self.window = tokenizer.decode, list(before[-8:])
+        self.shown = len(self.decode(self.window))  # characters of the window's text
+
+    def add(self, token):
+        """Return the text that is complete with one more token."""
+        self.window.append(token)
+        text = self.decode(self.window)
+        n_open = min(3, len(text) - len(text.rstrip("\ufffd")))
+        new = text[self.shown : len(text) - n_open]
+        self.shown += len(new)
+        if len(self.window) == 16:
+            del self.window[:8]
+            self.shown -= len(text) - len(self.decode(self.window))
+        return new
+
+    def end(self):
+        """Return what still waits: a character that stays incomplete."""
+        return self.decode(self.window)[self.shown :]

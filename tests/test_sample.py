@@ -15,6 +15,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import parts
 import pytest
 import torch
 from conftest import CHARS, ROOT, run, settings, tokens
@@ -24,7 +25,7 @@ import data
 import tictactoe
 from inference import KVCache, restore
 from model import Transformer
-from tokenizer import make_tokenizer
+from tokenizer import TextStream, make_tokenizer
 
 
 @torch.no_grad()
@@ -136,7 +137,7 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
     out, err = run("sample.py", *flags, f"--prompt_file={tmp_path}/text")
     first, second = out.removesuffix("\n").split("\n---\n")
     assert first.startswith("ab cd") and second.startswith("ab cd") and first != second
-    told = r"prefill 6 tokens, [\d,]+ tokens/s\ndecode \d+ tokens, [\d,]+ tokens/s\n"
+    told = r"prefill 6 tokens, [\d,]+ tokens/s; decode \d+ tokens, [\d,]+ tokens/s\n"
     assert len(re.findall(told, err)) == 2
     assert run("sample.py", *flags, "--prompt=-", patch=stdin(tmp_path, "ab cd\n"))[0] == out
     assert run("sample.py", *flags, f"--prompt_file={tmp_path}/text", "--packed=False")[0] == out
@@ -151,7 +152,7 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
     assert err.startswith("error: prompt_file = ") and "UTF-8" in err
     spec = sentencepiece_spec(tmp_path)
     err = run("sample.py", save(tmp_path / "pieces", spec), "--prompt=a\udcff", code=2)[1]
-    assert err.startswith("error: prompt: ") and "surrogates" in err
+    assert err.splitlines()[-1].startswith("error: prompt: ") and "surrogates" in err
     err = run("sample.py", *flags, "--prompt=-", "--chat", "--play", "--side=Z", "--ask=x", code=2)[1]
     assert [line.split()[1] for line in err.splitlines()] == ["side", "ask", "prompt", "play", "prompt"]
 
@@ -188,7 +189,7 @@ def sentencepiece_spec(tmp_path):
 
 def test_streams_whole_characters_in_linear_time(tmp_path):
     """bugs guarded: half an emoji printed as U+FFFD, a word whose leading space is lost, an unfinished
-    character at the end printed as rubbish, a stream that decodes all of its text for every token"""
+    character at the end that is lost, a stream that decodes all of its text for every token"""
     spec = sentencepiece_spec(tmp_path)
     ckpt = save(tmp_path / "run", spec, 2)
     said = " cat \U0001f600 sat on \u65e5\u672c"
@@ -198,20 +199,33 @@ def test_streams_whole_characters_in_linear_time(tmp_path):
         scripted(f"{new} * 100 + {half}")
         + """
 import builtins, tokenizer
-real, once, decoded = print, tokenizer.continuation, [0]
+real, once, decoded = print, tokenizer.SentencePieceTokenizer.decode, [0]
 def bar(*a, **k): real(*a, **(k | {"end": "|"} if k.get("end") == "" else k))
-def count(t, prompt, ids):
-    decoded[0] += len(prompt) + len(ids)
+def count(self, ids):
+    decoded[0] += len(ids)
     real("decoded", decoded[0], file=sys.stderr)
-    return once(t, prompt, ids)
-builtins.print, tokenizer.continuation = bar, count
+    return once(self, ids)
+builtins.print, tokenizer.SentencePieceTokenizer.decode = bar, count
 """
     )
     out, err = run("sample.py", ckpt, "--prompt=the", "--max_new_tokens=9999", patch=patch)
-    pieces = out.removesuffix("\n").split("|")[:-1]
-    assert "".join(pieces) == "the" + said * 100
-    assert len(pieces) == 1 + 100 * (len(new) - 3 - 2 - 2)  # the bytes of a character come together
+    pieces = [piece for piece in out.removesuffix("\n").split("|") if piece]
+    assert "".join(pieces) == "the" + said * 100 + "\ufffd" * len(half)
+    assert len(pieces) == 1 + 100 * (len(new) - 3 - 2 - 2) + 1  # the bytes of a character come together
     assert int(re.findall(r"decoded (\d+)", err)[-1]) < 1500 * len(new)
+
+
+@pytest.mark.parametrize("make", [parts.sentencepiece, parts.tiktoken])
+def test_bytes_that_make_no_character_are_shown_in_time(make):
+    """rule: a byte is held back for three tokens at most, whatever comes, in bounded memory, and whole
+    characters after such bytes come out whole"""
+    spec = make()
+    tokenizer = make_tokenizer(spec)
+    whole = tokenizer.encode_on("\U0001f600")
+    byte, stream = whole[-1], TextStream(tokenizer, [spec["eot"]])
+    shown = [stream.add(byte) for _ in range(1000)]
+    assert not any(shown[:3]) and set(shown[3:]) == {"\ufffd"} and len(stream.window) < 16
+    assert "".join(map(stream.add, whole)) + stream.end() == "\ufffd" * 3 + "\U0001f600"
 
 
 def test_chat_keeps_its_history(ckpt, tmp_path):
@@ -228,18 +242,47 @@ def test_chat_keeps_its_history(ckpt, tmp_path):
 
 
 @pytest.mark.parametrize("begins", [[], [1]])
-def test_chat_goes_on_with_a_text_and_begins_another(begins, tmp_path):
-    """bugs guarded: a space put into a word that a message goes on with, an end of text, or a beginning, that
-    the history forgets, or prints"""
+def test_chat_shows_the_model_the_lines_of_the_screen(begins, tmp_path):
+    """rules: a message and what follows it are lines of their own, an empty message changes nothing, after
+    the end of a text another begins, and a word alone ends the chat"""
     spec = sentencepiece_spec(tmp_path) | ({"bos": begins[0]} if begins else {})
     tokenizer, ckpt = make_tokenizer(spec), save(tmp_path / "run", spec, 2, seq_len=64)
-    patch = scripted(f"{tokenizer.encode_on(' sat')} + [2, 9]") + stdin(tmp_path, "at\nthe\n")
+    on, sat = tokenizer.encode_on, tokenizer.encode_on(" sat")
+    ended, end, last = ("[2, 9]", [2, *begins], "/quit") if begins else ("[]", [], "exit")
+    patch = scripted(f"{sat} + {ended}") + stdin(tmp_path, f"at\n\nexit now\n{last}\nthe\n")
     out, err = run("sample.py", ckpt, "--chat", "--prompt=the c", patch=patch)
-    assert out == "the c\n sat\n sat\n"
-    first = [*(begins or [2]), *tokenizer.encode("the c"), *tokenizer.encode_on("at")]
-    after = [*first, *tokenizer.encode_on(" sat"), 2, *begins]
-    assert asked(err) == [first, [*after, *tokenizer.encode("the")]]
-    assert tokenizer.decode(first) == "the cat"
+    assert out == "the c\n sat\n sat\n sat\n"
+    first = [*(begins or [2]), *tokenizer.encode("the c"), *on("\nat\n")]
+    second = [*first, *sat, *end]
+    third = [*second, *sat, *end, *(tokenizer.encode("exit now\n") if end else on("\nexit now\n"))]
+    assert asked(err) == [first, second, third]
+
+
+def test_a_prompt_of_nothing_or_of_what_ends_a_text(ckpt, tmp_path):
+    """rules: an empty prompt begins a text; a NUL, by which a char tokenizer ends texts, is no character"""
+    assert asked(run("sample.py", ckpt, "--prompt=", patch=scripted("[2]"))[1]) == [[0]]
+    (tmp_path / "text").write_text("a\0b")
+    nul = save(tmp_path / "nul", tokens.char_tokenizer("\0ab"))
+    err = run("sample.py", nul, f"--prompt_file={tmp_path}/text", code=2)[1]
+    assert "no character '\\x00'; it has 'ab'" in err
+
+
+def test_stdout_of_another_encoding(tmp_path):
+    """rule: what the encoding of stdout lacks is shown as an escape"""
+    ckpt = save(tmp_path / "run", tokens.char_tokenizer("\n\u65e5a"))
+    latin = "sys.stdout.reconfigure(encoding='latin-1')\n"
+    assert run("sample.py", ckpt, "--prompt=\u65e5", patch=latin + scripted("[1]"))[0] == "\\u65e5" * 2 + "\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("flag", ["--prompt=a", "--chat"])
+def test_stdout_that_is_full(ckpt, tmp_path, flag):
+    """rule: text that cannot be written ends the program with one line and exit code 1"""
+    patch = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), sys.stdout.fileno())\n"
+    patch += stdin(tmp_path, "a\n") + scripted("[2]")
+    err = run("sample.py", ckpt, flag, patch=patch, code=1)[1]
+    assert err.endswith("error: the output cannot be written: No space left on device\n")
+    assert err.count("error") == 1
 
 
 class Terminal:
@@ -340,7 +383,8 @@ def test_play(ckpt, tmp_path):
     out, _ = run("sample.py", player, "--play", *how, patch=LIKES_LOW_SQUARES + typed)
     assert out.startswith("the model takes 1\n X | 2 | 3") and out.count("then X wins  33.3%") == 9
     err = run("sample.py", ckpt, "--play", code=2)[1]
-    assert err.startswith("error: ckpt = ") and "'tiny', not on games of tic-tac-toe" in err
+    assert err.splitlines()[-1].startswith("error: ckpt = ")  # after the line that says which step it is
+    assert "'tiny', not on games of tic-tac-toe" in err
 
 
 def main(ckpt, new_tokens="32"):
