@@ -124,6 +124,6 @@ for line in lines:
     print(line)
 result |= scores
 if not math.isfinite(result["val_loss"]):
-    lost = f"val_loss is {result['val_loss']}: {result['dtype']} cannot hold what this model computes"
-    config.fail(f"{lost}; try --dtype=float32", code=1)
+    lost = f"val_loss is {result['val_loss']}: what this model computes is too large for {result['dtype']}"
+    config.fail(f"{lost}; try --dtype=float32 or an earlier step", code=1)
 print(record.to_json(result))

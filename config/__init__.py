@@ -334,7 +334,8 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         for key in [key for key in found if key in types]:
             put(key, found[key], source)
     if files and only is not None:
-        faults.append(f"{files[0]}: this script takes no file, only flags; --help lists them")
+        hint = f"did you mean --ckpt={files[0]}?" if "ckpt" in flags else "--help lists them"
+        faults.append(f"{files[0]}: this script takes no file, only flags; {hint}")
         files = []
     for path in files:
         if fault := file_fault(path):

@@ -345,3 +345,10 @@ def test_a_cuda_device_has_its_number(monkeypatch):
     monkeypatch.setattr(device, "WORLD", 2)
     monkeypatch.setattr(device, "LOCAL_RANK", 1)
     assert device.pick("auto") == torch.device("cuda", 1)
+
+
+def test_a_path_without_its_flag_is_explained(capsys):
+    """rule: a command that takes a model names --ckpt when it is given a path alone"""
+    with pytest.raises(SystemExit):
+        config.load(["runs/demo"], flags={"ckpt": ("", "a run")}, only=(), check_run=False)
+    assert "did you mean --ckpt=runs/demo?" in capsys.readouterr().err
