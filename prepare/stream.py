@@ -273,27 +273,22 @@ def source_now(folder, options, paths):
     folder holds something else."""
     known = [read_json(os.path.join(folder, name)) for name in ("meta.json", "progress.json")]
     known = [found for found in known if found]
-    content, stamp = "", sources.stamp(paths) if paths else ""
-    if known and paths:
-        content = known[0].get("source", "").rpartition(" ")[2]
-        if stamp not in (
-            content,
-            known[0].get("stamp"),
-        ):  # earlier versions had the stamp in the place of the hash
-            content = ""
+    source, stamp = options, ""
     if paths:
-        content = content or sources.fingerprint(paths)
-    source = f"{options} {content}".rstrip()
+        stamp, content = sources.stamp(paths), ""
+        for found in known[:1]:  # an earlier version wrote the stamp in the place of the content's hash
+            content = found.get("source", "").rpartition(" ")[2]
+            content = content if stamp in (content, found.get("stamp")) else ""
+        source = f"{options} {content or sources.fingerprint(paths)}"
     for found in known:
-        if (was := found.get("source", "")) == source:
-            continue
-        how = "choose another --name=, or delete it"
-        if paths and was.rpartition(" ")[0] == options:
+        was, how = found.get("source", ""), "choose another --name=, or delete it"
+        if paths and was != source and was.rpartition(" ")[0] == options:
             since = "the files have changed since it was made"
             if "stamp" not in found:
                 since += ", or were copied (an earlier version made it, which compares only their times)"
             fail(f"{folder}: {since}; {how}")
-        fail(f"{folder} holds another data set ({printable(was)}); {how}")
+        if was != source:
+            fail(f"{folder} holds another data set ({printable(was)}); {how}")
     return source, stamp
 
 
