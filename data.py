@@ -50,7 +50,8 @@ def meta(cfg, split="", verify=False):
             command = default_command(cfg)
         names = sorted(map(os.path.dirname, glob.glob("*/meta.json", root_dir=cfg.data_dir)))
         there = f"{cfg.data_dir} holds {', '.join(names) or 'no data set'}; --data_dir names another folder"
-        how = f"no prepare/{cfg.dataset}.py is there to make it; {there}"
+        text = command_line(["python", "prepare/text.py", "--files=*.txt", f"--name={cfg.dataset}"]) + where
+        how = f"no prepare/{cfg.dataset}.py makes it; of your own text: {text}; {there}"
         if command:
             how = f"make it: {command}{where}; or name the folder that holds it with --data_dir"
         fail(f"data set {folder} is not there (no meta.json); {how}")
@@ -235,6 +236,15 @@ class Windows:
             return is_growing, checked_meta(self.cfg, self.folder), ""
         except Damaged as error:
             return is_growing, None, str(error)
+
+    def repetition(self, n_tokens):
+        """Return a line if so many training tokens read a text more than ten times, or ''. Problems and games
+        are repeated on purpose; of a data set that is still being written nobody knows."""
+        epochs = n_tokens / self.seq_len / self.total if self.total else 0
+        if epochs <= 10 or "documents" not in self.meta:
+            return ""
+        how = "prepare more text, set a smaller --max_steps=, or --patience=3, which stops at the best loss"
+        return f"this run reads its text {epochs:,.0f} times, which teaches little (docs/cost.md); {how}"
 
     def read(self, shard, i):
         """window i of a shard: seq_len + 1 token ids"""

@@ -112,7 +112,7 @@ def read_prompt():
     if cfg.prompt != "-" and not cfg.prompt_file:
         return cfg.prompt
     try:
-        with open(cfg.prompt_file or 0, encoding="utf-8") as file:
+        with open(cfg.prompt_file or 0, encoding="utf-8-sig") as file:  # as prepare/text.py reads a text
             return file.read().removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         setting = f"prompt_file = {cfg.prompt_file!r}" if cfg.prompt_file else "prompt = '-' (stdin)"

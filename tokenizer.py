@@ -22,7 +22,8 @@ class CharTokenizer:
 
     def __init__(self, spec):
         self.chars = spec["chars"]
-        self.ids = {char: i for i, char in enumerate(self.chars) if char != "\0"}  # NUL ends a text
+        # a NUL is no text, but the place of the token that ends one (prepare/vocab.py)
+        self.ids = {char: i for i, char in enumerate(self.chars) if char != "\0"}
         self.size = len(self.chars)
 
     def encode(self, text):
@@ -30,7 +31,8 @@ class CharTokenizer:
         try:
             return [self.ids[char] for char in text]
         except KeyError as error:
-            shown = "".join(self.ids) if len(self.ids) < 200 else "".join(self.ids)[:200] + "..."
+            shown = "".join(self.ids)
+            shown = shown if len(shown) < 200 else shown[:200] + "..."
             raise ValueError(f"the tokenizer has no character {error.args[0]!r}; it has {shown!r}") from None
 
     encode_on = encode

@@ -133,6 +133,8 @@ def open_folder():
 
 evaluated, sampled, lost = ranks.from_main(open_folder)
 print(record.opening(cfg, facts))
+if warning := train_windows.repetition(cfg.max_steps * cfg.total_batch_size):
+    print(f"warning: {warning}")
 if origin:
     changed = former["changed"]
     record.event(run_dir, "resume", step=step, path=origin, passed_over=passed_over, changed=changed)

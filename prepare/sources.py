@@ -4,7 +4,8 @@ Where documents come from: a data set of the Hugging Face hub (or a folder laid 
 A source is read in order, piece by piece, never as a whole, and knows where it stands:
 
     pieces(state)   yield (split, text, first, last): a part of a document, and whether it is its first and
-                    its last part; from the start (None) or from a state
+                    its last part; from the start (None) or from a state. A row that holds no text is
+                    (None, why not, which row, '')
     state()         where it stands after the last piece, as JSON
     fraction()      the part of it that is behind, 0 to 1, or None where that is not known
     size            bytes of text in all, 0 where that is not known
@@ -20,11 +21,11 @@ import sys
 import time
 
 import tokens  # noqa: F401 -- it puts the project's folder on the path
+import formats
+from tqdm import tqdm
 
 from config import fail, library
-
-LONGEST = 2**20  # bytes of a text file that are read in search of a line end
-LARGEST = 2**26  # bytes of a document in a file of several: it is held in memory
+from terminal import printable
 
 
 class Hub:
@@ -33,32 +34,56 @@ class Hub:
     def __init__(self, cfg, hub_split, split):
         self.cfg, self.split = cfg, split
         self.revision = cfg.revision = commit(cfg)  # the data set may be changed before this is resumed
-        self.data = open_hub(cfg, cfg.config, hub_split)
-        columns = self.data.column_names or list(next(iter(self.data), {}))
+        self.data, self.done, self.unusable = open_hub(cfg, cfg.config, hub_split), 0, 0
+        columns = self.data.column_names or list(next(self.rows(), {}))
         if cfg.column not in columns:
             fail(f"column = {cfg.column!r} is not in {cfg.repo}; it has {', '.join(columns)}")
-        self.data = self.data.select_columns([cfg.column])  # the others need not be decoded
+        # the others need not be decoded; as a table of arrow a text may be something else than UTF-8
+        self.data = self.data.select_columns([cfg.column]).with_format("arrow")
         known = (self.data.info.splits or {}).get(hub_split)
-        self.total, self.done = known.num_examples if known else 0, 0
+        self.total = known.num_examples if known else 0
         if cfg.max_documents:
             self.total = min(cfg.max_documents, self.total or cfg.max_documents)
         self.size = known.num_bytes if known else 0  # bytes of text, where that is known
 
     def pieces(self, state):
-        self.done = state["done"] if state else 0
+        self.done, self.unusable = (state["done"], state.get("unusable", 0)) if state else (0, 0)
         if state:
             self.data.load_state_dict(state["hub"])
-        for row in self.data:
-            if self.done == self.cfg.max_documents > 0:
+        for row in self.rows():  # a table of one row
+            if self.done - self.unusable == self.cfg.max_documents > 0:
                 return
-            text = row[self.cfg.column]
-            if type(text) is not str:
-                fail(f"column = {self.cfg.column!r} of {self.cfg.repo} holds {type(text).__name__}, not text")
             self.done += 1
-            yield self.split, text, True, True
+            try:
+                text, fault = formats.text_of(formats.arrow_values(row[self.cfg.column])[0])
+            except TypeError as error:
+                fail(f"column = {self.cfg.column!r} of {self.cfg.repo} holds {error}, not text")
+            self.unusable += bool(fault)
+            if fault:
+                yield None, fault, f"row {self.done:,} of {self.cfg.repo}", ""
+            else:
+                yield self.split, text, True, True
+
+    def rows(self):
+        """What the data set yields. Exits with 2 if a file of it cannot be read: what datasets reads in
+        blocks, as .jsonl and .csv, has no next row then."""
+        rows = iter(self.data)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # pyarrow, pandas and datasets have no common type for it
+                if is_network(error):
+                    raise
+                where = f"repo = {self.cfg.repo!r}: a file after row {self.done:,} cannot be read"
+                text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                how = "prepare/text.py --files= reads its files, downloaded, and skips rows without text"
+                fail(f"{where} ({text}); {how}")
+            yield row
 
     def state(self):
-        return {"done": self.done, "hub": self.data.state_dict()}
+        return {"done": self.done, "unusable": self.unusable, "hub": self.data.state_dict()}
 
     def fraction(self):
         if self.total:
@@ -157,184 +182,150 @@ def hub_file(repo, name):
 
 
 class Files:
-    """text files: .txt, .jsonl (or .json, a document a line) and .parquet, each by its ending, in the order
-    of their names.
+    """text files, each of the format that its ending names, in the order of their names.
 
-    Without a separator a .txt file is one document, and the last val_fraction of the bytes of all .txt
-    files, cut at a line end, is held out; documents of the other kinds, and separated ones, are held out by
-    their text.
+    Without a separator a text is one document, and the last val_fraction of the bytes of all texts, cut at a
+    line end, is held out; documents of the other formats, and separated ones, are held out by their text.
+    Line ends become \\n, unless keep_crlf is set. The offset of a state is a byte of the unpacked file.
     """
 
-    def __init__(self, paths, column, separator, val_fraction, max_documents=0):
-        self.column, self.revision, self.documents = column, "", 0
-        self.separator = separator.replace("\\n", "\n").replace("\\t", "\t").encode()
-        whole = [path for path in paths if kind_of(path) == "txt" and not separator]  # each one document
+    def __init__(self, paths, column, separator, val_fraction, max_documents=0, keep_crlf=False):
+        self.column, self.keep_crlf, self.revision, self.documents = column, keep_crlf, "", 0
+        self.separator = separator_of(separator, keep_crlf)
+        whole = [path for path in paths if is_text(path) and not separator]  # each one document
         self.paths = [path for path in paths if path not in whole[max_documents or len(whole) :]]
         self.sizes = [os.path.getsize(path) for path in self.paths]
+        self.starts = [formats.text_start(path) for path in self.paths]
         self.max_documents, self.size = max_documents, sum(self.sizes)
-        self.where, self.warned = {}, set()
-        texts = [i for i, path in enumerate(self.paths) if path in whole]
-        train = (1 - val_fraction) * sum(self.sizes[i] for i in texts)
-        self.borders = {}  # where the held-out tail of a .txt file begins, in bytes
-        for i in texts:
-            self.borders[i] = line_end(self.paths[i], min(self.sizes[i], max(0, int(train))), self.sizes[i])
-            train -= self.sizes[i]
+        self.where, self.raw, self.warned = {}, None, set()
+        texts = [(i, path) for i, path in enumerate(self.paths) if is_text(path) and not separator]
+        self.ends = {i: formats.text_size(path) for i, path in texts}
+        train = (1 - val_fraction) * sum(self.ends.values())
+        self.borders, cut = {}, None  # where the held-out tail of a text begins, in bytes
+        for i, size in self.ends.items():
+            at = min(size, max(0, int(train)))
+            self.borders[i] = line_end(self.paths[i], at, size)
+            if at < self.borders[i] == size:
+                cut = i, at
+            train -= size
+        if cut and self.borders == self.ends:  # the last line, perhaps the only one, would not be held out
+            self.borders[cut[0]] = word_end(self.paths[cut[0]], cut[1])
 
     def pieces(self, state):
-        first, self.documents = state["file"] if state else 0, state["documents"] if state else 0
+        first, self.documents = (state["file"], state["documents"]) if state else (0, 0)
         for i in range(first, len(self.paths)):
             self.where = dict(state) if state and i == first else {"file": i, "offset": 0, "line": 0}
-            kind, is_whole = kind_of(self.paths[i]), i in self.borders
-            text = self.text if is_whole else self.separated
-            for piece in {"txt": text, "jsonl": self.lines, "parquet": self.rows}[kind](i):
-                if not is_whole:
+            with formats.opened(self.paths[i]) as (file, self.raw):
+                if i in self.borders:
+                    yield from self.text(i, file)
+                    continue
+                for piece in self.rows(i, file):
                     if self.documents == self.max_documents > 0:
                         return
-                    self.documents += 1
-                yield piece
+                    self.documents += piece[0] is not None
+                    yield piece
 
     def state(self):
         return self.where | {"documents": self.documents}
 
     def fraction(self):
-        behind = sum(self.sizes[: self.where["file"]]) + self.where["offset"]
+        i = self.where["file"]
+        is_packed = formats.kind_of(self.paths[i])[1]
+        behind = sum(self.sizes[:i]) + (self.raw.tell() if is_packed else self.where["offset"])
         share = self.documents / self.max_documents if self.max_documents else 0.0
         return max(share, behind / self.size)
 
-    def text(self, i):
-        """a .txt file as one document, or two at the border of what is held out, in parts of at most
-        LONGEST bytes that end at a line end where there is one"""
-        with open(self.paths[i], "rb") as file:
-            for split, end in (("train", self.borders[i]), ("val", self.sizes[i])):
-                first = self.where["offset"] in (0, self.borders[i])
-                while (offset := self.where["offset"]) < end:
-                    file.seek(offset)
-                    part = file.read(min(LONGEST, end - offset))
-                    if offset + len(part) < end:
-                        part = part[: self.cut(i, part)]
-                    self.where = {"file": i, "offset": offset + len(part), "line": 0}
-                    yield split, self.decoded(i, part, offset), first, offset + len(part) == end
-                    first = False
+    def text(self, i, file):
+        """a text as one document, or two at the border of what is held out, in parts of at most LONGEST
+        bytes that end at a line end where there is one"""
+        path, rest = self.paths[i], b""
+        self.where["offset"] = max(self.where["offset"], self.starts[i])
+        formats.go_to(file, self.where["offset"])
+        for split, end in (("train", self.borders[i]), ("val", self.ends[i])):
+            first = self.where["offset"] in (self.starts[i], self.borders[i])
+            while (offset := self.where["offset"]) < end:
+                size = min(formats.LONGEST, end - offset)
+                part = rest + file.read(size - len(rest))
+                if len(part) < size:
+                    fail(f"{printable(path)} has become shorter while it was read")
+                at = len(part) if offset + len(part) == end else self.cut(i, part)
+                part, rest = part[:at], part[at:]
+                self.where = {"file": i, "offset": offset + len(part), "line": 0}
+                text = self.unified(formats.decode(path, part, offset))
+                yield split, text, first, offset + len(part) == end
+                first = False
+
+    def unified(self, text):
+        """text with \\n for every line end, unless they are kept"""
+        return text if self.keep_crlf or "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
 
     def cut(self, i, part):
         """where a part of a document ends: after a line, or before a word, or else between two characters"""
-        end = part.rfind(b"\n") + 1
+        end = max(part.rfind(b"\n"), part.rfind(b"\r", 0, -1)) + 1  # behind a last \r there may be a \n
         if not end:
             if i not in self.warned:
-                print(
-                    f"warning: {self.paths[i]} has a line of over {len(part):,} bytes; cut at words instead"
-                )
+                path = printable(self.paths[i])
+                print(f"warning: {path} has a line of over {len(part):,} bytes; cut at words instead")
                 self.warned.add(i)
             end = part.rfind(b" ", 1)
         if end <= 0:
             end = len(part)
             while end > len(part) - 4 and part[end - 1] & 0xC0 == 0x80:  # it continues a character of UTF-8
                 end -= 1
-            end -= part[end - 1] >= 0xC0  # the character's first byte: all of it goes to the next part
+            # a character's first byte goes to the next part with all of it, \r with its \n
+            end -= part[end - 1] >= 0xC0 or part[end - 1 :] == b"\r"
         return end
 
-    def separated(self, i):
-        """documents of a .txt file that end at a separator or the end of the file"""
-        with open(self.paths[i], "rb") as file:
-            file.seek(self.where["offset"])
-            rest, begin, searched = b"", 0, 0  # a document begins at rest[begin]
-            while True:
-                end = rest.find(self.separator, searched)
-                if end < 0:
-                    rest, block = rest[begin:], file.read(LONGEST)
-                    begin, searched = 0, max(0, len(rest) - len(self.separator))
-                    rest += block
-                    if len(rest) > LARGEST:
-                        fail(f"{self.paths[i]}: no separator {self.separator!r} within {LARGEST:,} bytes")
-                    if block:
-                        continue
-                    end = len(rest)
-                if begin == len(rest):
-                    return
-                offset = self.where["offset"]
-                text = self.decoded(i, rest[begin:end], offset)
-                searched = min(len(rest), end + len(self.separator))
-                self.where = {"file": i, "offset": offset + searched - begin, "line": 0}
-                begin = searched
-                if text.strip():
-                    yield "", text, True, True
-
-    def decoded(self, i, part, offset):
-        try:
-            return part.decode()
-        except UnicodeDecodeError as error:
-            at = f"byte {offset + error.start:,} (0x{part[error.start]:02x})"
-            charset = "utf-16" if {0xFE, 0xFF} & set(part[error.start : error.start + 2]) else "latin1"
-            how = f"if it is text, convert it first (iconv -f {charset} -t utf-8)"
-            fail(f"{self.paths[i]}: {at} is not UTF-8; {how}")
-
-    def lines(self, i):
-        """documents of a .jsonl file"""
-        path = self.paths[i]
-        with open(path, "rb") as file:
-            file.seek(self.where["offset"])
-            while line := file.readline(LARGEST):
-                number = self.where["line"] + 1
-                if len(line) == LARGEST:
-                    fail(
-                        f"{path}: line {number} is over {len(line):,} bytes; expected one JSON object a line"
-                    )
-                self.where = {"file": i, "offset": self.where["offset"] + len(line), "line": number}
-                if line.strip():
-                    yield "", self.field(path, number, line), True, True
-
-    def field(self, path, number, line):
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # also where it is not UTF-8
-            fail(f"{path}: line {number} is not JSON ({error}); expected one object a line")
-        if not isinstance(row, dict) or self.column not in row:
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            fail(f"{path}: line {number} has no {self.column!r}, but {found}; name the text with --column=")
-        if not isinstance(row[self.column], str):
-            fail(f"{path}: {self.column!r} of line {number} is {type(row[self.column]).__name__}, not text")
-        if any(0xD800 <= ord(char) < 0xE000 for char in row[self.column]):
-            fail(f"{path}: {self.column!r} of line {number} holds half a surrogate pair, which is not text")
-        return row[self.column]
-
-    def rows(self, i):
-        """documents of a .parquet file; `line` counts its rows, `offset` is their share of its bytes"""
-        parquet = library("pyarrow.parquet", "pyarrow")
-        path, done = self.paths[i], self.where["line"]
-        try:
-            file = parquet.ParquetFile(path)
-        except ValueError as error:  # pyarrow's own error is one
-            fail(f"{path} is no parquet file: {error}")
-        names, n = file.schema_arrow.names, file.metadata.num_rows
-        if self.column not in names:
-            fail(
-                f"{path} has no column {self.column!r}, but {', '.join(names)}; name the text with --column="
-            )
-        row = 0
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if row + size <= done:
-                row += size
-                continue
-            for text in file.read_row_group(group, [self.column])[self.column].to_pylist():
-                row += 1
-                if row <= done:
-                    continue
-                if not isinstance(text, str):
-                    fail(f"{path}: {self.column!r} of row {row} is {type(text).__name__}, not text")
-                self.where = {"file": i, "offset": self.sizes[i] * row // n, "line": row}
-                yield "", text, True, True
+    def rows(self, i, file):
+        """the documents of a file of several"""
+        path, column, start = self.paths[i], self.column, self.starts[i]
+        offset, line, kind = self.where["offset"], self.where["line"], formats.kind_of(path)[0]
+        if kind == "parquet":
+            values = formats.parquet_rows(path, line, column)
+        elif kind in ("csv", "tsv"):
+            formats.go_to(file, start)
+            delimiter = "," if kind == "csv" else "\t"
+            values = formats.table_rows(file, path, start, offset, line, column, delimiter)
+        else:
+            offset = max(offset, start)
+            formats.go_to(file, offset)
+            if kind == "jsonl":
+                values = formats.json_lines(file, path, offset, line, column)
+            else:
+                values = formats.separated(file, path, offset, self.separator)
+        for offset, line, value in values:
+            self.where = {"file": i, "offset": offset, "line": line}
+            place = f"{'row' if kind == 'parquet' else 'line'} {line:,} of {printable(path)}"
+            try:
+                text, fault = formats.text_of(value)
+            except TypeError as error:
+                fail(f"{column!r} in {place} is {error}, not text; name the text with --column=")
+            if fault:
+                yield None, fault, place, ""
+            else:
+                yield "", self.unified(text), True, True
 
 
-def kind_of(path):
-    """'txt', 'jsonl' or 'parquet', by a file's ending"""
-    ending = os.path.splitext(path)[1].lower()
-    return {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(ending, "txt")
+def is_text(path):
+    """Return whether a file is plain text, not rows of which each has one."""
+    return formats.kind_of(path)[0] == "txt"
+
+
+def separator_of(flag, keep_crlf):
+    """Return the pattern of a --separator, in which \\n, \\r and \\t stand for these characters."""
+    for name, char in (("\\r", "\r"), ("\\n", "\n"), ("\\t", "\t")):
+        flag = flag.replace(name, char)
+    return formats.separator_pattern(flag, any_line_end=not keep_crlf)
 
 
 def find(pattern):
-    """the files of a glob pattern (** for folders below), sorted; exits with 2 where there are none, or all
-    are empty"""
+    """Return the files of a glob pattern (** for folders below), sorted. The name of an existing file or
+    folder stands for itself, whatever characters it has. Exits with 2 if there are none, or all are empty."""
+    folder, name = os.path.split(pattern)
+    if os.path.isfile(pattern):
+        pattern = glob.escape(pattern)
+    elif os.path.isdir(folder):
+        pattern = os.path.join(glob.escape(folder), name)
     paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not paths:
         how = (
@@ -345,29 +336,73 @@ def find(pattern):
         fail(f"files = {pattern!r}: {how} --files='texts/**/*.txt', quoted")
     for path in paths:
         if not os.access(path, os.R_OK):
-            fail(f"{path} cannot be read (permission denied)")
+            fail(f"{printable(path)} cannot be read (permission denied)")
         if os.path.getsize(path) == 0:
-            print(f"warning: {path} is empty")
+            print(f"warning: {printable(path)} is empty")
     if not any(map(os.path.getsize, paths)):
         fail(f"files = {pattern!r}: no text in {len(paths)} file{'s' * (len(paths) > 1)}")
     return paths
+
+
+def warn_of_separator(paths, separator, keep_crlf):
+    """Print a warning if a separator occurs in none of the texts; the first one found ends the search."""
+    texts = [path for path in paths if is_text(path)]
+    pattern = separator_of(separator, keep_crlf)
+    for path in texts if separator else ():
+        with formats.opened(path) as (file, _):
+            longest, block = 2 * len(pattern.pattern), b""
+            while more := formats.next_block(file):
+                block = block[-longest:] + more
+                if pattern.search(block):
+                    return
+    if separator and texts:
+        shown = ", ".join(map(printable, texts[:3])) + ", ..." * (len(texts) > 3)
+        print(f"warning: separator = {separator!r} does not occur in {shown}: each file is one document")
 
 
 def line_end(path, at, size):
     """the end of the line at byte `at` of a file; of an endless one the next end of a character"""
     if at in (0, size):
         return at
-    with open(path, "rb") as file:
-        file.seek(at - 1)
-        line = file.readline(LONGEST)
-    if line.endswith(b"\n") or at - 1 + len(line) == size:
-        return at - 1 + len(line)
-    with open(path, "rb") as file:
-        file.seek(at)
-        return at + next((n for n, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
+    with formats.opened(path) as (file, _):
+        formats.go_to(file, at - 1)
+        block = file.read(formats.LONGEST)
+    if found := formats.LINE_END.search(block):
+        return at - 1 + found.end()
+    return size if at - 1 + len(block) == size else at + character_end(block[1:])
+
+
+def word_end(path, at):
+    """the end of the word at byte `at` of a file, or of the character if the word does not end"""
+    with formats.opened(path) as (file, _):
+        formats.go_to(file, at)
+        block = file.read(formats.LONGEST)
+    space = block.find(b" ")
+    return at + (space if space >= 0 else character_end(block))
+
+
+def character_end(block):
+    """Return the number of bytes at the start of a block that continue a character of UTF-8."""
+    return next((n for n, byte in enumerate(block[:4]) if byte & 0xC0 != 0x80), 0)
 
 
 def fingerprint(paths):
-    """a short hash of the names, sizes and times of files, to tell whether they have changed"""
+    """a short hash of the names and the content of files, to tell whether they have changed"""
+    size = sum(map(os.path.getsize, paths))
+    whole = hashlib.sha256()
+    with tqdm(desc="checking", total=size, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for path in paths:
+            content = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(2**20):
+                    content.update(block)
+                    bar.update(len(block))
+            whole.update(json.dumps([path, content.hexdigest()]).encode())
+    return whole.hexdigest()[:12]
+
+
+def stamp(paths):
+    """a short hash of the names, sizes and times of files: where it is the same, their content is taken for
+    unchanged without being read"""
     known = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]

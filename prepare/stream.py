@@ -7,6 +7,7 @@ complete: what it lists is never taken back, so that training may read it (data.
 """
 
 import collections
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -30,13 +31,14 @@ import config
 import files
 from config import fail
 from files import write_bytes
-from terminal import command_line
+from terminal import command_line, printable
 from tokenizer import make_tokenizer, with_content
 
 CHUNK_CHARS = 2**20  # characters of text that a worker gets at a time
 PIECE_CHARS = 2**17  # characters of a document that are tokenized at a time, cut at a line end
 START = dict(stream=0, state=None)  # the mark before the first document
 SAVE_SECONDS = 10.0  # between two states that a killed preparation can go on from
+SHOWN = 3  # rows without text that are shown of each kind
 FLAGS = {
     "name": ("", "name of the data set"),
     "tokenizer": (
@@ -48,7 +50,14 @@ FLAGS = {
     "max_documents": (0, "documents to read at most, of a val_split too; 0 = all"),
     "val_fraction": (0.0, "share of the documents that is held out, by a hash of their text"),
     "workers": (0, "processes that tokenize; 0 = one per core"),
+    "max_bad_rows": (
+        1000,
+        "rows without a text (null, NaN, half a surrogate pair, not UTF-8) that are skipped and counted "
+        "before it ends; empty ones are no limit",
+    ),
 }
+NOT_WRITTEN = ("name", "workers", "max_bad_rows")  # flags that do not change what is written
+NEWER = ("keep_crlf",)  # flags that some data sets were made before
 HUB_FLAGS = {
     "repo": ("", "data set of the Hugging Face hub, or a folder laid out like one"),
     "config": ("", "its config; '' = the default one"),
@@ -66,6 +75,18 @@ def start_worker(spec, marks, dtype):
     worker = make_tokenizer(spec), marks, np.dtype(dtype)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def submit(pool, pieces):
+    """Return the future of encode_chunk(pieces). Ctrl-C waits meanwhile: a worker that starts here inherits
+    that, and would print a traceback if it came before start_worker."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return pool.submit(encode_chunk, pieces)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(encode_chunk, pieces)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def encode_chunk(pieces):
@@ -115,20 +136,23 @@ def texts(cfg, streams):
 
 def chunks(cfg, streams, mark):
     """yield (pieces, the mark behind them, the share of the stream that is behind): chunks of about
-    CHUNK_CHARS, from a mark {stream, state} on. A source that fails for want of a network is opened again at
-    the last mark, after a wait."""
+    CHUNK_CHARS, from a mark {stream, state, skipped} on; skipped is {why: rows without text so far}. A source
+    that fails for want of a network is opened again at the last mark, after a wait."""
     for number in range(mark["stream"], len(streams)):
         if number > mark["stream"]:
-            mark = dict(stream=number, state=None)
+            mark = mark | dict(stream=number, state=None)
         waits, going = [5, 15, 60, 120, 300], True
         while going:
-            pieces, size = [], 0
+            pieces, size, skipped = [], 0, collections.Counter(mark.get("skipped", {}))
             try:
                 for split, text, first, last in streams[number].pieces(mark["state"]):
+                    if split is None:
+                        skip(cfg, skipped, why=text, place=first)
+                        continue
                     pieces.append((split or split_of(text, cfg.val_fraction), text, first, last))
                     size += len(text)
                     if size >= CHUNK_CHARS:
-                        mark = dict(stream=number, state=streams[number].state())
+                        mark = dict(stream=number, state=streams[number].state(), skipped=dict(skipped))
                         yield pieces, mark, streams[number].fraction()
                         pieces, size, waits = [], 0, [5, 15, 60, 120, 300]
                 going = False
@@ -140,14 +164,39 @@ def chunks(cfg, streams, mark):
                     fail(f"the hub does not answer ({what}); the same command goes on later", code=1)
                 print(f"the hub does not answer ({what}); again in {waits[0]} s", file=sys.stderr)
                 time.sleep(waits.pop(0))
-        if pieces:
-            yield pieces, dict(stream=number, state=streams[number].state()), 1.0
+        if pieces or skipped != mark.get("skipped", {}):
+            mark = dict(stream=number, state=streams[number].state(), skipped=dict(skipped))
+            yield pieces, mark, 1.0
 
 
-def prepare(cfg, open_streams, source):
+def skip(cfg, skipped, why, place):
+    """Count a row that holds no text in `skipped`, and show the first of each kind. Exits with 2 if they are
+    more than max_bad_rows, of which empty ones are none."""
+    skipped[why] += 1
+    bad = skipped.total() - skipped["empty"]
+    if skipped[why] <= SHOWN:
+        show_once(f"skipped: {place} ({why})")
+    if why != "empty" and bad > cfg.max_bad_rows:
+        how = "mend them, name another --column=, or allow more with --max_bad_rows="
+        fail(f"max_bad_rows = {cfg.max_bad_rows:,}: {counted(skipped)} up to {place}; {how}")
+
+
+@functools.cache
+def show_once(line):
+    """Print a line on stderr, beside a bar; once, though a text is read twice if a tokenizer is trained."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def counted(skipped):
+    """Return skipped rows {why: n} in words."""
+    kinds = [f"{n:,} {why}" for why, n in sorted(skipped.items()) if n]
+    return f"rows without text: {', '.join(kinds) or 'none'}"
+
+
+def prepare(cfg, open_streams, options, paths=()):
     """write data_dir/name from the documents of open_streams() -> [Hub or Files, ...], or go on with it
-    where an earlier process was stopped; ends with a summary. source: the options that decide what is
-    written.
+    where an earlier process was stopped; ends with a summary. options: those that decide what is written;
+    paths: files whose content decides it, too.
 
     Exits with 2 for a user's mistake, with 1 for a full disk or a lost hub, with 130 for Ctrl-C. What is
     written by then stays, for the same command to go on, as after kill -9; where that is nothing, no file
@@ -157,7 +206,8 @@ def prepare(cfg, open_streams, source):
     check_flags(cfg)
     folder = os.path.join(cfg.data_dir, cfg.name)
     meta_path, progress_path = (os.path.join(folder, name) for name in ("meta.json", "progress.json"))
-    if is_complete(folder, source):
+    source, stamp = source_now(folder, options, paths)
+    if is_complete(folder):
         return
     before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     tokens.open_data_set(cfg.data_dir, cfg.name, source, anew=False)
@@ -165,7 +215,7 @@ def prepare(cfg, open_streams, source):
         lock = files.lock(os.path.join(folder, ".lock"))
     except BlockingIOError as error:
         fail(f"{folder} is being written by {error.strerror}; wait for it, or choose another --name=")
-    if is_complete(folder, source):  # the other process has just ended
+    if is_complete(folder):  # the other process has just ended
         return
     progress = read_json(progress_path)
     if not progress and os.path.exists(meta_path):  # nothing tells where to go on
@@ -183,10 +233,13 @@ def prepare(cfg, open_streams, source):
             tokens.write_file(progress_path, json.dumps(progress).encode())
         else:
             print(f"going on after {sum(progress['documents'].values()):,} documents")
+        progress["stamp"] = stamp
         splits = encode(cfg, folder, streams, progress)
-        if "train" not in splits:
-            fail(f"val_fraction = {cfg.val_fraction}: no document was left to train on; lower it")
         progress["shards"] = finished(splits, progress)
+        if "train" not in splits:  # the corrected command would find another data set here
+            for name in ("progress.json", *progress["shards"]):
+                os.remove(os.path.join(folder, name))
+            fail(too_few(cfg, progress))
     except KeyboardInterrupt:
         lock.release()
         kept = bool(read_json(progress_path).get("tokens"))
@@ -194,7 +247,7 @@ def prepare(cfg, open_streams, source):
             discard(folder, before)
         what = "the same command goes on, its last seconds again" if kept else "nothing was written yet"
         print(f"\nstopped; {what}", file=sys.stderr)
-        os._exit(130)
+        raise SystemExit(130) from None
     except SystemExit as end:
         lock.release()
         if not read_json(progress_path).get("tokens"):
@@ -203,8 +256,9 @@ def prepare(cfg, open_streams, source):
             print(f"{folder} keeps what is written: the same command goes on, or delete it", file=sys.stderr)
         raise
     if "val" not in splits:
-        how = "train.py then needs --eval_every=0; a larger val_fraction holds some out"
-        print(f"warning: val_fraction = {cfg.val_fraction}: no document was held out; {how}")
+        print(f"warning: {too_few(cfg, progress)}")
+    if cfg.tokenizer == "sentencepiece":
+        vocab.warn_if_large(progress["vocab_size"], progress["tokens"]["train"], progress["bytes"]["train"])
     write_meta(folder, progress)
     lock.release()
     for name in os.listdir(folder):
@@ -213,16 +267,54 @@ def prepare(cfg, open_streams, source):
     summarize(folder, read_json(meta_path))
 
 
-def is_complete(folder, source):
-    """whether the data set of a folder is complete, which is then told. Exits with 2 where it is another."""
-    meta, progress = (read_json(os.path.join(folder, name)) for name in ("meta.json", "progress.json"))
-    for found in (meta, progress):
-        if found and found["source"] != source:
-            fail(f"{folder} holds another data set ({found['source']}); choose another --name=, or delete it")
+def source_now(folder, options, paths):
+    """Return (meta.json's source: the options and a hash of the files' content, a hash of their sizes and
+    times). The files are not read if these are the same as when a folder was written. Exits with 2 if the
+    folder holds something else."""
+    known = [read_json(os.path.join(folder, name)) for name in ("meta.json", "progress.json")]
+    known = [found for found in known if found]
+    source, stamp = options, ""
+    if paths:
+        stamp, content = sources.stamp(paths), ""
+        for found in known[:1]:  # an earlier version wrote the stamp in the place of the content's hash
+            content = found.get("source", "").rpartition(" ")[2]
+            content = content if stamp in (content, found.get("stamp")) else ""
+        source = f"{options} {content or sources.fingerprint(paths)}"
+    for found in known:
+        was, how = found.get("source", ""), "choose another --name=, or delete it"
+        if paths and was != source and was.rpartition(" ")[0] == options:
+            since = "the files have changed since it was made"
+            if "stamp" not in found:
+                since += ", or were copied (an earlier version made it, which compares only their times)"
+            fail(f"{folder}: {since}; {how}")
+        if was != source:
+            fail(f"{folder} holds another data set ({printable(was)}); {how}")
+    return source, stamp
+
+
+def is_complete(folder):
+    """Return whether the data set of a folder is complete, and print it then."""
+    meta = read_json(os.path.join(folder, "meta.json"))
     if meta.get("complete"):
         print(f"{folder} is complete; to make it again, delete it")
         summarize(folder, meta)
     return meta.get("complete")
+
+
+def too_few(cfg, progress):
+    """Return a line on documents of which none was held out, or all, or of which there are none, with every
+    way out."""
+    n, counts = sum(progress["documents"].values()), progress["documents"]
+    if not n:
+        return f"there is no text to train on; {counted(progress['mark'].get('skipped', {}))}"
+    what, size, without = "held out", "larger", "train.py --eval_every=0 --patience=0"
+    if "train" not in counts:
+        what, size, without = "left to train on", "smaller", f"--val_fraction=0 and {without}"
+    change = f"a {size} --val_fraction= or more documents may change that"
+    if getattr(cfg, "separator", ""):
+        change += ", or a --separator= that occurs more often, or none: then the end of the text is held out"
+    what = f"no document was {what} of {n:,}"
+    return f"val_fraction = {cfg.val_fraction}: {what}; {change}; without a validation set: {without}"
 
 
 def finished(splits, progress):
@@ -235,7 +327,9 @@ def write_meta(folder, progress, **extra):
     """meta.json of what is in progress"""
     sizes = {name: (n, progress["bytes"][name]) for name, n in progress["tokens"].items()}
     spec, eot, vocab_size = progress["tokenizer"], progress["eot"], progress["vocab_size"]
-    extra |= {key: progress[key] for key in ("documents", "seconds", "revision", "bos") if key in progress}
+    keys = ("documents", "seconds", "revision", "bos", "stamp")
+    extra |= {key: progress[key] for key in keys if key in progress}
+    extra["skipped"] = progress["mark"].get("skipped", {})
     tokens.write_meta(folder, spec, eot, vocab_size, sizes, progress["shards"], progress["source"], **extra)
 
 
@@ -296,7 +390,7 @@ def encode(cfg, folder, streams, progress):
         try:
             save()
             for pieces, mark, fraction in chunks(cfg, streams, progress["mark"]):
-                waiting.append((pool.submit(encode_chunk, pieces), mark, fraction))
+                waiting.append((submit(pool, pieces), mark, fraction))
                 while len(waiting) > 2 * workers + 2:
                     take()
             while waiting:
@@ -304,6 +398,11 @@ def encode(cfg, folder, streams, progress):
             save()
             for split in splits.values():
                 split.finish()
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait for what follows
+            for process in multiprocessing.active_children():  # whose chunks nobody needs any more
+                process.kill()
+            raise
         except BrokenProcessPool:
             fail("a worker process was killed, perhaps for want of memory; the same command goes on", code=1)
         except OSError as error:
@@ -321,9 +420,9 @@ def check_flags(cfg):
     faults = []
     if not 0 <= cfg.val_fraction < 1:
         faults.append(f"val_fraction = {cfg.val_fraction} must be at least 0 and less than 1")
-    for key in ("max_documents", "workers"):
+    for key, zero in (("max_documents", "all"), ("workers", "all"), ("max_bad_rows", "none")):
         if getattr(cfg, key) < 0:
-            faults.append(f"{key} = {getattr(cfg, key)} must not be negative; 0 = all")
+            faults.append(f"{key} = {getattr(cfg, key)} must not be negative; 0 = {zero}")
     if cfg.vocab_size < 1:
         faults.append(f"vocab_size = {cfg.vocab_size} must be at least 1")
     if faults:
@@ -342,12 +441,13 @@ def check_room(cfg, folder, text_bytes, need=0):
 
 
 def read_json(path):
-    """what a JSON file holds; {} where it is not there or damaged"""
+    """Return the object that a JSON file holds; {} if it does not exist or is damaged."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError):
+            value = json.load(file)
+    except (OSError, ValueError, RecursionError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def discard(folder, before):
@@ -369,6 +469,8 @@ def summarize(folder, meta):
             f"{folder}: {split}: {n:,} documents, {count:,} tokens, {size:,} bytes of text, "
             f"{count / max(1, size):.4f} tokens per byte"
         )
+    if skipped := meta.get("skipped"):
+        print(f"skipped: {counted(skipped)}")
     total, seconds = sum(meta["tokens"].values()), meta["seconds"]
     kind = meta["tokenizer"]["kind"]
     print(
@@ -382,9 +484,11 @@ def progress_bar(desc, done=0):
 
 
 def source_of(script, cfg, flags):
-    """meta.json's source: the script and every flag that decides what it writes"""
-    given = (f"--{key}={getattr(cfg, key)}" for key in flags if key not in ("name", "workers"))
-    return " ".join([script, *given])
+    """Return meta.json's source: the script and every flag that decides what it writes. A flag that is newer
+    than some data sets is left out at its default, so that they are recognised."""
+    given = [key for key in flags if key not in NOT_WRITTEN]
+    given = [key for key in given if key not in NEWER or getattr(cfg, key) != flags[key][0]]
+    return " ".join([script, *(f"--{key}={getattr(cfg, key)}" for key in given)])
 
 
 def prepare_hub(argv, doc, script, defaults):

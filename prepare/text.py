@@ -1,5 +1,12 @@
 """
-Write your own text as tokens: .txt, .jsonl (one object a line) and .parquet files, each by its ending.
+Write your own text as tokens. The ending of a file says how it is read:
+
+    .jsonl .json .ndjson    one JSON object a line, whose field --column is the text of a document
+    .csv .tsv               a table whose first row names its columns; --column holds the texts
+    .parquet                the same
+    .txt and all others     the text itself, in UTF-8; what is not (archives, pictures, UTF-16) is refused
+
+All but .parquet also compressed, as .txt.gz or .jsonl.zst (which needs the package zstandard).
 
     python prepare/text.py --files='books/*.txt'                                       data/text/
     python prepare/text.py --files='docs/**/*.jsonl' --column=body --tokenizer=gpt2 --name=docs
@@ -7,8 +14,10 @@ Write your own text as tokens: .txt, .jsonl (one object a line) and .parquet fil
 
 A .txt file is one document, and the last val_fraction of the bytes of all .txt files is held out; with
 --separator it is many. Documents of the other kinds, and separated ones, are held out by a hash of their
-text. Streams, on all cores; what is stopped goes on with the same command. The tokens take about half the
-bytes of the text.
+text. Line ends become \\n. Rows without a text are skipped and counted.
+
+Streams, on all cores; what is stopped goes on with the same command. The tokens take about half the
+bytes of the text. A file that was touched or copied is the same text; one that was edited is not.
 """
 
 import sys
@@ -20,10 +29,14 @@ import config
 
 FLAGS = {
     "files": ("", "which files: a path or a quoted pattern such as 'texts/**/*.txt'"),
-    "column": ("text", "the field of a .jsonl line or column of a .parquet file that holds the text"),
+    "column": ("text", "the field of a .jsonl line or column of a .csv, .tsv or .parquet file with the text"),
     "separator": (
         "",
         "what ends a document within a .txt file, as '<|endoftext|>' or '\\n\\n\\n'; '' = only its end",
+    ),
+    "keep_crlf": (
+        False,
+        "leave line ends as they are: \\r\\n of Windows and \\r of old Macs do not become \\n",
     ),
 }
 FLAGS |= stream.FLAGS | {
@@ -36,8 +49,10 @@ if __name__ == "__main__":
     cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir",), check_run=False)
     config.need_flags(cfg, "files")
     paths = sources.find(cfg.files)
-    stream.prepare(
-        cfg,
-        lambda: [sources.Files(paths, cfg.column, cfg.separator, cfg.val_fraction, cfg.max_documents)],
-        stream.source_of("prepare/text.py", cfg, FLAGS) + f" {sources.fingerprint(paths)}",
-    )
+    sources.warn_of_separator(paths, cfg.separator, cfg.keep_crlf)
+
+    def open_streams():
+        options = (cfg.column, cfg.separator, cfg.val_fraction, cfg.max_documents, cfg.keep_crlf)
+        return [sources.Files(paths, *options)]
+
+    stream.prepare(cfg, open_streams, stream.source_of("prepare/text.py", cfg, FLAGS), paths)

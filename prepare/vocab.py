@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -101,10 +102,10 @@ def train(cfg, spm, texts):
     """a new SentencePiece model of the first TRAIN_CHARS of the text, in the manner of LLaMA's: BPE with
     bytes for what has no piece, digits apart, nothing normalised, so that decoding gives the text back"""
 
-    failed = []
+    failed, left = [], TRAIN_CHARS
 
     def lines():
-        left = TRAIN_CHARS
+        nonlocal left
         try:
             for text in watched("tokenizer", texts):
                 for line in text.split("\n"):
@@ -138,14 +139,32 @@ def train(cfg, spm, texts):
             raise failed[0] from None
         text = " ".join(str(error).split())
         if found := re.search(r"value <= (\d+)|required_chars\. \d+ vs (\d+)", text):
-            word = (
-                f"large for so little text; at most {found[1]}" if found[1] else f"small; at least {found[2]}"
-            )
-            fail(f"vocab_size = {cfg.vocab_size} is too {word}, or --tokenizer=char")
+            if found[2]:
+                fail(f"vocab_size = {cfg.vocab_size} is too small; at least {found[2]}, or --tokenizer=char")
+            n = TRAIN_CHARS - left
+            how = f"{suited(n)} suits it; the largest possible is {found[1]}"
+            fail(f"vocab_size = {cfg.vocab_size} is too large for a text of {n:,} characters; {how}")
         fail(f"vocab_size = {cfg.vocab_size}: sentencepiece cannot train on this text: {text[-200:]}")
     if failed:
         raise failed[0]
     return out.getvalue()
+
+
+def suited(size):
+    """Return the flag for a tokenizer that suits so many characters of text: with some hundred characters, so
+    about 50 tokens or more, for each token of the vocabulary."""
+    vocab_size = 2 ** int(math.log2(max(1, size / 200)))
+    return f"--vocab_size={vocab_size}" if vocab_size >= 512 else "--tokenizer=char"
+
+
+def warn_if_large(vocab_size, n_tokens, size):
+    """Print a warning if a tokenizer trained here has too little text (tokens, bytes) for its vocabulary."""
+    if n_tokens < 50 * vocab_size and suited(size) != f"--vocab_size={vocab_size}":
+        each = f"{n_tokens / vocab_size:.1f} times on average"
+        print(
+            f"warning: vocab_size = {vocab_size:,} is large for {n_tokens:,} tokens of text: a model sees "
+            f"each {each}; {suited(size)} suits so little text (under another --name=)"
+        )
 
 
 def watched(desc, texts):

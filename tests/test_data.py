@@ -275,6 +275,7 @@ def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):
         (dict(dataset="arithmetic", data_dir=str(tmp_path)), "python prepare/arithmetic.py"),
         (dict(prepare="python prepare/x.py --y", dataset="x"), "make it: python prepare/x.py --y"),
         (dict(dataset="x", data_dir=str(tmp_path)), "holds no data set; --data_dir names another"),
+        (dict(dataset="mine"), "--name=mine --data_dir="),
         (dict(seq_len=600), "seq_len can be at most 499; or prepare more text"),
         (
             dict(seq_len=300, split="val"),
@@ -286,6 +287,16 @@ def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):
         with pytest.raises(SystemExit):
             windows(**dict(data_dir=data_dir) | changes)
         assert says in capsys.readouterr().err
+
+
+def test_a_text_that_is_read_many_times_is_worth_a_line(data_dir):
+    """rule: a warning for more than ten epochs of a text, but not of problems and games"""
+    rows = windows(data_dir)
+    epoch = rows.total * rows.seq_len
+    assert not rows.repetition(12 * epoch)
+    rows.meta["documents"] = {"train": 1, "val": 1}
+    assert not rows.repetition(10 * epoch)
+    assert "reads its text 12 times" in rows.repetition(12 * epoch)
 
 
 def test_tokenizer_names_the_character_it_does_not_have():

@@ -1,8 +1,15 @@
 """prepare/sources.py: documents of files and of the hub, and wrong input."""
 
+import csv
+import gzip
+import io
+import json
 import os
 import time
+from types import SimpleNamespace
 
+import formats
+import numpy as np
 import pytest
 import sources
 import stream
@@ -17,7 +24,7 @@ def test_every_kind_of_file(corpus, tmp_path, name):
     folder, documents = corpus
     flags = text_flags(folder, tmp_path, name, column="body" if "json" in name else "text")
     flags += ["--separator=<|end|>"] if name == "separated.txt" else []
-    run("prepare/text.py", *flags, patch="import sources; sources.LONGEST = 1000")
+    run("prepare/text.py", *flags, patch="import formats; formats.LONGEST = 1000")
     found = documents_of(tmp_path / "text")
     whole = "".join(documents)
     if name == "part*.txt":
@@ -57,6 +64,16 @@ BAD = {
     "model.txt": (b"abc\n" * 50, ["--tokenizer={path}"], "is no SentencePiece model"),
     "binary.txt": (b"\x80" * 3000, ["--val_fraction=0.5"], "is not UTF-8"),
     "trained.jsonl": (b'{"body": "a"}\n[1]\n', ["--tokenizer=sentencepiece"], "line 2 has no 'body'"),
+    "utf16.txt": ("text\n".encode("utf-16"), [], "iconv -f UTF-16"),
+    "plain16.txt": ("text\n".encode("utf-16-le"), [], "is not text: byte 1 is NUL"),
+    "archive.zip": (b"PK\x03\x04\x14\x00\x00\x00", [], "is not text: byte 5 is NUL"),
+    "fake.jsonl.gz": (b'{"body": "a"}\n', [], "is damaged, or not a .gz file"),
+    "packed.parquet.gz": (b"PAR1", [], "unpack it first"),
+    "other.csv": (b"id,title\n1,a\n", [], "has no column 'body', but id, title"),
+    "quote.csv": (b'id,body\n1,a\0b\n2,"caf\xe9"\n', [], "is NUL"),
+    "latin1.csv": (b"id,body\n1,a\n2,caf\xe9\n", [], "byte 17 (0xe9) is not UTF-8"),
+    "nulls.jsonl": (b'{"body": null}\n' * 5, ["--max_bad_rows=3"], "max_bad_rows = 3: rows without text"),
+    "one.txt": (b"one document", ["--separator=@@", "--val_fraction=0.9999"], "was left to train on of 1"),
     "fraction.txt": (b"abc\n" * 50, ["--val_fraction=1"], "val_fraction = 1.0 must be"),
 }
 
@@ -140,6 +157,203 @@ def test_endless_line_in_a_file(tmp_path, capsys):
         file.write("a" + "\u65e5" * 1_500_000)
     pieces = list(sources.Files([path], "text", "", 0.1).pieces(None))
     assert "".join(text for _, text, _, _ in pieces) == "a" + "\u65e5" * 1_500_000
-    assert max(len(text.encode()) for _, text, _, _ in pieces) <= sources.LONGEST
+    assert max(len(text.encode()) for _, text, _, _ in pieces) <= formats.LONGEST
     assert [(first, last) for _, _, first, last in pieces][0] == (True, False)
     assert capsys.readouterr().out.count("warning") == 1
+
+
+def of_files(paths, state=None, **options):
+    """(pieces, the state after each) of files, read from a state on"""
+    options = dict(column="text", separator="", val_fraction=0.1) | options
+    files = sources.Files([str(path) for path in paths], **options)
+    found = [(piece, files.state()) for piece in files.pieces(state)]
+    return [piece for piece, _ in found], [state for _, state in found]
+
+
+def written(path, content):
+    """a file with this content (bytes), packed as its ending says"""
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    elif path.suffix == ".zst":
+        packer = pytest.importorskip("zstandard").ZstdCompressor()
+        content = packer.compress(content[:20]) + packer.compress(content[20:])
+    path.write_bytes(content)
+    return path
+
+
+ROWS = ["a b\r\nc", "", "caf\u00e9", 'x, "y"\nz', " \n", "\u65e5\u672c", "\r", "last"]
+TABLE = io.StringIO(newline="")
+csv.writer(TABLE).writerows([["id", "text"], *enumerate(ROWS), ["short row"], []])
+OBJECTS = "\r\n".join(json.dumps({"text": text}) for text in [*ROWS, None, float("nan"), "\ud800", "end"])
+CONTENTS = {
+    "whole.txt": "\ufeff" + "one\r\n\r\ntwo words\rthree\n" * 40,
+    "whole.txt.gz": "one\r\n\r\ntwo words\rthree\n" * 40,
+    "endless.txt": "\u65e5" * 90 + "\r\n" + "a b" * 50,
+    "parts.txt": "\ufeffone\r\n\r\n\r\ntwo\n\nth\u00e9\r\rfour\r\n",
+    "parts.txt.gz": "one\r\n\r\n\r\ntwo\n\nth\u00e9\r\rfour\r\n",
+    "rows.jsonl": OBJECTS,
+    "rows.jsonl.gz": OBJECTS,
+    "rows.jsonl.zst": OBJECTS,
+    "rows.csv": "\ufeff" + TABLE.getvalue(),
+    "rows.tsv.gz": TABLE.getvalue().replace(",", "\t"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_every_file_continues_from_each_of_its_states(tmp_path, monkeypatch, name):
+    """rule: what is read from a state on is what would have been read without a stop, of all formats"""
+    monkeypatch.setattr(formats, "LONGEST", 16)
+    path = written(tmp_path / name, CONTENTS[name].encode())
+    options = dict(separator="\\n\\n" if name.startswith("parts") else "")
+    pieces, states = of_files([path, path], **options)
+    assert len(pieces) > 7
+    for n, state in enumerate(json.loads(json.dumps(states)), 1):
+        assert of_files([path, path], state, **options)[0] == pieces[n:]
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_line_ends_become_newlines(tmp_path, monkeypatch, name):
+    """rule: a text with the line ends of Windows or old Macs is the same text, unless they are kept"""
+    path = written(tmp_path / name, CONTENTS[name].encode())
+    separator = "\\n\\n" if name.startswith("parts") else ""
+
+    def texts(**more):
+        pieces, _ = of_files([path], separator=separator, **more)
+        return [text for split, text, _, _ in pieces if split is not None]
+
+    kept = texts(keep_crlf=True)
+    assert any("\r" in text for text in kept)
+    for longest in range(4, 30):  # wherever a file is cut into blocks
+        monkeypatch.setattr(formats, "LONGEST", longest)
+        assert not any("\r" in text or "\ufeff" in text for text in texts())
+        if not separator:
+            unified = [text.replace("\r\n", "\n").replace("\r", "\n") for text in kept]
+            assert "".join(texts()) == "".join(unified)
+
+
+def test_a_separator_of_line_ends_matches_them_all(tmp_path, monkeypatch):
+    """rule: '\\n\\n' ends a document in a text of any line ends, wherever blocks of the file are cut"""
+    monkeypatch.setattr(formats, "LONGEST", 5)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        text = "".join(rng.choice(["a", "b", "\r", "\n", "\r\n", "\r\n\r\n"], 30))
+        path = written(tmp_path / "a.txt", text.encode())
+        found = [text for _, text, _, _ in of_files([path], separator="\\n\\n")[0]]
+        parts = text.replace("\r\n", "\n").replace("\r", "\n").split("\n\n")
+        assert found == [part for part in parts if part.strip()]
+
+
+def test_rows_without_text_are_said_with_file_and_line(tmp_path):
+    """rule: a null, a NaN, an empty text and half a surrogate pair are no documents, in any format"""
+    path = written(tmp_path / "rows.jsonl", OBJECTS.encode())
+    bad = {place.split()[1]: why for split, why, place, _ in of_files([path])[0] if split is None}
+    assert bad == {"2": "empty", "5": "empty", "7": "empty"} | {
+        "9": "null",
+        "10": "null",
+        "11": "half a surrogate pair",
+    }
+    table = written(tmp_path / "rows.csv", TABLE.getvalue().encode())
+    bad = [(why, place.split()[1]) for split, why, place, _ in of_files([table])[0] if split is None]
+    assert bad == [("empty", "4"), ("empty", "9"), ("empty", "11"), ("null", "13")]
+
+
+def not_utf8(path):
+    """a .parquet file whose second of three texts is not UTF-8"""
+    import pyarrow
+    import pyarrow.parquet
+
+    raw = pyarrow.array([b"first", b"a\xed\xa0\x80b", b"third"])
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())})
+    pyarrow.parquet.write_table(table, path)
+
+
+def test_a_text_that_is_not_utf8_in_parquet(tmp_path):
+    """bug guarded: the UnicodeDecodeError of pyarrow, for files and for the hub"""
+    not_utf8(tmp_path / "train-00000-of-00001.parquet")
+    pieces, _ = of_files([tmp_path / "train-00000-of-00001.parquet"])
+    assert [text for _, text, _, _ in pieces] == ["first", "not UTF-8", "third"]
+    cfg = dict(repo=str(tmp_path), config="", column="text", revision="", max_documents=0)
+    hub = sources.Hub(SimpleNamespace(**cfg), "train", "")
+    found = [(piece, hub.state()) for piece in hub.pieces(None)]
+    assert [text for (_, text, _, _), _ in found] == ["first", "not UTF-8", "third"]
+    assert [piece for piece, _ in found][1:] == list(hub.pieces(found[0][1]))
+
+
+def test_a_hub_file_that_cannot_be_read_is_a_line(tmp_path, capsys):
+    """bug guarded: a traceback of pyarrow for half a surrogate pair in a .jsonl file of the hub"""
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    cfg = dict(repo=str(tmp_path), config="", column="text", revision="", max_documents=0)
+    with pytest.raises(SystemExit):
+        list(sources.Hub(SimpleNamespace(**cfg), "train", "").pieces(None))
+    line = capsys.readouterr().err.splitlines()[-1]  # datasets logs one before it
+    assert line.startswith("error: repo =") and "prepare/text.py --files= reads its files" in line
+
+
+def test_a_file_is_named_literally_before_it_is_a_pattern(tmp_path):
+    """rule: an existing file, or one in an existing folder, is found whatever characters its name has"""
+    (tmp_path / "a[1]").mkdir()
+    for name in ("a1.txt", "a[1].txt", "a[1]/b.txt"):
+        (tmp_path / name).write_text("text")
+
+    def found(pattern):
+        return [os.path.relpath(path, tmp_path) for path in sources.find(str(tmp_path / pattern))]
+
+    assert found("a[1].txt") == ["a[1].txt"]
+    assert found("a[1]/*.txt") == [os.path.join("a[1]", "b.txt")]
+    assert found("a[0-9].txt") == ["a1.txt"]
+
+
+@pytest.mark.parametrize("text", ["one line without an end", "first\nlast", "\u65e5" * 40])
+def test_the_end_of_one_line_is_held_out(tmp_path, text):
+    """rule: a text of few lines has a validation part, of whole words or characters"""
+    path = written(tmp_path / "a.txt", text.encode())
+    pieces, _ = of_files([path], val_fraction=0.3)
+    assert [split for split, _, _, _ in pieces] == ["train", "val"]
+    assert "".join(piece for _, piece, _, _ in pieces) == text
+    assert {(first, last) for _, _, first, last in pieces} == {(True, True)}
+
+
+def test_a_separator_that_never_occurs_is_reported(tmp_path, monkeypatch, capsys):
+    """rule: a warning, which no text gets that has the separator, even over the edge of a block"""
+    monkeypatch.setattr(formats, "LONGEST", 5)
+    path = str(written(tmp_path / "a.txt", b"abc\r\n\r\nd"))
+    sources.warn_of_separator([path], "\\n\\n", False)
+    assert not capsys.readouterr().out
+    sources.warn_of_separator([path], "\\n\\n", True)
+    assert "'\\\\n\\\\n' does not occur in" in capsys.readouterr().out
+
+
+def test_a_damaged_archive_is_told_in_a_line(tmp_path, capsys):
+    """bug guarded: EOFError of a .gz file that was not downloaded whole"""
+    path = written(tmp_path / "a.jsonl.gz", OBJECTS.encode())
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(SystemExit):
+        of_files([path])
+    assert "a.jsonl.gz is damaged" in capsys.readouterr().err
+
+
+def test_content_decides_whether_files_have_changed(tmp_path, capsys):
+    """rule: a touched file is the same, an edited one is not, and a data set that an earlier version made
+    (with the hash of sizes and times) is recognised"""
+    path, folder = str(written(tmp_path / "a.txt", b"text")), str(tmp_path)
+    source, stamp = stream.source_now(folder, "options", [path])
+    for known in (dict(source=source, stamp=stamp), dict(source=f"options {stamp}")):
+        (tmp_path / "meta.json").write_text(json.dumps(known))
+        assert stream.source_now(folder, "options", [path])[0] == known["source"]
+    (tmp_path / "meta.json").write_text(json.dumps(dict(source=source, stamp=stamp)))
+    os.utime(path, (1, 1))
+    assert stream.source_now(folder, "options", [path])[0] == source
+    written(tmp_path / "a.txt", b"tex.")
+    for options, expected in (("options", "the files have changed"), ("others", "holds another data set")):
+        with pytest.raises(SystemExit):
+            stream.source_now(folder, options, [path])
+        assert expected in capsys.readouterr().err
+
+
+def test_newer_flags_leave_the_source_as_it_was():
+    """rule: a data set made before a flag existed is the same data set while the flag has its default"""
+    flags = dict(files=("", ""), name=("", ""), max_bad_rows=(9, ""), keep_crlf=(False, ""))
+    cfg = SimpleNamespace(files="a.txt", name="x", max_bad_rows=3, keep_crlf=False)
+    assert stream.source_of("prepare/text.py", cfg, flags) == "prepare/text.py --files=a.txt"
+    cfg.keep_crlf = True
+    assert stream.source_of("prepare/text.py", cfg, flags).endswith(" --keep_crlf=True")

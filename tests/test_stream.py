@@ -9,6 +9,7 @@ import time
 import tokens
 import numpy as np
 import pytest
+import sources
 import stream
 import vocab
 from conftest import run, start
@@ -31,7 +32,8 @@ def test_text_comes_back(corpus, tmp_path, tokenizer):
     assert 0 < len(found["val"]) < 60
     ids, meta, ours = read(tmp_path / "text")
     known = "dataset dtype vocab_size tokens bytes shards tokenizer eot source complete documents seconds"
-    assert list(meta) == [*known.split(), "revision"], "no bos: as before there was one"
+    known += " revision stamp skipped"
+    assert list(meta) == known.split(), "no bos: as before there was one"
     for split, row in ids.items():
         assert row == sum([[*ours.encode(text), meta["eot"]] for text in found[split]], [meta["eot"]])
     assert read(tmp_path / "text")[2].decode([60_000, 5, 60_000]) == read(tmp_path / "text")[2].decode([5])
@@ -112,7 +114,7 @@ def test_killed_and_continued(corpus, tmp_path, name, more):
     """bug guarded: a document lost or repeated where a preparation was killed, and a shard that is counted
     twice"""
     folder, _ = corpus
-    patch = PATCH + "import sources; sources.LONGEST = 1000\n"
+    patch = PATCH + "import formats; formats.LONGEST = 1000\n"
     run("prepare/text.py", *text_flags(folder, tmp_path / "whole", name), *more, patch=patch)
     flags = [*text_flags(folder, tmp_path / "killed", name), *more]
     place, progress, kills = tmp_path / "killed" / "text", {}, 0
@@ -164,7 +166,8 @@ def test_interrupt_says_how_to_go_on(corpus, tmp_path):
         assert child.poll() is None, child.communicate()
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=20)
-    assert child.returncode == 130 and "same command goes on" in err and "Traceback" not in err
+    assert child.returncode == 130 and "same command goes on" in err
+    assert "Traceback" not in err and "leaked" not in err, err
 
 
 FULL = """
@@ -310,6 +313,51 @@ def test_no_two_sources_in_one_folder(corpus, tmp_path):
     run("prepare/text.py", *flags)
     _, err = run("prepare/text.py", *flags, "--val_fraction=0.1", code=2)
     assert "holds another data set" in err
+
+
+def test_skipped_rows_survive_a_kill(tmp_path, monkeypatch, capsys):
+    """rule: from each mark on, the rows without text are counted to the same sums, and only the first of a
+    kind are shown"""
+    monkeypatch.setattr(stream, "CHUNK_CHARS", 10)
+    rows = ['{"text": "abcdef"}', '{"text": null}', '{"text": ""}'] * 9 + ['{"text": NaN}'] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    cfg = config.SimpleNamespace(val_fraction=0.0, max_bad_rows=24)
+    streams = [sources.Files([str(tmp_path / "a.jsonl")], "text", "", 0.0)] * 2
+
+    def marks(start):
+        return [mark for _, mark, _ in stream.chunks(cfg, streams, start)]
+
+    whole = json.loads(json.dumps(marks(stream.START)))
+    assert whole[-1]["skipped"] == {"null": 24, "empty": 18}
+    for n, mark in enumerate(whole, 1):
+        assert marks(mark) == whole[n:]
+    assert capsys.readouterr().err.count("(null)") == stream.SHOWN
+    cfg.max_bad_rows = 23
+    with pytest.raises(SystemExit):
+        marks(whole[5])
+    assert "max_bad_rows = 23: rows without text: 18 empty, 24 null" in capsys.readouterr().err
+
+
+def test_a_small_text_gets_a_small_vocabulary(capsys):
+    """rule: what is suggested is not warned of, and what is warned of is not suggested"""
+    assert [vocab.suited(size) for size in (0, 50_000, 110_000, 10**7)] == [
+        "--tokenizer=char",
+        "--tokenizer=char",
+        "--vocab_size=512",
+        "--vocab_size=32768",
+    ]
+    vocab.warn_if_large(512, 110_000 // 3, 110_000)
+    assert not capsys.readouterr().out
+    vocab.warn_if_large(4096, 8409, 30_000)
+    assert "each 2.1 times on average; --tokenizer=char" in capsys.readouterr().out
+
+
+def test_a_nul_in_a_prompt_is_not_the_end_of_a_text():
+    """bug guarded: the place of the end-of-text token among the characters read as a character"""
+    tokenizer = make_tokenizer(tokens.char_tokenizer("\0ab"))
+    assert tokenizer.encode("ba") == [2, 1]
+    with pytest.raises(ValueError, match="it has 'ab'"):
+        tokenizer.encode("a\0b")
 
 
 class Flaky:
