@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from conftest import lines, run
-from parts import llama_like
+from parts import llama_folder
 
 import checkpoint
 import config
@@ -22,20 +22,7 @@ SHAPE |= dict(norm_eps=1e-3, tie_embeddings=False)
 def folders(tmp_path_factory):
     """{llama: the folder of a Llama, data: data sets of its tokenizer, runs}"""
     found = {name: tmp_path_factory.mktemp(name) for name in ("llama", "data", "runs")}
-    torch.manual_seed(0)
-    how = transformers.LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-3,
-        rope_theta=500.0,
-        max_position_embeddings=64,
-    )
-    transformers.LlamaForCausalLM(how).save_pretrained(found["llama"])
-    (found["llama"] / "tokenizer.model").write_bytes(llama_like()["content"])
+    llama_folder(found["llama"])
     text = found["data"] / "text.jsonl"
     rows = [f"the cat sat on the mat, and {i} birds" for i in range(100)]
     text.write_text("".join(json.dumps(dict(text=row)) + "\n" for row in rows))
