@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import lines, run
+from conftest import lines, run, write_data
 from parts import llama_folder
 
 import checkpoint
@@ -88,6 +88,12 @@ def test_what_disagrees_is_named_all_together(folders, data_dir):
     for text in ("n_layer = 3", "ffn_dim = 128", "rope_theta = 10000.0", "the tokenizer of dataset = 'tiny'"):
         assert text in err
     assert err.count("error: init_from") == 4
+    large = write_data(folders["data"] / "large", vocab_size=400)
+    err = train_llama(folders, "x", code=2, dataset="tiny", data_dir=large, sample_every=0)[1]
+    assert (
+        "vocab_size = 320 is less than the 400 ids" in err
+        and "prepare the data set with the tokenizer there" in err
+    )
 
 
 def test_a_run_begins_with_the_llama(folders, tmp_path):
