@@ -69,7 +69,11 @@ def checked_meta(cfg, folder, split="", verify=False):
         raise Damaged(f"data set {folder} is not complete; {how}; to train while it runs: --tokenize_on_fly")
     if cfg.vocab_size and cfg.vocab_size < found["vocab_size"]:
         ids = found["vocab_size"]
-        raise Damaged(f"vocab_size = {cfg.vocab_size} is less than the {ids} ids of {folder}; set it to 0")
+        source = cfg.origin.get("vocab_size", "")
+        how = "set it to 0"
+        if source.startswith("init_from"):
+            how = f"it is that of {source}: prepare the data set with the tokenizer there"
+        raise Damaged(f"vocab_size = {cfg.vocab_size} is less than the {ids} ids of {folder}; {how}")
     check_shards(folder, found, split, verify)
     return found
 

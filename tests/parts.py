@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 
 import pytest
 import torch
@@ -62,6 +63,18 @@ def sentencepiece(**changes):
 def llama_like():
     """a tokenizer whose texts begin with another token than they end with, as those of public Llamas"""
     return sentencepiece() | dict(bos=1)
+
+
+def llama_folder(path):
+    """make path the folder of a small Llama of another origin, with a tokenizer that has a bos"""
+    transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=320, hidden_size=32, intermediate_size=64, max_position_embeddings=64)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    how = transformers.LlamaConfig(**sizes, rms_norm_eps=1e-3, rope_theta=500.0)
+    transformers.LlamaForCausalLM(how).save_pretrained(path)
+    with open(os.path.join(path, "tokenizer.model"), "wb") as file:
+        file.write(llama_like()["content"])
 
 
 def tiktoken(pattern=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"):

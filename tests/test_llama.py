@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from conftest import lines, run
-from parts import llama_like
+from conftest import lines, run, write_data
+from parts import llama_folder
 
 import checkpoint
 import config
@@ -22,20 +22,7 @@ SHAPE |= dict(norm_eps=1e-3, tie_embeddings=False)
 def folders(tmp_path_factory):
     """{llama: the folder of a Llama, data: data sets of its tokenizer, runs}"""
     found = {name: tmp_path_factory.mktemp(name) for name in ("llama", "data", "runs")}
-    torch.manual_seed(0)
-    how = transformers.LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-3,
-        rope_theta=500.0,
-        max_position_embeddings=64,
-    )
-    transformers.LlamaForCausalLM(how).save_pretrained(found["llama"])
-    (found["llama"] / "tokenizer.model").write_bytes(llama_like()["content"])
+    llama_folder(found["llama"])
     text = found["data"] / "text.jsonl"
     rows = [f"the cat sat on the mat, and {i} birds" for i in range(100)]
     text.write_text("".join(json.dumps(dict(text=row)) + "\n" for row in rows))
@@ -101,6 +88,12 @@ def test_what_disagrees_is_named_all_together(folders, data_dir):
     for text in ("n_layer = 3", "ffn_dim = 128", "rope_theta = 10000.0", "the tokenizer of dataset = 'tiny'"):
         assert text in err
     assert err.count("error: init_from") == 4
+    large = write_data(folders["data"] / "large", vocab_size=400)
+    err = train_llama(folders, "x", code=2, dataset="tiny", data_dir=large, sample_every=0)[1]
+    assert (
+        "vocab_size = 320 is less than the 400 ids" in err
+        and "prepare the data set with the tokenizer there" in err
+    )
 
 
 def test_a_run_begins_with_the_llama(folders, tmp_path):
