@@ -117,7 +117,7 @@ def trend(values, window):
     squares = [(b - a) ** 2 for half in (old, new) for a, b in zip(half, half[1:])]
     change, error = statistics.mean(new) - statistics.mean(old), math.sqrt(statistics.mean(squares) / k)
     both = old + new
-    means = [statistics.mean(both[i : i + 5]) for i in range(len(both) - 4)]
+    means = [sum(both[i : i + 5]) / 5 for i in range(len(both) - 4)]
     noise = statistics.median(abs(b - a) for a, b in zip(both, both[1:])) / 0.954 / math.sqrt(5)
     jump = means[-1] - min(means)
     jump = jump if jump > max(JUMP * noise, 0.01 * abs(min(means))) else 0.0
