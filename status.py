@@ -272,7 +272,8 @@ def warnings(run, now, limit, window):
         what = now["why"] or "by an error that is not known"
         remedy = f"; {go_on}"
         if "out of memory" in what.lower():
-            remedy = f"; lower batch_size and leave total_batch_size as it is, then {go_on}"
+            total = settings.get("total_batch_size")  # of a run that did not set it, it would shrink too
+            remedy = f"; lower batch_size, with --total_batch_size={total or '...'}, and {go_on}"
         elif re.match(r"\w+: ", what):  # an exception; other errors name their remedy
             remedy = f"; the traceback is where the run printed; once its cause is gone, {go_on}"
         elif ";" in what:
