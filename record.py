@@ -131,6 +131,8 @@ def parsed(line, name):
 
     This is the one place that checks, so that a reader may rely on what it gets.
     """
+    if not line.isascii():  # to_json escapes what is not
+        return None
     try:
         row = json.loads(line, parse_constant=lambda constant: None)  # NaN and infinity
     except (ValueError, RecursionError):

@@ -117,7 +117,7 @@ def trend(values, window):
     squares = [(b - a) ** 2 for half in (old, new) for a, b in zip(half, half[1:])]
     change, error = statistics.mean(new) - statistics.mean(old), math.sqrt(statistics.mean(squares) / k)
     both = old + new
-    means = [statistics.mean(both[i : i + 5]) for i in range(len(both) - 4)]
+    means = [sum(both[i : i + 5]) / 5 for i in range(len(both) - 4)]
     noise = statistics.median(abs(b - a) for a, b in zip(both, both[1:])) / 0.954 / math.sqrt(5)
     jump = means[-1] - min(means)
     jump = jump if jump > max(JUMP * noise, 0.01 * abs(min(means))) else 0.0
@@ -272,7 +272,8 @@ def warnings(run, now, limit, window):
         what = now["why"] or "by an error that is not known"
         remedy = f"; {go_on}"
         if "out of memory" in what.lower():
-            remedy = f"; lower batch_size and leave total_batch_size as it is, then {go_on}"
+            total = settings.get("total_batch_size")  # of a run that did not set it, it would shrink too
+            remedy = f"; lower batch_size, with --total_batch_size={total or '...'}, and {go_on}"
         elif re.match(r"\w+: ", what):  # an exception; other errors name their remedy
             remedy = f"; the traceback is where the run printed; once its cause is gone, {go_on}"
         elif ";" in what:

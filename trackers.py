@@ -19,6 +19,7 @@ import time
 
 import record
 from config import library, settings_of
+from terminal import printable
 
 LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 TIMEOUT = 60  # seconds that W&B is given to begin, and to end
@@ -125,7 +126,7 @@ class Mirror(threading.Thread):
                     return close()
                 log(*line)
         except BaseException as error:  # whatever it raises, SystemExit too, training goes on
-            self.fault = " ".join(f"{type(error).__name__}: {error}".split())
+            self.fault = printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
     def check(self):
         hangs = time.monotonic() - self.busy_since > HANGS

@@ -78,6 +78,7 @@ def test_values_take_the_type_of_the_default():
         (["--total_tokens=100"], ["max_steps = 10, total_tokens = 100"]),
         (["--max_steps=0"], ["has no length", "config/train_simple.py"]),
         (["--run_id=../x"], ["run_id = '../x'"]),
+        (["--run_id=a\x1b[2J\nb"], ["run_id = 'a\\x1b[2J\\nb'", "control character"]),
         (["--patience=2", "--eval_every=0"], ["patience = 2", "eval_every"]),
         (["--log_every"], ["--log_every needs a value"]),
         (["--run_id", "--resume=auto"], ["--run_id needs a value"]),

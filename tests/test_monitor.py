@@ -261,7 +261,7 @@ def test_one_line_is_seen_in_a_picture(tmp_path, monkeypatch):
 def test_names_of_runs_in_pictures(tmp_path, monkeypatch, recwarn):
     """bugs guarded: letters that the font lacks drawn as boxes, with warnings; a name read as a formula; one
     that the legend leaves out"""
-    names = ["\u65e5\u672c", "$x", "_y", "a\x1b[2J"]
+    names = ["\u65e5\u672c", "$\\frac$", "_y", "a\x1b[2J"]
     runs = [write_run(tmp_path / name, losses=noisy(0.01), evals=[(10, 2.1)]) for name in names]
     figure = caught(monkeypatch, [*runs, "--plot=x.png"])
     figure.savefig(tmp_path / "out.png")
@@ -327,10 +327,10 @@ def test_a_screen_shows_only_what_is_known(tmp_path):
 
 def test_a_narrow_table_keeps_names(tmp_path):
     """bug guarded: names cut to eight letters at 60 columns, and rows that wrap"""
-    path = write_run(tmp_path / "train_tinystories_b", losses=[1.0], max_steps=10**6)
+    path = write_run(tmp_path / "train_tinystories_300m_twin", losses=[1.0], max_steps=10**6)
     for width in (60, 80):
         rows = monitor.table([status.status(path)] * 2, width)
-        assert all(len(row) <= width for row in rows) and rows[1].startswith("train_tinystories_b ")
+        assert all(len(row) <= width for row in rows) and rows[1].startswith("train_tinystories_300m_twin ")
 
 
 def test_a_run_is_found_by_its_name(real, monkeypatch, capsys):

@@ -242,14 +242,15 @@ def test_the_beginning_of_a_short_run_is_left_out(tmp_path):
     "what, says",
     [
         ("9 steps in a row were not finite; start again with a lower learning_rate", "not finite"),
-        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GB", "lower batch_size and leave"),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GB", "with --total_batch_size=512, and"),
         ("KeyError: 'x'", "once its cause is gone, repeat the command with --resume=auto"),
     ],
 )
 def test_a_run_that_ended_itself_gets_the_advice_of_its_error(tmp_path, what, says):
     """bug guarded: `go on with the same command` for a run that ends the same way each time"""
     failed = dict(event="failed", step=600, what=what, time=time.time())
-    found = status.status(write_run(tmp_path / "r", losses=noisy(0.01), events=[failed], pid=DEAD))
+    how = dict(events=[failed], pid=DEAD, total_batch_size=512)
+    found = status.status(write_run(tmp_path / "r", losses=noisy(0.01), **how))
     assert (found["state"], found["why"], heads(found)) == ("failed", what, ["failed"])
     assert says in found["warnings"][0] and ("row" not in what or "--resume" not in found["warnings"][0])
     assert "no step is saved" in found["warnings"][0] or "row" in what
