@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import config
 import files
 from config import RANK, WORLD, fail, settings_of
 from files import write_json
+from terminal import command_line
 
 SCALARS, BITNET = os.path.join("metrics", "scalars.jsonl"), os.path.join("metrics", "bitnet.jsonl")
 ROUTER = os.path.join("metrics", "router.jsonl")
@@ -269,8 +269,7 @@ def resume_command(run_dir):
     if WORLD > 1:
         python = ["torchrun", f"--nproc_per_node={WORLD}"]
     script = os.path.join(os.path.dirname(sys.argv[0]), "train.py")
-    command = [*python, script, f"--resume={run_dir}"]
-    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+    return command_line([*python, script, f"--resume={run_dir}"])
 
 
 def finished(run_dir, cfg, step, patience):

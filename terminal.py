@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import shlex
 import signal
 import sys
 
@@ -50,10 +49,10 @@ def survive_lost_output():
 def command_line(args):
     """Return args (a list) as the line that a shell of this system takes them from."""
     if os.name == "nt":
-        from subprocess import list2cmdline
-
-        return list2cmdline(args)
-    return shlex.join(args)
+        from subprocess import list2cmdline as join
+    else:
+        from shlex import join
+    return join(args)
 
 
 class Pipe(io.FileIO):

@@ -52,8 +52,7 @@ def test_windows_trains_and_resumes(folders):
     "command, says",
     [
         ("sample.py --ckpt={run} --prompt=1 --max_new_tokens=3", "1"),
-        ("sample.py --ckpt={run} --chat --max_new_tokens=3", ""),
-        ("evaluate.py --ckpt={run} --data_dir={data_dir} --eval_tokens=64", "val_loss"),
+        ("evaluate.py --ckpt={run} --data_dir={data_dir} --eval_tokens=64 --packed=False", "val_loss"),
         ("monitor.py {run}", "state"),
         ("export.py --ckpt={run} --format=hf --out={folder}/hf", ""),
         ("bench.py --help", "--plan"),
@@ -64,6 +63,22 @@ def test_windows_runs(folders, command, says):
     script, *args = command.split()
     out, _ = run(script, *(arg.format(**folders) for arg in args), patch=PATCH)
     assert says in out
+
+
+TYPED = """
+import io
+class Typed(io.StringIO):
+    def isatty(self): return True
+    def reconfigure(self, **options): pass
+sys.stdin = Typed("1 bird\\n\\n")
+"""
+
+
+def test_windows_chats_on_a_terminal(folders):
+    """bug guarded: select, which knows only sockets there, after the first message"""
+    chat = [f"--ckpt={folders['run']}", "--chat", "--max_new_tokens=2"]
+    out, _ = run("sample.py", *chat, patch=PATCH + TYPED)
+    assert out.count("\n") >= 2, "an answer to each of the two messages"
 
 
 def test_windows_removes_what_has_only_begun(folders):
@@ -82,7 +97,7 @@ def test_windows_removes_what_has_only_begun(folders):
     run("export.py", *export, "--force", patch=PATCH)  # replaces it
 
 
-@pytest.mark.parametrize("patch, code", [(PATCH, 1), ("", -13)])
+@pytest.mark.parametrize("patch, code", [(PATCH, 1), ("", -13)], ids=["Windows", "others"])
 @pytest.mark.parametrize("command", ["train.py --help", "monitor.py {run}"])
 def test_a_program_ends_with_its_reader(folders, command, patch, code):
     """bug guarded: a traceback, or an error line, after `| head` has ended"""
@@ -169,7 +184,8 @@ COMMANDS = {  # what each needs to get to its imports
     "export.py": ["--ckpt=x", "--format=hf", "--out=x"],
     "bench.py": ["config/train_simple.py"],
     "monitor.py": ["--help"],
-} | {path: [] for path in glob.glob("prepare/*.py", root_dir=ROOT)}
+    **{f"prepare/{name}.py": [] for name in ("arithmetic", "text", "lambada", "blimp", "tinystories")},
+}
 
 
 def test_a_missing_requirement_is_explained_by_every_command():
@@ -194,3 +210,40 @@ def test_the_remedy_is_the_environment_if_there_is_one(monkeypatch, tmp_path, ca
             config.explain_missing(type(error), error, None)
         assert remedy in capsys.readouterr().err
         (tmp_path / ".venv").mkdir(exist_ok=True)
+
+
+FAKE = """#!/bin/sh
+echo "$@" >>calls
+case "$1" in
+  -c) {usable} ;;
+  --version) echo Python 3.10.12 ;;
+esac
+[ "$2 $3" != "venv --clear" ] || {{ mkdir -p .venv/bin && cp "$0" .venv/bin/python; }}
+"""
+
+
+def make_setup(folder, usable):
+    """`make setup` with a Python that is usable or not: (exit code, stderr, what the Pythons were asked)"""
+    (folder / "calls").write_text("", encoding="utf-8")
+    fake(folder / "other_python", usable)
+    command = ["make", "-f", os.path.join(ROOT, "Makefile"), "setup", f"PYTHON={folder}/other_python"]
+    child = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    return child.returncode, child.stderr, (folder / "calls").read_text(encoding="utf-8")
+
+
+def fake(path, usable):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(FAKE.format(usable=f"exit {int(not usable)}"), encoding="utf-8")
+    path.chmod(0o755)
+
+
+def test_make_setup_checks_the_python(tmp_path):
+    """bugs guarded: a wall of version numbers from pip with an old Python; a .venv that keeps the old one"""
+    (tmp_path / "requirements.txt").write_text("", encoding="utf-8")
+    fake(tmp_path / ".venv" / "bin" / "python", usable=False)
+    code, err, calls = make_setup(tmp_path, usable=False)
+    assert code == 2 and "is Python 3.10.12; Python 3.11 to 3.13 is needed" in err and "venv" not in calls
+    code, err, calls = make_setup(tmp_path, usable=True)
+    assert code == 0 and "-m venv --clear .venv" in calls and "pip install" in calls
+    code, err, calls = make_setup(tmp_path, usable=False)  # a .venv that works needs no other Python
+    assert code == 0 and "venv" not in calls and "pip install" not in calls
