@@ -54,18 +54,18 @@ terminal.end_with_output()
 
 from tqdm import tqdm
 
-import checkpoint
 import data
 import device as machine
 import record
 import tasks
+import weights
 from inference import restore
 from model import mean_loss
 from tokenizer import bos_of, make_tokenizer
 
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
-part, folder = checkpoint.trained(cfg.ckpt)
+part, folder = weights.trained(cfg.ckpt)
 trained = part["config"]
 cfg.dataset = cfg.dataset or trained["dataset"]
 if cfg.origin["data_dir"] == "default":

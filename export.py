@@ -72,6 +72,7 @@ import gguf_file
 import hf
 import record
 import verify
+import weights
 
 torch.set_grad_enabled(False)
 
@@ -101,8 +102,8 @@ def validation(part):
 
 def compared(size):
     """the size of an export beside that of the weights it was made from"""
-    weights = {w.data_ptr(): w for w in part["model"].values()}.values()
-    return f" ({size / sum(w.nbytes for w in weights):.0%} of the float32 weights)"
+    tensors = {w.data_ptr(): w for w in part["model"].values()}.values()
+    return f" ({size / sum(w.nbytes for w in tensors):.0%} of the float32 weights)"
 
 
 make_room()
@@ -112,7 +113,7 @@ if cfg.verify:
 config.need_packages(needed, "export,verify" if cfg.verify else "export")
 if hf.is_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is a folder for transformers already; give a run, as the one it was made from")
-part, folder = checkpoint.trained(cfg.ckpt)
+part, folder = weights.trained(cfg.ckpt)
 run_dir = os.path.dirname(os.path.dirname(os.path.abspath(folder)))
 if os.path.abspath(folder) != checkpoint.step_dir(run_dir, part["step"]):
     run_dir = ""  # one that was set aside or copied: its run's curve is of others

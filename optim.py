@@ -44,7 +44,7 @@ def line(x, x0, x1, y0, y1):
 def final_rates(cfg):
     """Return the learning rates at the end of stage 1 and at the end of the run, as fractions of
     learning_rate. A run from before they were fractions may hold a number that no fraction gives to the last
-    bit: checkpoint.keep_rates gives it to cfg under its former name."""
+    bit: resume.keep_rates gives it to cfg under its former name."""
     return [getattr(cfg, former, cfg.learning_rate * getattr(cfg, ratio)) for former, ratio in RATIOS.items()]
 
 

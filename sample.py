@@ -88,9 +88,9 @@ import select
 
 import torch
 
-import checkpoint
 import device as machine
 import tictactoe as game
+import weights
 from inference import generate, lighten_head, restore
 from tokenizer import TextStream, bos_of, encode_prompt, make_tokenizer
 
@@ -273,7 +273,7 @@ def play():
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
 text = "" if cfg.play else read_prompt()
-part, _ = checkpoint.trained(cfg.ckpt)
+part, _ = weights.trained(cfg.ckpt)
 if cfg.play and part["tokenizer"].get("chars") != game.CHARS:
     trained = f"was trained on {part['config']['dataset']!r}, not on games of tic-tac-toe"
     config.fail(f"ckpt = {cfg.ckpt!r} {trained}; --play needs a model of config/train_tictactoe.py")

@@ -37,8 +37,10 @@ import optim
 import quant
 import ranks
 import record
+import resume
 import samples
 import trackers
+import weights
 from config import fail
 from model import Transformer, mean_loss, router_health, router_loss
 from tokenizer import bos_of, make_tokenizer, with_content
@@ -69,7 +71,7 @@ prompts = samples.encode(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg.sample_e
 
 ranks.leave_on_signal()  # an empty folder of the run does not stay
 run_dir = os.path.join(cfg.out_dir, cfg.run_id)
-origin, same_run, passed_over = ranks.from_main(lambda: checkpoint.origin(cfg, run_dir))
+origin, same_run, passed_over = ranks.from_main(lambda: resume.origin(cfg, run_dir))
 torch.manual_seed(cfg.seed)
 model = Transformer(cfg)  # drawn on the CPU: the same initial weights on every device
 counts = model.counts()
@@ -86,9 +88,7 @@ routers, n_routers = torch.zeros((), device=device), 0
 skipped, told = 0, 0  # steps whose loss or gradient was not finite, and those of them already reported
 if origin:
     tokens = data.digest(meta)
-    former = checkpoint.resume(
-        cfg, origin, run_dir, same_run, tokenizer_spec, tokens, model, optimizers, scaler
-    )
+    former = resume.restore(cfg, origin, run_dir, same_run, tokenizer_spec, tokens, model, optimizers, scaler)
     step, (skipped, told) = former["step"], former["skipped"]
     best, stale_evals = former["best"], former["stale_evals"]
     if cfg.n_expert:
@@ -101,8 +101,8 @@ if origin:
         print(record.to_json(end["result"]))
         raise SystemExit(0)
 elif cfg.init_from:
-    part = checkpoint.initial(cfg.init_from)
-    checkpoint.must_agree(cfg, part, tokenizer_spec, checkpoint.SHAPE, f"init_from {cfg.init_from}")
+    part = weights.initial(cfg.init_from)
+    resume.must_agree(cfg, part, tokenizer_spec, resume.SHAPE, f"init_from {cfg.init_from}")
     checkpoint.check_shapes(cfg.init_from, part["model"], model.state_dict())
     ranks.load(model, [], part["model"], [])
     del part
@@ -192,16 +192,16 @@ def save(why):
     whether it is on disk: a full disk costs a warning, and leaves what was there."""
     if ranks.share(checkpoint.has_manifest(run_dir, step)):
         return True
-    weights = ranks.gather(model.state_dict())
+    state = ranks.gather(model.state_dict())
     if cfg.tie_embeddings:  # gathered from shards they would be two
-        weights["head.weight"] = weights["embed.weight"]
+        state["head.weight"] = state["embed.weight"]
     model_part = dict(
         format=checkpoint.FORMAT,
         step=step,
         tokens=step * cfg.total_batch_size,
         config=config.settings_of(cfg),
         tokenizer=tokenizer_spec,
-        model=weights,
+        model=state,
     )
     trainer_part = dict(
         format=checkpoint.FORMAT,

@@ -16,7 +16,9 @@ from parts import part_of
 
 import checkpoint
 import record
+import resume
 import samples
+import weights
 from checkpoint import MODEL, TRAINER
 from files import write_json
 from model import Transformer
@@ -180,7 +182,7 @@ def test_a_checkpoint_that_cannot_be_read_now_stops_a_resume(run_dir, monkeypatc
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", failing)
-    for choose in (checkpoint.newest_resumable, lambda path: checkpoint.locate(path)):
+    for choose in (resume.newest_resumable, lambda path: checkpoint.locate(path)):
         with pytest.raises(SystemExit) as stop:
             choose(run_dir)
         assert stop.value.code == 1 and "checkpoint.pt cannot be read now" in capsys.readouterr().err
@@ -193,7 +195,7 @@ def test_whole_weights_are_not_abandoned(run_dir, capsys):
     for step in (5, 10):
         flip(os.path.join(checkpoint.step_dir(run_dir, step), TRAINER))
     with pytest.raises(SystemExit) as stop:
-        checkpoint.newest_resumable(run_dir)
+        resume.newest_resumable(run_dir)
     said = capsys.readouterr().err
     assert stop.value.code == 1 and f"--init_from={checkpoint.step_dir(run_dir, 10)} with another" in said
     assert os.path.isdir(checkpoint.step_dir(run_dir, 10))
@@ -206,7 +208,7 @@ def test_a_link_to_another_disk_is_the_same_run(tmp_path):
     os.symlink(elsewhere, os.path.join(run_dir, "checkpoints"))
     save(run_dir, 5), save(run_dir, 10)
     cfg = settings(resume=run_dir, run_id="r", out_dir=str(tmp_path))
-    assert checkpoint.origin(cfg, run_dir) == (checkpoint.step_dir(run_dir, 10), True, [])
+    assert resume.origin(cfg, run_dir) == (checkpoint.step_dir(run_dir, 10), True, [])
     record.lock.release()
     os.rename(checkpoint.step_dir(run_dir, 5), str(tmp_path / "kept"))
     os.symlink(str(tmp_path / "kept"), checkpoint.step_dir(run_dir, 5))
@@ -268,11 +270,11 @@ def test_what_must_agree_is_refused_by_name(capsys, name):
         "tokenizer": {"sha256": "else" if name == "tokenizer" else "0", "eot": 0},
     }
     if name == "beta1":  # may change, and is told
-        checkpoint.must_agree(cfg, part, {"sha256": "0", "eot": 0}, checkpoint.RUN, "resume")
+        resume.must_agree(cfg, part, {"sha256": "0", "eot": 0}, resume.RUN, "resume")
         assert "changed: beta1 = 0.9, the checkpoint has 'else'" in capsys.readouterr().out
         return
     with pytest.raises(SystemExit) as stop:
-        checkpoint.must_agree(cfg, part, {"sha256": "0", "eot": 0}, checkpoint.RUN, "resume")
+        resume.must_agree(cfg, part, {"sha256": "0", "eot": 0}, resume.RUN, "resume")
     assert stop.value.code == 2 and name in capsys.readouterr().err
 
 
@@ -544,7 +546,7 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES)
 def test_sizes_are_compared_with_the_tensors(run_dir, sizes):
     """rule: what a checkpoint.pt claims is compared with what it holds, before anything is built"""
-    err = refusal(checkpoint.trained, write(run_dir, config=sizes))
+    err = refusal(weights.trained, write(run_dir, config=sizes))
     assert err.startswith("error: ") and err.count("\n") == 1
     assert next(iter(sizes)) in err or "shape" in err
 
@@ -571,7 +573,7 @@ def test_sizes_are_compared_with_the_tensors(run_dir, sizes):
 def test_what_a_checkpoint_lacks_is_named(run_dir, changes, says):
     """rule: a part that is missing, of another type or not finite is named in one line, with all text from
     the file escaped"""
-    err = refusal(checkpoint.trained, write(run_dir, **changes))
+    err = refusal(weights.trained, write(run_dir, **changes))
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
 
 
@@ -580,14 +582,14 @@ def test_a_tensor_that_is_missing_is_named(run_dir):
     del weights["blocks.1.ffn_norm.weight"]
     part = part_of() | dict(format=checkpoint.FORMAT, step=1, model=weights)
     folder = checkpoint.save(run_dir, 1, part, {})
-    assert "blocks.1.ffn_norm.weight: shape none in the file" in refusal(checkpoint.trained, folder)
+    assert "blocks.1.ffn_norm.weight: shape none in the file" in refusal(weights.trained, folder)
 
 
 def test_parts_of_two_steps_are_not_resumed(run_dir):
     """rule: checkpoint.pt and trainer.pt of different steps are refused, though the manifest agrees"""
     folder = write(run_dir, 60, trainer=dict(step=50))
     model = Transformer(settings())
-    err = refusal(checkpoint.resume, settings(), folder, run_dir, True, {}, {}, model, [], None)
+    err = refusal(resume.restore, settings(), folder, run_dir, True, {}, {}, model, [], None)
     assert "checkpoint.pt is of step 60, trainer.pt of step 50" in err
 
 
@@ -603,7 +605,7 @@ def test_the_best_is_found_by_its_name(run_dir, capsys):
         (checkpoint.step_dir(run_dir, 60), 60, hint),
         (f"{run_dir}/best", 50, ""),
     ):
-        assert checkpoint.trained(path)[0]["step"] == step
+        assert weights.trained(path)[0]["step"] == step
         assert capsys.readouterr().err == f"using run r, step {step}{says}\n"
     for content in ("null", '{"step": "x"}', '{"step": 70}', "{"):
         with open(os.path.join(run_dir, "best.json"), "w", encoding="utf-8") as file:

@@ -9,11 +9,11 @@ import torch
 from conftest import CHARS, run, train
 from parts import CHAR, llama_like, part_of, sentencepiece, tiktoken
 
-import checkpoint
 import config
 import hf
 import tokenizer_files
 import verify
+import weights
 from config import llama
 from inference import restore
 from tokenizer import bos_of
@@ -108,7 +108,7 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
     for name in ("config.json", "generation_config.json"):
         theirs = json.load(open(path / name))
         assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (bos_of(spec), spec["eot"])
-    found, where = checkpoint.trained(str(path))
+    found, where = weights.trained(str(path))
     assert where == str(path) and found["step"] == 7 and "/home/me" not in (path / "config.json").read_text()
     assert found["tokenizer"] == spec | ({"file": tokenizer_files.CONTENT[spec["kind"]]} if content else {})
     x = verify.probe(part)
@@ -125,11 +125,11 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
     if content:
         (path / tokenizer_files.CONTENT[spec["kind"]]).write_bytes(content[:-1])
         with pytest.raises(SystemExit):
-            checkpoint.trained(str(path))
+            weights.trained(str(path))
         assert "is not the one that belongs there" in capsys.readouterr().err
         os.remove(path / tokenizer_files.CONTENT[spec["kind"]])
         with pytest.raises(SystemExit):
-            checkpoint.trained(str(path))
+            weights.trained(str(path))
         assert "is missing" in capsys.readouterr().err
 
 
@@ -143,7 +143,7 @@ def changed(folder, **changes):
 def refused(capsys, path, to_train):
     """the error line with which a folder is refused"""
     with pytest.raises(SystemExit) as end:
-        (checkpoint.initial if to_train else checkpoint.trained)(str(path))
+        (weights.initial if to_train else weights.trained)(str(path))
     err = capsys.readouterr().err
     assert (
         end.value.code == 2

@@ -8,9 +8,9 @@ import torch
 from conftest import lines, run, write_data
 from parts import llama_folder
 
-import checkpoint
 import config
 import hf
+import weights
 from tokenizer import bos_of, encode_prompt, make_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
@@ -110,7 +110,7 @@ def test_a_run_begins_with_the_llama(folders, tmp_path):
         row for row in lines(folders["runs"] / "float", "metrics/scalars.jsonl") if "val_loss" in row
     )
     assert first["step"] == 0 and first["val_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
-    part, _ = checkpoint.trained(str(folders["runs"] / "float"))
+    part, _ = weights.trained(str(folders["runs"] / "float"))
     assert (part["tokenizer"]["bos"], part["tokenizer"]["eot"]) == (meta["bos"], meta["eot"]) == (1, 2)
     hf.write(part, str(tmp_path / "x"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
@@ -155,7 +155,7 @@ def test_samples_of_a_run_begin_with_bos(folders):
 
 def test_a_llama_is_used_as_it_is(folders):
     """bugs guarded: a Llama that cannot be looked at before it is trained; another text than its own"""
-    part, _ = checkpoint.trained(str(folders["llama"]))
+    part, _ = weights.trained(str(folders["llama"]))
     assert bos_of(part["tokenizer"]) == 1 and not part["config"]["ternary"]
     ids = encode_prompt(make_tokenizer(part["tokenizer"]), 1, "the cat")
     model = transformers.LlamaForCausalLM.from_pretrained(folders["llama"]).eval()
