@@ -578,9 +578,9 @@ def test_what_a_checkpoint_lacks_is_named(run_dir, changes, says):
 
 
 def test_a_tensor_that_is_missing_is_named(run_dir):
-    weights = part_of()["model"]
-    del weights["blocks.1.ffn_norm.weight"]
-    part = part_of() | dict(format=checkpoint.FORMAT, step=1, model=weights)
+    tensors = part_of()["model"]
+    del tensors["blocks.1.ffn_norm.weight"]
+    part = part_of() | dict(format=checkpoint.FORMAT, step=1, model=tensors)
     folder = checkpoint.save(run_dir, 1, part, {})
     assert "blocks.1.ffn_norm.weight: shape none in the file" in refusal(weights.trained, folder)
 
