@@ -46,7 +46,7 @@ def is_setting(name, value):
 
 
 def read_config(run_dir):
-    """Return what config.json holds: settings, {name: value}; pid, host and device; params, {total: number}.
+    """Return what config.json holds: settings, {name: value}; pid, host and device; params, {kind: number}.
     What is missing, damaged or of another type is left out."""
     try:
         with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as file:
@@ -59,7 +59,7 @@ def read_config(run_dir):
         if type(found.get(name)) is kind:
             facts[name] = found[name]
     if type(found.get("params")) is dict:
-        facts["params"] = {"total": number(found["params"].get("total"))}
+        facts["params"] = {name: number(value) for name, value in found["params"].items()}
     return facts
 
 

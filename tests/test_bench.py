@@ -400,7 +400,7 @@ def test_a_finished_run_calibrates_the_law(tmp_path):
     (tmp_path / "metrics" / "scalars.jsonl").write_text('{"step": 5, "loss": 3.0, "epoch": 8.0}\n')
     repeated = planner.expected_loss(params, tokens, tokens / 8, ternary=True)
     assert planner.calibration(str(tmp_path)) == pytest.approx(law + 0.5 - repeated)
-    (tmp_path / "metrics" / "scalars.jsonl").write_text('{"step": 5, "epoch": 0.1}\n')
+    (tmp_path / "metrics" / "scalars.jsonl").write_text('{"step": 5, "loss": 3.0, "epoch": 0.1}\n')
     assert planner.calibration(str(tmp_path)) == pytest.approx(0.5)
     found, out, _ = bench(BASELINE, plan=True, step_ms=100, steps="400000", calibrate=tmp_path)
     plain, *_ = bench(BASELINE, plan=True, step_ms=100, steps="400000")
