@@ -12,7 +12,6 @@ import difflib
 import glob
 import importlib
 import importlib.util
-import json
 import math
 import os
 import re
@@ -131,6 +130,8 @@ def with_ratios(settings):
 def run_settings(path, given):
     """Return the settings of the run that a `resume` path lies in, and the file they are from. They are left
     out if its config.json cannot be read, and a length if one of these flags gives another."""
+    import json  # here only, so that --help stays quick
+
     folder = os.path.abspath(path)
     if os.path.isfile(folder):  # checkpoint.pt
         folder = os.path.dirname(folder)
