@@ -119,7 +119,7 @@ def settings():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it
-    terminal.end_with_reader()
+    terminal.end_with_output()
     cfg = settings()  # mistakes are told before torch is imported
 
 import torch

@@ -136,7 +136,7 @@ def reading():
 
 
 def newest(run_dir, resumable):
-    """(folder or None, [(step, fault)] of the newer ones passed over): the newest checkpoint that verifies.
+    """(folder or None, [(step, fault)] of the newer ones skipped): the newest checkpoint that verifies.
     Raises OSError if a newer one cannot be read now: it may be whole."""
     passed = []
     for step in step_folders(run_dir):
@@ -162,7 +162,7 @@ def best_step(run_dir):
 def locate(path, resumable=False, setting="ckpt", also=""):
     """the verified step folder that a run folder, RUN/best, a step folder or checkpoint.pt stands for. Exits
     with 2 where there is none, naming what `also` could be given; says on stderr which newer ones of a run
-    were passed over."""
+    were skipped."""
     wanted = f"give a run folder, RUN/best, a step folder or its checkpoint.pt{also}"
     run_dir, name = os.path.split(path)
     if name == "best" and not os.path.exists(path) and os.path.isdir(run_dir):
@@ -182,7 +182,7 @@ def locate(path, resumable=False, setting="ckpt", also=""):
         with reading():
             folder, passed = newest(folder, resumable)
         for step, wrong in passed:
-            print(f"passed over step {step}: {wrong}", file=sys.stderr)
+            print(f"skipped step {step}: {wrong}", file=sys.stderr)
         if folder is None:
             if passed:
                 fail(f"{setting} = {path!r}: none of its {len(passed)} checkpoints is {kind}, see above")

@@ -62,18 +62,24 @@ def sync_folder(path):
 def lock(path, timeout=0.3):
     """Lock the file at path for this process, until release() or the end of the process; return the lock.
 
-    If the file system has no locks, a file path.owner with the process and its host stands in; one that a
-    dead process of this host left is taken over. Raises BlockingIOError, with the holder as its text, if
+    If the file system has no locks, a file with the process and its host stands in; one that a dead process
+    of this host left is taken over. Raises BlockingIOError, with the holder as its text, if
     another process still has the lock after `timeout` seconds (is_locked takes it for a moment only), and
     OSError if the file cannot be written.
     """
-    import filelock
+    with warnings.catch_warnings(action="ignore"):  # without fcntl it warns of what is said below
+        import filelock
+
+    def report(name):
+        warn_once("lock", f"the file system of {path} has no locks; the file {name} stands in for one")
 
     def acquired(kind, name):
         found = kind(name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # filelock's own words for what warn_once says below
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
             found.acquire(timeout=timeout)
+        if notes:  # newer versions of filelock take such a file themselves after ENOSYS
+            report(name)
         atexit.register(found.release)  # a file that stands in for a lock does not go with the process
         return found
 
@@ -85,7 +91,7 @@ def lock(path, timeout=0.3):
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        warn_once("lock", f"the file system of {path} has no locks; the file {path}.owner stands in for one")
+        report(f"{path}.owner")
         return acquired(filelock.SoftFileLock, f"{path}.owner")
     except filelock.Timeout as error:
         raise BlockingIOError(errno.EAGAIN, holder(error.lock_file)) from None
@@ -103,8 +109,7 @@ def holder(path):
 
 
 def is_locked(path):
-    """Return whether a live process holds lock(path). A lock file that this process may only read counts as
-    held for as long as it exists."""
+    """Return whether a live process holds lock(path)."""
     if not (os.path.exists(path) or os.path.exists(f"{path}.owner")):
         return False
     try:
@@ -114,6 +119,19 @@ def is_locked(path):
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
+        return is_locked_by_others(path)
+    return False
+
+
+def is_locked_by_others(path):
+    """Return whether a process holds a lock file that this one may only read; if that cannot be known, it
+    counts as held."""
+    try:
+        import fcntl
+
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (ModuleNotFoundError, OSError):
         return True
     return False
 

@@ -202,7 +202,7 @@ def main(argv):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    terminal.end_with_reader()
+    terminal.end_with_output()
     sys.stdout.reconfigure(errors="backslashreplace")  # samples may hold what the terminal cannot show
     try:
         main(sys.argv[1:])

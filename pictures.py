@@ -133,7 +133,7 @@ def plot_codes(run_dir, matrix, path):
     for step, folder in checkpoints(run_dir).items():
         wrong = checkpoint.fault(folder, checkpoint.MODEL)
         if wrong:
-            print(printable(f"passed over {folder}: {wrong}"), file=sys.stderr)
+            print(printable(f"skipped {folder}: {wrong}"), file=sys.stderr)
         else:
             whole[step] = folder
     steps = list(whole)

@@ -94,8 +94,10 @@ def handle_signals(handler):
 
 
 def leave_on_signal():
-    """From now on a signal ends the program with 128 + its number and removes what has only been begun."""
-    handle_signals(lambda signum, frame: sys.exit(128 + signum))
+    """From now on a signal ends the program with 128 + its number and removes what has only been begun. Of
+    several ranks, which may wait for each other in C, it just ends them."""
+    if WORLD == 1:
+        handle_signals(lambda signum, frame: sys.exit(128 + signum))
 
 
 def listen():

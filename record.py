@@ -54,14 +54,16 @@ def append_text(run_dir, text, name="train.log"):
     if RANK:  # rank 0 writes for all
         return
     path = os.path.join(run_dir, name)
-    size = os.path.getsize(path) if os.path.exists(path) else 0
+    size = None
     try:
         with open(path, "a", encoding="utf-8") as file:
+            size = file.tell()
             file.write(text + "\n")
     except OSError as error:
         print(f"warning: a line of {path} is lost: {error.strerror}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # the whole disk may be gone, and come back
-            os.truncate(path, size)  # no half line, onto which the next would be written
+        if size is not None:
+            with contextlib.suppress(OSError):  # the whole disk may be gone, and come back
+                os.truncate(path, size)  # no half line, onto which the next would be written
     else:
         counts[os.path.basename(name)] += 1
 
@@ -264,10 +266,12 @@ def opening(cfg, facts):
 
 def resume_command(run_dir):
     """Return the command that resumes a run with the settings of its config.json, quoted for the shell; it
-    works without an active virtual environment"""
+    works without an active virtual environment. Of several nodes it leaves out how they meet: "..."."""
     python = [sys.executable.removeprefix(os.getcwd() + os.sep)]
     if WORLD > 1:
-        python = ["torchrun", f"--nproc_per_node={WORLD}"]
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        python += ["-m", "torch.distributed.run", f"--nproc_per_node={here}"]
+        python += ["..."] if here < WORLD else []
     script = os.path.join(os.path.dirname(sys.argv[0]), "train.py")
     return command_line([*python, script, f"--resume={run_dir}"])
 

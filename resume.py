@@ -27,19 +27,30 @@ def newest_resumable(run_dir):
     """Return (step folder or None, [(step, fault)] of newer ones), what resume = 'auto' continues from. A run
     of which nothing is whole is renamed, to start over.
 
-    Exits with 1, and the choices, if a checkpoint cannot be read now, or if weights are whole but nothing
-    can be resumed: an unattended restart must not throw away what was trained.
+    Exits with 1, and the choices, if a checkpoint cannot be read now, if weights are whole but nothing can be
+    resumed, or if there are weights that no manifest verifies: an unattended restart must not throw away what
+    was trained.
     """
     with checkpoint.reading():
         folder, passed = checkpoint.newest(run_dir, resumable=True)
         usable = checkpoint.newest(run_dir, resumable=False)[0] if passed and not folder else None
     for step, wrong in passed:
-        print(f"resume: passed over step {step}: {wrong}")
+        print(f"resume: skipped step {step}: {wrong}")
     if usable:
         fail(
             f"{run_dir} has no checkpoint to resume from, see above, but the weights of {usable} are whole; "
             f"--init_from={usable} with another --run_id= starts a new run from them; to start this run "
             f"over, rename or delete {run_dir}",
+            code=1,
+        )
+    held = [checkpoint.step_dir(run_dir, step) for step, _ in passed if not folder]
+    unverified = [path for path in held if os.path.exists(os.path.join(path, checkpoint.MODEL))]
+    unverified = [path for path in unverified if not os.path.exists(os.path.join(path, "manifest.json"))]
+    if unverified:
+        fail(
+            f"{run_dir} has no checkpoint to resume from, see above; {unverified[0]} holds weights, but no "
+            f"manifest.json that verifies them: restore it from a copy; to start this run over, rename or "
+            f"delete {run_dir}",
             code=1,
         )
     if passed and not folder:
@@ -50,8 +61,8 @@ def newest_resumable(run_dir):
 
 
 def origin(cfg, run_dir):
-    """(step folder that a run goes on from or None, whether it is this run's own, what was passed over), by
-    cfg.resume; the run's folder is locked from now on. Exits with 2 where it already holds a run that this
+    """Return (step folder that a run continues from or None, whether it is this run's own, what was skipped),
+    by cfg.resume; the run's folder is locked from now on. Exits with 2 where it already holds a run that this
     one would overwrite."""
     record.open_run(run_dir)  # before anything is chosen from it: its former process may still be saving
     if cfg.resume == "auto":
@@ -60,7 +71,9 @@ def origin(cfg, run_dir):
     folder = checkpoint.locate(cfg.resume, resumable=True, setting="resume") if cfg.resume else None
     own = os.path.realpath(os.path.join(run_dir, "checkpoints"))
     same_run = bool(folder) and os.path.dirname(os.path.realpath(folder)) == own
-    if not same_run and (held := checkpoint.step_folders(run_dir)):
+    with checkpoint.reading():
+        held = [] if same_run else checkpoint.step_folders(run_dir)
+    if held:
         fail(
             f"run_id = {cfg.run_id!r}: {run_dir} already holds a run, up to step {held[0]}; "
             "continue with --resume=auto, or choose another --run_id="

@@ -81,7 +81,6 @@ faults = [
 ]
 if faults:
     config.fail(*faults)
-terminal.end_with_reader()
 terminal.end_with_output()
 
 import select

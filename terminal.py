@@ -1,9 +1,7 @@
 """What a program shows: text that is safe to print, and output that may go away before the program ends."""
 
 import errno
-import io
 import os
-import signal
 import sys
 
 
@@ -55,28 +53,6 @@ def command_line(args):
     return join(args)
 
 
-class Pipe(io.FileIO):
-    """Standard output whose reader may end first: the program then ends too."""
-
-    def write(self, data):
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EINVAL):  # Windows reports the second
-                os._exit(1)
-            raise
-
-
-def end_with_reader():
-    """Let this program end quietly if the reader of its output ends first, as in `sample.py ... | head`."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    elif sys.stdout is sys.__stdout__ and not sys.stdout.isatty():  # Windows has no such signal
-        sys.stdout.flush()
-        binary = io.BufferedWriter(Pipe(sys.stdout.fileno(), "w", closefd=False))
-        sys.stdout = io.TextIOWrapper(binary, sys.stdout.encoding, sys.stdout.errors)
-
-
 class Vital(Lossy):
     """A text stream that holds what its program is run for: the program ends with exit code 1 if that cannot
     be written, quietly if the reader of a pipe has ended, else with an error line."""
@@ -94,11 +70,12 @@ class Vital(Lossy):
             self.end(error)
 
     def end(self, error):
-        if not isinstance(error, BrokenPipeError):
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # Windows reports the second for the first
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(1)  # an exit would flush, and fail, again
 
 
 def end_with_output():
-    """From now on, end the program if stdout cannot be written; show what its encoding lacks as \\u65e5."""
+    """From now on, end the program if stdout cannot be written: quietly if its reader ended first, as in
+    `sample.py ... | head`. What its encoding lacks is shown as an escape such as \\u65e5."""
     sys.stdout = Vital(sys.stdout)

@@ -8,8 +8,8 @@ Train one model: the settings of a config file, the loop, and a run on disk that
     python train.py --resume=runs/train_simple                      continues with the settings of that run
     torchrun --nproc_per_node=8 train.py config/train_dense_300m.py the same run on eight devices
 
-Ctrl-C drops the step under way, saves, says how to resume, and exits; a second one exits at once. The last
-line of stdout is one JSON object with the result.
+Ctrl-C drops the step under way, saves, says how to resume, and exits; a second one exits immediately. The
+last line of stdout is one JSON object with the result.
 """
 
 import atexit
@@ -120,7 +120,8 @@ def open_folder():
     """make the folder that of a run at this step; returns the step at which an evaluation, and that at which
     samples, are dropped from the record and so to be made again, where they are, and what the record lost"""
     checkpoint.check_disk(cfg, run_dir, counts["total"], cfg.max_steps - step)
-    checkpoint.clean(run_dir, step if same_run else -1)
+    with checkpoint.reading():
+        checkpoint.clean(run_dir, step if same_run else -1)
     again = [
         step if same_run and record.last(run_dir, *line, step=step) else -1
         for line in ((record.SCALARS, "val_loss"), (record.SAMPLES, "mode"))

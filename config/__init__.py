@@ -169,7 +169,7 @@ def comments():
 
 def print_help(doc, flags, defaults, takes_files):
     """the script's docstring, its own flags, then the settings, each with default and comment"""
-    terminal.end_with_reader()
+    terminal.end_with_output()
     width = min(100, max(50, os.get_terminal_size().columns if sys.stdout.isatty() else 100))
     print(doc.strip())
     sections = [("options", [(name, comment) for name, (_, comment) in flags.items()])]

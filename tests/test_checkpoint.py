@@ -129,7 +129,7 @@ def test_locate_takes_a_run_a_step_or_a_file(run_dir, capsys):
     assert {checkpoint.locate(p) for p in (run_dir, want, os.path.join(want, MODEL))} == {want}
     flip(os.path.join(want, MODEL))
     assert checkpoint.locate(run_dir) == checkpoint.step_dir(run_dir, 5)
-    assert "passed over step 10" in capsys.readouterr().err
+    assert "skipped step 10" in capsys.readouterr().err
     for path, says in (
         (want, "sha256"),
         (run_dir + "/nowhere", "does not exist"),
@@ -199,6 +199,30 @@ def test_whole_weights_are_not_abandoned(run_dir, capsys):
     said = capsys.readouterr().err
     assert stop.value.code == 1 and f"--init_from={checkpoint.step_dir(run_dir, 10)} with another" in said
     assert os.path.isdir(checkpoint.step_dir(run_dir, 10))
+
+
+def test_weights_without_a_manifest_are_not_abandoned(run_dir, capsys):
+    """rule: if manifests are lost and weights are there, resume = 'auto' exits with 1 and renames nothing"""
+    os.remove(os.path.join(save(run_dir, 5), "manifest.json"))
+    with pytest.raises(SystemExit) as stop:
+        resume.newest_resumable(run_dir)
+    assert stop.value.code == 1 and "no manifest.json that verifies them" in capsys.readouterr().err
+    assert os.path.isdir(checkpoint.step_dir(run_dir, 5))
+
+
+def test_a_file_that_cannot_be_opened_is_not_emptied(run_dir, monkeypatch):
+    """rule: a line that is lost since the disk is gone for a moment takes no other line with it"""
+    record.append(run_dir, record.SCALARS, step=1, loss=0.5)
+    real = open
+
+    def gone(path, *args, **kwargs):
+        raise OSError(116, "Stale file handle", path)
+
+    monkeypatch.setattr("builtins.open", gone)
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    record.append(run_dir, record.SCALARS, step=2, loss=0.5)
+    monkeypatch.undo()
+    assert real is open and record.read(run_dir, record.SCALARS) == [{"step": 1, "loss": 0.5}]
 
 
 def test_a_link_to_another_disk_is_the_same_run(tmp_path):

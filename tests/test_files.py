@@ -29,16 +29,18 @@ fcntl.flock = flock
 """
 
 
-@pytest.fixture
-def no_locks(monkeypatch):
-    """a file system without locks"""
+@pytest.fixture(params=["ENOTSUP", "ENOSYS"])
+def no_locks(monkeypatch, request):
+    """a file system without locks; returns the end of the name of the file that stands in for one"""
     fcntl = pytest.importorskip("fcntl")
+    code = getattr(errno, request.param)
 
     def refuse(handle, how):
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(files, "warned", set())
+    return "" if request.param == "ENOSYS" else ".owner"  # filelock itself handles ENOSYS
 
 
 def locked_by_a_child(path, kill):
@@ -72,24 +74,24 @@ def test_without_locks_a_file_stands_in(tmp_path, no_locks, capsys):
     path = str(tmp_path / ".lock")
     lock = files.lock(path)
     assert capsys.readouterr().err.count("has no locks") == 1
-    with pytest.raises(BlockingIOError, match=f"process {os.getpid()} of host .* delete .*owner"):
+    with pytest.raises(BlockingIOError, match=f"process {os.getpid()} of host .* delete .*lock{no_locks}"):
         files.lock(path)
     assert files.is_locked(path) and "has no locks" not in capsys.readouterr().err
     lock.release()
-    assert not files.is_locked(path) and not os.path.exists(path + ".owner")
+    assert not files.is_locked(path) and not os.path.exists(path + no_locks)
 
 
 def test_the_file_of_a_dead_process_is_taken_over(tmp_path, no_locks):
     """rule: a killed process of this host blocks nobody"""
     path = str(tmp_path / ".lock")
-    holder = filelock.SoftFileLock(path + ".owner")
+    holder = filelock.SoftFileLock(path + no_locks)
     holder.acquire()
-    with open(path + ".owner", encoding="utf-8") as file:
+    with open(path + no_locks, encoding="utf-8") as file:
         text = file.read()
     holder.release()
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    with open(path + ".owner", "w", encoding="utf-8") as file:  # the same host, a process that has ended
+    with open(path + no_locks, "w", encoding="utf-8") as file:  # the same host, a process that has ended
         file.write("\n".join([str(child.pid), *text.split("\n")[1:2], ""]))
     files.lock(path).release()
 
@@ -97,25 +99,29 @@ def test_the_file_of_a_dead_process_is_taken_over(tmp_path, no_locks):
 def test_the_file_of_another_host_is_named(tmp_path, no_locks):
     """rule: whether a process of another host lives cannot be known; the file to delete is named"""
     path = str(tmp_path / ".lock")
-    with open(path + ".owner", "w", encoding="utf-8") as file:
+    with open(path + no_locks, "w", encoding="utf-8") as file:
         file.write("42\nelsewhere\n")
     with pytest.raises(BlockingIOError) as busy:
         files.lock(path)
-    assert busy.value.strerror == f"process 42 of host 'elsewhere' (if it has ended, delete {path}.owner)"
+    assert busy.value.strerror == f"process 42 of host 'elsewhere' (if it has ended, delete {path}{no_locks})"
 
 
-def test_a_lock_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    """rule: other errors than a lack of locks are not hidden, and a lock that only others may take counts
-    as held"""
-    (tmp_path / ".lock").touch()
+def test_a_lock_that_may_only_be_read(tmp_path, monkeypatch):
+    """rule: other errors than a lack of locks are not hidden, and of a lock that only others may take it is
+    known whether a process holds it"""
+    path = tmp_path / ".lock"
+    child = locked_by_a_child(path, kill=False)
 
     def refuse(self, *args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     with pytest.raises(PermissionError):
-        files.lock(tmp_path / ".lock")
-    assert files.is_locked(tmp_path / ".lock")
+        files.lock(path)
+    assert files.is_locked(path)
+    child.kill()
+    child.wait()
+    assert not files.is_locked(path)
 
 
 def test_a_folder_that_cannot_be_flushed_costs_a_warning(tmp_path, monkeypatch, capsys):

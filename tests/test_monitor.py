@@ -163,7 +163,7 @@ def test_codes_needs_two_checkpoints_of_a_ternary_run(real, tmp_path, capsys):
         file.seek(5000)
         file.write(bytes([byte[0] ^ 1]))
     err = error(f"{tmp_path}/one")
-    assert "only one" in err and "passed over" in err
+    assert "only one" in err and "skipped" in err
 
 
 def test_plot(real, monkeypatch, tmp_path):
