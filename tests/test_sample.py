@@ -300,7 +300,7 @@ class Terminal:
 
     def wait(self, text):
         """what is shown until this text is"""
-        shown, deadline = "", time.time() + 30
+        shown, deadline = "", time.time() + 60
         while text not in shown:
             ready = select.select([self.leader], [], [], max(0, deadline - time.time()))[0]
             if not ready:
@@ -319,7 +319,7 @@ class Terminal:
     def ended(self):
         """the exit code, and what was shown last"""
         shown = b""
-        while select.select([self.leader], [], [], 30)[0]:
+        while select.select([self.leader], [], [], 60)[0]:
             try:
                 shown += os.read(self.leader, 4096)
             except OSError:  # the other end is closed
