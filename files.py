@@ -113,7 +113,9 @@ def is_locked(path):
     if not (os.path.exists(path) or os.path.exists(f"{path}.owner")):
         return False
     try:
-        lock(path, timeout=0).release()
+        held = lock(path, timeout=0)
+        held.release()
+        atexit.unregister(held.release)
     except BlockingIOError:
         return True
     except OSError as error:

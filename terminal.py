@@ -14,6 +14,11 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+# a program that was started with a closed stdout or stderr has none
+sys.stdout = sys.stdout or open(os.devnull, "w")
+sys.stderr = sys.stderr or open(os.devnull, "w")
+
+
 class Lossy:
     """A text stream that drops what cannot be written: the terminal was closed, the reader of a pipe has
     ended, the disk under a log is full. For a run, which must not end because of what it prints."""

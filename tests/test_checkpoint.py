@@ -80,6 +80,45 @@ def test_a_damaged_manifest_is_passed_over(run_dir):
         )
 
 
+@pytest.mark.parametrize("text", ["[]", "null", '{"files": 3}', "[" * 100_000])
+def test_a_manifest_of_another_form_is_skipped(run_dir, text):
+    """rule: whatever JSON a damaged manifest holds, it is a fault and not an error"""
+    save(run_dir, 5), save(run_dir, 10)
+    with open(os.path.join(checkpoint.step_dir(run_dir, 10), "manifest.json"), "w") as file:
+        file.write(text)
+    folder, skipped = checkpoint.newest(run_dir, resumable=True)
+    assert folder == checkpoint.step_dir(run_dir, 5) and "manifest.json is damaged" in skipped[0][1]
+
+
+def test_a_checkpoint_is_flushed_before_it_has_its_name(run_dir, monkeypatch):
+    """rule: the files, the manifest and their folder reach the disk before the rename, the rename after it"""
+    calls, fsync, rename = [], os.fsync, os.rename
+
+    def noted_fsync(handle):
+        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")).split("-")[0])
+        fsync(handle)
+
+    def noted_rename(*args):
+        calls.append("rename")
+        rename(*args)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    save(run_dir, 5)
+    partial = "step_000005.tmp"
+    assert calls == [MODEL, TRAINER, "manifest.json.tmp", partial, "rename", "checkpoints"]
+
+
+def test_the_record_is_flushed(run_dir, monkeypatch):
+    """rule: record.flush puts each file of the record on the disk"""
+    calls, fsync = [], os.fsync
+    for name in record.FILES:
+        record.append_text(run_dir, "{}", name)
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(handle), fsync(handle)))
+    record.flush(run_dir)
+    assert len(calls) == len(record.FILES)
+
+
 def test_without_a_manifest_there_is_no_checkpoint(run_dir):
     """bug guarded: a folder of a killed save taken for the newest checkpoint"""
     save(run_dir, 5), save(run_dir, 10)
@@ -208,6 +247,36 @@ def test_weights_without_a_manifest_are_not_abandoned(run_dir, capsys):
         resume.newest_resumable(run_dir)
     assert stop.value.code == 1 and "no manifest.json that verifies them" in capsys.readouterr().err
     assert os.path.isdir(checkpoint.step_dir(run_dir, 5))
+
+
+def test_half_a_line_does_not_stay(run_dir, monkeypatch):
+    """rule: of a line for which the disk has no room nothing stays, onto which the next would be written"""
+    record.append(run_dir, record.SCALARS, step=1, loss=0.5)
+    real = open
+
+    class Full:
+        def __init__(self, *args, **kwargs):
+            self.file = real(*args, **kwargs)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.file.close()
+
+        def tell(self):
+            return self.file.tell()
+
+        def write(self, text):
+            self.file.write(text[:9])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("builtins.open", Full)
+    record.append(run_dir, record.SCALARS, step=2, loss=0.5)
+    monkeypatch.undo()
+    record.append(run_dir, record.SCALARS, step=3, loss=0.5)
+    assert [row["step"] for row in record.read(run_dir, record.SCALARS)] == [1, 3]
 
 
 def test_a_file_that_cannot_be_opened_is_not_emptied(run_dir, monkeypatch):

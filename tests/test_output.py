@@ -2,7 +2,10 @@
 
 import io
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -122,6 +125,15 @@ def test_output_that_cannot_be_written_is_lost_alone(data_dir, out_dir, code):
     """rule: a run whose stdout and stderr cannot be written ends complete, with exit code 0"""
     train(data_dir, out_dir, "mute", patch=UNWRITABLE.format(code=code))
     assert final(f"{out_dir}/mute") and lines(f"{out_dir}/mute", EVENTS)[-1]["event"] == "finish"
+
+
+def test_a_closed_stdout_and_stderr_are_no_error(data_dir, out_dir):
+    """rule: a run started with closed descriptors (`>&- 2>&-`, some daemons) ends complete"""
+    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id="r") | RUN
+    script = [sys.executable, os.path.join(ROOT, "train.py"), *flags(**values | dict(max_steps=2))]
+    command = shlex.join(script) + " >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], timeout=120).returncode == 0
+    assert lines(f"{out_dir}/r", EVENTS)[-1]["event"] == "finish"
 
 
 def test_text_that_the_encoding_lacks_is_escaped():
