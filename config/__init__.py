@@ -99,17 +99,10 @@ def need_packages(names, extra):
 
 
 def assignments(path):
-    """Return {name: value} of a config file, without names that start with _, functions and modules. It may
-    import the files beside it, as in `from train_simple import *`."""
-    folder = os.path.dirname(os.path.abspath(path))
-    sys.path.insert(0, folder)
-    try:
-        found = runpy.run_path(path)
-    finally:
-        sys.path.remove(folder)
+    """Return {name: value} of a config file, without names that start with _, functions and modules."""
     return {
         key: value
-        for key, value in found.items()
+        for key, value in runpy.run_path(path).items()
         if not (key.startswith("_") or callable(value) or isinstance(value, ModuleType))
     }
 
@@ -128,12 +121,15 @@ def with_ratios(settings):
 
 
 def run_settings(path, given):
-    """Return the settings of the run that a `resume` path lies in, and the file they are from. They are left
-    out if its config.json cannot be read, and a length if one of these flags gives another."""
+    """Return the settings of the run that a `resume` path lies in, and the file they are from: without what
+    belongs to one command, and without a length if one of these flags gives another. Raises ValueError with
+    one line if there is no such run, or its config.json cannot be read."""
     import json  # here only, so that --help stays quick
 
     folder = os.path.abspath(path)
     if os.path.isfile(folder):  # checkpoint.pt
+        folder = os.path.dirname(folder)
+    if os.path.basename(folder) == "best" and not os.path.exists(folder):  # as in checkpoint.locate
         folder = os.path.dirname(folder)
     if os.path.basename(os.path.dirname(folder)) == "checkpoints":  # a step folder
         folder = os.path.dirname(os.path.dirname(folder))
@@ -141,17 +137,25 @@ def run_settings(path, given):
     parent, run_id = os.path.split(folder)
     out_dir = parent.removeprefix(os.getcwd() + os.sep)
     source = os.path.join(out_dir, run_id, "config.json")
+    if not os.path.isdir(folder):
+        raise ValueError(f"resume = {path!r} does not exist; give a run folder, or name a config file")
+    lengths = {"max_steps", "total_tokens"}
+    if given & lengths and not os.path.exists(source):  # a step folder that was copied alone
+        return {}, source
     try:
         with open(source, encoding="utf-8") as file:
-            found = {key: each["value"] for key, each in json.load(file)["settings"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}, source
-    found = with_ratios(found)
-    if given & {"max_steps", "total_tokens"}:
-        leave_out = {"max_steps", "total_tokens"}
+            found = with_ratios({key: entry["value"] for key, entry in json.load(file)["settings"].items()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{source} cannot be read ({terminal.printable(what)}), so the settings of that run are unknown; "
+            "name its config file and flags as before, with --resume=auto"
+        ) from None
+    if given & lengths:
+        leave_out = lengths
     else:
         leave_out = {"max_steps"} if found.get("total_tokens") else set()  # it was derived
-    leave_out |= {"resume", "init_from"}
+    leave_out |= {"resume", "init_from", "verify_data"}
     found = {key: value for key, value in found.items() if key not in leave_out}
     return found | dict(out_dir=out_dir, run_id=run_id), source
 
@@ -329,9 +333,11 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
 
     resume = ([""] + [text for key, text, _ in given if key == "resume"])[-1]
     if only is None and not files and resume not in ("", "auto"):
-        found, source = run_settings(resume, {key for key, _, _ in given})
-        if not os.path.exists(resume):
-            faults.append(f"resume = {resume!r} does not exist; give a run folder, or name a config file")
+        found, source = {}, ""
+        try:
+            found, source = run_settings(resume, {key for key, _, _ in given})
+        except ValueError as error:
+            faults.append(str(error))
         for key in [key for key in found if key in types]:
             put(key, found[key], source)
     if files and only is not None:

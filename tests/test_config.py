@@ -143,11 +143,10 @@ def test_a_file_that_is_not_python_is_refused(capsys, tmp_path):
 
 
 def test_a_config_file_may_begin_with_another(tmp_path):
-    """bug guarded: an import that only works for one of the two places of a config file"""
-    (tmp_path / "first.py").write_text("from config.train_simple import *\nn_layer = 3\n")
-    (tmp_path / "second.py").write_text("from first import *\nn_embd = 64\n")
-    cfg = config.load([str(tmp_path / "second.py")])
-    assert (cfg.n_layer, cfg.n_embd, cfg.max_steps) == (3, 64, 4000)
+    """rule: `from config.NAME import *` works in a config file of any folder"""
+    (tmp_path / "mine.py").write_text("from config.train_simple import *\nn_layer = 3\n")
+    cfg = config.load([str(tmp_path / "mine.py")])
+    assert (cfg.n_layer, cfg.n_embd, cfg.max_steps) == (3, 128, 4000)
 
 
 def test_from_another_folder_the_place_of_a_config_is_named(capsys, tmp_path, monkeypatch):
@@ -277,6 +276,31 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path, capsys):
     assert "odd/config.json: n_layer is int, got str 'two'" in error
     (error,) = faults(capsys, "--resume=nowhere")
     assert "resume = 'nowhere' does not exist" in error
+
+
+def test_the_best_step_is_resumed_with_the_settings_of_its_run(tmp_path):
+    """rule: --resume=RUN/best takes the settings of RUN; a run that is named best is a run"""
+    write_run(tmp_path / "r")
+    assert config.load([f"--resume={tmp_path}/r/best"]).run_id == "r"
+    write_run(tmp_path / "best")
+    assert config.load([f"--resume={tmp_path}/best"]).run_id == "best"
+
+
+def test_what_belongs_to_one_command_is_not_repeated(tmp_path):
+    """rule: a resumed run does not verify its data again because its first command did"""
+    write_run(tmp_path / "r", verify_data=True)
+    assert config.load([f"--resume={tmp_path}/r"]).verify_data is False
+
+
+@pytest.mark.parametrize("content", ["", "null", "{}", '{"settings": {"seed": 7}}', "[" * 100_000, None])
+def test_a_run_without_its_settings_is_named_with_the_way_out(tmp_path, capsys, content):
+    """rule: if the settings of a run cannot be read, one fault names the file and how to resume"""
+    write_run(tmp_path / "r")
+    os.remove(tmp_path / "r" / "config.json")
+    if content is not None:
+        (tmp_path / "r" / "config.json").write_text(content)
+    (error,) = faults(capsys, f"--resume={tmp_path}/r")
+    assert f"{tmp_path}/r/config.json cannot be read (" in error and "with --resume=auto" in error
 
 
 @pytest.mark.parametrize("path", CONFIGS)
