@@ -11,7 +11,7 @@ from terminal import printable
 
 
 class Damaged(Exception):
-    """a data set that is not what its meta.json says, in one line"""
+    """Stand for a data set that is not what its meta.json says, or that cannot be read now, in one line."""
 
 
 # The schema of meta.json. A rule is (what is expected, test), the {field: rule} of an object, or the
@@ -110,6 +110,11 @@ def contradiction(meta):
     return ""
 
 
+def unreadable(path, error):
+    """Return the line on a file that exists and cannot be read now (an OSError): it may be whole."""
+    return f"{path} cannot be read now ({error.strerror}); repair that and run the same command again"
+
+
 def read_meta(folder):
     """Return the meta.json of a data set of tokens. Raises Damaged with one line."""
     path = os.path.join(folder, "meta.json")
@@ -117,8 +122,10 @@ def read_meta(folder):
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing; {again}") from None
     except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error.strerror}); {again}") from None
+        raise Damaged(unreadable(path, error)) from None
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged ({type(error).__name__}: {shown(str(error))}); {again}") from None
     if type(meta) is dict and "examples" in meta:

@@ -6,6 +6,7 @@ sha256 and its largest id. .checked.json in the folder of the data set remembers
 Damage that keeps size and time (a bad disk) is found by --verify_data, which reads everything again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import fail
-from data_set import Damaged
+from data_set import Damaged, unreadable
 from files import write_json
 
 MAX_OPEN = 8  # shards of a split that are open at a time
@@ -29,26 +30,25 @@ remembered = {}  # {folder: {shard: entry}} of this process, for a .checked.json
 def check_shards(folder, meta, split="", verify=False):
     """Check the size of every shard, and sha256 and ids of those of a split ('' = of all) that this machine
     has not read since they were last changed; verify: of each. Raises Damaged at the first that is wrong."""
-    path, host = os.path.join(folder, ".checked.json"), platform.node()
-    seen = read_checked(path).get(host, {}) | remembered.get(folder, {})
-    right, to_read, dtype = {}, {}, np.dtype(meta["dtype"]).newbyteorder("<")
+    cache, host = os.path.join(folder, ".checked.json"), platform.node()
+    seen = read_checked(cache).get(host, {}) | remembered.get(folder, {})
+    known, to_read, dtype = {}, {}, np.dtype(meta["dtype"]).newbyteorder("<")
     for name, shard in meta["shards"].items():
-        want = shard["tokens"] * dtype.itemsize
+        path, want = os.path.join(folder, name), shard["tokens"] * dtype.itemsize
         try:
-            stat = os.stat(os.path.join(folder, name))
+            stat = os.stat(path)
         except FileNotFoundError:
             raise Damaged(bad_shard(folder, name, f"is missing, meta.json says {want:,} bytes")) from None
         except OSError as error:
-            raise Damaged(bad_shard(folder, name, f"cannot be read ({error.strerror})")) from None
+            raise Damaged(unreadable(path, error)) from None
         if stat.st_size != want:
             state = f"has {stat.st_size:,} bytes, meta.json says {want:,}"
             raise Damaged(bad_shard(folder, name, state))
         entry = [want, stat.st_mtime_ns, shard["sha256"], meta["vocab_size"]]
-        is_used, is_known = name.startswith(split), seen.get(name) == entry
-        if is_used and (verify or not is_known):
+        if seen.get(name) == entry:
+            known[name] = entry
+        if name.startswith(split) and (verify or name not in known):
             to_read[name] = entry
-        elif is_known:
-            right[name] = entry
     if not to_read:
         return
     size = sum(entry[0] for entry in to_read.values())
@@ -66,31 +66,36 @@ def check_shards(folder, meta, split="", verify=False):
     saved = time.monotonic()
     try:
         for name, entry in to_read.items():
-            check_shard(folder, name, meta, dtype, bar.update)
-            right[name] = entry
+            try:
+                check_shard(folder, name, meta, dtype, bar.update)
+            except Damaged:
+                known.pop(name, None)
+                raise
+            known[name] = entry
             if time.monotonic() - saved > SAVE_SECONDS:
-                write_checked(path, host, right)
+                write_checked(cache, host, known)
                 saved = time.monotonic()
     finally:
         bar.close()
-        remembered[folder] = right
-        write_checked(path, host, right)
+        remembered[folder] = known
+        write_checked(cache, host, known)
     if verify:
         say(f"{folder}: {len(to_read)} shards read again, all have the sha256 that meta.json names")
 
 
 def check_shard(folder, name, meta, dtype, progress):
     """Read a shard once. Raises Damaged if an id is over the vocabulary or the sha256 is not meta.json's."""
+    path = os.path.join(folder, name)
     sha256, largest, buffer = hashlib.sha256(), 0, memoryview(bytearray(2**22))
     try:
-        with open(os.path.join(folder, name), "rb") as file:
+        with open(path, "rb") as file:
             while n := file.readinto(buffer):
                 sha256.update(buffer[:n])
                 ids = np.frombuffer(buffer[: n - n % dtype.itemsize], dtype)
                 largest = max(largest, int(ids.max(initial=0)))
                 progress(n)
     except OSError as error:
-        raise Damaged(bad_shard(folder, name, f"cannot be read ({error.strerror})")) from None
+        raise Damaged(unreadable(path, error)) from None
     if largest >= meta["vocab_size"]:
         state = f"holds token id {largest}, but vocab_size is {meta['vocab_size']} and ids must be below it"
         raise Damaged(bad_shard(folder, name, state))
@@ -99,7 +104,7 @@ def check_shard(folder, name, meta, dtype, progress):
 
 
 def bad_shard(folder, name, state):
-    """Return the line on a shard in this state."""
+    """Return the line on a shard that is damaged: its state and the remedy."""
     path = os.path.join(folder, name)
     return f"shard {path} {state}; copy it again from where it came, or delete {folder} and prepare it again"
 
@@ -134,7 +139,7 @@ class Shards:
         self.files = {}  # {shard: file}, the most recently used last
 
     def update(self, names, n_finished):
-        """take in the shards by name; those from n_finished on are still being written"""
+        """Take in the shards by name; those from n_finished on are still being written."""
         self.names, self.n_finished = names, n_finished
         for shard in range(min(len(names), MAX_OPEN)):
             self.file(shard)
@@ -151,13 +156,13 @@ class Shards:
         path = os.path.join(self.folder, self.names[shard])
         try:
             if shard >= self.n_finished and os.path.exists(path + ".partial"):
-                return open(path + ".partial", "rb", buffering=0)  # and stays open when it is renamed
-        except FileNotFoundError:  # renamed by now
-            pass
-        try:
+                with contextlib.suppress(FileNotFoundError):  # renamed by now
+                    return open(path + ".partial", "rb", buffering=0)  # and stays open when it is renamed
             return open(path, "rb", buffering=0)
+        except FileNotFoundError:
+            self.stop(shard, "is missing")
         except OSError as error:
-            self.stop(shard, f"cannot be read ({error.strerror})")
+            self.end(unreadable(path, error))
 
     def read(self, shard, start, size):
         """Return the bytes of a shard from a place on."""
@@ -166,15 +171,19 @@ class Shards:
             file.seek(start)
             found = file.read(size)
         except OSError as error:
-            self.stop(shard, f"cannot be read ({error.strerror})")
+            self.end(unreadable(os.path.join(self.folder, self.names[shard]), error))
         if len(found) < size:
             self.stop(shard, "has become shorter since it was checked")
         return found
 
     def stop(self, shard, state):
-        """end the program, since a shard is in this state"""
+        """End the program, since a shard is damaged: in this state."""
+        self.end(bad_shard(self.folder, self.names[shard], state))
+
+    def end(self, line):
+        """End the program with this line, after on_damage()."""
         self.on_damage()
-        fail(bad_shard(self.folder, self.names[shard], state), code=1)
+        fail(line, code=1)
 
 
 def say(text):

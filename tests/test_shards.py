@@ -80,6 +80,59 @@ def test_verify_finds_what_kept_size_and_time(place, capsys):
             check(place, verify=verify)
 
 
+def test_what_is_known_survives_an_interrupted_check(tmp_path, monkeypatch):
+    """rule: a check that is interrupted forgets nothing; only a shard whose check fails is read again"""
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 100)
+    place, real, read = os.path.join(write_data(tmp_path), "tiny"), shards.check_shard, []
+
+    def interrupted(folder, name, *rest):
+        read.append(name)
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        return real(folder, name, *rest)
+
+    check(place)
+    monkeypatch.setattr(shards, "check_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check(place, verify=True)
+    shards.remembered.clear()
+    check(place)
+    assert len(read) == 2
+
+
+def deny(monkeypatch, name):
+    """opening the files of this name fails, as on a disk with a fault"""
+    real = open
+
+    def denied(path, *how, **more):
+        if os.path.basename(path) == name:
+            raise OSError(5, "Input/output error", path)
+        return real(path, *how, **more)
+
+    monkeypatch.setattr("builtins.open", denied)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train_00000.bin"])
+def test_nothing_is_deleted_for_what_cannot_be_read_now(place, monkeypatch, name):
+    """rule: for a file that exists and cannot be read, the remedy is to repair that, not to delete it"""
+    deny(monkeypatch, name)
+    with pytest.raises(Damaged, match=f"{name} cannot be read now .* run the same command again$"):
+        check(place)
+
+
+def test_a_run_whose_shard_cannot_be_read_now_saves_and_ends(data_dir, monkeypatch, capsys):
+    """rule: the same during a run, which saves before it ends"""
+    w, saved = windows(data_dir), []
+    w.shards.files.clear()
+    w.shards.on_damage = lambda: saved.append(True)
+    deny(monkeypatch, "train_00000.bin")
+    with pytest.raises(SystemExit) as stop:
+        w.batch(0, 31, CPU)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and saved == [True]
+    assert "cannot be read now (Input/output error)" in error and "delete" not in error
+
+
 def test_each_machine_reads_each_byte_once(place, monkeypatch):
     """bugs guarded: 200 GB read at every start; the check of another machine, whose disk or network is not
     this one's, taken for one's own; its entries lost"""
