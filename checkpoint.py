@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -230,14 +231,19 @@ def check_disk(cfg, run_dir, params, steps_left):
 def load(folder, name=MODEL, mmap=False):
     """Return one file of a verified checkpoint, on the CPU; with mmap its tensors are read when they are
     used, and the processes of a machine share them. Exits with 2 if it does not hold what it should, whoever
-    wrote it; no code in it is run."""
+    wrote it, and with 1 if the memory does not suffice; no code in it is run."""
     path = os.path.join(folder, name)
     try:
         with reading(), warnings.catch_warnings(action="ignore"):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a file that is damaged or hostile can make it raise whatever there is
+        what = printable(f"{type(error).__name__}: {' '.join(str(error).split())}")[:200]
+        if isinstance(error, MemoryError) or re.search("allocate memory|not enough memory", what):
+            fail(f"{path} cannot be loaded ({what}); the memory does not suffice: free some", code=1)
+        if isinstance(error, pickle.UnpicklingError):  # its text advises to run the code in the file
+            what = type(error).__name__
         holds = "it is damaged, or holds more than tensors and plain values, none of which was run"
-        fail(f"{path} cannot be loaded ({type(error).__name__}): {holds}; use another step folder")
+        fail(f"{path} cannot be loaded ({what}): {holds}; use another step folder")
     try:
         number = found["format"]
         if number > FORMAT or (name == TRAINER and number != FORMAT):

@@ -612,6 +612,30 @@ def test_code_in_a_checkpoint_is_not_run(run_dir, tmp_path, monkeypatch):
     assert os.path.exists(tmp_path / "evil"), "it would have run"
 
 
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (MemoryError(), 1, "(MemoryError: ); the memory does not suffice"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "you tried); the memory"),
+        (RuntimeError("failed finding\ncentral directory"), 2, "(RuntimeError: failed finding central dir"),
+        (pickle.UnpicklingError("run it with weights_only=False"), 2, "(UnpicklingError): it is damaged"),
+    ],
+)
+def test_a_lack_of_memory_is_not_damage(run_dir, monkeypatch, capsys, error, code, says):
+    """rule: a checkpoint that does not fit in memory exits with 1; what the library reports is printed,
+    except its advice to run the code in the file"""
+
+    def failing(*args, **kwargs):
+        raise error
+
+    folder = write(run_dir)
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.load(folder)
+    err = capsys.readouterr().err
+    assert stop.value.code == code and says in err and err.count("\n") == 1
+
+
 SIZES = [
     dict(n_layer=10**8),
     dict(n_layer=0),
