@@ -70,6 +70,7 @@ import checkpoint
 import data
 import gguf_file
 import hf
+import llama
 import record
 import verify
 import weights
@@ -111,7 +112,7 @@ needed = ["safetensors", "tokenizers"] if cfg.format == "hf" else ["gguf"]
 if cfg.verify:
     needed += ["transformers", "accelerate"] if cfg.format == "hf" else ["cyllama"]
 config.need_packages(needed, "export,verify" if cfg.verify else "export")
-if hf.is_folder(cfg.ckpt):
+if llama.is_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is a folder for transformers already; give a run, as the one it was made from")
 part, folder = weights.trained(cfg.ckpt)
 run_dir = os.path.dirname(os.path.dirname(os.path.abspath(folder)))

@@ -16,10 +16,11 @@ from types import SimpleNamespace
 import torch
 
 import config
+import llama
 import packed
 import quant
 import tokenizer_files
-from config import fail, library, llama
+from config import fail, library
 from files import write_json
 from model import Transformer
 from tokenizer import bos_of, marks_of, sentencepiece_model, with_content
@@ -172,9 +173,6 @@ def is_ours(path):
         return own["sha256"] == sha256(os.path.join(path, "model.safetensors"))
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-is_folder = llama.is_folder
 
 
 def our_name(name):

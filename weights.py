@@ -9,6 +9,7 @@ import torch
 import checkpoint
 import config
 import hf
+import llama
 import ranks
 from config import fail
 from model import Transformer
@@ -19,7 +20,7 @@ HF = ", or an export for transformers"
 
 def initial(path):
     """the part of a checkpoint.pt that init_from stands for; a Hugging Face folder is one too"""
-    if hf.is_folder(path):
+    if llama.is_folder(path):
         return checked_export(path, to_train=True)
     return checkpoint.load(ranks.from_main(lambda: checkpoint.locate(path, setting="init_from", also=HF)))
 
@@ -27,7 +28,7 @@ def initial(path):
 def trained(path):
     """(part of a checkpoint.pt, where it was found) of a trained model: a checkpoint's, see locate, or that
     of a folder that export.py has written. Prints on stderr which step that is, and how to use the best."""
-    if hf.is_folder(path):
+    if llama.is_folder(path):
         part = checked_export(path)
         print(f"using {path}, step {part['step']}", file=sys.stderr)
         settings = config.assignments(config.DEFAULT) | config.with_ratios(part["config"])

@@ -383,7 +383,7 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
 def take_shape(values, origin, faults):
     """Give the shape settings that nobody has set the values of the Llama whose folder init_from names; what
     was set is compared when its weights are read."""
-    from config import llama
+    import llama  # which imports this module
 
     if not llama.is_folder(values["init_from"]):
         return

@@ -11,10 +11,10 @@ from parts import CHAR, llama_like, part_of, sentencepiece, tiktoken
 
 import config
 import hf
+import llama
 import tokenizer_files
 import verify
 import weights
-from config import llama
 from inference import restore
 from tokenizer import bos_of
 
