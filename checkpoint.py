@@ -291,13 +291,13 @@ def check_model(part):
     check_finite(weights)
 
 
-def check_shapes(path, weights, needed):
-    """Exit with 2 unless the tensors of a checkpoint have the names and shapes of `needed`, a state dict."""
+def check_shapes(path, weights, needed, remedy="use another step folder, or the model.py of that run"):
+    """Exit with 2 unless the tensors of a model have the names and shapes of `needed`, a state dict."""
     for name in sorted(weights.keys() | needed.keys()):
         has, asked = (tuple(found[name].shape) if name in found else "none" for found in (weights, needed))
         if has != asked:
             shapes = f"shape {has} in the file, {asked} by its settings and model.py"
-            fail(f"{path}: {printable(name)}: {shapes}; use another step folder, or the model.py of that run")
+            fail(f"{path}: {printable(name)}: {shapes}; {remedy}")
 
 
 def check_trainer(part):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
+import checkpoint
 import config
 import llama
 import packed
@@ -265,22 +266,18 @@ def read_weights(folder, own, to_train):
 
 
 def check_shapes(folder, settings, weights, is_packed):
-    """exit with 2 where a tensor is missing, one too many, or of another shape or dtype than settings say"""
+    """Exit with 2 if a tensor is missing, not expected, or of another shape or dtype than by the settings."""
     with torch.device("meta"):
-        want = Transformer(SimpleNamespace(**config.assignments(config.DEFAULT) | settings)).state_dict()
-    shapes = {name: tuple(w.shape) for name, w in want.items()}
-    for name in [name for name in shapes if is_packed and is_ternary(dict(config=settings), name)]:
-        shapes[name] = (shapes[name][0] // 4, shapes[name][1])
-        shapes[f"{name}_scale"] = (1,)
-    odd = [name for name, w in weights.items() if (w.dtype == torch.uint8) != (f"{name}_scale" in shapes)]
+        needed = Transformer(SimpleNamespace(**config.assignments(config.DEFAULT) | settings)).state_dict()
+        for name in [name for name in needed if is_packed and is_ternary(dict(config=settings), name)]:
+            needed[name] = torch.empty(len(needed[name]) // 4, needed[name].shape[1])
+            needed[f"{name}_scale"] = torch.empty(1)
+    odd = [name for name, w in weights.items() if (w.dtype == torch.uint8) != (f"{name}_scale" in needed)]
     if odd:
         fail(
             f"{folder}: {odd[0]} is {weights[odd[0]].dtype}, which config.json does not ask for; export again"
         )
-    for name in sorted(shapes.keys() | weights.keys()):
-        is_there, needed = tuple(weights[name].shape) if name in weights else None, shapes.get(name)
-        if is_there != needed:
-            fail(f"{folder}: {name} has the shape {is_there}, config.json asks for {needed}; copy it again")
+    checkpoint.check_shapes(folder, weights, needed, "copy or export it again")
 
 
 def tokenizer_of(folder):

@@ -171,6 +171,7 @@ def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path, capsys):
         (folder("other", model_type="gpt2"), "only 'llama' can be read"),
         (folder("bias", attention_bias=True), "attention_bias = True"),
         (folder("wide", intermediate_size=72, nanobit={}), "has the shape"),
+        (folder("grouped", num_key_value_heads=1, nanobit={}), "by its settings and model.py; copy or"),
         (folder("turn", rope_parameters=dict(rope_type="llama3"), nanobit={}), "rope_type = 'llama3'"),
         (folder("heads", head_dim=16, nanobit={}), "head_dim = 16"),
         (folder("gelu", hidden_act="gelu", nanobit={}), "hidden_act = 'gelu'"),
