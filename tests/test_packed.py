@@ -37,6 +37,8 @@ def how(request, monkeypatch, capfd):
     packed.library.cache_clear()
     if request.param == "int8":
         monkeypatch.setattr(packed.shutil, "which", lambda name: None)
+    elif not any(map(packed.shutil.which, packed.COMPILERS)):
+        pytest.skip("needs a C compiler")
     assert bool(packed.library()) == (request.param == "C")
     assert ("no C compiler" in capfd.readouterr().err) == (request.param == "int8")
     yield request.param
@@ -202,7 +204,8 @@ def test_a_change_of_the_model_is_honoured(name, monkeypatch, capfd):
     part = dict(config=vars(hacked.cfg), model=hacked.state_dict())
     assert written(restore(part, "cpu", packed=True)) == written(restore(part, "cpu")) == written(hacked)
     err = capfd.readouterr().err
-    assert err.count("does not compute what") == 1 and "slower" in err
+    if packed.library() or name == "four_bits":  # without a C compiler no Block has a fast path
+        assert err.count("does not compute what") == 1 and "slower" in err
 
 
 def test_other_positions_reach_a_restored_model(monkeypatch):
@@ -237,7 +240,7 @@ def test_sample_writes_with_a_changed_model(tmp_path):
     )
     text, err = run("sample.py", *flags, patch=patch)
     assert run("sample.py", *flags, "--packed=False", patch=patch)[0] == text
-    assert "PackedBlock (packed.py) does not compute what Block (model.py) does" in err
+    assert ("PackedBlock (packed.py) does not compute what Block" in err) == bool(packed.library())
 
 
 def test_a_packed_layer_stays(how):
@@ -264,6 +267,8 @@ def test_compilers_that_fail(makes, tmp_path, monkeypatch, capfd):
         "an error": "printf '\\377 no\\n' >&2; exit 1",
         "only without -fopenmp": 'case "$*" in *fopenmp*) exit 1;; esac; exec gcc "$@"',
     }[makes]
+    if "gcc" in body and not packed.shutil.which("gcc"):
+        pytest.skip("needs gcc")
     (tmp_path / "cc").write_text(f"#!/bin/sh\n{body}\n")
     (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
