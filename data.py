@@ -65,7 +65,7 @@ def checked_meta(cfg, folder, split="", verify=False):
     """Return meta.json of a folder and check that it serves cfg. Raises Damaged with one line."""
     found = read_meta(folder)
     if not found["complete"] and not cfg.tokenize_on_fly:
-        how = f"go on with it: {printable(found['command'])}" if "command" in found else "prepare it again"
+        how = f"continue it: {printable(found['command'])}" if "command" in found else "prepare it again"
         raise Damaged(f"data set {folder} is not complete; {how}; to train while it runs: --tokenize_on_fly")
     if cfg.vocab_size and cfg.vocab_size < found["vocab_size"]:
         ids = found["vocab_size"]
@@ -224,7 +224,7 @@ class Windows:
                 break
             if not is_growing:
                 how = printable(self.meta.get("command", "its preparation"))
-                return f"data set {self.folder} is not complete, and nothing writes it; go on with it: {how}"
+                return f"data set {self.folder} is not complete, and nothing writes it; continue it: {how}"
             if not waits:
                 say(f"waiting for more {self.split} tokens of {self.folder}, which is being written")
             waits = True
@@ -243,7 +243,7 @@ class Windows:
 
     def repetition(self, n_tokens):
         """Return a line if so many training tokens read a text more than ten times, or ''. Problems and games
-        are repeated on purpose; of a data set that is still being written nobody knows."""
+        are repeated on purpose; for a data set that is still being written the number is unknown."""
         epochs = n_tokens / self.seq_len / self.total if self.total else 0
         if epochs <= 10 or "documents" not in self.meta:
             return ""

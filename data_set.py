@@ -1,5 +1,5 @@
 """
-What meta.json says of a prepared data set: it must agree with a schema, and with itself.
+The meta.json of a prepared data set: it must agree with a schema, and with itself.
 """
 
 import hashlib

@@ -73,7 +73,7 @@ def tensors(part, latent=False):
         elif is_ternary(part, name) and not latent and not cfg["n_expert"]:
             if len(w) % 4:
                 how = "--latent and --format=gguf --type=f16 take any width"
-                fail(f"{name} has {len(w)} rows, no multiple of 4, so that they cannot be packed; {how}")
+                fail(f"{name} has {len(w)} rows, which is not a multiple of 4: they cannot be packed; {how}")
             codes, s = quant.ternarize(w)
             found[f"{their_name(name)}.weight"] = packed.pack(codes)
             found[f"{their_name(name)}.weight_scale"] = s.reshape(1)
@@ -117,7 +117,9 @@ def check(part):
     """exit with 2 where no stock model computes what this one does"""
     cfg = part["config"]
     if cfg["n_expert"] and cfg["n_expert_active"] == 1:
-        fail("n_expert_active = 1: a chance weights the one expert, in a Mixtral nothing does; train with 2")
+        fail(
+            "n_expert_active = 1: our router weights the one expert, that of a Mixtral does not; train with 2"
+        )
     if part["tokenizer"]["kind"] == "sentencepiece":
         tokenizer_files.pieces(part["tokenizer"])
 
@@ -229,8 +231,8 @@ def read_config(folder, to_train):
     elif packing and packing != {"quant_method": "bitnet"}:
         faults.append(f"quantization_config = {packing}: only weights that export.py has packed can be read")
     if not to_train and not own and (packing or not os.path.exists(os.path.join(folder, "tokenizer.model"))):
-        how = "of others only float Llamas with a tokenizer.model can be used; use it with transformers"
-        faults.append(f"it is no export of export.py, its tokenizer cannot be read: {how}")
+        how = "of other folders only float Llamas with a tokenizer.model can be used"
+        faults.append(f"it is not an export of export.py, its tokenizer cannot be read: {how}")
     for key in ("attention_bias", "mlp_bias", "rope_scaling"):
         if theirs.get(key):
             faults.append(f"{key} = {theirs[key]!r}: our blocks have none")
@@ -292,9 +294,9 @@ def tokenizer_of(folder):
 
 
 def read(folder, to_train=False):
-    """the part of a checkpoint.pt that a folder stands for. Packed matrices stay as they are, uint8 beside
-    their weight_scale. to_train: a Llama of any origin, whose tokenizer is what is known of it, or None, but
-    nothing packed. Exits with 2 where it is no Llama, damaged or incomplete."""
+    """Return the part of a checkpoint.pt that a folder stands for. Packed matrices stay as they are, uint8
+    beside their weight_scale. to_train: a Llama of any origin, whose tokenizer is what is known of it, or
+    None, but nothing packed. Exits with 2 if it is not a Llama, damaged or incomplete."""
     settings, own, is_packed = read_config(folder, to_train)
     weights = read_weights(folder, own, to_train)
     # rows of padding were not written, and a product with fewer rows adds in another order

@@ -74,7 +74,7 @@ def built(compiler, more, folder):
 
 @functools.cache
 def library():
-    """packed.c compiled for this processor, or None, which is said on stderr: everything works without it"""
+    """packed.c compiled for this processor, or None, with a line on stderr: all works without it"""
     problem = f"no C compiler ({', '.join(COMPILERS)})"
     for compiler in filter(None, map(shutil.which, COMPILERS)):
         for more in (["-march=native", "-fopenmp"], ["-march=native"], []):
@@ -89,7 +89,7 @@ def library():
 
 class PackedLinear(nn.Module):
     """a BitLinear of which only the codes are left; `packed` (out / 4, in) as of pack, with rows of zeros
-    where out is no multiple of 4, s (1, 1). To be made on the device where it stays."""
+    if out is not a multiple of 4, s (1, 1). To be made on the device where it stays."""
 
     def __init__(self, packed, s, out_features):
         super().__init__()
@@ -154,13 +154,13 @@ class PackedBlock(Block):
     each of torch's costs microseconds, of which the packed layers themselves take few.
 
     It repeats Block.forward (model.py) and all that this calls. Whoever changes one changes the other;
-    pack_blocks sees whether they still agree.
+    pack_blocks checks that they still agree.
     """
 
     @staticmethod
     def of(block, layers):
-        """Turn a Block into one; layers: {name in the block: PackedLinear}. ValueError if it has other layers
-        or parameters than forward assumes: C would read and write beyond their ends."""
+        """Turn a Block into a PackedBlock; layers: {name in the block: PackedLinear}. ValueError if it has
+        other layers or parameters than forward assumes: C would read and write beyond their ends."""
         names = [name for names in PRODUCTS.values() for name in names]
         if type(block) is not Block or layers.keys() != set(names):
             raise ValueError(f"{type(block).__name__} has the ternary layers {', '.join(layers)}")
@@ -218,7 +218,7 @@ def replace(model, name, layer):
 
 
 def as_packed(layer):
-    """the packed form of a BitLinear or BitExperts"""
+    """Return the packed form of a BitLinear or BitExperts"""
     if isinstance(layer, BitLinear):
         return packed_linear(layer.weight)
     return PackedExperts(map(packed_linear, layer.weight))
@@ -235,7 +235,7 @@ def pack_layers(model):
     """Give the ternary layers of a model integer weights: the same function, which cannot be trained.
 
     A packed layer repeats BitLinear.forward (quant.py). One layer of each shape is compared with it, on four
-    random rows; if the two differ, nothing is packed, which is said on stderr.
+    random rows; if the two differ, nothing is packed, and a line on stderr says so.
     """
     packed, compared = {}, set()
     for name, layer in quant.bit_layers(model).items():

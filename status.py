@@ -175,7 +175,7 @@ def steady(run):
 
 
 def anomalies(run):
-    """the anomaly events, one of each step and kind: a step that was made again may have told of it twice"""
+    """the anomaly events, one of each step and kind: a step that was made again may have reported it twice"""
     odd = {(row["step"], row.get("what")): row for row in run["events"] if row.get("event") == "anomaly"}
     return list(odd.values())
 
@@ -208,7 +208,7 @@ def status(run_dir, window=50):
     alive = is_alive(run["config"])
     state, why, age, limit = pulse(run, alive, now)
     last, health, sample = (run[key][-1] if run[key] else {} for key in ("rows", "health", "greedy"))
-    # of the events, those of the last process: others may tell of steps that were made again
+    # of the events, those of the last process: others may be about steps that were made again
     began = max(run["starts"], default=0)
     since = [row for row in run["events"] if (number(row.get("time")) or 0) >= began]
     step = max((row["step"] for row in (*rows[-1:], *evals[-1:], *since)), default=0)
@@ -257,33 +257,33 @@ def status(run_dir, window=50):
 
 def warnings(run, now, limit, window):
     """what is wrong or may soon be, in words, with what to do; now: the fields of status()"""
-    settings, rows, told = run["config"]["settings"], run["rows"], []
+    settings, rows, faults = run["config"]["settings"], run["rows"], []
     is_running, age = now["state"] != "finished", now["last_line_age"]
     silent = "nothing was written" if age is None else f"nothing written for {clock(age)}"
     saved = now["checkpoint"]
-    go_on = "repeat the command with --resume=auto, it "
-    go_on += f"continues from step {saved['step']:,}" if saved else "starts over, as no step is saved"
+    resume_hint = "repeat the command with --resume=auto, it "
+    resume_hint += f"continues from step {saved['step']:,}" if saved else "starts over, as no step is saved"
     if now["state"] == "dead process":
-        told.append(
+        faults.append(
             f"dead process: {silent}, and process {now['pid']} was killed, by a person, a lack of memory or "
-            f"the end of the machine; {go_on}"
+            f"the end of the machine; {resume_hint}"
         )
     if now["state"] == "failed":
         what = now["why"] or "by an error that is not known"
-        remedy = f"; {go_on}"
+        remedy = f"; {resume_hint}"
         if "out of memory" in what.lower():
             total = settings.get("total_batch_size")  # of a run that did not set it, it would shrink too
-            remedy = f"; lower batch_size, with --total_batch_size={total or '...'}, and {go_on}"
+            remedy = f"; lower batch_size, with --total_batch_size={total or '...'}, and {resume_hint}"
         elif re.match(r"\w+: ", what):  # an exception; other errors name their remedy
-            remedy = f"; the traceback is where the run printed; once its cause is gone, {go_on}"
+            remedy = f"; the traceback is where the run printed; once its cause is gone, {resume_hint}"
         elif ";" in what:
             remedy = ""
-        told.append(f"failed: {what}{remedy}")
+        faults.append(f"failed: {what}{remedy}")
     if now["state"] == "stopped writing":
         where = "is still there" if now["pid_alive"] else "may be on another machine"
-        told.append(
+        faults.append(
             f"stopped writing: {silent}, {clock(limit)} is long for it; process {now['pid']} {where}: "
-            f"if it does not compute (top, nvidia-smi), end it and {go_on}"
+            f"if it does not compute (top, nvidia-smi), end it and {resume_hint}"
         )
 
     horizon = rows[-window]["step"] if len(rows) >= window else 0
@@ -291,16 +291,16 @@ def warnings(run, now, limit, window):
     skips = [row for row in recent if (row.get("what") or "").startswith("not finite")]
     skipped = sum(row.get("steps") or 1 for row in skips)
     if now["state"] != "failed" and (skipped or (rows and now["loss"] is None)):
-        told.append(
-            f"not finite: {skipped or 1} steps skipped after step {horizon:,}; if more come, go on with "
+        faults.append(
+            f"not finite: {skipped or 1} steps skipped after step {horizon:,}; if more come, continue with "
             "a lower learning_rate or longer warmup_steps: five in a row end the run"
         )
     if is_running and any(row.get("what") == "save failed" for row in recent):
-        told.append("save failed: see train.log, free disk space; the run goes on and tries again")
+        faults.append("save failed: see train.log, free disk space; the run continues and tries again")
     if (now["disk_need_gb"] or 0) > now["disk_free_gb"]:
-        told.append(
+        faults.append(
             f"disk: the checkpoints to come take about {now['disk_need_gb']:.3g} GB, "
-            f"{now['disk_free_gb']:.3g} GB are free; free some, or go on with a larger save_every"
+            f"{now['disk_free_gb']:.3g} GB are free; free some, or continue with a larger save_every"
         )
 
     # the decay counts as ahead while the rate is in the upper half of its way down
@@ -312,10 +312,10 @@ def warnings(run, now, limit, window):
         what = "most of the learning rate's decay is ahead: wait for it, the loss falls with it"
         if is_late or settings.get("schedule") == "constant":
             what = "stop here, or look with a longer --window whether it still falls"
-        is_rising = loss["jump"] or loss["change"] > 5 * loss["error"]  # more than a plateau does by chance
+        is_rising = loss["jump"] or loss["change"] > 5 * loss["error"]  # more than noise on a plateau
         if is_rising:
-            what = "lower learning_rate and go on from an earlier step (--resume=STEP_FOLDER --run_id=NEW)"
-        told.append(f"{'rising' if is_rising else 'plateau'}: the loss is {moves(loss)}; {what}")
+            what = "lower learning_rate and continue from an earlier step (--resume=STEP_FOLDER --run_id=NEW)"
+        faults.append(f"{'rising' if is_rising else 'plateau'}: the loss is {moves(loss)}; {what}")
     best, later = now["best"], column(run["evals"], "val_loss")[-2:]
     if len(later) == 2 and min(later) > best["val_loss"]:
         before = column([row for row in rows if row["step"] <= best["step"]], "loss")
@@ -323,7 +323,7 @@ def warnings(run, now, limit, window):
         k = min(len(before), len(after), window)
         training = trend(before[-k:] + after[-k:], 2 * k)
         if training and training["word"] == "falling":
-            told.append(
+            faults.append(
                 f"overfitting: val_loss was best, {best['val_loss']:.4f}, at step {best['step']:,}, and is "
                 f"{later[-1]:.4f} while the training loss falls; use that checkpoint, or train with more "
                 "data, a smaller model or dropout; --patience=3 ends such a run by itself"
@@ -331,14 +331,14 @@ def warnings(run, now, limit, window):
     repeats = repetition(run)
     usual = statistics.mean(repeats[-4:-1]) if len(repeats) > 1 else 1.0
     if len(repeats) > 1 and repeats[-1] > usual + 0.1:
-        told.append(
+        faults.append(
             f"repetition: {repeats[-1]:.2f} of the 4-grams of the greedy samples, {usual:.2f} before; if "
             "the top_k samples of samples.jsonl repeat too, look for duplicate data or lower learning_rate"
         )
     speeds = column(steady(run), "tokens_per_sec")
     recent, usual = (statistics.median(part or [0]) for part in (speeds[-5:], speeds))
     if is_running and len(speeds) >= 15 and recent < 0.8 * usual:
-        told.append(
+        faults.append(
             f"throughput: {recent:,.0f} tokens/s of late, the run's median is {usual:,.0f}; look for "
             "another process on the device, heat, a slow disk"
         )
@@ -347,22 +347,22 @@ def warnings(run, now, limit, window):
     zero, near, flip = (health.get(key) for key in ("zero", "near_threshold", "flip_rate"))
     if zero is not None and not 0.25 <= zero <= 0.55:
         remedy = "lower weight_decay" if zero > 0.5 else "look at the initial weights"
-        told.append(f"ternary: {zero:.1%} of the codes are 0, 30 to 45 % is usual; {remedy}")
+        faults.append(f"ternary: {zero:.1%} of the codes are 0, 30 to 45 % is usual; {remedy}")
     if near is not None and near > 0.15:
-        told.append(f"ternary: {near:.1%} of the weights are near a threshold, usual is 6 %; lower lr")
+        faults.append(f"ternary: {near:.1%} of the weights are near a threshold, usual is 6 %; lower lr")
     flips = trend(flip_rates, window) if is_due and len(flip_rates) >= window else None
     if flips and (flip or 0) > 0.001 and flips["word"] in ("rising", "flat" if is_late else ""):
-        told.append(
+        faults.append(
             f"ternary: the flip rate, {flip:.4f} a line, is {flips['word']} and should fall with the rate; "
             f"lower {'min_lr_ratio' if is_late else 'learning_rate'}"
         )
     dead = [row.get("dead") or 0 for row in run["routers"][-3:]]
     if is_running and len(dead) == 3 and min(dead) > 0:
-        told.append(
+        faults.append(
             f"dead experts: {dead[-1]} got no token in three lines; raise router_balance or lower "
             "learning_rate"
         )
-    return told
+    return faults
 
 
 def moves(loss):

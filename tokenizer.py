@@ -22,7 +22,7 @@ class CharTokenizer:
 
     def __init__(self, spec):
         self.chars = spec["chars"]
-        # a NUL is no text, but the place of the token that ends one (prepare/vocab.py)
+        # a NUL is not text, but the place of the token that ends one (prepare/vocab.py)
         self.ids = {char: i for i, char in enumerate(self.chars) if char != "\0"}
         self.size = len(self.chars)
 
@@ -49,14 +49,14 @@ def sentencepiece_model(content, path):
         model.LoadFromSerializedProto(content)
     except RuntimeError:
         how = "expected a tokenizer.model; a tokenizer.json, as of Llama 3, is not supported"
-        fail(f"tokenizer {path} is no SentencePiece model; {how}")
+        fail(f"tokenizer {path} is not a SentencePiece model; {how}")
     if model.eos_id() < 0:
         fail(f"tokenizer {path} has no end-of-text token (eos)")
     return model
 
 
 def marks_of(model):
-    """Return {"eot": id}, with "bos" if a SentencePiece model has another token than that to begin a text."""
+    """Return {"eot": id}, and "bos" if a SentencePiece model begins a text with another token."""
     bos, eot = model.bos_id(), model.eos_id()
     return {"eot": eot} | ({} if bos in (-1, eot) else {"bos": bos})
 
@@ -114,7 +114,7 @@ KINDS = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer, "tiktok
 
 
 def make_tokenizer(spec):
-    """the tokenizer of a spec that has its content. Exits with 2 if it cannot be made of that."""
+    """Return the tokenizer of a spec that has its content. Exits with 2 if it cannot be made of that."""
     if spec["kind"] not in KINDS:
         fail(f"tokenizer kind {spec['kind']!r} is unknown; this version reads {', '.join(KINDS)}")
     try:

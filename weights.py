@@ -19,15 +19,16 @@ HF = ", or an export for transformers"
 
 
 def initial(path):
-    """the part of a checkpoint.pt that init_from stands for; a Hugging Face folder is one too"""
+    """Return the part of a checkpoint.pt that init_from stands for; a Hugging Face folder is one too"""
     if llama.is_folder(path):
         return checked_export(path, to_train=True)
     return checkpoint.load(ranks.from_main(lambda: checkpoint.locate(path, setting="init_from", also=HF)))
 
 
 def trained(path):
-    """(part of a checkpoint.pt, where it was found) of a trained model: a checkpoint's, see locate, or that
-    of a folder that export.py has written. Prints on stderr which step that is, and how to use the best."""
+    """Return (part of a checkpoint.pt, where it was found) of a trained model: that of a checkpoint, see
+    locate, or of a folder that export.py has written. Prints on stderr which step that is, and how to use
+    the best."""
     if llama.is_folder(path):
         part = checked_export(path)
         print(f"using {path}, step {part['step']}", file=sys.stderr)
@@ -47,7 +48,8 @@ def trained(path):
 
 
 def checked_export(path, to_train=False):
-    """the part that an exported folder stands for, see hf.read. Exits with 2 if a weight is not finite."""
+    """Return the part that an exported folder stands for, see hf.read. Exits with 2 if a weight is not
+    finite."""
     part = hf.read(path, to_train)
     try:
         checkpoint.check_finite(part["model"])

@@ -3,8 +3,8 @@ The checked loader of settings: config/default.py, then the config files, then t
 
     cfg = config.load(sys.argv[1:])      one object with attributes; cfg.origin[name]: where a value is from
 
-All faults of a command line are reported at once, one `error:` line each, and end the program with exit code
-2.
+All faults of a command line are reported together, one `error:` line each, and end the program with exit
+code 2.
 """
 
 import ast
@@ -223,7 +223,7 @@ def parse(text, want):
 
 
 def unknown(key, known):
-    """the fault of a name that is no setting, with the nearest one that is"""
+    """Return the fault of a name that is not a setting, with the nearest one that is."""
     if key.startswith("no_") and key[3:] + "_every" in known:  # --no-eval
         return f"no setting named {key}; to switch it off: --{key[3:]}_every=0"
     near = [ALIASES[key]] if ALIASES.get(key) in known else difflib.get_close_matches(key, known, n=1)
@@ -248,7 +248,7 @@ def file_fault(path):
     if os.path.isdir(path):
         return f"{path} is a folder, not a config file; if a run is in it: --resume={path}"
     if "=" in path:
-        return f"{path} is no file; did you mean --{path}?"
+        return f"{path} is not a file; did you mean --{path}?"
     if os.path.isfile(os.path.join(ROOT, path)):
         return (
             f"config file {path} does not exist: paths are relative to the current folder; first cd {ROOT}, "
@@ -361,7 +361,7 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         faults.append(f"seed = {values['seed']} must be at least 0 and less than 2^63")
     for key in ("out_dir", "data_dir"):
         if values.get(key) == "":
-            faults.append(f"{key} = '' is no folder; . is the one the command runs in")
+            faults.append(f"{key} = '' is not a folder; . is the one the command runs in")
     for key in ("run_id", "name"):
         if key in values and (values[key] in (".", "..") or set(values[key]) & set("/\\")):
             faults.append(f"{key} = {values[key]!r} is not the name of a folder, but a path")
@@ -496,7 +496,7 @@ def check(cfg, faults):
     if cfg.resume and cfg.init_from:
         need(
             cfg.resume == "auto",
-            "resume and init_from exclude each other: resume goes on, init_from begins at step 0",
+            "resume and init_from exclude each other: resume continues a run, init_from begins at step 0",
         )
     if cfg.tokenize_on_fly and cfg.eval_every:
         need(

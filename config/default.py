@@ -32,7 +32,7 @@ ffn_dim = 3072  # inner width of the feed-forward network
 vocab_size = 0  # token ids; 0 = the data set's
 rope_theta = 10000.0  # base of the rotary positions
 norm_eps = 1e-5  # added to the mean square in RMSNorm
-dropout = 0.0  # chance of dropping an activation while training
+dropout = 0.0  # probability of dropping an activation while training
 tie_embeddings = True  # the head shares the embedding's matrix
 vocab_multiple = 1  # embedding and head get a multiple of so many rows; those over vocab_size are not used
 ternary = True  # BitNet b1.58; False trains the float twin: the same shape, data order and schedule

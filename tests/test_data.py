@@ -131,7 +131,7 @@ def meta_with(**changes):
         ("meta.json", lambda b: b[:50], ["meta.json is damaged"]),
         ("meta.json", lambda b: b"\xff" + b, ["meta.json is damaged"]),
         ("meta.json", meta_with(complete=False), ["is not complete", "--tokenize_on_fly"]),
-        ("meta.json", meta_with(complete=False, command="python x.py"), ["go on with it: python x.py"]),
+        ("meta.json", meta_with(complete=False, command="python x.py"), ["continue it: python x.py"]),
         ("meta.json", meta_with(shards={}), ["no split 'train'"]),
     ],
 )

@@ -79,7 +79,7 @@ def test_widths_that_cannot_be_packed(tmp_path, capsys):
     part = part_of(ffn_dim=66)
     with pytest.raises(SystemExit):
         hf.write(part, str(tmp_path / "x"))
-    assert "66 rows, no multiple of 4" in capsys.readouterr().err and not os.listdir(tmp_path)
+    assert "66 rows, which is not a multiple of 4" in capsys.readouterr().err and not os.listdir(tmp_path)
     hf.write(part, str(tmp_path / "x"), latent=True)
     found = hf.read(str(tmp_path / "x"))["model"]
     assert all(torch.equal(w, found[name]) for name, w in part["model"].items())
@@ -187,14 +187,14 @@ def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path, capsys):
     other = dict(quantization_config=dict(quant_method="gptq"))
     for path, says in (
         (short, "is damaged"),
-        (folder("foreign", nanobit={}), "it is no export of export.py"),
+        (folder("foreign", nanobit={}), "it is not an export of export.py"),
         (folder("gptq", latent=False, **other), "only weights that export.py"),
         (folder("deep", latent=False, num_hidden_layers=3), "3, but its files hold 2 blocks"),
         (flipped, "is not the file that was exported"),
         (folder("head", latent=False, num_attention_heads=2), "beside it 2"),
         (folder("null", latent=False, nanobit=dict(tokenizer=None)), "cannot be read"),
         (folder("layers", latent=False, nanobit=dict(config=dict(n_layer="two"))), "n_layer = 'two'"),
-        (folder("nothing", latent=False, nanobit=None), "it is no export of export.py"),
+        (folder("nothing", latent=False, nanobit=None), "it is not an export of export.py"),
         (folder("widthless", latent=False, hidden_size=None), "cannot be read"),
     ):
         assert says in refused(capsys, path, to_train=False)

@@ -61,7 +61,7 @@ BAD = {
     "nul.txt": (b"a\0b\n" * 20, [], "NUL"),
     "vocab.txt": (b"abc\n" * 50, ["--tokenizer=sentencepiece", "--vocab_size=4000"], "vocab_size = 4000"),
     "tokenizer.txt": (b"abc\n" * 50, ["--tokenizer=gpt-2"], "tokenizer = 'gpt-2' is unknown"),
-    "model.txt": (b"abc\n" * 50, ["--tokenizer={path}"], "is no SentencePiece model"),
+    "model.txt": (b"abc\n" * 50, ["--tokenizer={path}"], "is not a SentencePiece model"),
     "binary.txt": (b"\x80" * 3000, ["--val_fraction=0.5"], "is not UTF-8"),
     "trained.jsonl": (b'{"body": "a"}\n[1]\n', ["--tokenizer=sentencepiece"], "line 2 has no 'body'"),
     "utf16.txt": ("text\n".encode("utf-16"), [], "iconv -f UTF-16"),
