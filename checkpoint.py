@@ -28,6 +28,7 @@ import torch
 import config
 from config import fail
 from files import set_aside, sync_folder, write_json
+from record import has_manifest, step_dir, step_folders, steps
 from terminal import printable
 from tokenizer import bos_of
 
@@ -48,30 +49,6 @@ class HashedFile:
 
     def flush(self):
         self.file.flush()
-
-
-def step_dir(run_dir, step):
-    return os.path.join(run_dir, "checkpoints", f"step_{step:06d}")
-
-
-def has_manifest(run_dir, step):
-    """Return whether the checkpoint of a step is there, without a look at its content."""
-    return os.path.exists(os.path.join(step_dir(run_dir, step), "manifest.json"))
-
-
-def step_folders(run_dir):
-    """Return the steps of a run that have a folder, newest first. Raises OSError if that cannot be read."""
-    folder = os.path.join(run_dir, "checkpoints")
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    return sorted((int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name)), reverse=True)
-
-
-def steps(run_dir):
-    """steps of a run that have a manifest, newest first"""
-    return [step for step in step_folders(run_dir) if has_manifest(run_dir, step)]
 
 
 def save(run_dir, step, model_part, trainer_part):

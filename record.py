@@ -48,6 +48,30 @@ def to_json(fields):
     return json.dumps(plain(fields), allow_nan=False)
 
 
+def step_dir(run_dir, step):
+    return os.path.join(run_dir, "checkpoints", f"step_{step:06d}")
+
+
+def has_manifest(run_dir, step):
+    """Return whether the checkpoint of a step exists, without a look at its content."""
+    return os.path.exists(os.path.join(step_dir(run_dir, step), "manifest.json"))
+
+
+def step_folders(run_dir):
+    """Return the steps of a run that have a folder, newest first. Raises OSError if that cannot be read."""
+    folder = os.path.join(run_dir, "checkpoints")
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name)), reverse=True)
+
+
+def steps(run_dir):
+    """Return the steps of a run that have a manifest, newest first."""
+    return [step for step in step_folders(run_dir) if has_manifest(run_dir, step)]
+
+
 def append_text(run_dir, text, name="train.log"):
     """one whole line at the end of a file of the run. Where the disk is full the line is dropped, with a
     warning on stderr: a line is no reason to stop training."""

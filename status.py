@@ -64,12 +64,8 @@ def read_config(run_dir):
 
 
 def checkpoints(run_dir):
-    """{step: folder} of those with a manifest, oldest first"""
-    root = os.path.join(run_dir, "checkpoints")
-    names = os.listdir(root) if os.path.isdir(root) else []
-    steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name))
-    found = {step: os.path.join(root, f"step_{step:06d}") for step in steps}
-    return {s: path for s, path in found.items() if os.path.exists(os.path.join(path, "manifest.json"))}
+    """Return {step: folder} of those with a manifest, oldest first."""
+    return {step: record.step_dir(run_dir, step) for step in reversed(record.steps(run_dir))}
 
 
 def read_run(run_dir):
