@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import warnings
 
 import filelock
 import pytest
@@ -81,6 +82,16 @@ def test_without_locks_a_file_stands_in(tmp_path, no_locks, capsys):
     assert files.is_locked(path) and "has no locks" not in capsys.readouterr().err
     lock.release()
     assert not files.is_locked(path) and not os.path.exists(path + no_locks)
+
+
+def test_a_system_without_fcntl_costs_no_foreign_warning(tmp_path, monkeypatch):
+    """rule: what filelock itself warns of when it is imported is not printed"""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "filelock"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with warnings.catch_warnings(record=True) as caught:
+        files.lock(tmp_path / "x").release()
+    assert not caught
 
 
 def test_the_file_of_a_dead_process_is_taken_over(tmp_path, no_locks):
