@@ -164,7 +164,8 @@ def locate(path, resumable=False, setting="ckpt", also=""):
         if folder is None:
             if passed:
                 fail(f"{setting} = {path!r}: none of its {len(passed)} checkpoints is {kind}, see above")
-            fail(f"{setting} = {path!r} has no checkpoint yet; train.py --resume=auto goes on with it")
+            how = "if its training has ended, start it again: it ended before its first save"
+            fail(f"{setting} = {path!r} has no checkpoint yet; {how}")
         return folder
     if not os.path.exists(os.path.join(folder, "manifest.json")):
         lacks = "has no manifest.json, without which its files cannot be trusted"

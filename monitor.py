@@ -60,7 +60,7 @@ def screen(now, width):
                 (step, "{}"),
                 (now["progress"], "{:.1%}"),
                 (now["epoch"], "epoch {:.2f}"),
-                (clock(eta) if eta and state != "finished" else None, "{} to go"),
+                (clock(eta) if eta and state not in ("finished", "failed") else None, "{} to go"),
             ),
         ),
         ("loss", known((now["loss"], "{:.4f}"), (loss and moves(loss), "{}"))),

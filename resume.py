@@ -115,7 +115,7 @@ def must_agree(cfg, part, tokenizer, names, what, how=""):
         )
     if faults:
         fail(*(f"{what}: {text}; these must agree{how}" for text in faults))
-    changed = sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from"})
+    changed = sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from", "verify_data"})
     for key in changed:
         print(f"changed: {told[key]}")
     return {key: saved[key] for key in changed}

@@ -476,7 +476,8 @@ while True:
             good, _ = checkpoint.newest(run_dir, resumable=True)
             remedy = "no checkpoint was saved before; start again with a lower learning_rate"
             if good:
-                remedy = f"the last good checkpoint is {good}; resume from it with a lower learning_rate"
+                again = f"{record.resume_command(run_dir)} --learning_rate={cfg.learning_rate / 2:g}"
+                remedy = f"the last finite checkpoint is {good}; with a lower rate: {again}"
             fail(f"{int(worst_streak)} steps in a row were not finite by step {step}; {remedy}", code=1)
         skips[2] = skips[1]
         speedometer.go_on()

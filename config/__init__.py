@@ -341,7 +341,9 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
         for key in [key for key in found if key in types]:
             put(key, found[key], source)
     if files and only is not None:
-        hint = f"did you mean --ckpt={files[0]}?" if "ckpt" in flags else "--help lists them"
+        name = next((name for name in ("ckpt", "files") if name in flags), None)
+        paths = [path for path in (files[0], os.path.join("runs", files[0])) if os.path.exists(path)]
+        hint = f"did you mean --{name}={paths[0]}?" if name and paths else "--help lists them"
         faults.append(f"{files[0]}: this script takes no file, only flags; {hint}")
         files = []
     for path in files:

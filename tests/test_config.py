@@ -372,8 +372,20 @@ def test_a_cuda_device_has_its_number(monkeypatch):
     assert device.pick("auto") == torch.device("cuda", 1)
 
 
-def test_a_path_without_its_flag_is_explained(capsys):
-    """rule: a command that takes a model names --ckpt when it is given a path alone"""
+@pytest.mark.parametrize(
+    "flag, given, hint",
+    [
+        ("ckpt", "runs/demo", "did you mean --ckpt=runs/demo?"),
+        ("ckpt", "demo", "did you mean --ckpt=runs/demo?"),
+        ("files", "a.txt", "did you mean --files=a.txt?"),
+        ("ckpt", "runs/other", "--help lists them"),
+    ],
+)
+def test_a_path_without_its_flag_is_explained(tmp_path, monkeypatch, capsys, flag, given, hint):
+    """rule: a command that is given a path alone names the flag for it, if there is such a file or run"""
+    os.makedirs(tmp_path / "runs" / "demo")
+    (tmp_path / "a.txt").touch()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        config.load(["runs/demo"], flags={"ckpt": ("", "a run")}, only=(), check_run=False)
-    assert "did you mean --ckpt=runs/demo?" in capsys.readouterr().err
+        config.load([given], flags={flag: ("", "a path")}, only=(), check_run=False)
+    assert hint in capsys.readouterr().err
