@@ -30,7 +30,8 @@ remembered = {}  # {folder: {shard: entry}} of this process, for a .checked.json
 def check_shards(folder, meta, split="", verify=False):
     """Check the size of every shard, and sha256 and ids of those of a split ('' = of all) that this machine
     has not read since they were last changed; verify: of each. Raises Damaged at the first that is wrong."""
-    cache, host = os.path.join(folder, ".checked.json"), platform.node()
+    cache = os.path.join(folder, ".checked.json")
+    host = f"{platform.node()}:{os.path.realpath(folder)}"  # a copy of the folder takes the cache along
     seen = read_checked(cache).get(host, {}) | remembered.get(folder, {})
     known, to_read, dtype = {}, {}, np.dtype(meta["dtype"]).newbyteorder("<")
     for name, shard in meta["shards"].items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import tokens
 import numpy as np
@@ -265,3 +266,17 @@ def test_train_verifies_its_data_if_asked(data_dir, out_dir):
     change(place, keep_time=True)
     _, err = train(data_dir, out_dir, "r", code=2, verify_data=True)
     assert err.startswith("error: shard ") and err.count("\n") == 1, err
+
+
+def test_a_copy_of_a_data_set_is_read_again(data_dir, tmp_path):
+    """rule: a copied cache does not vouch for copied shards, although their sizes and times are the same"""
+    data.meta(settings(data_dir=data_dir))
+    shutil.copytree(data_dir, tmp_path / "copy")
+    path = tmp_path / "copy" / "tiny" / "train_00000.bin"
+    time = os.stat(path).st_mtime_ns
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(time, time))
+    with pytest.raises(SystemExit):
+        data.meta(settings(data_dir=str(tmp_path / "copy")))
