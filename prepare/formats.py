@@ -203,19 +203,25 @@ def json_lines(file, path, offset, line, column):
         yield offset, number, row.get(column)
 
 
-def table_rows(file, path, start, offset, line, column, delimiter):
-    """Documents of a table in text, whose first row, at byte `start`, names the columns. A row may have
-    several lines, if a cell is quoted."""
+def table_rows(file, path, start, offset, line, column, delimiter, plain_quotes=False):
+    """Yield the documents of a table in text, whose first row, at byte `start`, names the columns. A row may
+    have several lines, if a cell is quoted; with plain_quotes quotes are characters as all others.
+
+    Exits with 2 if a cell has quotes that do not fit its beginning and end, or if quotes join lines of a .tsv
+    file that are whole rows without them: the writer of such a file does not quote cells."""
     csv.field_size_limit(LARGEST)
+    quoting = csv.QUOTE_NONE if plain_quotes else csv.QUOTE_MINIMAL
     shown, place = printable(path), start  # place: the byte after the lines that were read
+    number, tabs = line, []  # the last line of the last row; the tabs of each line read since
 
     def lines():
         nonlocal place
         for _, raw in whole_lines(file, path, 0):
             place += len(raw)
+            tabs.append(raw.count(b"\t"))
             yield decode(path, raw, place - len(raw))
 
-    rows = csv.reader(lines(), delimiter=delimiter)
+    rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         names = next(rows, [])
         if column not in names:
@@ -225,13 +231,19 @@ def table_rows(file, path, start, offset, line, column, delimiter):
         if offset:
             go_to(file, offset, place)
             place = offset
+        number = max(line, before)
+        tabs.clear()
         for row in rows:
+            if delimiter == "\t" and len(tabs) > 1 and {*tabs} == {len(names) - 1} != {0}:
+                raise csv.Error(f"a cell joins {len(tabs)} lines that are whole rows without its quotes")
+            number += len(tabs)
+            tabs.clear()
             if row:
                 at = names.index(column)
-                number = max(line, before) + rows.line_num - before
                 yield place, number, row[at] if at < len(row) else None
     except csv.Error as error:
-        fail(f"{shown}: line {max(line, rows.line_num)} cannot be read as a table: {error}")
+        how = "" if plain_quotes else '; if its " are characters of the text, set --plain_quotes'
+        fail(f"{shown}: the row at line {number + 1} cannot be read: {error}{how}")
 
 
 def parquet_rows(path, done, column):

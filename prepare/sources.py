@@ -186,11 +186,15 @@ class Files:
 
     Without a separator a text is one document, and the last val_fraction of the bytes of all texts, cut at a
     line end, is held out; documents of the other formats, and separated ones, are held out by their text.
-    Line ends become \\n, unless keep_crlf is set. The offset of a state is a byte of the unpacked file.
+    Line ends become \\n, unless keep_crlf is set. plain_quotes: as of formats.table_rows. The offset of a
+    state is a byte of the unpacked file.
     """
 
-    def __init__(self, paths, column, separator, val_fraction, max_documents=0, keep_crlf=False):
+    def __init__(
+        self, paths, column, separator, val_fraction, max_documents=0, keep_crlf=False, plain_quotes=False
+    ):
         self.column, self.keep_crlf, self.revision, self.documents = column, keep_crlf, "", 0
+        self.plain_quotes = plain_quotes
         self.separator = separator_of(separator, keep_crlf)
         whole = [path for path in paths if is_text(path) and not separator]  # each one document
         self.paths = [path for path in paths if path not in whole[max_documents or len(whole) :]]
@@ -285,7 +289,8 @@ class Files:
         elif kind in ("csv", "tsv"):
             formats.go_to(file, start)
             delimiter = "," if kind == "csv" else "\t"
-            values = formats.table_rows(file, path, start, offset, line, column, delimiter)
+            where = (start, offset, line)
+            values = formats.table_rows(file, path, *where, column, delimiter, self.plain_quotes)
         else:
             offset = max(offset, start)
             formats.go_to(file, offset)

@@ -57,7 +57,7 @@ FLAGS = {
     ),
 }
 NOT_WRITTEN = ("name", "workers", "max_bad_rows")  # flags that do not change what is written
-NEWER = ("keep_crlf",)  # flags that some data sets were made before
+NEWER = ("keep_crlf", "plain_quotes")  # flags that some data sets were made before
 HUB_FLAGS = {
     "repo": ("", "data set of the Hugging Face hub, or a folder laid out like one"),
     "config": ("", "its config; '' = the default one"),

@@ -2,8 +2,10 @@
 Write your own text as tokens. The ending of a file says how it is read:
 
     .jsonl .json .ndjson    one JSON object a line, whose field --column is the text of a document
-    .csv .tsv               a table whose first row names its columns; --column holds the texts
-    .parquet                the same
+    .csv .tsv               a table whose first row names its columns; --column holds the texts. Cells may be
+                            quoted, as pandas and spreadsheets write them, and then have several lines; for
+                            a file whose " are characters of the text, set --plain_quotes
+    .parquet                a table, too; --column holds the texts
     .txt and all others     the text itself, in UTF-8; what is not (archives, pictures, UTF-16) is refused
 
 All but .parquet also compressed, as .txt.gz or .jsonl.zst (which needs the package zstandard).
@@ -38,6 +40,10 @@ FLAGS = {
         False,
         "leave line ends as they are: \\r\\n of Windows and \\r of old Macs do not become \\n",
     ),
+    "plain_quotes": (
+        False,
+        'a .csv or .tsv file was written without quoting: each line is a row, and " is a character of it',
+    ),
 }
 FLAGS |= stream.FLAGS | {
     "name": ("text", "name of the data set"),
@@ -53,6 +59,6 @@ if __name__ == "__main__":
 
     def open_streams():
         options = (cfg.column, cfg.separator, cfg.val_fraction, cfg.max_documents, cfg.keep_crlf)
-        return [sources.Files(paths, *options)]
+        return [sources.Files(paths, *options, cfg.plain_quotes)]
 
     stream.prepare(cfg, open_streams, stream.source_of("prepare/text.py", cfg, FLAGS), paths)
