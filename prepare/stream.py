@@ -7,6 +7,7 @@ complete: what it lists is never taken back, so that training may read it (data.
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -412,6 +413,9 @@ def encode(cfg, folder, streams, progress):
             fail(f"cannot write {folder}: {error.strerror or error}; {how}", code=1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            for split in splits.values():
+                with contextlib.suppress(OSError):  # a full disk again
+                    split.file.close()  # on Windows discard cannot remove what is open
     return splits
 
 
