@@ -66,7 +66,8 @@ def checked_meta(cfg, folder, split="", verify=False):
     found = read_meta(folder)
     if not found["complete"] and not cfg.tokenize_on_fly:
         how = f"go on with it: {printable(found['command'])}" if "command" in found else "prepare it again"
-        raise Damaged(f"data set {folder} is not complete; {how}; to train while it runs: --tokenize_on_fly")
+        meanwhile = "" if os.name == "nt" else "; to train while it runs: --tokenize_on_fly"
+        raise Damaged(f"data set {folder} is not complete; {how}{meanwhile}")
     if cfg.vocab_size and cfg.vocab_size < found["vocab_size"]:
         ids = found["vocab_size"]
         source = cfg.origin.get("vocab_size", "")

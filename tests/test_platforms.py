@@ -132,6 +132,15 @@ def test_windows_is_not_asked_for_a_process(monkeypatch):
     assert status.is_alive(dict(pid=os.getpid())) is None
 
 
+def test_windows_does_not_train_beside_a_preparation(monkeypatch, capsys):
+    """rule: tokenize_on_fly is refused where a file that is read cannot be renamed by its writer"""
+    monkeypatch.setattr(os, "name", "nt")
+    with pytest.raises(SystemExit):
+        settings(tokenize_on_fly=True)
+    err = capsys.readouterr().err
+    assert "error: tokenize_on_fly does not work on Windows" in err and err.count("\n") == 1
+
+
 def test_a_command_is_quoted_for_its_shell(monkeypatch):
     """bug guarded: single quotes, which mean nothing to the command prompt of Windows"""
     args = ["python", "train.py", "--data_dir=my data"]
