@@ -244,9 +244,10 @@ class Windows:
 
     def repetition(self, n_tokens):
         """Return a line if so many training tokens read a text more than ten times, or ''. Problems and games
-        are repeated on purpose; of a data set that is still being written nobody knows."""
+        are repeated on purpose; the size of a data set that is still being written is not known, nor are the
+        steps of a run that max_minutes ends."""
         epochs = n_tokens / self.seq_len / self.total if self.total else 0
-        if epochs <= 10 or "documents" not in self.meta:
+        if epochs <= 10 or "documents" not in self.meta or self.cfg.max_minutes:
             return ""
         how = "prepare more text, set a smaller --max_steps=, or --patience=3, which stops at the best loss"
         return f"this run reads its text {epochs:,.0f} times, which teaches little (docs/cost.md); {how}"
