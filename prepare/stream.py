@@ -278,11 +278,11 @@ def source_now(folder, options, paths):
     if paths:
         stamp, content = sources.stamp(paths), ""
         for found in known[:1]:  # an earlier version wrote the stamp in the place of the content's hash
-            content = found.get("source", "").rpartition(" ")[2]
+            content = tokens.source_in(found).rpartition(" ")[2]
             content = content if stamp in (content, found.get("stamp")) else ""
         source = f"{options} {content or sources.fingerprint(paths)}"
     for found in known:
-        was, how = found.get("source", ""), "choose another --name=, or delete it"
+        was, how = tokens.source_in(found), "choose another --name=, or delete it"
         if paths and was != source and was.rpartition(" ")[0] == options:
             since = "the files have changed since it was made"
             if "stamp" not in found:

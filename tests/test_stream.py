@@ -315,6 +315,20 @@ def test_no_two_sources_in_one_folder(corpus, tmp_path):
     assert "holds another data set" in err
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"source": 3}', '{"complete": true}'])
+def test_a_meta_json_without_a_source_is_reported(tmp_path, capsys, content):
+    """rule: a meta.json of something else is left in its place, and is one error line"""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "meta.json").write_text(content)
+    for anew in (True, False):
+        with pytest.raises(SystemExit):
+            stream.source_now(str(tmp_path / "text"), "options", ())
+            tokens.open_data_set(str(tmp_path), "text", "options", anew)
+        err = capsys.readouterr().err
+        assert "holds another data set (its meta.json names no source)" in err and err.count("\n") == 1
+    assert (tmp_path / "text" / "meta.json").read_text() == content
+
+
 def test_skipped_rows_survive_a_kill(tmp_path, monkeypatch, capsys):
     """rule: from each mark on, the rows without text are counted to the same sums, and only the first of a
     kind are shown"""
