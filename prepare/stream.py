@@ -208,7 +208,7 @@ def prepare(cfg, open_streams, options, paths=()):
     folder = os.path.join(cfg.data_dir, cfg.name)
     meta_path, progress_path = (os.path.join(folder, name) for name in ("meta.json", "progress.json"))
     source, stamp = source_now(folder, options, paths)
-    if is_complete(folder):
+    if is_complete(cfg, folder):
         return
     before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     tokens.open_data_set(cfg.data_dir, cfg.name, source, anew=False)
@@ -216,25 +216,29 @@ def prepare(cfg, open_streams, options, paths=()):
         lock = files.lock(os.path.join(folder, ".lock"))
     except BlockingIOError as error:
         fail(f"{folder} is being written by {error.strerror}; wait for it, or choose another --name=")
-    if is_complete(folder):  # the other process has just ended
+    if is_complete(cfg, folder):  # the other process has just ended
         return
     progress = read_json(progress_path)
     if not progress and os.path.exists(meta_path):  # nothing tells where to go on
         os.remove(meta_path)
     try:
         cfg.revision = progress.get("revision", getattr(cfg, "revision", ""))
+        if progress and "stamp" not in progress:  # an earlier version began it, which kept line ends
+            cfg.keep_crlf = True
         streams = open_streams()
         if not progress:
             if not cfg.max_documents:
                 check_room(cfg, folder, sum(stream.size for stream in streams))
             spec, marks, vocab_size = vocab.pick(cfg, folder, texts(cfg, open_streams()))
-            progress = dict(source=source, tokenizer=spec, **marks, vocab_size=vocab_size, seconds=0.0)
-            progress |= dict(mark=START, tokens={}, bytes={}, documents={}, revision=streams[0].revision)
+            progress = dict(source=source, stamp=stamp, tokenizer=spec, **marks, vocab_size=vocab_size)
+            progress |= dict(mark=START, tokens={}, bytes={}, documents={}, seconds=0.0)
+            progress["revision"] = streams[0].revision
             progress["stream_began"] = [0, 0]  # tokens and bytes before the stream under way
             tokens.write_file(progress_path, json.dumps(progress).encode())
         else:
             print(f"going on after {sum(progress['documents'].values()):,} documents")
-        progress["stamp"] = stamp
+        if "stamp" in progress:
+            progress["stamp"] = stamp
         splits = encode(cfg, folder, streams, progress)
         progress["shards"] = finished(splits, progress)
         if "train" not in splits:  # the corrected command would find another data set here
@@ -293,11 +297,13 @@ def source_now(folder, options, paths):
     return source, stamp
 
 
-def is_complete(folder):
+def is_complete(cfg, folder):
     """Return whether the data set of a folder is complete, and print it then."""
     meta = read_json(os.path.join(folder, "meta.json"))
     if meta.get("complete"):
-        print(f"{folder} is complete; to make it again, delete it")
+        older = "stamp" not in meta and getattr(cfg, "keep_crlf", True) is False
+        note = " (an earlier version made it, with the line ends of the files)" if older else ""
+        print(f"{folder} is complete{note}; to make it again, delete it")
         summarize(folder, meta)
     return meta.get("complete")
 

@@ -142,6 +142,26 @@ def test_killed_and_continued(corpus, tmp_path, name, more):
     assert "is complete" in run("prepare/text.py", *flags)[0]
 
 
+def test_what_an_earlier_version_began_keeps_its_line_ends(tmp_path):
+    """rule: a data set has one kind of line ends, that of the version that began it, and says so if it is
+    another than today's"""
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\r\\nb"}\n' * 20_000, encoding="utf-8")
+    flags = text_flags(tmp_path, tmp_path, "a.jsonl", column="text", val_fraction=0)
+    place = tmp_path / "text"
+    before = sum(stopped([*flags, "--keep_crlf"], place, 1000)["tokens"].values())
+    stamp = sources.stamp([str(tmp_path / "a.jsonl")])
+    for name in ("progress.json", "meta.json"):  # as that version wrote them
+        found = stream.read_json(place / name)
+        source = found["source"].replace(" --keep_crlf=True", "").rpartition(" ")[0]
+        found["source"] = f"{source} {stamp}"
+        del found["stamp"]
+        (place / name).write_text(json.dumps(found))
+    stopped(flags, place, before + 5000)
+    run("prepare/text.py", *flags, patch=PATCH)
+    assert documents_of(place) == {"train": ["a\r\nb"] * 20_000}
+    assert "is complete (an earlier version made it, with the line ends" in run("prepare/text.py", *flags)[0]
+
+
 def test_hub_killed_and_continued(corpus, tmp_path):
     """bug guarded: a stream of the hub that goes on at another document than the one after the last
     written"""
