@@ -76,8 +76,8 @@ class Zst(io.RawIOBase):
 
 @contextlib.contextmanager
 def opened(path):
-    """A context with (the unpacked content of a file, the file itself), both binary. Exits with 2 if it is
-    damaged."""
+    """Open (the unpacked content of a file, the file itself), both binary, as a context. Exits with 2 if it
+    is damaged."""
     packing = kind_of(path)[1]
     try:
         with open(path, "rb") as raw:
@@ -151,8 +151,8 @@ def next_block(file):
 
 
 def separated(file, path, offset, separator):
-    """Documents of text that end at a separator (a pattern of separator_pattern) or the end of the file;
-    those of white space alone are left out."""
+    """Yield the documents of a text that end at a separator (a pattern of separator_pattern) or the end of
+    the file; those of white space alone are left out."""
     longest = 2 * len(separator.pattern)  # no match is longer
     rest, begin, searched = b"", 0, 0  # a document begins at rest[begin]
     while True:
@@ -176,7 +176,7 @@ def separated(file, path, offset, separator):
 
 
 def whole_lines(file, path, line):
-    """The lines of a file, each (number, bytes)."""
+    """Yield the lines of a file, each (number, bytes)."""
     while raw := file.readline(LARGEST):
         line += 1
         if len(raw) == LARGEST:
@@ -185,8 +185,8 @@ def whole_lines(file, path, line):
 
 
 def json_lines(file, path, offset, line, column):
-    """Documents of a file of JSON objects, one a line. The first one must have the column; where a later one
-    has not, its value is None."""
+    """Yield the documents of a file of JSON objects, one a line. The first one must have the column; if a
+    later one does not, its value is None."""
     is_first, path = line == 0, printable(path)
     for number, raw in whole_lines(file, path, line):
         offset += len(raw)
@@ -247,13 +247,14 @@ def table_rows(file, path, start, offset, line, column, delimiter, plain_quotes=
 
 
 def parquet_rows(path, done, column):
-    """Documents of a .parquet file after its first `done` rows; offset is a row's share of the bytes."""
+    """Yield the documents of a .parquet file after its first `done` rows; offset is a row's
+    share of the bytes."""
     parquet = library("pyarrow.parquet", "pyarrow")
     shown, size = printable(path), os.path.getsize(path)
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow's own error is one
-        fail(f"{shown} is no parquet file: {error}")
+        fail(f"{shown} is not a parquet file: {error}")
     names, n = file.schema_arrow.names, file.metadata.num_rows
     if column not in names:
         has = printable(", ".join(names))

@@ -2,7 +2,7 @@
 Documents of any number to token files, on all cores: in order, in chunks, to worker processes; their tokens
 in the same order into train_00000.bin.partial, ...; and every few seconds, once these are on the disk,
 progress.json: how many tokens of each split are written and where the source then stood. What is killed
-goes on from there, to the same bytes. After progress.json, never before it, comes a meta.json that is not
+continues from there, to the same bytes. After progress.json, never before it, comes a meta.json that is not
 complete: what it lists is never taken back, so that training may read it (data.py).
 """
 
@@ -38,7 +38,7 @@ from tokenizer import make_tokenizer, with_content
 CHUNK_CHARS = 2**20  # characters of text that a worker gets at a time
 PIECE_CHARS = 2**17  # characters of a document that are tokenized at a time, cut at a line end
 START = dict(stream=0, state=None)  # the mark before the first document
-SAVE_SECONDS = 10.0  # between two states that a killed preparation can go on from
+SAVE_SECONDS = 10.0  # between two states from which a killed preparation can continue
 SHOWN = 3  # rows without text that are shown of each kind
 FLAGS = {
     "name": ("", "name of the data set"),
@@ -54,7 +54,7 @@ FLAGS = {
     "max_bad_rows": (
         1000,
         "rows without a text (null, NaN, half a surrogate pair, not UTF-8) that are skipped and counted "
-        "before it ends; empty ones are no limit",
+        "before it ends; empty rows do not count",
     ),
 }
 NOT_WRITTEN = ("name", "workers", "max_bad_rows")  # flags that do not change what is written
@@ -91,8 +91,8 @@ def submit(pool, pieces):
 
 
 def encode_chunk(pieces):
-    """{split: (ids, documents, bytes of text)} of pieces (split, text, first, last), each document followed
-    by the end-of-text token and, where the marks {eot, bos} have one, begun by bos"""
+    """Return {split: (ids, documents, bytes of text)} of pieces (split, text, first, last): each document
+    ends with the end-of-text token and, if the marks {eot, bos} have one, begins with bos."""
     tokenizer, marks, dtype = worker
     found = {}
     for split, text, first, last in pieces:
@@ -136,9 +136,9 @@ def texts(cfg, streams):
 
 
 def chunks(cfg, streams, mark):
-    """yield (pieces, the mark behind them, the share of the stream that is behind): chunks of about
+    """Yield (pieces, the mark behind them, the share of the stream that is behind): chunks of about
     CHUNK_CHARS, from a mark {stream, state, skipped} on; skipped is {why: rows without text so far}. A source
-    that fails for want of a network is opened again at the last mark, after a wait."""
+    that fails for lack of a network is opened again at the last mark, after a wait."""
     for number in range(mark["stream"], len(streams)):
         if number > mark["stream"]:
             mark = mark | dict(stream=number, state=None)
@@ -162,7 +162,7 @@ def chunks(cfg, streams, mark):
                     raise
                 what = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
                 if not waits:
-                    fail(f"the hub does not answer ({what}); the same command goes on later", code=1)
+                    fail(f"the hub does not answer ({what}); the same command continues later", code=1)
                 print(f"the hub does not answer ({what}); again in {waits[0]} s", file=sys.stderr)
                 time.sleep(waits.pop(0))
         if pieces or skipped != mark.get("skipped", {}):
@@ -172,7 +172,7 @@ def chunks(cfg, streams, mark):
 
 def skip(cfg, skipped, why, place):
     """Count a row that holds no text in `skipped`, and show the first of each kind. Exits with 2 if they are
-    more than max_bad_rows, of which empty ones are none."""
+    more than max_bad_rows; empty rows do not count."""
     skipped[why] += 1
     bad = skipped.total() - skipped["empty"]
     if skipped[why] <= SHOWN:
@@ -195,12 +195,12 @@ def counted(skipped):
 
 
 def prepare(cfg, open_streams, options, paths=()):
-    """write data_dir/name from the documents of open_streams() -> [Hub or Files, ...], or go on with it
-    where an earlier process was stopped; ends with a summary. options: those that decide what is written;
-    paths: files whose content decides it, too.
+    """Write data_dir/name from the documents of open_streams() -> [Hub or Files, ...], or continue it where
+    an earlier process was stopped; ends with a summary. options: those that decide what is written; paths:
+    files whose content decides it, too.
 
     Exits with 2 for a user's mistake, with 1 for a full disk or a lost hub, with 130 for Ctrl-C. What is
-    written by then stays, for the same command to go on, as after kill -9; where that is nothing, no file
+    written by then stays, for the same command to continue, as after kill -9; if that is nothing, no file
     stays.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -219,7 +219,7 @@ def prepare(cfg, open_streams, options, paths=()):
     if is_complete(cfg, folder):  # the other process has just ended
         return
     progress = read_json(progress_path)
-    if not progress and os.path.exists(meta_path):  # nothing tells where to go on
+    if not progress and os.path.exists(meta_path):  # nothing says where to continue
         os.remove(meta_path)
     try:
         cfg.revision = progress.get("revision", getattr(cfg, "revision", ""))
@@ -236,7 +236,7 @@ def prepare(cfg, open_streams, options, paths=()):
             progress["stream_began"] = [0, 0]  # tokens and bytes before the stream under way
             tokens.write_file(progress_path, json.dumps(progress).encode())
         else:
-            print(f"going on after {sum(progress['documents'].values()):,} documents")
+            print(f"continuing after {sum(progress['documents'].values()):,} documents")
         if "stamp" in progress:
             progress["stamp"] = stamp
         splits = encode(cfg, folder, streams, progress)
@@ -250,7 +250,7 @@ def prepare(cfg, open_streams, options, paths=()):
         kept = bool(read_json(progress_path).get("tokens"))
         if not kept:
             discard(folder, before)
-        what = "the same command goes on, its last seconds again" if kept else "nothing was written yet"
+        what = "the same command continues, its last seconds again" if kept else "nothing was written yet"
         print(f"\nstopped; {what}", file=sys.stderr)
         raise SystemExit(130) from None
     except SystemExit as end:
@@ -258,7 +258,9 @@ def prepare(cfg, open_streams, options, paths=()):
         if not read_json(progress_path).get("tokens"):
             discard(folder, before)
         elif end.code == 2:
-            print(f"{folder} keeps what is written: the same command goes on, or delete it", file=sys.stderr)
+            print(
+                f"{folder} keeps what is written: the same command continues, or delete it", file=sys.stderr
+            )
         raise
     if "val" not in splits:
         print(f"warning: {too_few(cfg, progress)}")
@@ -411,11 +413,13 @@ def encode(cfg, folder, streams, progress):
                 process.kill()
             raise
         except BrokenProcessPool:
-            fail("a worker process was killed, perhaps for want of memory; the same command goes on", code=1)
+            fail(
+                "a worker process was killed, perhaps for lack of memory; the same command continues", code=1
+            )
         except OSError as error:
             if sources.is_network(error):
                 raise
-            how = "free some, then the same command goes on" if progress["tokens"] else "free some"
+            how = "free some, then the same command continues" if progress["tokens"] else "free some"
             fail(f"cannot write {folder}: {error.strerror or error}; {how}", code=1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -57,7 +57,7 @@ BAD = {
     "torn.jsonl": (b'{"body": "a"}\n{"body": "b', [], "line 2 is not JSON"),
     "number.jsonl": (b'{"body": 3}\n', [], "is int, not text"),
     "half.jsonl": (b'{"body": "\\ud800"}\n', [], "surrogate"),
-    "fake.parquet": (b"text", [], "is no parquet file"),
+    "fake.parquet": (b"text", [], "is not a parquet file"),
     "nul.txt": (b"a\0b\n" * 20, [], "NUL"),
     "vocab.txt": (b"abc\n" * 50, ["--tokenizer=sentencepiece", "--vocab_size=4000"], "vocab_size = 4000"),
     "tokenizer.txt": (b"abc\n" * 50, ["--tokenizer=gpt-2"], "tokenizer = 'gpt-2' is unknown"),

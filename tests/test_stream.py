@@ -129,7 +129,7 @@ def test_killed_and_continued(corpus, tmp_path, name, more):
         kills += 1
         assert stream.read_json(place / "meta.json")["complete"] is False
     out, _ = run("prepare/text.py", *flags, patch=patch)
-    assert "going on" in out
+    assert "continuing after" in out
     whole = tmp_path / "whole" / "text"
     assert sorted(os.listdir(place)) == sorted(os.listdir(whole))
     for file in os.listdir(whole):
@@ -186,7 +186,7 @@ def test_interrupt_says_how_to_go_on(corpus, tmp_path):
         assert child.poll() is None, child.communicate()
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=20)
-    assert child.returncode == 130 and "same command goes on" in err
+    assert child.returncode == 130 and "same command continues" in err
     assert "Traceback" not in err and "leaked" not in err, err
 
 
@@ -210,7 +210,7 @@ def test_full_disk_loses_nothing(corpus, tmp_path):
     run("prepare/text.py", *text_flags(folder, tmp_path / "whole"), patch=PATCH)
     flags = text_flags(folder, tmp_path / "full")
     _, err = run("prepare/text.py", *flags, patch=PATCH + FULL, code=1)
-    assert "No space left" in err and "goes on" in err and err.count("\n") == 1
+    assert "No space left" in err and "continues" in err and err.count("\n") == 1
     assert not [name for name in os.listdir(tmp_path / "full" / "text") if ".tmp" in name]
     run("prepare/text.py", *flags, patch=PATCH)
     for name in os.listdir(tmp_path / "whole" / "text"):
