@@ -66,7 +66,8 @@ def checked_meta(cfg, folder, split="", verify=False):
     found = read_meta(folder)
     if not found["complete"] and not cfg.tokenize_on_fly:
         how = f"continue it: {printable(found['command'])}" if "command" in found else "prepare it again"
-        raise Damaged(f"data set {folder} is not complete; {how}; to train while it runs: --tokenize_on_fly")
+        meanwhile = "" if os.name == "nt" else "; to train while it runs: --tokenize_on_fly"
+        raise Damaged(f"data set {folder} is not complete; {how}{meanwhile}")
     if cfg.vocab_size and cfg.vocab_size < found["vocab_size"]:
         ids = found["vocab_size"]
         source = cfg.origin.get("vocab_size", "")
@@ -243,9 +244,10 @@ class Windows:
 
     def repetition(self, n_tokens):
         """Return a line if so many training tokens read a text more than ten times, or ''. Problems and games
-        are repeated on purpose; for a data set that is still being written the number is unknown."""
+        are repeated on purpose; the size of a data set that is still being written is not known, nor are the
+        steps of a run that max_minutes ends."""
         epochs = n_tokens / self.seq_len / self.total if self.total else 0
-        if epochs <= 10 or "documents" not in self.meta:
+        if epochs <= 10 or "documents" not in self.meta or self.cfg.max_minutes:
             return ""
         how = "prepare more text, set a smaller --max_steps=, or --patience=3, which stops at the best loss"
         return f"this run reads its text {epochs:,.0f} times, which teaches little (docs/cost.md); {how}"

@@ -500,6 +500,12 @@ def check(cfg, faults):
             cfg.resume == "auto",
             "resume and init_from exclude each other: resume continues a run, init_from begins at step 0",
         )
+    if cfg.tokenize_on_fly:
+        need(
+            os.name != "nt",
+            "tokenize_on_fly does not work on Windows, where a file that is open cannot be renamed: let the "
+            "preparation end first, or use WSL2",
+        )
     if cfg.tokenize_on_fly and cfg.eval_every:
         need(
             cfg.eval_tokens > 0,

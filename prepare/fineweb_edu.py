@@ -10,7 +10,7 @@ tokens in the LLaMA-2 tokenizer of 32,000 pieces, the data of the 95M baseline.
 
 Documents are held out whole, by a hash of their text. meta-llama's own repositories are gated: by default
 the tokenizer comes from an open copy; with access to them, --tokenizer=meta-llama/Llama-2-7b-hf after `hf
-auth login`. Streams, on all cores, 2 bytes of disk a token; what is stopped goes on with the same command.
+auth login`. Streams, on all cores, 2 bytes of disk a token; the same command continues what was stopped.
 OpenWebText, where the hub holds it as a loading script: add --revision=refs/convert/parquet.
 """
 

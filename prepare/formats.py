@@ -76,8 +76,8 @@ class Zst(io.RawIOBase):
 
 @contextlib.contextmanager
 def opened(path):
-    """A context with (the unpacked content of a file, the file itself), both binary. Exits with 2 if it is
-    damaged."""
+    """Open (the unpacked content of a file, the file itself), both binary, as a context. Exits with 2 if it
+    is damaged."""
     packing = kind_of(path)[1]
     try:
         with open(path, "rb") as raw:
@@ -151,8 +151,8 @@ def next_block(file):
 
 
 def separated(file, path, offset, separator):
-    """Documents of text that end at a separator (a pattern of separator_pattern) or the end of the file;
-    those of white space alone are left out."""
+    """Yield the documents of a text that end at a separator (a pattern of separator_pattern) or the end of
+    the file; those of white space alone are left out."""
     longest = 2 * len(separator.pattern)  # no match is longer
     rest, begin, searched = b"", 0, 0  # a document begins at rest[begin]
     while True:
@@ -176,7 +176,7 @@ def separated(file, path, offset, separator):
 
 
 def whole_lines(file, path, line):
-    """The lines of a file, each (number, bytes)."""
+    """Yield the lines of a file, each (number, bytes)."""
     while raw := file.readline(LARGEST):
         line += 1
         if len(raw) == LARGEST:
@@ -185,8 +185,8 @@ def whole_lines(file, path, line):
 
 
 def json_lines(file, path, offset, line, column):
-    """Documents of a file of JSON objects, one a line. The first one must have the column; where a later one
-    has not, its value is None."""
+    """Yield the documents of a file of JSON objects, one a line. The first one must have the column; if a
+    later one does not, its value is None."""
     is_first, path = line == 0, printable(path)
     for number, raw in whole_lines(file, path, line):
         offset += len(raw)
@@ -203,19 +203,25 @@ def json_lines(file, path, offset, line, column):
         yield offset, number, row.get(column)
 
 
-def table_rows(file, path, start, offset, line, column, delimiter):
-    """Documents of a table in text, whose first row, at byte `start`, names the columns. A row may have
-    several lines, if a cell is quoted."""
+def table_rows(file, path, start, offset, line, column, delimiter, plain_quotes=False):
+    """Yield the documents of a table in text, whose first row, at byte `start`, names the columns. A row may
+    have several lines, if a cell is quoted; with plain_quotes quotes are characters as all others.
+
+    Exits with 2 if a cell has quotes that do not fit its beginning and end, or if quotes join lines of a .tsv
+    file that are whole rows without them: the writer of such a file does not quote cells."""
     csv.field_size_limit(LARGEST)
+    quoting = csv.QUOTE_NONE if plain_quotes else csv.QUOTE_MINIMAL
     shown, place = printable(path), start  # place: the byte after the lines that were read
+    number, tabs = line, []  # the last line of the last row; the tabs of each line read since
 
     def lines():
         nonlocal place
         for _, raw in whole_lines(file, path, 0):
             place += len(raw)
+            tabs.append(raw.count(b"\t"))
             yield decode(path, raw, place - len(raw))
 
-    rows = csv.reader(lines(), delimiter=delimiter)
+    rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         names = next(rows, [])
         if column not in names:
@@ -225,23 +231,30 @@ def table_rows(file, path, start, offset, line, column, delimiter):
         if offset:
             go_to(file, offset, place)
             place = offset
+        number = max(line, before)
+        tabs.clear()
         for row in rows:
+            if delimiter == "\t" and len(tabs) > 1 and {*tabs} == {len(names) - 1} != {0}:
+                raise csv.Error(f"a cell joins {len(tabs)} lines that are whole rows without its quotes")
+            number += len(tabs)
+            tabs.clear()
             if row:
                 at = names.index(column)
-                number = max(line, before) + rows.line_num - before
                 yield place, number, row[at] if at < len(row) else None
     except csv.Error as error:
-        fail(f"{shown}: line {max(line, rows.line_num)} cannot be read as a table: {error}")
+        how = "" if plain_quotes else '; if its " are characters of the text, set --plain_quotes'
+        fail(f"{shown}: the row at line {number + 1} cannot be read: {error}{how}")
 
 
 def parquet_rows(path, done, column):
-    """Documents of a .parquet file after its first `done` rows; offset is a row's share of the bytes."""
+    """Yield the documents of a .parquet file after its first `done` rows; offset is a row's
+    share of the bytes."""
     parquet = library("pyarrow.parquet", "pyarrow")
     shown, size = printable(path), os.path.getsize(path)
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow's own error is one
-        fail(f"{shown} is no parquet file: {error}")
+        fail(f"{shown} is not a parquet file: {error}")
     names, n = file.schema_arrow.names, file.metadata.num_rows
     if column not in names:
         has = printable(", ".join(names))

@@ -65,7 +65,7 @@ class Hub:
                 yield self.split, text, True, True
 
     def rows(self):
-        """What the data set yields. Exits with 2 if a file of it cannot be read: what datasets reads in
+        """Yield the rows of the data set. Exits with 2 if a file of it cannot be read: what datasets reads in
         blocks, as .jsonl and .csv, has no next row then."""
         rows = iter(self.data)
         while True:
@@ -182,15 +182,19 @@ def hub_file(repo, name):
 
 
 class Files:
-    """text files, each of the format that its ending names, in the order of their names.
+    """Text files, each of the format that its ending names, in the order of their names.
 
     Without a separator a text is one document, and the last val_fraction of the bytes of all texts, cut at a
     line end, is held out; documents of the other formats, and separated ones, are held out by their text.
-    Line ends become \\n, unless keep_crlf is set. The offset of a state is a byte of the unpacked file.
+    Line ends become \\n, unless keep_crlf is set. plain_quotes: as of formats.table_rows. The offset of a
+    state is a byte of the unpacked file.
     """
 
-    def __init__(self, paths, column, separator, val_fraction, max_documents=0, keep_crlf=False):
+    def __init__(
+        self, paths, column, separator, val_fraction, max_documents=0, keep_crlf=False, plain_quotes=False
+    ):
         self.column, self.keep_crlf, self.revision, self.documents = column, keep_crlf, "", 0
+        self.plain_quotes = plain_quotes
         self.separator = separator_of(separator, keep_crlf)
         whole = [path for path in paths if is_text(path) and not separator]  # each one document
         self.paths = [path for path in paths if path not in whole[max_documents or len(whole) :]]
@@ -236,8 +240,8 @@ class Files:
         return max(share, behind / self.size)
 
     def text(self, i, file):
-        """a text as one document, or two at the border of what is held out, in parts of at most LONGEST
-        bytes that end at a line end where there is one"""
+        """Yield a text as one document, or two at the border of what is held out, in parts of at most LONGEST
+        bytes that end at a line end if they have one."""
         path, rest = self.paths[i], b""
         self.where["offset"] = max(self.where["offset"], self.starts[i])
         formats.go_to(file, self.where["offset"])
@@ -256,7 +260,7 @@ class Files:
                 first = False
 
     def unified(self, text):
-        """text with \\n for every line end, unless they are kept"""
+        """Return text with \\n for every line end, unless they are kept."""
         return text if self.keep_crlf or "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
 
     def cut(self, i, part):
@@ -277,7 +281,7 @@ class Files:
         return end
 
     def rows(self, i, file):
-        """the documents of a file of several"""
+        """Yield the documents of a file that holds several."""
         path, column, start = self.paths[i], self.column, self.starts[i]
         offset, line, kind = self.where["offset"], self.where["line"], formats.kind_of(path)[0]
         if kind == "parquet":
@@ -285,7 +289,8 @@ class Files:
         elif kind in ("csv", "tsv"):
             formats.go_to(file, start)
             delimiter = "," if kind == "csv" else "\t"
-            values = formats.table_rows(file, path, start, offset, line, column, delimiter)
+            where = (start, offset, line)
+            values = formats.table_rows(file, path, *where, column, delimiter, self.plain_quotes)
         else:
             offset = max(offset, start)
             formats.go_to(file, offset)
@@ -373,7 +378,7 @@ def line_end(path, at, size):
 
 
 def word_end(path, at):
-    """the end of the word at byte `at` of a file, or of the character if the word does not end"""
+    """Return the end of the word at byte `at` of a file, or of the character if the word does not end."""
     with formats.opened(path) as (file, _):
         formats.go_to(file, at)
         block = file.read(formats.LONGEST)
@@ -387,7 +392,7 @@ def character_end(block):
 
 
 def fingerprint(paths):
-    """a short hash of the names and the content of files, to tell whether they have changed"""
+    """Return a short hash of the names and the content of files, which changes with them."""
     size = sum(map(os.path.getsize, paths))
     whole = hashlib.sha256()
     with tqdm(desc="checking", total=size, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
@@ -402,7 +407,7 @@ def fingerprint(paths):
 
 
 def stamp(paths):
-    """a short hash of the names, sizes and times of files: where it is the same, their content is taken for
-    unchanged without being read"""
+    """Return a short hash of the names, sizes and times of files: while it is the same, their content counts
+    as unchanged without being read."""
     known = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]

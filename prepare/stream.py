@@ -2,11 +2,12 @@
 Documents of any number to token files, on all cores: in order, in chunks, to worker processes; their tokens
 in the same order into train_00000.bin.partial, ...; and every few seconds, once these are on the disk,
 progress.json: how many tokens of each split are written and where the source then stood. What is killed
-goes on from there, to the same bytes. After progress.json, never before it, comes a meta.json that is not
+continues from there, to the same bytes. After progress.json, never before it, comes a meta.json that is not
 complete: what it lists is never taken back, so that training may read it (data.py).
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -37,7 +38,7 @@ from tokenizer import make_tokenizer, with_content
 CHUNK_CHARS = 2**20  # characters of text that a worker gets at a time
 PIECE_CHARS = 2**17  # characters of a document that are tokenized at a time, cut at a line end
 START = dict(stream=0, state=None)  # the mark before the first document
-SAVE_SECONDS = 10.0  # between two states that a killed preparation can go on from
+SAVE_SECONDS = 10.0  # between two states from which a killed preparation can continue
 SHOWN = 3  # rows without text that are shown of each kind
 FLAGS = {
     "name": ("", "name of the data set"),
@@ -53,11 +54,11 @@ FLAGS = {
     "max_bad_rows": (
         1000,
         "rows without a text (null, NaN, half a surrogate pair, not UTF-8) that are skipped and counted "
-        "before it ends; empty ones are no limit",
+        "before it ends; empty rows do not count",
     ),
 }
 NOT_WRITTEN = ("name", "workers", "max_bad_rows")  # flags that do not change what is written
-NEWER = ("keep_crlf",)  # flags that some data sets were made before
+NEWER = ("keep_crlf", "plain_quotes")  # flags that some data sets were made before
 HUB_FLAGS = {
     "repo": ("", "data set of the Hugging Face hub, or a folder laid out like one"),
     "config": ("", "its config; '' = the default one"),
@@ -90,8 +91,8 @@ def submit(pool, pieces):
 
 
 def encode_chunk(pieces):
-    """{split: (ids, documents, bytes of text)} of pieces (split, text, first, last), each document followed
-    by the end-of-text token and, where the marks {eot, bos} have one, begun by bos"""
+    """Return {split: (ids, documents, bytes of text)} of pieces (split, text, first, last): each document
+    ends with the end-of-text token and, if the marks {eot, bos} have one, begins with bos."""
     tokenizer, marks, dtype = worker
     found = {}
     for split, text, first, last in pieces:
@@ -135,9 +136,9 @@ def texts(cfg, streams):
 
 
 def chunks(cfg, streams, mark):
-    """yield (pieces, the mark behind them, the share of the stream that is behind): chunks of about
+    """Yield (pieces, the mark behind them, the share of the stream that is behind): chunks of about
     CHUNK_CHARS, from a mark {stream, state, skipped} on; skipped is {why: rows without text so far}. A source
-    that fails for want of a network is opened again at the last mark, after a wait."""
+    that fails for lack of a network is opened again at the last mark, after a wait."""
     for number in range(mark["stream"], len(streams)):
         if number > mark["stream"]:
             mark = mark | dict(stream=number, state=None)
@@ -161,7 +162,7 @@ def chunks(cfg, streams, mark):
                     raise
                 what = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
                 if not waits:
-                    fail(f"the hub does not answer ({what}); the same command goes on later", code=1)
+                    fail(f"the hub does not answer ({what}); the same command continues later", code=1)
                 print(f"the hub does not answer ({what}); again in {waits[0]} s", file=sys.stderr)
                 time.sleep(waits.pop(0))
         if pieces or skipped != mark.get("skipped", {}):
@@ -171,7 +172,7 @@ def chunks(cfg, streams, mark):
 
 def skip(cfg, skipped, why, place):
     """Count a row that holds no text in `skipped`, and show the first of each kind. Exits with 2 if they are
-    more than max_bad_rows, of which empty ones are none."""
+    more than max_bad_rows; empty rows do not count."""
     skipped[why] += 1
     bad = skipped.total() - skipped["empty"]
     if skipped[why] <= SHOWN:
@@ -194,12 +195,12 @@ def counted(skipped):
 
 
 def prepare(cfg, open_streams, options, paths=()):
-    """write data_dir/name from the documents of open_streams() -> [Hub or Files, ...], or go on with it
-    where an earlier process was stopped; ends with a summary. options: those that decide what is written;
-    paths: files whose content decides it, too.
+    """Write data_dir/name from the documents of open_streams() -> [Hub or Files, ...], or continue it where
+    an earlier process was stopped; ends with a summary. options: those that decide what is written; paths:
+    files whose content decides it, too.
 
     Exits with 2 for a user's mistake, with 1 for a full disk or a lost hub, with 130 for Ctrl-C. What is
-    written by then stays, for the same command to go on, as after kill -9; where that is nothing, no file
+    written by then stays, for the same command to continue, as after kill -9; if that is nothing, no file
     stays.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -207,7 +208,7 @@ def prepare(cfg, open_streams, options, paths=()):
     folder = os.path.join(cfg.data_dir, cfg.name)
     meta_path, progress_path = (os.path.join(folder, name) for name in ("meta.json", "progress.json"))
     source, stamp = source_now(folder, options, paths)
-    if is_complete(folder):
+    if is_complete(cfg, folder):
         return
     before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     tokens.open_data_set(cfg.data_dir, cfg.name, source, anew=False)
@@ -215,25 +216,29 @@ def prepare(cfg, open_streams, options, paths=()):
         lock = files.lock(os.path.join(folder, ".lock"))
     except BlockingIOError as error:
         fail(f"{folder} is being written by {error.strerror}; wait for it, or choose another --name=")
-    if is_complete(folder):  # the other process has just ended
+    if is_complete(cfg, folder):  # the other process has just ended
         return
     progress = read_json(progress_path)
-    if not progress and os.path.exists(meta_path):  # nothing tells where to go on
+    if not progress and os.path.exists(meta_path):  # nothing says where to continue
         os.remove(meta_path)
     try:
         cfg.revision = progress.get("revision", getattr(cfg, "revision", ""))
+        if progress and "stamp" not in progress:  # an earlier version began it, which kept line ends
+            cfg.keep_crlf = True
         streams = open_streams()
         if not progress:
             if not cfg.max_documents:
                 check_room(cfg, folder, sum(stream.size for stream in streams))
             spec, marks, vocab_size = vocab.pick(cfg, folder, texts(cfg, open_streams()))
-            progress = dict(source=source, tokenizer=spec, **marks, vocab_size=vocab_size, seconds=0.0)
-            progress |= dict(mark=START, tokens={}, bytes={}, documents={}, revision=streams[0].revision)
+            progress = dict(source=source, stamp=stamp, tokenizer=spec, **marks, vocab_size=vocab_size)
+            progress |= dict(mark=START, tokens={}, bytes={}, documents={}, seconds=0.0)
+            progress["revision"] = streams[0].revision
             progress["stream_began"] = [0, 0]  # tokens and bytes before the stream under way
             tokens.write_file(progress_path, json.dumps(progress).encode())
         else:
-            print(f"going on after {sum(progress['documents'].values()):,} documents")
-        progress["stamp"] = stamp
+            print(f"continuing after {sum(progress['documents'].values()):,} documents")
+        if "stamp" in progress:
+            progress["stamp"] = stamp
         splits = encode(cfg, folder, streams, progress)
         progress["shards"] = finished(splits, progress)
         if "train" not in splits:  # the corrected command would find another data set here
@@ -245,7 +250,7 @@ def prepare(cfg, open_streams, options, paths=()):
         kept = bool(read_json(progress_path).get("tokens"))
         if not kept:
             discard(folder, before)
-        what = "the same command goes on, its last seconds again" if kept else "nothing was written yet"
+        what = "the same command continues, its last seconds again" if kept else "nothing was written yet"
         print(f"\nstopped; {what}", file=sys.stderr)
         raise SystemExit(130) from None
     except SystemExit as end:
@@ -253,7 +258,9 @@ def prepare(cfg, open_streams, options, paths=()):
         if not read_json(progress_path).get("tokens"):
             discard(folder, before)
         elif end.code == 2:
-            print(f"{folder} keeps what is written: the same command goes on, or delete it", file=sys.stderr)
+            print(
+                f"{folder} keeps what is written: the same command continues, or delete it", file=sys.stderr
+            )
         raise
     if "val" not in splits:
         print(f"warning: {too_few(cfg, progress)}")
@@ -277,11 +284,11 @@ def source_now(folder, options, paths):
     if paths:
         stamp, content = sources.stamp(paths), ""
         for found in known[:1]:  # an earlier version wrote the stamp in the place of the content's hash
-            content = found.get("source", "").rpartition(" ")[2]
+            content = tokens.source_in(found).rpartition(" ")[2]
             content = content if stamp in (content, found.get("stamp")) else ""
         source = f"{options} {content or sources.fingerprint(paths)}"
     for found in known:
-        was, how = found.get("source", ""), "choose another --name=, or delete it"
+        was, how = tokens.source_in(found), "choose another --name=, or delete it"
         if paths and was != source and was.rpartition(" ")[0] == options:
             since = "the files have changed since it was made"
             if "stamp" not in found:
@@ -292,11 +299,13 @@ def source_now(folder, options, paths):
     return source, stamp
 
 
-def is_complete(folder):
+def is_complete(cfg, folder):
     """Return whether the data set of a folder is complete, and print it then."""
     meta = read_json(os.path.join(folder, "meta.json"))
     if meta.get("complete"):
-        print(f"{folder} is complete; to make it again, delete it")
+        older = "stamp" not in meta and getattr(cfg, "keep_crlf", True) is False
+        note = " (an earlier version made it, with the line ends of the files)" if older else ""
+        print(f"{folder} is complete{note}; to make it again, delete it")
         summarize(folder, meta)
     return meta.get("complete")
 
@@ -404,14 +413,19 @@ def encode(cfg, folder, streams, progress):
                 process.kill()
             raise
         except BrokenProcessPool:
-            fail("a worker process was killed, perhaps for want of memory; the same command goes on", code=1)
+            fail(
+                "a worker process was killed, perhaps for lack of memory; the same command continues", code=1
+            )
         except OSError as error:
             if sources.is_network(error):
                 raise
-            how = "free some, then the same command goes on" if progress["tokens"] else "free some"
+            how = "free some, then the same command continues" if progress["tokens"] else "free some"
             fail(f"cannot write {folder}: {error.strerror or error}; {how}", code=1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            for split in splits.values():
+                with contextlib.suppress(OSError):  # a full disk again
+                    split.file.close()  # on Windows discard cannot remove what is open
     return splits
 
 

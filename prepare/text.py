@@ -1,23 +1,26 @@
 """
-Write your own text as tokens. The ending of a file says how it is read:
+Write your own text as tokens. The ending of a file selects how it is read:
 
     .jsonl .json .ndjson    one JSON object a line, whose field --column is the text of a document
-    .csv .tsv               a table whose first row names its columns; --column holds the texts
-    .parquet                the same
-    .txt and all others     the text itself, in UTF-8; what is not (archives, pictures, UTF-16) is refused
+    .csv .tsv               a table whose first row names its columns; --column holds the texts. Cells may be
+                            quoted, as pandas and spreadsheets write them, and then have several lines; for
+                            a file whose " are characters of the text, set --plain_quotes
+    .parquet                a table, too; --column holds the texts
+    .txt and all others     the text itself, in UTF-8; other content (archives, pictures, UTF-16) is refused
 
-All but .parquet also compressed, as .txt.gz or .jsonl.zst (which needs the package zstandard).
+All but .parquet may be compressed, as .txt.gz or .jsonl.zst (which needs the package zstandard).
 
     python prepare/text.py --files='books/*.txt'                                       data/text/
     python prepare/text.py --files='docs/**/*.jsonl' --column=body --tokenizer=gpt2 --name=docs
     python prepare/text.py --files=stories.txt --separator='<|endoftext|>' --vocab_size=2048 --name=stories
 
-A .txt file is one document, and the last val_fraction of the bytes of all .txt files is held out; with
---separator it is many. Documents of the other kinds, and separated ones, are held out by a hash of their
-text. Line ends become \\n. Rows without a text are skipped and counted.
+A .txt file is one document, or with --separator many. Of single documents the last val_fraction of the
+bytes of all .txt files is held out. Documents of the other kinds, and separated ones, are held out by a hash
+of their text. Line ends become \\n. Rows without a text are skipped and counted.
 
-Streams, on all cores; what is stopped goes on with the same command. The tokens take about half the
-bytes of the text. A file that was touched or copied is the same text; one that was edited is not.
+The text is streamed, on all cores. The same command continues a preparation that was stopped. The tokens
+take about half the bytes of the text. A file that was touched or copied counts as the same text; one that
+was edited does not.
 """
 
 import sys
@@ -38,6 +41,10 @@ FLAGS = {
         False,
         "leave line ends as they are: \\r\\n of Windows and \\r of old Macs do not become \\n",
     ),
+    "plain_quotes": (
+        False,
+        'a .csv or .tsv file was written without quoting: each line is a row, and " is a character of it',
+    ),
 }
 FLAGS |= stream.FLAGS | {
     "name": ("text", "name of the data set"),
@@ -53,6 +60,6 @@ if __name__ == "__main__":
 
     def open_streams():
         options = (cfg.column, cfg.separator, cfg.val_fraction, cfg.max_documents, cfg.keep_crlf)
-        return [sources.Files(paths, *options)]
+        return [sources.Files(paths, *options, cfg.plain_quotes)]
 
     stream.prepare(cfg, open_streams, stream.source_of("prepare/text.py", cfg, FLAGS), paths)

@@ -5,8 +5,8 @@ them.
     python prepare/tinystories.py                                    data/tinystories/
     python prepare/tinystories.py --max_documents=20000 --name=few   a first try, in a minute
 
-Downloads the data set while it reads it: about 1 GB, and 1 GB of tokens in all. Streams, on all cores; what
-is stopped goes on with the same command.
+Downloads the data set while it reads it: about 1 GB, and 1 GB of tokens in all. Streams, on all cores; the
+same command continues what was stopped.
 """
 
 import sys

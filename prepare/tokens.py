@@ -32,16 +32,23 @@ def open_data_set(data_dir, name, source, anew=True):
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(meta):
             with open(meta, encoding="utf-8") as file:
-                found = json.load(file).get("source")
+                found = source_in(json.load(file))
             if found != source:
                 fail(f"{folder} holds another data set ({found}); choose another --name=, or delete it")
             if anew:
                 os.remove(meta)
-    except ValueError:
+    except (ValueError, RecursionError):
         os.remove(meta)  # damaged: nothing to lose
     except OSError as error:
         fail(f"data_dir = {data_dir!r}: cannot write {folder} ({error.strerror}); choose another --data_dir=")
     return folder
+
+
+def source_in(meta):
+    """Return the source that the content of a meta.json or progress.json names; of another file, that it
+    names none."""
+    source = meta.get("source") if isinstance(meta, dict) else None
+    return source if isinstance(source, str) else "its meta.json names no source"
 
 
 def dtype_of(vocab_size):

@@ -297,6 +297,8 @@ def test_a_text_that_is_read_many_times_is_worth_a_line(data_dir):
     rows.meta["documents"] = {"train": 1, "val": 1}
     assert not rows.repetition(10 * epoch)
     assert "reads its text 12 times" in rows.repetition(12 * epoch)
+    rows.cfg.max_minutes = 5.0
+    assert not rows.repetition(12 * epoch), "max_minutes may end the run long before"
 
 
 def test_tokenizer_names_the_character_it_does_not_have():

@@ -97,6 +97,19 @@ def test_windows_removes_what_has_only_begun(folders):
     run("export.py", *export, "--force", patch=PATCH)  # replaces it
 
 
+@pytest.mark.parametrize(
+    "error, code, says",
+    [("OSError(28, 'No space left on device')", 1, "No space left"), ("KeyboardInterrupt", 130, "stopped")],
+)
+def test_windows_discards_a_preparation_that_has_only_begun(folders, error, code, says):
+    """rule: a full disk, or Ctrl-C, in the first seconds leaves no file of the data set and no traceback"""
+    patch = f"{PATCH}\nimport tokens\ndef write(self, ids): self.file.write(bytes(9)); raise {error}\n"
+    patch += "tokens.Split.write = write"
+    how = dict(files=os.path.join(folders["folder"], "text.txt"), tokenizer="char", workers=1, name="begun")
+    _, err = run("prepare/text.py", *flags(**how, data_dir=folders["data_dir"]), code=code, patch=patch)
+    assert says in err and not os.path.exists(os.path.join(folders["data_dir"], "begun"))
+
+
 @pytest.mark.parametrize("patch", [PATCH, ""], ids=["Windows", "others"])
 @pytest.mark.parametrize("command", ["train.py --help", "monitor.py {run}"])
 def test_a_program_ends_with_its_reader(folders, command, patch):
@@ -117,6 +130,15 @@ def test_windows_is_not_asked_for_a_process(monkeypatch):
     monkeypatch.setattr(os, "kill", lambda *args: pytest.fail("a signal was sent"))
     monkeypatch.setattr(os, "name", "nt")
     assert status.is_alive(dict(pid=os.getpid())) is None
+
+
+def test_windows_does_not_train_beside_a_preparation(monkeypatch, capsys):
+    """rule: tokenize_on_fly is refused where a file that is read cannot be renamed by its writer"""
+    monkeypatch.setattr(os, "name", "nt")
+    with pytest.raises(SystemExit):
+        settings(tokenize_on_fly=True)
+    err = capsys.readouterr().err
+    assert "error: tokenize_on_fly does not work on Windows" in err and err.count("\n") == 1
 
 
 def test_a_command_is_quoted_for_its_shell(monkeypatch):

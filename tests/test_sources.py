@@ -57,7 +57,7 @@ BAD = {
     "torn.jsonl": (b'{"body": "a"}\n{"body": "b', [], "line 2 is not JSON"),
     "number.jsonl": (b'{"body": 3}\n', [], "is int, not text"),
     "half.jsonl": (b'{"body": "\\ud800"}\n', [], "surrogate"),
-    "fake.parquet": (b"text", [], "is no parquet file"),
+    "fake.parquet": (b"text", [], "is not a parquet file"),
     "nul.txt": (b"a\0b\n" * 20, [], "NUL"),
     "vocab.txt": (b"abc\n" * 50, ["--tokenizer=sentencepiece", "--vocab_size=4000"], "vocab_size = 4000"),
     "tokenizer.txt": (b"abc\n" * 50, ["--tokenizer=gpt-2"], "tokenizer = 'gpt-2' is unknown"),
@@ -257,6 +257,37 @@ def test_rows_without_text_are_said_with_file_and_line(tmp_path):
     assert bad == [("empty", "4"), ("empty", "9"), ("empty", "11"), ("null", "13")]
 
 
+UNQUOTED = 'id\ttext\n1\t"Hello, he said\n2\tplain two\n3\tplain three\n4\t{}\n'
+
+
+@pytest.mark.parametrize(
+    "last", ['the "end" of', 'the "end"', 'ends with a quote"', "no other quote", '"a" b']
+)
+def test_a_quote_without_its_other_half_joins_no_rows(tmp_path, capsys, last):
+    """rule: a .tsv file whose quotes are characters is refused in a line that names --plain_quotes, with
+    which each line is a row"""
+    path = written(tmp_path / "a.tsv", UNQUOTED.format(last).encode())
+    with pytest.raises(SystemExit):
+        of_files([path])
+    err = capsys.readouterr().err
+    assert "a.tsv: the row at line 2 cannot be read" in err and "--plain_quotes" in err
+    texts = [text for _, text, _, _ in of_files([path], plain_quotes=True)[0]]
+    assert texts == ['"Hello, he said', "plain two", "plain three", last]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_table_of_pandas_is_read_with_its_quotes(tmp_path, name):
+    """rule: quoted cells, of several lines and with delimiters too, are the texts that were written"""
+    texts = ['"Hello", he said', "one\ntwo", 'a\tb, "c"\nd', "plain", "x\ty"]
+    table = io.StringIO(newline="")
+    rows = [("id", "text", "more"), *((n, text, "z") for n, text in enumerate(texts))]
+    csv.writer(table, delimiter="," if name == "a.csv" else "\t", lineterminator="\n").writerows(rows)
+    path = written(tmp_path / name, table.getvalue().encode())
+    assert [text for _, text, _, _ in of_files([path])[0]] == texts
+    path = written(tmp_path / f"one_{name}", b'text\n"one\ntwo"\n')
+    assert [text for _, text, _, _ in of_files([path])[0]] == ["one\ntwo"]
+
+
 def not_utf8(path):
     """a .parquet file whose second of three texts is not UTF-8"""
     import pyarrow
@@ -353,7 +384,8 @@ def test_content_decides_whether_files_have_changed(tmp_path, capsys):
 def test_newer_flags_leave_the_source_as_it_was():
     """rule: a data set made before a flag existed is the same data set while the flag has its default"""
     flags = dict(files=("", ""), name=("", ""), max_bad_rows=(9, ""), keep_crlf=(False, ""))
-    cfg = SimpleNamespace(files="a.txt", name="x", max_bad_rows=3, keep_crlf=False)
+    flags |= dict(plain_quotes=(False, ""))
+    cfg = SimpleNamespace(files="a.txt", name="x", max_bad_rows=3, keep_crlf=False, plain_quotes=False)
     assert stream.source_of("prepare/text.py", cfg, flags) == "prepare/text.py --files=a.txt"
     cfg.keep_crlf = True
     assert stream.source_of("prepare/text.py", cfg, flags).endswith(" --keep_crlf=True")

@@ -129,7 +129,7 @@ def test_killed_and_continued(corpus, tmp_path, name, more):
         kills += 1
         assert stream.read_json(place / "meta.json")["complete"] is False
     out, _ = run("prepare/text.py", *flags, patch=patch)
-    assert "going on" in out
+    assert "continuing after" in out
     whole = tmp_path / "whole" / "text"
     assert sorted(os.listdir(place)) == sorted(os.listdir(whole))
     for file in os.listdir(whole):
@@ -140,6 +140,26 @@ def test_killed_and_continued(corpus, tmp_path, name, more):
         found = documents_of(whole)
         assert found["train"][0] + found["val"][0] == "".join(corpus[1])
     assert "is complete" in run("prepare/text.py", *flags)[0]
+
+
+def test_what_an_earlier_version_began_keeps_its_line_ends(tmp_path):
+    """rule: a data set has one kind of line ends, that of the version that began it, and says so if it is
+    another than today's"""
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\r\\nb"}\n' * 20_000, encoding="utf-8")
+    flags = text_flags(tmp_path, tmp_path, "a.jsonl", column="text", val_fraction=0)
+    place = tmp_path / "text"
+    before = sum(stopped([*flags, "--keep_crlf"], place, 1000)["tokens"].values())
+    stamp = sources.stamp([str(tmp_path / "a.jsonl")])
+    for name in ("progress.json", "meta.json"):  # as that version wrote them
+        found = stream.read_json(place / name)
+        source = found["source"].replace(" --keep_crlf=True", "").rpartition(" ")[0]
+        found["source"] = f"{source} {stamp}"
+        del found["stamp"]
+        (place / name).write_text(json.dumps(found))
+    stopped(flags, place, before + 5000)
+    run("prepare/text.py", *flags, patch=PATCH)
+    assert documents_of(place) == {"train": ["a\r\nb"] * 20_000}
+    assert "is complete (an earlier version made it, with the line ends" in run("prepare/text.py", *flags)[0]
 
 
 def test_hub_killed_and_continued(corpus, tmp_path):
@@ -166,7 +186,7 @@ def test_interrupt_says_how_to_go_on(corpus, tmp_path):
         assert child.poll() is None, child.communicate()
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=20)
-    assert child.returncode == 130 and "same command goes on" in err
+    assert child.returncode == 130 and "same command continues" in err
     assert "Traceback" not in err and "leaked" not in err, err
 
 
@@ -190,7 +210,7 @@ def test_full_disk_loses_nothing(corpus, tmp_path):
     run("prepare/text.py", *text_flags(folder, tmp_path / "whole"), patch=PATCH)
     flags = text_flags(folder, tmp_path / "full")
     _, err = run("prepare/text.py", *flags, patch=PATCH + FULL, code=1)
-    assert "No space left" in err and "goes on" in err and err.count("\n") == 1
+    assert "No space left" in err and "continues" in err and err.count("\n") == 1
     assert not [name for name in os.listdir(tmp_path / "full" / "text") if ".tmp" in name]
     run("prepare/text.py", *flags, patch=PATCH)
     for name in os.listdir(tmp_path / "whole" / "text"):
@@ -313,6 +333,20 @@ def test_no_two_sources_in_one_folder(corpus, tmp_path):
     run("prepare/text.py", *flags)
     _, err = run("prepare/text.py", *flags, "--val_fraction=0.1", code=2)
     assert "holds another data set" in err
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"source": 3}', '{"complete": true}'])
+def test_a_meta_json_without_a_source_is_reported(tmp_path, capsys, content):
+    """rule: a meta.json of something else is left in its place, and is one error line"""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "meta.json").write_text(content)
+    for anew in (True, False):
+        with pytest.raises(SystemExit):
+            stream.source_now(str(tmp_path / "text"), "options", ())
+            tokens.open_data_set(str(tmp_path), "text", "options", anew)
+        err = capsys.readouterr().err
+        assert "holds another data set (its meta.json names no source)" in err and err.count("\n") == 1
+    assert (tmp_path / "text" / "meta.json").read_text() == content
 
 
 def test_skipped_rows_survive_a_kill(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ renaming and deleting what is open; renaming onto what exists; flushing what is 
 import builtins
 import errno
 import fcntl
+import multiprocessing.popen_fork
 import os
 import select
 import shutil
@@ -57,6 +58,8 @@ def emulate():
         for name in names:
             if hasattr(module, name):
                 delattr(module, name)
+    process = multiprocessing.popen_fork.Popen
+    process.kill = process.terminate  # the same there
 
     def no_select(*args):
         raise OSError(10038, "an operation was attempted on something that is not a socket")
