@@ -31,7 +31,7 @@ def check_shards(folder, meta, split="", verify=False):
     """Check the size of every shard, and sha256 and ids of those of a split ('' = of all) that this machine
     has not read since they were last changed; verify: of each. Raises Damaged at the first that is wrong."""
     cache = os.path.join(folder, ".checked.json")
-    host = f"{platform.node()}:{os.path.realpath(folder)}"  # a copy of the folder takes the cache along
+    host = host_of(folder)
     seen = read_checked(cache).get(host, {}) | remembered.get(folder, {})
     known, to_read, dtype = {}, {}, np.dtype(meta["dtype"]).newbyteorder("<")
     for name, shard in meta["shards"].items():
@@ -108,6 +108,11 @@ def bad_shard(folder, name, state):
     """Return the line on a shard that is damaged: its state and the remedy."""
     path = os.path.join(folder, name)
     return f"shard {path} {state}; copy it again from where it came, or delete {folder} and prepare it again"
+
+
+def host_of(folder):
+    """Return the key of this machine in the cache of a folder; a copy of the folder takes the cache along."""
+    return f"{platform.node()}:{os.path.realpath(folder)}"
 
 
 def read_checked(path):

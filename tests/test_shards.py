@@ -182,9 +182,9 @@ def test_a_damaged_cache_is_none(place, content):
     """bug guarded: a traceback because of a file that is only a cache, or one of an earlier version"""
     path = os.path.join(place, ".checked.json")
     with open(path, "w", encoding="utf-8") as file:
-        file.write(content.replace("HOST", json.dumps(shards.platform.node())))
+        file.write(content.replace("HOST", json.dumps(shards.host_of(place))))
     check(place)
-    assert len(shards.read_checked(path)[shards.platform.node()]) == 2
+    assert len(shards.read_checked(path)[shards.host_of(place)]) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(place, monkeypatch, capsys):
