@@ -342,7 +342,7 @@ def warnings(run, now, limit, window):
     health, flip_rates = now["bitnet"] or {}, column(run["health"], "flip_rate")
     zero, near, flip = (health.get(key) for key in ("zero", "near_threshold", "flip_rate"))
     if zero is not None and not 0.25 <= zero <= 0.55:
-        remedy = "lower weight_decay" if zero > 0.5 else "look at the initial weights"
+        remedy = "lower weight_decay" if zero > 0.5 else "lower learning_rate, or look at the initial weights"
         faults.append(f"ternary: {zero:.1%} of the codes are 0, 30 to 45 % is usual; {remedy}")
     if near is not None and near > 0.15:
         faults.append(f"ternary: {near:.1%} of the weights are near a threshold, usual is 6 %; lower lr")

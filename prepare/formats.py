@@ -29,6 +29,7 @@ PACKINGS = (".gz", ".zst")
 EXPECTED = (
     "expected UTF-8 text, .jsonl, .csv, .tsv or .parquet; of these all but .parquet also as .gz or .zst"
 )
+BINARY = {"PDF": b"%PDF", "Word, Excel or .zip": b"PK\x03\x04"}  # their first bytes
 MARKS = {
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 }  # before UTF-16, whose mark begins one of these
@@ -111,6 +112,9 @@ def text_start(path):
     for charset, marks in MARKS.items():
         if head.startswith(marks):
             fail(f"{shown} is {charset}; convert it: iconv -f {charset} -t UTF-8 {shown} > utf8.txt")
+    for program, mark in BINARY.items():
+        if head.startswith(mark):
+            fail(f"{shown} is a {program} file, not text; save its text as a .txt file first; {EXPECTED}")
     if b"\0" in head:
         fail(f"{shown} is not text: byte {head.index(0):,} is NUL; {EXPECTED}")
     return 3 if head.startswith(codecs.BOM_UTF8) else 0
