@@ -95,15 +95,17 @@ def keep_rates(cfg, saved):
 
 
 def must_agree(cfg, part, tokenizer, names, what, how=""):
-    """exit with 2 where a setting among names, or the tokenizer, is not the checkpoint's, with `how` else it
-    could be used; print what else changed, and return it as {setting: its value in the checkpoint}"""
+    """Exit with 2 if a setting among names, or the tokenizer, is not the checkpoint's; `how` ends these lines.
+    Print what else changed, and return it as {setting: its value in the checkpoint}."""
     saved = part["config"]
     differs = {key: saved[key] for key in saved if key in vars(cfg) and getattr(cfg, key) != saved[key]}
     for key in differs.keys() & set(config.RATIOS.values()):
         if math.isclose(getattr(cfg, key), saved[key]):  # one of them may be a quotient of two rates
             del differs[key]
-    told = {key: f"{key} = {getattr(cfg, key)!r}, the checkpoint has {old!r}" for key, old in differs.items()}
-    faults = [told[key] for key in names if key in told]
+    lines = {
+        key: f"{key} = {getattr(cfg, key)!r}, the checkpoint has {old!r}" for key, old in differs.items()
+    }
+    faults = [lines[key] for key in names if key in lines]
     if part["tokenizer"] is None:
         print(f"{what}: its tokenizer cannot be compared with that of dataset = {cfg.dataset!r}")
     elif part["tokenizer"]["sha256"] != tokenizer["sha256"]:
@@ -115,9 +117,9 @@ def must_agree(cfg, part, tokenizer, names, what, how=""):
         )
     if faults:
         fail(*(f"{what}: {text}; these must agree{how}" for text in faults))
-    changed = sorted(told.keys() - {"run_id", "out_dir", "resume", "init_from", "verify_data"})
+    changed = sorted(lines.keys() - {"run_id", "out_dir", "resume", "init_from", "verify_data"})
     for key in changed:
-        print(f"changed: {told[key]}")
+        print(f"changed: {lines[key]}")
     return {key: saved[key] for key in changed}
 
 
