@@ -95,7 +95,7 @@ def keep_rates(cfg, saved):
 
 
 def must_agree(cfg, part, tokenizer, names, what, how=""):
-    """Exit with 2 if a setting among names, or the tokenizer, is not the checkpoint's; `how` ends these lines.
+    """Exit with 2 if a setting among names, or the tokenizer, is not the checkpoint's; `how` ends the lines.
     Print what else changed, and return it as {setting: its value in the checkpoint}."""
     saved = part["config"]
     differs = {key: saved[key] for key in saved if key in vars(cfg) and getattr(cfg, key) != saved[key]}
