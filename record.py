@@ -293,7 +293,7 @@ def resume_command(run_dir):
     works without an active virtual environment. Of several nodes it leaves out how they meet: "..."."""
     python = [sys.executable.removeprefix(os.getcwd() + os.sep)]
     if WORLD > 1:
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
         python += ["-m", "torch.distributed.run", f"--nproc_per_node={here}"]
         python += ["..."] if here < WORLD else []
     script = os.path.join(os.path.dirname(sys.argv[0]), "train.py")
