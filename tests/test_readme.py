@@ -32,7 +32,7 @@ SMALL = {  # what makes a command small enough for a test, without changing what
         "--batch_size=2",
         "--save_every=1",
     ]
-    + ["--total_batch_size=0", "--out_dir={runs}", "--data_dir={data}"],
+    + ["--total_batch_size=0", "--compile=False", "--out_dir={runs}", "--data_dir={data}"],
     "bench.py": ["--pairs=1", "--warmup=1", *MODEL, "--seq_len=16", "--total_batch_size=0"],
     "evaluate.py": ["--data_dir={data}", "--eval_tokens=640", "--games=3"],
     "sample.py": ["--max_new_tokens=5"],
