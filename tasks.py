@@ -173,7 +173,7 @@ def mean(values):
 
 def problems(folder, size):
     """[(question, answer)] of the held-out problems of an arithmetic data set, whose problems.txt has so many
-    bytes; '12+7=' is a question. Exits with 2 where one is no problem or its answer is wrong."""
+    bytes; '12+7=' is a question. Exits with 2 if one is damaged or its answer is wrong."""
     path, again = os.path.join(folder, "problems.txt"), "make the data set again"
     if not os.path.exists(path):
         fail(f"{path} is missing; {again}")

@@ -26,7 +26,7 @@ class Lossy:
     def __init__(self, stream):
         self.stream = stream
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a text that the encoding cannot hold is no reason
+            stream.reconfigure(errors="backslashreplace")  # for what the encoding lacks
 
     def write(self, text):
         try:
