@@ -20,9 +20,9 @@ import signal
 import sys
 
 import config
-import terminal
 from config import fail
-from data_set import Damaged, read_meta
+from nanobit import terminal
+from nanobit.data_set import Damaged, read_meta
 
 FLAGS = {
     "pairs": (15, "timed steps of each model"),
@@ -124,12 +124,11 @@ if __name__ == "__main__":
 
 import torch
 
-import device as machine
-import planner
-import record
-import timing
 from model import Transformer
-from planner import count, hours, size
+from nanobit import machine
+from nanobit import run_dir as record
+from nanobit.bench import planner, timing
+from nanobit.bench.planner import count, hours, size
 
 # the plan
 

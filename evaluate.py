@@ -21,7 +21,7 @@ import signal
 import sys
 
 import config
-import terminal
+from nanobit import terminal
 
 FLAGS = {
     "ckpt": (
@@ -54,14 +54,12 @@ terminal.end_with_output()
 
 from tqdm import tqdm
 
-import data
-import device as machine
-import record
-import tasks
-import weights
-from inference import restore
 from model import mean_loss
-from tokenizer import bos_of, make_tokenizer
+from nanobit import data, machine, weights
+from nanobit import run_dir as record
+from nanobit.infer.inference import restore
+from nanobit.tasks import text as tasks
+from nanobit.tokenizer import bos_of, make_tokenizer
 
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
@@ -117,7 +115,7 @@ with machine.autocast(device, dtype):
     elif task == "blimp":
         scores, lines = tasks.blimp(model, tokenizer, bos, examples, cfg.batch_size)
     elif task == "tictactoe":
-        import tictactoe
+        from nanobit.tasks import tictactoe
 
         scores, lines = tictactoe.score(model, tokenizer, eot, cfg.games, trained["seed"])
 for line in lines:

@@ -18,8 +18,8 @@ import signal
 import sys
 
 import config
-import terminal
 from config import fail
+from nanobit import terminal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, but while it writes
 FLAGS = {
@@ -65,15 +65,9 @@ terminal.end_with_output()
 
 import torch
 
-import card
-import checkpoint
-import data
-import gguf_file
-import hf
-import llama
-import record
-import verify
-import weights
+from nanobit import checkpoint, data, weights
+from nanobit import run_dir as record
+from nanobit.export import card, gguf_file, hf, llama, verify
 
 torch.set_grad_enabled(False)
 

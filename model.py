@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import ranks
+from nanobit import distributed
 from quant import BitExperts, BitLinear, bit_layers, output_dtype
 
 
@@ -310,9 +310,11 @@ def mean_loss(model, batches, stop=lambda: False):
     model.eval()
     for i, batch in enumerate(batches):
         sizes.append(batch[1].numel())
-        if i % ranks.WORLD == ranks.RANK or mine is None:  # a sharded model computes on all ranks or none
+        if (
+            i % distributed.WORLD == distributed.RANK or mine is None
+        ):  # a sharded model computes on all ranks or none
             mine = batch
-        if i % ranks.WORLD == ranks.WORLD - 1:
+        if i % distributed.WORLD == distributed.WORLD - 1:
             losses.append(model(*mine)[0])
             mine = None
             if stop():
@@ -323,7 +325,7 @@ def mean_loss(model, batches, stop=lambda: False):
     if stop():
         return None
     table = torch.zeros(len(sizes), dtype=torch.float64)
-    mine = table[ranks.RANK :: ranks.WORLD]
+    mine = table[distributed.RANK :: distributed.WORLD]
     mine[:] = torch.stack(losses).cpu().double()[: len(mine)]
     sizes = torch.tensor(sizes, dtype=torch.float64)
-    return (ranks.total(table) @ sizes / sizes.sum()).item()
+    return (distributed.total(table) @ sizes / sizes.sum()).item()

@@ -20,12 +20,12 @@ import textwrap
 import time
 
 import config
-import pictures
-import record
-import terminal
 from config import fail
-from status import clock, moves, status
-from terminal import printable
+from nanobit import run_dir as record
+from nanobit import terminal
+from nanobit.monitor import plots
+from nanobit.monitor.status import clock, moves, status
+from nanobit.terminal import printable
 
 FLAGS = {
     "watch": (False, "show it again and again, in place on a terminal; Ctrl-C ends it"),
@@ -179,10 +179,10 @@ def main(argv):
         size = shutil.get_terminal_size((80, 50))
         width = max(60, min(80, size.columns))
         if cfg.plot:
-            pictures.plot(run_dirs, cfg.plot)
+            plots.plot(run_dirs, cfg.plot)
             print(f"wrote {cfg.plot}", file=sys.stderr)
         if cfg.codes:
-            shown = pictures.plot_codes(run_dirs[0], cfg.matrix, cfg.codes)
+            shown = plots.plot_codes(run_dirs[0], cfg.matrix, cfg.codes)
             print(f"wrote {cfg.codes}, with {shown}", file=sys.stderr)
         if cfg.json:
             lines = [record.to_json(found[0] if len(folders) == 1 else {"runs": found})]

@@ -19,7 +19,7 @@ import sys
 import time
 
 import config
-import terminal
+from nanobit import terminal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the text where it is
 FLAGS = {
@@ -87,11 +87,10 @@ import select
 
 import torch
 
-import device as machine
-import tictactoe as game
-import weights
-from inference import generate, lighten_head, restore
-from tokenizer import TextStream, bos_of, encode_prompt, make_tokenizer
+from nanobit import machine, weights
+from nanobit.infer.inference import generate, lighten_head, restore
+from nanobit.tasks import tictactoe as game
+from nanobit.tokenizer import TextStream, bos_of, encode_prompt, make_tokenizer
 
 with contextlib.suppress(ModuleNotFoundError):  # Windows: its console edits lines by itself
     import readline  # noqa: F401 -- input() then edits lines, and takes a paste of several at once

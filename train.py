@@ -21,7 +21,7 @@ import sys
 import time
 
 import config
-import terminal
+from nanobit import terminal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C just ends the program
 cfg = config.load(sys.argv[1:], __doc__)
@@ -30,33 +30,25 @@ terminal.survive_lost_output()
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import data
-import device as machine
-import optim
 import quant
-import ranks
-import record
-import resume
-import samples
-import trackers
-import weights
 from config import fail
 from model import Transformer, mean_loss, router_health, router_loss
-from tokenizer import bos_of, make_tokenizer, with_content
+from nanobit import checkpoint, data, distributed, machine, optim, resume, samples, trackers, weights
+from nanobit import run_dir as record
+from nanobit.tokenizer import bos_of, make_tokenizer, with_content
 
 # machine and data
 
-if not ranks.is_main:
+if not distributed.is_main:
     sys.stdout = open(os.devnull, "w")
 trackers.need(cfg)
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
 machine.explain_out_of_memory(cfg, device)
-ranks.start(device)
+distributed.start(device)
 if cfg.deterministic:
     machine.make_deterministic()
-meta = ranks.from_main(lambda: data.meta(cfg, verify=cfg.verify_data))
+meta = distributed.from_main(lambda: data.meta(cfg, verify=cfg.verify_data))
 cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
 # with all that a checkpoint needs to make the tokenizer
 tokenizer_spec = {key: meta[key] for key in ("eot", "bos") if key in meta}
@@ -69,14 +61,14 @@ prompts = samples.encode(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg.sample_e
 
 # model, optimizer, and where the run starts
 
-ranks.leave_on_signal()  # an empty folder of the run does not stay
+distributed.leave_on_signal()  # an empty folder of the run does not stay
 run_dir = os.path.join(cfg.out_dir, cfg.run_id)
-origin, same_run, passed_over = ranks.from_main(lambda: resume.origin(cfg, run_dir))
+origin, same_run, passed_over = distributed.from_main(lambda: resume.origin(cfg, run_dir))
 torch.manual_seed(cfg.seed)
 model = Transformer(cfg)  # drawn on the CPU: the same initial weights on every device
 counts = model.counts()
-if cfg.fsdp and ranks.WORLD > 1:
-    ranks.shard(model, device)
+if cfg.fsdp and distributed.WORLD > 1:
+    distributed.shard(model, device)
 elif cfg.fsdp:
     print("fsdp: off, one process has nobody to share with; start several by torchrun", file=sys.stderr)
 model.to(device)
@@ -93,7 +85,7 @@ if origin:
     best, stale_evals = former["best"], former["stale_evals"]
     if cfg.n_expert:
         routers, n_routers = former["routers"]
-        routers = routers.to(device) if ranks.is_main else torch.zeros_like(routers, device=device)
+        routers = routers.to(device) if distributed.is_main else torch.zeros_like(routers, device=device)
     if same_run and (why := record.finished(run_dir, cfg, step, former["patience"])):
         end = record.last(run_dir, record.EVENTS)
         print(f"run {cfg.run_id} is finished: step {step}, ended by {why}")
@@ -104,12 +96,12 @@ elif cfg.init_from:
     part = weights.initial(cfg.init_from)
     resume.must_agree(cfg, part, tokenizer_spec, resume.SHAPE, f"init_from {cfg.init_from}")
     checkpoint.check_shapes(cfg.init_from, part["model"], model.state_dict())
-    ranks.load(model, [], part["model"], [])
+    distributed.load(model, [], part["model"], [])
     del part
 step_model, is_compiled = machine.compiled(model, cfg.compile, device)
 if not cfg.fsdp:
     with machine.autocast(device, dtype):
-        step_model = ranks.replicate(step_model, device, (cfg.batch_size, cfg.seq_len))
+        step_model = distributed.replicate(step_model, device, (cfg.batch_size, cfg.seq_len))
 
 # the folder of the run
 
@@ -128,11 +120,11 @@ def open_folder():
     ]
     lost = record.rewind(run_dir, step if same_run and origin else None, former.get("counts"))
     record.write_best(run_dir, best)
-    record.write_config(run_dir, cfg, facts | dict(origin=origin, world_size=ranks.WORLD))
+    record.write_config(run_dir, cfg, facts | dict(origin=origin, world_size=distributed.WORLD))
     return *again, lost
 
 
-evaluated, sampled, lost = ranks.from_main(open_folder)
+evaluated, sampled, lost = distributed.from_main(open_folder)
 print(record.opening(cfg, facts))
 if warning := train_windows.repetition(cfg.max_steps * cfg.total_batch_size):
     print(f"warning: {warning}")
@@ -155,15 +147,15 @@ record.note_failures(run_dir, lambda: step)
 
 # logging, saving, evaluating, sampling
 
-ranks.listen()
-on_terminal = sys.stderr.isatty() and ranks.is_main
+distributed.listen()
+on_terminal = sys.stderr.isatty() and distributed.is_main
 bar = tqdm(total=cfg.max_steps, initial=step, disable=not on_terminal, unit="step", dynamic_ncols=True)
 boundary_steps = optim.boundary_steps(cfg)
 
 
 def log_line(text, on_bar=False):
     """a line of train.log, also shown on stderr unless the bar shows the same"""
-    if not ranks.is_main:
+    if not distributed.is_main:
         return
     record.append_text(run_dir, text)
     if not on_terminal:
@@ -172,7 +164,7 @@ def log_line(text, on_bar=False):
         bar.write(text, file=sys.stderr)
 
 
-mirrors = trackers.start(cfg, run_dir, step, warn=log_line) if ranks.is_main else []
+mirrors = trackers.start(cfg, run_dir, step, warn=log_line) if distributed.is_main else []
 atexit.register(trackers.finish, mirrors)  # however the run ends, the last lines tell why
 
 
@@ -191,9 +183,9 @@ def scheduled(at):
 def save(why):
     """the state before the update at `step` and before its evaluation, which resuming makes again. Returns
     whether it is on disk: a full disk costs a warning, and leaves what was there."""
-    if ranks.share(checkpoint.has_manifest(run_dir, step)):
+    if distributed.share(checkpoint.has_manifest(run_dir, step)):
         return True
-    state = ranks.gather(model.state_dict())
+    state = distributed.gather(model.state_dict())
     if cfg.tie_embeddings:  # gathered from shards they would be two
         state["head.weight"] = state["embed.weight"]
     model_part = dict(
@@ -208,13 +200,13 @@ def save(why):
         format=checkpoint.FORMAT,
         step=step,
         data=data.digest(meta),
-        optimizer=[ranks.gather(optimizer.state_dict()) for optimizer in optimizers],
+        optimizer=[distributed.gather(optimizer.state_dict()) for optimizer in optimizers],
         scaler=scaler.state_dict(),
-        routers=[ranks.total(routers.clone()), n_routers] if cfg.n_expert else None,
+        routers=[distributed.total(routers.clone()), n_routers] if cfg.n_expert else None,
         skipped=[int(skips[0]), told],
         **before_evaluation,
     )
-    return ranks.share(ranks.is_main and write(model_part, trainer_part, why))
+    return distributed.share(distributed.is_main and write(model_part, trainer_part, why))
 
 
 def write(model_part, trainer_part, why):
@@ -237,7 +229,7 @@ def save_end():
         if save("end"):
             return
         for _ in range(60):
-            if ranks.asked_to_stop():
+            if distributed.asked_to_stop():
                 return
             time.sleep(1)
     how = f"free disk space, then: {record.resume_command(run_dir)}"
@@ -249,7 +241,7 @@ def evaluate():
     began = time.perf_counter()
     batches = val_windows.fixed(cfg.eval_tokens, cfg.batch_size, device)
     with machine.autocast(device, dtype):
-        loss = mean_loss(model, batches, ranks.asked_to_stop)
+        loss = mean_loss(model, batches, distributed.asked_to_stop)
     if loss is None:
         return None
     perplexity = math.exp(min(loss, 700.0))  # e^700 is about the largest that a float holds
@@ -270,7 +262,7 @@ def note_best(loss):
     if not save("best"):
         return
     former, best, stale_evals = best, {"step": step, "val_loss": loss}, 0
-    is_written = ranks.is_main and record.write_best(run_dir, best)
+    is_written = distributed.is_main and record.write_best(run_dir, best)
     if is_written and former and former["step"] != step and not scheduled(former["step"]):
         checkpoint.remove(checkpoint.step_dir(run_dir, former["step"]))
 
@@ -279,27 +271,27 @@ def sample():
     """every prompt in every mode into samples.jsonl"""
     model.eval()
     with machine.autocast(device, dtype):
-        for row in samples.write(cfg, model, tokenizer, prompts, device, ranks.asked_to_stop):
+        for row in samples.write(cfg, model, tokenizer, prompts, device, distributed.asked_to_stop):
             keep(record.SAMPLES, step=step, **row)
     model.train()
 
 
 def hand_over():
     """what an interrupted run leaves: the state at the beginning of its step"""
-    ranks.asked_to_stop()
+    distributed.asked_to_stop()
     on_disk = save("interrupt")
-    record.event(run_dir, "interrupt", step=step, signal=ranks.interrupted)
+    record.event(run_dir, "interrupt", step=step, signal=distributed.interrupted)
     bar.close()
-    if on_disk and ranks.is_main:
+    if on_disk and distributed.is_main:
         how = f"to continue: {record.resume_command(run_dir)}"
-        print(f"stopped by signal {ranks.interrupted}, saved step {step}; {how}", file=sys.stderr)
-    sys.exit(128 + ranks.interrupted)
+        print(f"stopped by signal {distributed.interrupted}, saved step {step}; {how}", file=sys.stderr)
+    sys.exit(128 + distributed.interrupted)
 
 
 def rescue():
     """save the state before damaged data end the program; of several ranks, one alone cannot"""
     bar.close()
-    if ranks.WORLD == 1 and save("damaged data"):
+    if distributed.WORLD == 1 and save("damaged data"):
         how = record.resume_command(run_dir)
         log_line(f"saved step {step}; to continue once the data set is whole again: {how}")
 
@@ -308,7 +300,7 @@ def rescue():
 
 # steps skipped: in all, in a row up to now, most in a row since a log line; a resumed run begins a new row
 skips = torch.tensor([skipped, 0, 0], dtype=torch.float32, device=device)
-sequences_per_step = cfg.batch_size * cfg.accumulation * ranks.WORLD
+sequences_per_step = cfg.batch_size * cfg.accumulation * distributed.WORLD
 speedometer = machine.Speedometer(device)
 last = record.last(run_dir, record.SCALARS, "loss")  # the last training line
 codes = quant.codes(model) if cfg.ternary and step % cfg.log_every == 0 else None  # those of the last line
@@ -321,14 +313,14 @@ def ending():
     """what ends the run at this step, or ''"""
     if step >= cfg.max_steps:
         return "max_steps"
-    is_over = cfg.max_minutes and ranks.largest(speedometer.seconds() > 60 * cfg.max_minutes)
+    is_over = cfg.max_minutes and distributed.largest(speedometer.seconds() > 60 * cfg.max_minutes)
     return "max_minutes" if is_over else ""
 
 
 def place(micro):
     """the number of this rank's micro-step `micro` among all of the step: one process takes the same batches
     with the same random numbers as several"""
-    return micro * ranks.WORLD + ranks.RANK
+    return micro * distributed.WORLD + distributed.RANK
 
 
 def next_batch(micro):
@@ -373,10 +365,10 @@ while True:
                 former = f"than {best['val_loss']:.4f} at step {best['step']}" if best else "than NaN"
                 use = f"--ckpt={os.path.join(run_dir, 'best')}" if best else "no checkpoint is the best"
                 log_line(f"patience: {stale_evals} evaluations without a better loss {former}: {use}")
-        if sample_due and not ranks.asked_to_stop():
+        if sample_due and not distributed.asked_to_stop():
             sample()
         speedometer.go_on()
-    if ranks.asked_to_stop():
+    if distributed.asked_to_stop():
         hand_over()
     if why:
         break
@@ -385,9 +377,9 @@ while True:
     last_sample = (step + 1) * sequences_per_step - 1
     if not train_windows.has(last_sample):
         speedometer.pause()
-        fault = train_windows.wait_for(last_sample, stop=ranks.asked_to_stop, say=log_line)
+        fault = train_windows.wait_for(last_sample, stop=distributed.asked_to_stop, say=log_line)
         speedometer.go_on()
-        if ranks.asked_to_stop():
+        if distributed.asked_to_stop():
             hand_over()
         if fault:
             save("no data")
@@ -397,7 +389,7 @@ while True:
     try:
         for micro in range(cfg.accumulation):
             torch.manual_seed(seed(micro))
-            ranks.sync_gradients(step_model, micro == cfg.accumulation - 1)
+            distributed.sync_gradients(step_model, micro == cfg.accumulation - 1)
             with machine.autocast(device, dtype):
                 loss, router = step_model(*batch)
             seen, batch = batch[0][:1], next_batch(micro + 1)  # while the device computes
@@ -405,16 +397,18 @@ while True:
             loss_sum += loss.detach()
             if cfg.n_expert:
                 router_sum += router.detach()
-            if ranks.received and ranks.WORLD == 1:  # of several, none may leave before all know
+            if distributed.received and distributed.WORLD == 1:  # of several, none may leave before all know
                 hand_over()
     except Exception:
-        if ranks.received and ranks.WORLD == 1:  # Ctrl-C also reached the compiler of torch.compile
+        if (
+            distributed.received and distributed.WORLD == 1
+        ):  # Ctrl-C also reached the compiler of torch.compile
             hand_over()
         raise
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = quant.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))
-    bad = (~(ranks.total(loss_sum) + norm).isfinite()).float()
+    bad = (~(distributed.total(loss_sum) + norm).isfinite()).float()
     for optimizer in optimizers:
         # a step that is not finite is skipped on the device: where found_inf is 1, nothing changes
         optimizer.found_inf = bad
@@ -423,7 +417,7 @@ while True:
     if scaler.is_enabled():  # its overflows are how it finds the scale
         bad = bad * (scaler.scale(torch.ones((), device=device)) < 1)  # get_scale() would wait for the device
         scaler.update()
-    routers, n_routers = routers + router_sum, n_routers + cfg.accumulation * ranks.WORLD
+    routers, n_routers = routers + router_sum, n_routers + cfg.accumulation * distributed.WORLD
     skips[0] += bad
     skips[1] = (skips[1] + 1) * bad
     skips[2] = torch.maximum(skips[2], skips[1])
@@ -435,7 +429,7 @@ while True:
     # log
     if step % cfg.log_every == 0 or why:
         loss, grad_norm, skipped, _, worst_streak = torch.stack(
-            [loss_sum / (cfg.accumulation * ranks.WORLD), norm, *skips]
+            [loss_sum / (cfg.accumulation * distributed.WORLD), norm, *skips]
         ).tolist()
         speed = speedometer.read(cfg.total_batch_size, model.flops_per_token(), dtype)
         last = dict(
@@ -466,7 +460,11 @@ while True:
                 health, codes = quant.health(model, codes, seen)
             keep(record.BITNET, step=step, **health)
         if cfg.n_expert:
-            mean, routers, n_routers = ranks.total(routers) / n_routers, torch.zeros((), device=device), 0
+            mean, routers, n_routers = (
+                distributed.total(routers) / n_routers,
+                torch.zeros((), device=device),
+                0,
+            )
             keep(record.ROUTER, step=step, **router_health(mean))
         if skipped > told:
             record.event(run_dir, "anomaly", step=step, what="not finite, skipped", steps=int(skipped - told))
@@ -500,5 +498,5 @@ result = dict(
 )
 record.event(run_dir, "finish", step=step, why=why, result=result)
 trackers.finish(mirrors)
-ranks.stop()
+distributed.stop()
 print(record.to_json(result))

@@ -20,7 +20,7 @@ import sys
 import textwrap
 from types import ModuleType, SimpleNamespace
 
-import terminal
+from nanobit import terminal
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEFAULT = os.path.join(ROOT, "config", "default.py")
@@ -385,7 +385,7 @@ def load(argv, doc="", flags=None, only=None, check_run=True):
 def take_shape(values, origin, faults):
     """Give the shape settings that nobody has set the values of the Llama whose folder init_from names; what
     was set is compared when its weights are read."""
-    import llama  # which imports this module
+    from nanobit.export import llama  # which imports this module
 
     if not llama.is_folder(values["init_from"]):
         return

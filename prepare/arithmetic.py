@@ -16,11 +16,14 @@ import random
 import signal
 import sys
 
-import tokens  # first: it puts the project's folder on the path
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import config  # first: it explains a missing package
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
-import config
+from nanobit.prepare import token_files
 
 FLAGS = {
     "ops": ("+", "which operations: any of + - x"),
@@ -101,17 +104,17 @@ if __name__ == "__main__":
         config.fail(f"digits = {cfg.digits}: too few problems to hold some out")
     given = ("ops", "digits", "train_problems", "val_problems", "seed")
     source = "prepare/arithmetic.py " + " ".join(f"--{key}={getattr(cfg, key)}" for key in given)
-    folder = tokens.open_data_set(cfg.data_dir, cfg.name, source)
+    folder = token_files.open_data_set(cfg.data_dir, cfg.name, source)
     ids = np.zeros(256, np.uint16)
     ids[list(CHARS.encode())] = range(len(CHARS))
     shards, splits = {}, {}
     for split, found in lines.items():
         text = "".join(["\n", *found]).encode()
-        shards |= tokens.write_split(folder, split, ids[np.frombuffer(text, np.uint8)], len(CHARS))
+        shards |= token_files.write_split(folder, split, ids[np.frombuffer(text, np.uint8)], len(CHARS))
         splits[split] = (len(text), len(text))
-    tokens.write_file(os.path.join(folder, "problems.txt"), "".join(lines["val"]).encode())
-    tokens.write_meta(
-        folder, tokens.char_tokenizer(CHARS), 0, len(CHARS), splits, shards, source, task="arithmetic"
+    token_files.write_file(os.path.join(folder, "problems.txt"), "".join(lines["val"]).encode())
+    token_files.write_meta(
+        folder, token_files.char_tokenizer(CHARS), 0, len(CHARS), splits, shards, source, task="arithmetic"
     )
     for split, found in lines.items():
         print(

@@ -11,13 +11,16 @@ tokenizer, and meta.json. Takes a minute, and 15 MB.
 Warstadt et al., "BLiMP: The Benchmark of Linguistic Minimal Pairs for English", 2020 (arXiv 1912.00582).
 """
 
+import os
 import sys
 
-import examples
-import sources
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import config  # first: it explains a missing package
+
+# isort: split
 from tqdm import tqdm
 
-import config
+from nanobit.prepare import examples, sources
 
 FLAGS = {
     "repo": ("nyu-mll/blimp", "data set on the hub, or a local folder laid out like one"),

@@ -14,9 +14,13 @@ auth login`. Streams, on all cores, 2 bytes of disk a token; the same command co
 OpenWebText, where the hub holds it as a loading script: add --revision=refs/convert/parquet.
 """
 
+import os
 import sys
 
-import stream
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import config  # noqa: F401 -- first: it explains a missing package
+from nanobit.prepare import stream
 
 DEFAULTS = {
     "name": "fineweb_edu",

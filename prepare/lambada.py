@@ -12,9 +12,12 @@ Paperno et al., "The LAMBADA dataset: Word prediction requiring a broad discours
 1606.06031).
 """
 
-import examples
+import os
+import sys
 
-import config
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import config  # first: it explains a missing package
+from nanobit.prepare import examples
 
 FLAGS = {
     "repo": ("EleutherAI/lambada_openai", "data set on the hub, or a local folder laid out like one"),

@@ -23,12 +23,12 @@ take about half the bytes of the text. A file that was touched or copied counts 
 was edited does not.
 """
 
+import os
 import sys
 
-import sources
-import stream
-
-import config
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import config  # first: it explains a missing package
+from nanobit.prepare import sources, stream
 
 FLAGS = {
     "files": ("", "which files: a path or a quoted pattern such as 'texts/**/*.txt'"),

@@ -9,15 +9,19 @@ when a hash of its moves says so, about one in fifty. There are 255,168 differen
 more often, as they do in random play. 2,000,000 games take ten seconds, 40 MB of disk and 400 MB of memory.
 """
 
+import os
 import signal
 import sys
 
-import tokens  # first: it puts the project's folder on the path
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import config  # first: it explains a missing package
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
-import config
-from tictactoe import CHARS, LINES, RESULTS
+from nanobit.prepare import token_files
+from nanobit.tasks.tictactoe import CHARS, LINES, RESULTS
 
 FLAGS = {
     "name": ("tictactoe", "name of the data set"),
@@ -57,7 +61,7 @@ if __name__ == "__main__":
             f"games = {cfg.games} must be at least 1000, val_fraction = {cfg.val_fraction} between 0 and 1"
         )
     source = f"prepare/tictactoe.py --games={cfg.games} --val_fraction={cfg.val_fraction} --seed={cfg.seed}"
-    folder = tokens.open_data_set(cfg.data_dir, cfg.name, source)
+    folder = token_files.open_data_set(cfg.data_dir, cfg.name, source)
     rng, parts = np.random.default_rng(cfg.seed), {"train": [], "val": []}
     ids = np.zeros(256, np.uint16)
     ids[list(CHARS.encode())] = range(len(CHARS))
@@ -73,9 +77,9 @@ if __name__ == "__main__":
     shards, splits = {}, {}
     for split, found in parts.items():
         found = np.concatenate([ids[[ord("\n")]], *found])
-        shards |= tokens.write_split(folder, split, found, len(CHARS))
+        shards |= token_files.write_split(folder, split, found, len(CHARS))
         splits[split] = (found.size, found.size)
         print(f"{folder}: {split}: {int((found == 0).sum()) - 1:,} games, {found.size:,} tokens")
-    tokens.write_meta(
-        folder, tokens.char_tokenizer(CHARS), 0, len(CHARS), splits, shards, source, task="tictactoe"
+    token_files.write_meta(
+        folder, token_files.char_tokenizer(CHARS), 0, len(CHARS), splits, shards, source, task="tictactoe"
     )

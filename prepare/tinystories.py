@@ -9,9 +9,13 @@ Downloads the data set while it reads it: about 1 GB, and 1 GB of tokens in all.
 same command continues what was stopped.
 """
 
+import os
 import sys
 
-import stream
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import config  # noqa: F401 -- first: it explains a missing package
+from nanobit.prepare import stream
 
 DEFAULTS = {
     "name": "tinystories",

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "prepare")]
+sys.path.insert(0, ROOT)
 # the suite's models are so small that a second thread only waits, and the children want the other core
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import tokens  # noqa: E402
 from fork import Script  # noqa: E402
 
-import checkpoint  # noqa: E402
 import config  # noqa: E402
+from nanobit import checkpoint  # noqa: E402
+from nanobit.prepare import token_files  # noqa: E402
 
 SCALARS, EVENTS = "metrics/scalars.jsonl", "metrics/events.jsonl"
 CHARS = "\nabcdefghijklmnopqrstuvwxyz "
@@ -43,14 +43,16 @@ def write_data(folder, name="tiny", n_train=500, n_val=200, vocab_size=28, top=N
     """a data set of random ids below `top`; returns data_dir. 500 tokens hold 31 windows of 16: an epoch in
     8 steps"""
     rng = np.random.default_rng(0)
-    target = tokens.open_data_set(str(folder), name, "random ids")
+    target = token_files.open_data_set(str(folder), name, "random ids")
     shards, splits = {}, {}
     for split, n in (("train", n_train), ("val", n_val)):
         ids = rng.integers(0, top or vocab_size, n)
-        shards |= tokens.write_split(target, split, ids, vocab_size)
+        shards |= token_files.write_split(target, split, ids, vocab_size)
         splits[split] = (n, n)
     chars = CHARS + "".join(chr(0x10000 + i) for i in range(vocab_size - len(CHARS)))
-    tokens.write_meta(target, tokens.char_tokenizer(chars), 0, vocab_size, splits, shards, "random ids")
+    token_files.write_meta(
+        target, token_files.char_tokenizer(chars), 0, vocab_size, splits, shards, "random ids"
+    )
     return str(folder)
 
 

@@ -5,11 +5,11 @@ import os
 import time
 
 import numpy as np
-import stream
 from conftest import start
 
-import data
-from tokenizer import bos_of, make_tokenizer, with_content
+from nanobit import data
+from nanobit.prepare import stream
+from nanobit.tokenizer import bos_of, make_tokenizer, with_content
 
 WORDS = (
     "the cat sat on a mat, saw 12 birds; caf\u00e9 \u65e5\u672c \U0001f600 l'\u00e9t\u00e9\tTom  said".split(
@@ -18,9 +18,10 @@ WORDS = (
 )
 SPACES = [" ", " ", " ", "\n", "\n\n", "  "]
 PATCH = (
-    "import stream, tokens; stream.SAVE_SECONDS = 0; stream.CHUNK_CHARS = 2000; tokens.SHARD_TOKENS = 4096\n"
+    "from nanobit.prepare import stream, token_files\n"
+    "stream.SAVE_SECONDS = 0; stream.CHUNK_CHARS = 2000; token_files.SHARD_TOKENS = 4096\n"
 )
-SLOW = "import time, tokens; real = tokens.Split.write\n"
+SLOW = "import time; from nanobit.prepare import token_files as tokens; real = tokens.Split.write\n"
 SLOW += "def write(self, ids): time.sleep(0.05); real(self, ids)\ntokens.Split.write = write\n"
 TIKTOKEN = """
 import tiktoken

@@ -13,9 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, run, settings
 
-import planner
-import timing
 from model import Transformer
+from nanobit.bench import planner, timing
 
 TINY = dict(vocab_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, ffn_dim=64, seq_len=16, batch_size=2)
 BASELINE = "config/train_baseline_95m.py"

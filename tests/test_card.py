@@ -8,11 +8,11 @@ import subprocess
 import pytest
 from conftest import CHARS, settings
 
-import card
-import checkpoint
 import config
 from model import Transformer
-from record import EVENTS, SCALARS
+from nanobit import checkpoint
+from nanobit.export import card
+from nanobit.run_dir import EVENTS, SCALARS
 
 
 def run_of(root, name, losses, step=7, **changes):

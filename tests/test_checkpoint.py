@@ -14,14 +14,11 @@ import torch
 from conftest import settings
 from parts import part_of
 
-import checkpoint
-import record
-import resume
-import samples
-import weights
-from checkpoint import MODEL, TRAINER
-from files import write_json
 from model import Transformer
+from nanobit import checkpoint, resume, samples, weights
+from nanobit import run_dir as record
+from nanobit.checkpoint import MODEL, TRAINER
+from nanobit.files import write_json
 
 
 def save(run_dir, step):

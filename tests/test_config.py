@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT, run
 
 import config
-import optim
 from model import Transformer
+from nanobit import optim
 
 
 def faults(capsys, *argv):
@@ -357,19 +357,19 @@ def test_baseline_is_the_plan():
 def test_a_cuda_device_has_its_number(monkeypatch):
     """bugs guarded: `auto` on one GPU gives a device without an index, which set_device refuses; kernels of
     our own that go to another card than the tensors"""
-    import device
+    from nanobit import machine
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert device.pick("auto") == device.pick("cuda") == torch.device("cuda", 0)
-    assert device.pick("cuda:1") == torch.device("cuda", 1) == current[-1]
+    assert machine.pick("auto") == machine.pick("cuda") == torch.device("cuda", 0)
+    assert machine.pick("cuda:1") == torch.device("cuda", 1) == current[-1]
     with pytest.raises(SystemExit):
-        device.pick("cuda:2")
-    monkeypatch.setattr(device, "WORLD", 2)
-    monkeypatch.setattr(device, "LOCAL_RANK", 1)
-    assert device.pick("auto") == torch.device("cuda", 1)
+        machine.pick("cuda:2")
+    monkeypatch.setattr(machine, "WORLD", 2)
+    monkeypatch.setattr(machine, "LOCAL_RANK", 1)
+    assert machine.pick("auto") == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,14 @@
 import json
 import os
 
-import arithmetic
 import numpy as np
 import pytest
 import torch
 from conftest import CHARS, run, settings, write_data
 
-import data
-import files
-from tokenizer import make_tokenizer
+from nanobit import data, files
+from nanobit.tokenizer import make_tokenizer
+from prepare import arithmetic
 
 CPU = torch.device("cpu")
 
@@ -51,9 +50,9 @@ def test_a_shard_gives_all_the_windows_it_holds(tmp_path):
 
 def test_shards_are_permuted_apart_and_well(tmp_path, monkeypatch):
     """bugs guarded: the same order in every shard; too few rounds, which leave neighbours together"""
-    import tokens
+    from nanobit.prepare import token_files
 
-    monkeypatch.setattr(tokens, "SHARD_TOKENS", 257)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 257)
     w = windows(write_data(tmp_path / "d", n_train=514))
     order = [i for _, i in w.places(range(32))]
     assert w.counts == [16, 16] and order[:16] != order[16:]
@@ -85,9 +84,9 @@ def test_a_batch_depends_on_its_numbers_alone(data_dir):
 
 def test_shards_come_in_order_and_hold_their_windows(tmp_path, monkeypatch):
     """bugs guarded: a window across two shards, shards that are skipped, a permutation over all shards"""
-    import tokens
+    from nanobit.prepare import token_files
 
-    monkeypatch.setattr(tokens, "SHARD_TOKENS", 200)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 200)
     data_dir = write_data(tmp_path / "d")  # shards of 200, 200, 100 tokens: 12, 12, 6 windows
     w = windows(data_dir)
     assert w.counts == [12, 12, 6] and w.total == 30
@@ -147,9 +146,9 @@ def test_damaged_data_is_refused(data_dir, capsys, name, change, says):
 
 def growing(folder, monkeypatch):
     """a data set that was stopped in its third shard of 200 tokens, and the meta.json of the complete one"""
-    import tokens
+    from nanobit.prepare import token_files
 
-    monkeypatch.setattr(tokens, "SHARD_TOKENS", 200)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 200)
     data_dir = write_data(folder)
     with open(os.path.join(data_dir, "tiny", "meta.json"), encoding="utf-8") as file:
         whole = json.load(file)

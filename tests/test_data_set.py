@@ -8,9 +8,9 @@ import pytest
 from conftest import settings, write_data
 from parts import tiktoken
 
-import data
-from data_set import Damaged, read_meta
-from tokenizer import make_tokenizer
+from nanobit import data
+from nanobit.data_set import Damaged, read_meta
+from nanobit.tokenizer import make_tokenizer
 
 
 def place(data_dir):

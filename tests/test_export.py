@@ -8,13 +8,11 @@ import torch
 from conftest import lines, run, train, write_data
 from parts import part_of
 
-import checkpoint
-import gguf_file
-import hf
-import verify
-from inference import restore
-from record import SCALARS
-from tokenizer import encode_prompt, make_tokenizer
+from nanobit import checkpoint
+from nanobit.export import hf, verify
+from nanobit.infer.inference import restore
+from nanobit.run_dir import SCALARS
+from nanobit.tokenizer import encode_prompt, make_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
 HOW = dict(max_steps=6, eval_every=3, sample_every=0, n_embd=64, ffn_dim=64)
@@ -72,7 +70,7 @@ def test_what_is_there_stays(runs, tmp_path):
     # what somebody puts there while the export is written, too
     diary = tmp_path / "mine" / "diary.txt"
     slow = f"""
-import os, hf
+import os; from nanobit.export import hf
 real = hf.write
 def write(*args):
     real(*args)
@@ -233,4 +231,9 @@ def test_the_verdict(runs, tmp_path):
         verify.compare(part, [], part, 0.0, "reader", model, lambda text: tokenize(text)[1:], go_on)
     assert end.value.code == 1
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={tmp_path}/y", "--verify"]
-    run("export.py", *flags, code=1, patch="import verify\nverify.hf = lambda *args: dict(good=False)")
+    run(
+        "export.py",
+        *flags,
+        code=1,
+        patch="from nanobit.export import verify\nverify.hf = lambda *args: dict(good=False)",
+    )

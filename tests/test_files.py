@@ -11,7 +11,7 @@ import filelock
 import pytest
 from conftest import ROOT, final, train
 
-import files
+from nanobit import files
 
 NO_FOLDER_FSYNC = """
 import errno, os, stat
@@ -46,7 +46,8 @@ def no_locks(monkeypatch, request):
 
 def locked_by_a_child(path, kill):
     """lock path in another process; if kill, end that process with the lock in its hands. Returns it."""
-    code = f"import sys; sys.path.insert(0, {ROOT!r}); import files; lock = files.lock({str(path)!r})\n"
+    code = f"import sys; sys.path.insert(0, {ROOT!r}); from nanobit import files\n"
+    code += f"lock = files.lock({str(path)!r})\n"
     code += "print(flush=True); sys.stdin.read()"
     pipe = subprocess.PIPE
     child = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)

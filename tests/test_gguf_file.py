@@ -7,10 +7,9 @@ import pytest
 from conftest import CHARS
 from parts import CHAR, NUL, TEXTS, llama_like, part_of, sentencepiece, tiktoken
 
-import gguf_file
 import quant
-import verify
-from tokenizer import bos_of
+from nanobit.export import gguf_file, verify
+from nanobit.tokenizer import bos_of
 
 cyllama = pytest.mark.skipif(
     importlib.util.find_spec("cyllama") is None, reason="needs cyllama: requirements-dev.txt"

@@ -4,11 +4,10 @@ import pytest
 import torch
 from conftest import TINY, final, rows, settings, train
 
-import device as machine
-import inference
 import model
-import packed
 import quant
+from nanobit import machine
+from nanobit.infer import inference, packed
 
 pytestmark = [
     pytest.mark.gpu,

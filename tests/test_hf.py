@@ -10,13 +10,10 @@ from conftest import CHARS, run, train
 from parts import CHAR, llama_like, part_of, sentencepiece, tiktoken
 
 import config
-import hf
-import llama
-import tokenizer_files
-import verify
-import weights
-from inference import restore
-from tokenizer import bos_of
+from nanobit import weights
+from nanobit.export import hf, llama, tokenizer_files, verify
+from nanobit.infer.inference import restore
+from nanobit.tokenizer import bos_of
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
 

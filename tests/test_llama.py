@@ -9,9 +9,9 @@ from conftest import lines, run, write_data
 from parts import llama_folder
 
 import config
-import hf
-import weights
-from tokenizer import bos_of, encode_prompt, make_tokenizer
+from nanobit import weights
+from nanobit.export import hf
+from nanobit.tokenizer import bos_of, encode_prompt, make_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
 SHAPE = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=64, vocab_size=320, rope_theta=500.0)
@@ -121,7 +121,7 @@ def test_a_run_begins_with_the_llama(folders, tmp_path):
 
 def hf_windows(folders):
     """(meta, validation windows) that a run of 32 tokens and 64 for an evaluation reads"""
-    import data
+    from nanobit import data
 
     part = dict(config=vars(settings(folders, "--seq_len=32", "--dataset=books")), tokenizer=books(folders))
     found, windows = data.of_trained(part, "val", data_dir=str(folders["data"]))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import settings
 
-from inference import KVCache, generate, pick, restore
 from model import Transformer, mean_loss
+from nanobit.infer.inference import KVCache, generate, pick, restore
 
 
 def make(seed=0, **changes):

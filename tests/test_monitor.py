@@ -14,11 +14,10 @@ import torch
 from conftest import ROOT, lines, run, start, train, write_data
 from histories import noisy, write_run
 
-import checkpoint
 import monitor
-import pictures
 import quant
-import status
+from nanobit import checkpoint
+from nanobit.monitor import plots, status
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def test_screen_fits(tmp_path, width):
 def caught(monkeypatch, argv):
     """the figure that a command makes, instead of its file"""
     figures = []
-    monkeypatch.setattr(pictures, "write", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "write", lambda figure, path: figures.append(figure))
     monitor.main(argv)
     return figures[0]
 

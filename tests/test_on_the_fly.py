@@ -7,11 +7,10 @@ import torch
 from conftest import RUN, final, rows, settings, start_ranks, train
 from documents import started, stopped, text_flags
 
-import checkpoint
-import data
+from nanobit import checkpoint, data
 
 HOLD = """
-import os, time, tokens
+import os, time; from nanobit.prepare import token_files as tokens
 real = tokens.Split.write
 def write(self, ids):
     while not os.path.exists({!r}): time.sleep(0.01)

@@ -7,8 +7,8 @@ import torch
 from conftest import settings
 
 import config
-import optim
 from model import Transformer
+from nanobit import optim
 
 BASE = dict(
     max_steps=1000,

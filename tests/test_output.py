@@ -13,8 +13,7 @@ from conftest import EVENTS, ROOT, RUN, final, flags, lines, train, write_data
 from fork import Script
 from test_recovery import assert_same_run
 
-import checkpoint
-import terminal
+from nanobit import checkpoint, terminal
 
 pty = pytest.importorskip("pty")
 

@@ -6,15 +6,15 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHARS, run, settings, tokens
+from conftest import CHARS, run, settings, token_files
 from test_sample import save
 from torch import nn
 
 import model as plain
-import packed
 import quant
-from inference import KVCache, StaticCache, generate, lighten_head, restore
 from model import Transformer
+from nanobit.infer import packed
+from nanobit.infer.inference import KVCache, StaticCache, generate, lighten_head, restore
 from quant import BitLinear, ternarize
 
 
@@ -233,7 +233,7 @@ def test_the_fast_path_is_compared_in_any_context(seq_len, capfd):
 
 def test_sample_writes_with_a_changed_model(tmp_path):
     """rule: what sample.py writes does not depend on --packed, whatever a student did to model.py"""
-    ckpt = save(tmp_path / "run", tokens.char_tokenizer(CHARS))
+    ckpt = save(tmp_path / "run", token_files.char_tokenizer(CHARS))
     flags = [ckpt, "--prompt=abc", "--max_new_tokens=30", "--device=cpu"]
     patch = (
         inspect.getsource(relu2) + "import model, torch.nn.functional as F\nmodel.FeedForward.forward = relu2"
@@ -329,7 +329,7 @@ def test_the_triton_kernel(monkeypatch):
         pytest.skip("test_gpu.py runs it on the device")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="needs triton")
-    import packed_cuda
+    from nanobit.infer import packed_cuda
 
     for shape in ((80, 48), (100, 64), (768, 16)):
         bit = BitLinear(*shape)

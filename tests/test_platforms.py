@@ -12,13 +12,11 @@ from conftest import ROOT, RUN, flags, lines, run, settings, start
 from windows import PATCH
 
 import config
-import device
 import model
 import quant
-import status
-import terminal
-import tictactoe
-import tokenizer
+from nanobit import machine, terminal, tokenizer
+from nanobit.monitor import status
+from nanobit.tasks import tictactoe
 
 MODEL = RUN | dict(dataset="text", max_steps=4, save_every=2, keep_last=1, eval_every=2, sample_every=2)
 
@@ -176,16 +174,16 @@ def pick_dtype(monkeypatch, wanted, device_type, has_bf16, capability=(8, 0)):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: has_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: "Tesla T4")
-    return device.pick_dtype(wanted, torch.device(device_type))
+    return machine.pick_dtype(wanted, torch.device(device_type))
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda:0"])
 def test_auto_is_bfloat16_if_the_device_has_units_for_it(monkeypatch, capsys, kind):
     """bug guarded: bfloat16 that is emulated, several times slower than float32"""
     assert pick_dtype(monkeypatch, "auto", kind, True) == torch.bfloat16
-    assert device.matrix_dtype(torch.device(kind)) == torch.bfloat16
+    assert machine.matrix_dtype(torch.device(kind)) == torch.bfloat16
     assert pick_dtype(monkeypatch, "auto", kind, False) == torch.float32
-    assert device.matrix_dtype(torch.device(kind)) == torch.float32
+    assert machine.matrix_dtype(torch.device(kind)) == torch.float32
     assert not capsys.readouterr().err
     assert pick_dtype(monkeypatch, "bfloat16", kind, False) == torch.float32
     assert "no bfloat16 units" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from conftest import (
     write_data,
 )
 
-import ranks
+from nanobit import distributed
 
 # two micro-steps for one process, one for each of two
 PLAIN = dict(total_batch_size=128, max_steps=20, dropout=0.1, sample_every=20)
@@ -182,7 +182,7 @@ def test_what_routers_did_is_summed_over_ranks_and_resumes(one):
 
 def test_a_time_limit_on_one_rank_ends_both(one):
     """bug guarded: clocks that differ by a step leave one rank waiting for the other's gradients"""
-    patch = "import os, device\n"
+    patch = "import os; from nanobit import machine as device\n"
     patch += "if os.environ['RANK'] == '1': device.Speedometer.seconds = lambda self: 1e9"
     out, _ = two(one, "minutes", patch=patch, max_minutes=60)
     assert json.loads(out.strip().split("\n")[-1])["step"] == 0
@@ -192,14 +192,14 @@ def test_a_second_signal_within_five_seconds_is_the_first(monkeypatch):
     """bugs guarded: torchrun's signal after SLURM's ends a rank before it has saved; a Ctrl-C that no second
     one hastens"""
     clock, ended = [100.0], []
-    monkeypatch.setattr(ranks, "received", 0)
-    monkeypatch.setattr(ranks, "WORLD", 2)
-    monkeypatch.setattr(ranks.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(ranks.os, "write", lambda *a: None)
-    monkeypatch.setattr(ranks.os, "_exit", ended.append)
+    monkeypatch.setattr(distributed, "received", 0)
+    monkeypatch.setattr(distributed, "WORLD", 2)
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(distributed.os, "write", lambda *a: None)
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
     for second in (0, 4, 6):
         clock[0] = 100.0 + second
-        ranks.on_signal(15, None)
+        distributed.on_signal(15, None)
         assert ended == ([143] if second == 6 else [])
 
 
@@ -229,7 +229,10 @@ def test_a_sharded_mixture_is_the_whole_one(one):
     process cannot read, or the other way round; an evaluation that not every rank takes part in"""
     how = dict(n_expert=3, optimizer="muon", ternary=False, schedule="constant", dropout=0.0, eval_tokens=192)
     # on a CPU with bfloat16 units Muon iterates in bfloat16, whose roundings are larger than the bounds
-    how |= dict(keep_last=0, patch="import device, torch\ndevice.matrix_dtype = lambda device: torch.float32")
+    how |= dict(
+        keep_last=0,
+        patch="import torch\nfrom nanobit import machine as m\nm.matrix_dtype = lambda device: torch.float32",
+    )
     train(*one, "mixture", **PLAIN | how)
     two(one, "sharded", fsdp=True, **how | dict(max_steps=11))
     train(*one, "sharded", resume="auto", **PLAIN | how)

@@ -28,8 +28,8 @@ from conftest import (
 )
 from fork import Script
 
-import checkpoint
 import config
+from nanobit import checkpoint
 
 
 def assert_same_run(a, b):
@@ -99,7 +99,7 @@ def test_every_kind_of_run_resumes_bit_for_bit(data_dir, out_dir, how):
 
 
 KILL_IN_SAVE = """
-import os, signal, checkpoint
+import os, signal; from nanobit import checkpoint
 real, count = os.{function}, [0]
 def dying(*args):
     count[0] += 1
@@ -297,7 +297,7 @@ def test_without_a_whole_checkpoint_the_old_run_is_kept(data_dir, out_dir):
 
 
 FULL_DISK = """
-import os, checkpoint
+import os; from nanobit import checkpoint
 real, count = os.fsync, [0]
 def full(*args):
     count[0] += 1
@@ -354,7 +354,7 @@ def test_signals_are_heard_in_evaluation_and_sampling(data_dir, out_dir):
     """bug guarded: Ctrl-C that waits for an evaluation of an hour; state lost with it"""
     for name, when in (("model.mean_loss", "evaluation"), ("inference.generate", "sampling")):
         patch = f"""
-import os, signal, model, inference
+import os, signal, model; from nanobit.infer import inference
 real = {name}
 def signalled(model_, *args, **options):
     if model_.training or {when == "sampling"}: os.kill(os.getpid(), signal.SIGINT)
@@ -370,7 +370,7 @@ def signalled(model_, *args, **options):
 
 def test_the_second_signal_exits_at_once(data_dir, out_dir):
     """bug guarded: a run that cannot be stopped while it saves to a dead disk"""
-    patch = "import checkpoint, time\ncheckpoint.save = lambda *a: time.sleep(100)"
+    patch = "import time; from nanobit import checkpoint\ncheckpoint.save = lambda *a: time.sleep(100)"
     values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id="r") | RUN | dict(eval_every=0)
     child = start("train.py", *flags(**values), patch=patch)
     path = f"{out_dir}/r/{SCALARS}"

@@ -18,14 +18,13 @@ from types import SimpleNamespace
 import parts
 import pytest
 import torch
-from conftest import CHARS, ROOT, run, settings, tokens
+from conftest import CHARS, ROOT, run, settings, token_files
 
-import checkpoint
-import data
-import tictactoe
-from inference import KVCache, restore
 from model import Transformer
-from tokenizer import TextStream, make_tokenizer
+from nanobit import checkpoint, data
+from nanobit.infer.inference import KVCache, restore
+from nanobit.tasks import tictactoe
+from nanobit.tokenizer import TextStream, make_tokenizer
 
 
 @torch.no_grad()
@@ -105,7 +104,7 @@ def save(folder, spec, eot=0, **changes):
 
 @pytest.fixture
 def ckpt(tmp_path):
-    return save(tmp_path / "run", tokens.char_tokenizer(CHARS))
+    return save(tmp_path / "run", token_files.char_tokenizer(CHARS))
 
 
 def stdin(tmp_path, text):
@@ -118,7 +117,7 @@ def stdin(tmp_path, text):
 def scripted(body):
     """patch for conftest.run: this body, a generator over `ids` (the prompt's) and `n`, writes in the
     model's place; on stderr stands what it was asked"""
-    lines = "import sys, time, torch, inference\n"
+    lines = "import sys, time, torch; from nanobit.infer import inference\n"
     lines += "def generate(model, idx, n, **how):\n    ids = idx[0].tolist()\n"
     lines += f"    print('asked', ids, n, file=sys.stderr, flush=True)\n    for token in {body}:\n"
     return lines + "        yield torch.tensor([[token]])\ninference.generate = generate\n"
@@ -160,7 +159,7 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
 def test_flags_reach_the_model(ckpt):
     """bug guarded: a flag that is checked and then forgotten"""
     spy = """
-import sys, torch, inference
+import sys, torch; from nanobit.infer import inference
 def generate(model, idx, n, **how):
     packed = any(type(layer).__name__ == "PackedLinear" for layer in model.modules())
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
@@ -198,7 +197,7 @@ def test_streams_whole_characters_in_linear_time(tmp_path):
     patch = (
         scripted(f"{new} * 100 + {half}")
         + """
-import builtins, tokenizer
+import builtins; from nanobit import tokenizer
 real, once, decoded = print, tokenizer.SentencePieceTokenizer.decode, [0]
 def bar(*a, **k): real(*a, **(k | {"end": "|"} if k.get("end") == "" else k))
 def count(self, ids):
@@ -262,14 +261,14 @@ def test_a_prompt_of_nothing_or_of_what_ends_a_text(ckpt, tmp_path):
     """rules: an empty prompt begins a text; a NUL, by which a char tokenizer ends texts, is no character"""
     assert asked(run("sample.py", ckpt, "--prompt=", patch=scripted("[2]"))[1]) == [[0]]
     (tmp_path / "text").write_text("a\0b")
-    nul = save(tmp_path / "nul", tokens.char_tokenizer("\0ab"))
+    nul = save(tmp_path / "nul", token_files.char_tokenizer("\0ab"))
     err = run("sample.py", nul, f"--prompt_file={tmp_path}/text", code=2)[1]
     assert "no character '\\x00'; it has 'ab'" in err
 
 
 def test_stdout_of_another_encoding(tmp_path):
     """rule: what the encoding of stdout lacks is shown as an escape"""
-    ckpt = save(tmp_path / "run", tokens.char_tokenizer("\n\u65e5a"))
+    ckpt = save(tmp_path / "run", token_files.char_tokenizer("\n\u65e5a"))
     latin = "sys.stdout.reconfigure(encoding='latin-1')\n"
     assert run("sample.py", ckpt, "--prompt=\u65e5", patch=latin + scripted("[1]"))[0] == "\\u65e5" * 2 + "\n"
 
@@ -331,7 +330,7 @@ class Terminal:
 def test_chat_on_a_terminal(tmp_path):
     """bugs guarded: a paste that becomes several messages, Ctrl-C that ends the program instead of the
     turn, or leaves a traceback, what was written by then lost from the history, Ctrl-D that waits"""
-    ckpt = save(tmp_path / "run", tokens.char_tokenizer(CHARS), seq_len=64)
+    ckpt = save(tmp_path / "run", token_files.char_tokenizer(CHARS), seq_len=64)
     endless = scripted("iter(lambda: time.sleep(0.05) or 2, None)")
     terminal = Terminal(ckpt, "--chat", patch=endless)
     terminal.wait("> ")
@@ -368,7 +367,7 @@ model.Transformer.forward = forward
 def test_play(ckpt, tmp_path):
     """bugs guarded: a model that takes a square twice, wishes for such moves that are not counted, a wrong
     square that ends the game, the sides swapped, a model that never saw the game"""
-    player = save(tmp_path / "player", tokens.char_tokenizer(tictactoe.CHARS))
+    player = save(tmp_path / "player", token_files.char_tokenizer(tictactoe.CHARS))
     typed = stdin(tmp_path, "4\np\n1\nzz\n5\n6\ny\nq\n")
     out, err = run("sample.py", player, "--play", patch=LIKES_LOW_SQUARES + typed)
     assert re.findall(r"the model takes (\d)", out) == ["1", "2"]

@@ -4,15 +4,14 @@ import json
 import os
 import shutil
 
-import tokens
 import numpy as np
 import pytest
 import torch
 from conftest import CHARS, settings, train, write_data
 
-import data
-import shards
-from data_set import Damaged, read_meta
+from nanobit import data, shards
+from nanobit.data_set import Damaged, read_meta
+from nanobit.prepare import token_files
 
 CPU = torch.device("cpu")
 
@@ -83,7 +82,7 @@ def test_verify_finds_what_kept_size_and_time(place, capsys):
 
 def test_what_is_known_survives_an_interrupted_check(tmp_path, monkeypatch):
     """rule: a check that is interrupted forgets nothing; only a shard whose check fails is read again"""
-    monkeypatch.setattr(tokens, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 100)
     place, real, read = os.path.join(write_data(tmp_path), "tiny"), shards.check_shard, []
 
     def interrupted(folder, name, *rest):
@@ -164,7 +163,7 @@ def test_only_the_split_in_use_is_read(place, monkeypatch):
 
 def test_only_new_shards_of_a_growing_set_are_read(tmp_path, monkeypatch):
     """bug guarded: all shards read again for each that is finished"""
-    monkeypatch.setattr(tokens, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 100)
     place, read = os.path.join(write_data(tmp_path), "tiny"), read_by(monkeypatch)
     meta = read_meta(place)
     for n in (1, 1, 3):
@@ -217,7 +216,7 @@ def windows(data_dir, split="train", **changes):
 
 def test_few_files_are_open(tmp_path, monkeypatch):
     """bugs guarded: "Too many open files" with many shards; the tokens of another shard"""
-    monkeypatch.setattr(tokens, "SHARD_TOKENS", 20)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 20)
     w = windows(write_data(tmp_path, n_train=1000))
     files, real = [], w.shards.open
     monkeypatch.setattr(w.shards, "open", lambda shard: files.append(real(shard)) or files[-1])

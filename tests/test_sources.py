@@ -8,13 +8,12 @@ import os
 import time
 from types import SimpleNamespace
 
-import formats
 import numpy as np
 import pytest
-import sources
-import stream
 from conftest import run
 from documents import TIKTOKEN, documents_of, text_flags
+
+from nanobit.prepare import formats, sources, stream
 
 
 @pytest.mark.parametrize("name", ["docs.txt", "part*.txt", "separated.txt", "docs.parquet", "*.jsonl"])
@@ -24,7 +23,7 @@ def test_every_kind_of_file(corpus, tmp_path, name):
     folder, documents = corpus
     flags = text_flags(folder, tmp_path, name, column="body" if "json" in name else "text")
     flags += ["--separator=<|end|>"] if name == "separated.txt" else []
-    run("prepare/text.py", *flags, patch="import formats; formats.LONGEST = 1000")
+    run("prepare/text.py", *flags, patch="from nanobit.prepare import formats; formats.LONGEST = 1000")
     found = documents_of(tmp_path / "text")
     whole = "".join(documents)
     if name == "part*.txt":

@@ -10,7 +10,7 @@ import pytest
 from conftest import run
 from histories import noisy, write_run
 
-import status
+from nanobit.monitor import status
 
 DEAD = 2**22 + 1  # above the largest pid of Linux
 LATE = dict(lr=1e-4)

@@ -6,18 +6,15 @@ import os
 import signal
 import time
 
-import tokens
 import numpy as np
 import pytest
-import sources
-import stream
-import vocab
 from conftest import run, start
 from documents import PATCH, SLOW, TIKTOKEN, documents_of, read, stopped, text_flags
 from parts import sentencepiece
 
 import config
-from tokenizer import make_tokenizer, with_content
+from nanobit.prepare import sources, stream, token_files, vocab
+from nanobit.tokenizer import make_tokenizer, with_content
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "sentencepiece", "gpt2"])
@@ -114,7 +111,7 @@ def test_killed_and_continued(corpus, tmp_path, name, more):
     """bug guarded: a document lost or repeated where a preparation was killed, and a shard that is counted
     twice"""
     folder, _ = corpus
-    patch = PATCH + "import formats; formats.LONGEST = 1000\n"
+    patch = PATCH + "from nanobit.prepare import formats; formats.LONGEST = 1000\n"
     run("prepare/text.py", *text_flags(folder, tmp_path / "whole", name), *more, patch=patch)
     flags = [*text_flags(folder, tmp_path / "killed", name), *more]
     place, progress, kills = tmp_path / "killed" / "text", {}, 0
@@ -191,15 +188,15 @@ def test_interrupt_says_how_to_go_on(corpus, tmp_path):
 
 
 FULL = """
-import tokens
-real_write, count = tokens.Split.write, [0]
+from nanobit.prepare import token_files
+real_write, count = token_files.Split.write, [0]
 def write(self, ids):
     count[0] += 1
     if count[0] > 30:
         real_write(self, ids[:7])
         raise OSError(28, "No space left on device")
     real_write(self, ids)
-tokens.Split.write = write
+token_files.Split.write = write
 """
 
 
@@ -229,11 +226,11 @@ def test_disk_too_small(corpus, tmp_path):
 def test_a_kill_after_a_shard_is_renamed(tmp_path, monkeypatch):
     """bug guarded: the beginning of a shard lost because it had got its name before progress.json knew of
     it; a longer file of an earlier try left behind it"""
-    monkeypatch.setattr(tokens, "SHARD_TOKENS", 8)
-    split = tokens.Split(str(tmp_path), "train", np.dtype("<u2"), 0)
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 8)
+    split = token_files.Split(str(tmp_path), "train", np.dtype("<u2"), 0)
     split.write(np.arange(21, dtype="<u2"))
     split.sync()
-    split = tokens.Split(
+    split = token_files.Split(
         str(tmp_path), "train", np.dtype("<u2"), 5
     )  # as known before the first shard was full
     assert sorted(os.listdir(tmp_path)) == ["train_00000.bin.partial"]
@@ -249,7 +246,7 @@ def test_tokens_reach_the_disk_before_the_progress_that_counts_them(corpus, tmp_
     patch = (
         PATCH
         + """
-import files, json
+import json; from nanobit import files
 import os
 real_fsync, real_write, synced = os.fsync, stream.write_bytes, set()
 def fsync(fd): synced.add(os.readlink(f'/proc/self/fd/{fd}').split('/')[-1]); real_fsync(fd)
@@ -259,13 +256,13 @@ def write(path, content):
     synced.clear()
     real_write(path, content)
 os.fsync, stream.write_bytes = fsync, write
-real_file = tokens.write_file
+real_file = token_files.write_file
 def write_file(path, content):
     meta, progress = json.loads(content), stream.read_json(os.path.dirname(path) + "/progress.json")
     if path.endswith("meta.json") and not meta["complete"]:
         assert (meta["tokens"], meta["shards"]) == (progress["tokens"], progress["shards"])
     real_file(path, content)
-tokens.write_file = write_file
+token_files.write_file = write_file
 """
     )
     run("prepare/text.py", *text_flags(corpus[0], tmp_path), patch=patch)
@@ -283,8 +280,8 @@ def test_a_mistake_costs_nothing_that_is_written(corpus, tmp_path):
     run("prepare/text.py", *flags, code=2)
     assert stream.read_json(place / "progress.json")["tokens"]
     os.rename(texts / "away", texts / "docs.jsonl")
-    broken = "import tokenizer; tokenizer.make_tokenizer = None\n"
-    broken += "import stream; stream.with_content = lambda *a: stream.fail('no')"
+    broken = "from nanobit import tokenizer; tokenizer.make_tokenizer = None\n"
+    broken += "from nanobit.prepare import stream; stream.with_content = lambda *a: stream.fail('no')"
     _, err = run("prepare/text.py", *flags, patch=broken, code=2)
     assert "keeps what is written" in err and stream.read_json(place / "progress.json")["tokens"]
     small = "import shutil; shutil.disk_usage = lambda path: type('', (), {'free': 250_000})\n"
@@ -343,7 +340,7 @@ def test_a_meta_json_without_a_source_is_reported(tmp_path, capsys, content):
     for anew in (True, False):
         with pytest.raises(SystemExit):
             stream.source_now(str(tmp_path / "text"), "options", ())
-            tokens.open_data_set(str(tmp_path), "text", "options", anew)
+            token_files.open_data_set(str(tmp_path), "text", "options", anew)
         err = capsys.readouterr().err
         assert "holds another data set (its meta.json names no source)" in err and err.count("\n") == 1
     assert (tmp_path / "text" / "meta.json").read_text() == content
@@ -388,7 +385,7 @@ def test_a_small_text_gets_a_small_vocabulary(capsys):
 
 def test_a_nul_in_a_prompt_is_not_the_end_of_a_text():
     """bug guarded: the place of the end-of-text token among the characters read as a character"""
-    tokenizer = make_tokenizer(tokens.char_tokenizer("\0ab"))
+    tokenizer = make_tokenizer(token_files.char_tokenizer("\0ab"))
     assert tokenizer.encode("ba") == [2, 1]
     with pytest.raises(ValueError, match="it has 'ab'"):
         tokenizer.encode("a\0b")

@@ -8,16 +8,15 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import tokens
-import blimp
-import examples
 import pytest
 import torch
 from conftest import CHARS, ROOT, run, settings, train, write_data
 
-import tasks
 from model import Transformer
-from tokenizer import make_tokenizer
+from nanobit.prepare import examples, token_files
+from nanobit.tasks import text as tasks
+from nanobit.tokenizer import make_tokenizer
+from prepare import blimp
 
 CHAR = make_tokenizer({"kind": "char", "chars": CHARS})
 PAIR = dict(
@@ -311,7 +310,7 @@ def test_evaluate_reads_the_splits_of_any_data_set_with_its_tokenizer(trained):
     assert other["dataset"] == "other" and other["split"] == "val" and other["tokens"] == 64
     assert other["bits_per_byte"] == pytest.approx(other["val_loss"] / math.log(2) / 4)
     write_data(trained[0], "foreign", vocab_size=3)
-    change_meta(trained[0], "foreign", tokenizer=tokens.char_tokenizer("\nab"))
+    change_meta(trained[0], "foreign", tokenizer=token_files.char_tokenizer("\nab"))
     assert "has another tokenizer" in evaluate(trained, "--dataset=foreign", code=2)[2]
     change_meta(trained[0], "other", bos=5)  # the same ids, but each text after another one
     err = evaluate(trained, "--dataset=other", code=2)[2]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import run
 
-import tictactoe
-from tokenizer import CharTokenizer
+from nanobit.tasks import tictactoe
+from nanobit.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer({"chars": tictactoe.CHARS})
 

@@ -6,10 +6,8 @@ import random
 import pytest
 from parts import CHAR, NUL, TEXTS, llama_like, part_of, sentencepiece, tiktoken
 
-import gguf_file
-import hf
-import tokenizer_files
-from tokenizer import bos_of, encode_prompt, make_tokenizer
+from nanobit.export import gguf_file, hf, tokenizer_files
+from nanobit.tokenizer import bos_of, encode_prompt, make_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
 

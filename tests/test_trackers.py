@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import SCALARS, lines, settings, train
 
-import record
-import trackers
+from nanobit import run_dir as record
+from nanobit import trackers
 
 WANDB = """
 import json

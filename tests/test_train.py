@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import EVENTS, NAN, ROOT, RUN, SCALARS, final, flags, lines, rows, run, train
 
-import checkpoint
+from nanobit import checkpoint
 
 
 def test_init_from_takes_weights_only(data_dir, out_dir):
@@ -48,7 +48,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(data_dir, out_dir):
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(data_dir, out_dir):
     """bug guarded: an overflow in the backward only, which the loss does not show"""
-    patch = "import torch, optim\nreal = optim.make_optimizers\ncount = [0]\n"
+    patch = "import torch; from nanobit import optim\nreal = optim.make_optimizers\ncount = [0]\n"
     patch += "def hook(grad):\n    count[0] += 1\n    return grad * float('inf') if count[0] == 4 else grad\n"
     patch += "def make(cfg, model, dtype):\n    model.norm.weight.register_hook(hook)\n"
     patch += "    return real(cfg, model, dtype)\n"
@@ -153,7 +153,7 @@ def test_max_minutes_and_patience_end_as_if_finished(data_dir, out_dir):
     assert json.loads(out.strip().split("\n")[-1])["step"] == 24, "without patience it goes on"
     # a signal between an evaluation and the update does not count that evaluation twice
     how |= dict(patience=4, sample_every=4)
-    patch = "import os, signal, inference\nreal, count = inference.generate, [0]\n"
+    patch = "import os, signal; from nanobit.infer import inference\nreal, count = inference.generate, [0]\n"
     patch += "def signalled(*a, **k):\n    count[0] += 1\n"
     patch += "    if count[0] == 4: os.kill(os.getpid(), signal.SIGTERM)\n    return real(*a, **k)\n"
     patch += "inference.generate = signalled"

@@ -1,0 +1,138 @@
+"""
+The meta.json of a prepared data set: it must agree with a schema, and with itself.
+"""
+
+import hashlib
+import json
+import os
+import re
+
+from nanobit.terminal import printable
+
+
+class Damaged(Exception):
+    """Stand for a data set that is not what its meta.json says, or that cannot be read now, in one line."""
+
+
+# The schema of meta.json. A rule is (what is expected, test), the {field: rule} of an object, or the
+# {pattern: rule} of an object whose fields all match it. A field with ? may be missing; others may be there.
+
+
+def whole(least, most):
+    return f"a whole number from {least} to {most}", lambda v: type(v) is int and least <= v <= most
+
+
+def one_of(*values):
+    return " or ".join(map(repr, values)), lambda v: type(v) is str and v in values
+
+
+def matching(expected, pattern):
+    return expected, lambda v: type(v) is str and re.fullmatch(pattern, v) is not None
+
+
+COUNT, ID = whole(0, 2**50), whole(0, 2**24 - 1)
+YES_NO = "true or false", lambda v: type(v) is bool
+TEXT = "a text that is not empty", lambda v: type(v) is str and v != ""
+SHA256 = matching("64 hexadecimal digits", r"[0-9a-f]{64}")
+FILE = matching("the name of a file in this folder", r"[\w-][\w.-]*")
+SPLIT, SHARD, ANY = re.compile(r"\w+"), re.compile(r"\w+_\d{5}\.bin"), re.compile(r"(?s).*")
+META = {
+    "complete": YES_NO,
+    "dtype": one_of("uint16", "uint32"),
+    "vocab_size": whole(1, 2**24),
+    "eot": ID,
+    "bos?": ID,
+    "tokens": {SPLIT: COUNT},
+    "bytes": {SPLIT: COUNT},
+    "shards": {SHARD: {"tokens": whole(1, 2**40), "sha256": SHA256}},
+    "tokenizer": {"kind": one_of("char", "sentencepiece", "tiktoken"), "sha256": SHA256},
+    "task?": TEXT,
+    "command?": TEXT,
+}
+TOKENIZER = {  # what each kind has besides
+    "char": {"chars": TEXT},
+    "sentencepiece": {"file": FILE},
+    "tiktoken": {"file": FILE, "name": TEXT, "pattern": TEXT, "special": {ANY: ID}},
+}
+
+
+def fault(value, rule, name):
+    """Return what is wrong with a value that is called `name` in the line, or ''."""
+    if isinstance(rule, tuple):
+        expected, is_right = rule
+        return "" if is_right(value) else f"{name} = {shown(value)}, expected {expected}"
+    if type(value) is not dict:
+        return f"{name or 'its content'} is {shown(value)}, expected an object"
+    prefix = f"{name}." if name else ""
+    for key, part in rule.items():
+        if isinstance(key, re.Pattern):
+            fields = list(value)
+            if strange := [field for field in fields if not key.fullmatch(field)]:
+                return f"{name} has the entry {shown(strange[0])}"
+        elif key.rstrip("?") in value:
+            fields = [key.rstrip("?")]
+        elif key.endswith("?"):
+            fields = []
+        else:
+            return f"{prefix}{key} is missing"
+        for field in fields:
+            if wrong := fault(value[field], part, prefix + printable(field)):
+                return wrong
+    return ""
+
+
+def shown(value):
+    """Return a value of a file as a short text that is safe to print."""
+    text = printable(repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def contradiction(meta):
+    """Return where the fields of a meta.json, each of them right alone, disagree, or ''."""
+    spec, ids = meta["tokenizer"], meta["vocab_size"]
+    for key in ("eot", "bos"):
+        if meta.get(key, 0) >= ids:
+            return f"{key} = {meta[key]}, but vocab_size = {ids}"
+    if meta["dtype"] == "uint16" and ids > 2**16:
+        return f"vocab_size = {ids}, but dtype = 'uint16' has {2**16} ids"
+    if spec["kind"] == "char":
+        chars = spec["chars"].encode(errors="surrogatepass")
+        if len(spec["chars"]) != ids or hashlib.sha256(chars).hexdigest() != spec["sha256"]:
+            n = len(spec["chars"])
+            return f"tokenizer.chars are {n}, but vocab_size = {ids}, or their sha256 is another"
+    for split in sorted({name.rpartition("_")[0] for name in meta["shards"]}):
+        names = sorted(name for name in meta["shards"] if name.rpartition("_")[0] == split)
+        held, wanted = sum(meta["shards"][name]["tokens"] for name in names), meta["tokens"].get(split, 0)
+        if held > wanted or (held < wanted and meta["complete"]):
+            return f"tokens.{split} = {wanted}, but its shards have {held}"
+        if names != [f"{split}_{i:05d}.bin" for i in range(len(names))]:
+            return f"shards has {names[-1]}, but not all before it"
+    return ""
+
+
+def unreadable(path, error):
+    """Return the line on a file that exists and cannot be read now (an OSError): it may be whole."""
+    return f"{path} cannot be read now ({error.strerror}); repair that and run the same command again"
+
+
+def read_meta(folder):
+    """Return the meta.json of a data set of tokens. Raises Damaged with one line."""
+    path = os.path.join(folder, "meta.json")
+    again = f"restore it from a copy, or delete {folder} and prepare it again"
+    try:
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing; {again}") from None
+    except OSError as error:
+        raise Damaged(unreadable(path, error)) from None
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged ({type(error).__name__}: {shown(str(error))}); {again}") from None
+    if type(meta) is dict and "examples" in meta:
+        how = f"evaluate.py --dataset={os.path.basename(folder)} scores a model on it"
+        raise Damaged(f"data set {folder} is a task of text, with no tokens to train on; {how}")
+    wrong = fault(meta, META, "")
+    wrong = wrong or fault(meta["tokenizer"], TOKENIZER[meta["tokenizer"]["kind"]], "tokenizer")
+    if wrong := wrong or contradiction(meta):
+        raise Damaged(f"{path} is damaged: {wrong}; {again}")
+    return meta

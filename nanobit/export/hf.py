@@ -1,0 +1,311 @@
+"""
+Models in the form of Hugging Face: a folder that transformers loads, and one that comes back from there.
+
+A ternary model is written as LlamaForCausalLM with quant_method "bitnet": each matrix as uint8 with four
+codes to a byte (packed.pack), and its scale 1 / mean|W| as weight_scale; transformers multiplies and divides
+in our order, so that its fp32 logits are ours to the last bit. A float model is a plain Llama, a mixture of
+experts a Mixtral; one with ternary experts is written dequantised: no such format holds their codes.
+"""
+
+import hashlib
+import json
+import os
+import re
+from types import SimpleNamespace
+
+import torch
+
+import config
+import quant
+from config import fail, library
+from model import Transformer
+from nanobit import checkpoint
+from nanobit.export import llama, tokenizer_files
+from nanobit.files import write_json
+from nanobit.infer import packed
+from nanobit.tokenizer import bos_of, marks_of, sentencepiece_model, with_content
+
+OURS = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.router": "block_sparse_moe.gate",
+} | {f"attn.{x}_proj": f"self_attn.{x}_proj" for x in "qkvo"}
+BLOCK |= {f"ffn.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+EXPERT = {"ffn.gate_proj": "w1", "ffn.up_proj": "w3", "ffn.down_proj": "w2"}
+DEQUANTISED = "ternary experts, dequantised: a Mixtral rounds no input to int8"
+# paths and accounts, which are nobody's business
+PRIVATE = "out_dir data_dir resume init_from prepare wandb_entity wandb_project wandb_name".split()
+
+
+def their_name(name):
+    """the name without .weight of one of our tensors, but for experts"""
+    path = name.removesuffix(".weight")
+    if path in OURS:
+        return OURS[path]
+    _, i, rest = path.split(".", 2)
+    return f"model.layers.{i}.{BLOCK[rest]}"
+
+
+def is_ternary(part, name):
+    return part["config"]["ternary"] and name.endswith("_proj.weight")
+
+
+def tensors(part, latent=False):
+    """{their name: tensor} of a checkpoint's part: ternary matrices packed, with their scale, or the float
+    master weights (latent). A tied head is not written twice, rows of padding only with latent. Exits with 2
+    where a width cannot be packed."""
+    cfg, found = part["config"], {}
+    for name, w in part["model"].items():
+        w = w.detach()
+        if name in ("embed.weight", "head.weight"):
+            if name == "head.weight" and cfg["tie_embeddings"]:
+                continue
+            w = w if latent else w[: cfg["vocab_size"]]
+        if is_ternary(part, name) and not latent and cfg["n_expert"]:
+            w = quant.dequantised(w)
+        if w.dim() == 3:  # (E, out, in): one tensor for each expert
+            i, rest = name.removesuffix(".weight").split(".", 2)[1:]
+            for e, one in enumerate(w):
+                place = f"model.layers.{i}.block_sparse_moe.experts.{e}.{EXPERT[rest]}"
+                found[f"{place}.weight"] = one.contiguous()
+        elif is_ternary(part, name) and not latent and not cfg["n_expert"]:
+            if len(w) % 4:
+                how = "--latent and --format=gguf --type=f16 take any width"
+                fail(f"{name} has {len(w)} rows, which is not a multiple of 4: they cannot be packed; {how}")
+            codes, s = quant.ternarize(w)
+            found[f"{their_name(name)}.weight"] = packed.pack(codes)
+            found[f"{their_name(name)}.weight_scale"] = s.reshape(1)
+        else:
+            found[f"{their_name(name)}.weight"] = w.clone()
+    return found
+
+
+def model_config(part, latent=False):
+    """config.json"""
+    cfg, spec = part["config"], part["tokenizer"]
+    is_mixture = cfg["n_expert"] > 0
+    found = dict(
+        architectures=["MixtralForCausalLM" if is_mixture else "LlamaForCausalLM"],
+        model_type="mixtral" if is_mixture else "llama",
+        hidden_act="silu",
+        attention_bias=False,
+        mlp_bias=False,
+        head_dim=cfg["n_embd"] // cfg["n_head"],
+        bos_token_id=bos_of(spec),
+        eos_token_id=spec["eot"],
+        dtype="float32",
+        **{theirs: cfg[ours] for theirs, ours in llama.SETTINGS.items()},
+    )
+    if latent:
+        found["vocab_size"] = len(part["model"]["embed.weight"])
+    if is_mixture:
+        found |= dict(num_local_experts=cfg["n_expert"], num_experts_per_tok=cfg["n_expert_active"])
+        found |= dict(router_aux_loss_coef=cfg["router_balance"], sliding_window=None)
+    elif cfg["ternary"] and not latent:
+        found["quantization_config"] = {"quant_method": "bitnet"}
+    # what a Llama has no place for, but init_from and sample.py want
+    tokenizer = {key: value for key, value in spec.items() if key != "content"}
+    if spec["kind"] in tokenizer_files.CONTENT:
+        tokenizer["file"] = tokenizer_files.CONTENT[spec["kind"]]
+    public = {key: value for key, value in cfg.items() if key not in PRIVATE}
+    return found | dict(nanobit=dict(step=part["step"], config=public, tokenizer=tokenizer))
+
+
+def check(part):
+    """exit with 2 where no stock model computes what this one does"""
+    cfg = part["config"]
+    if cfg["n_expert"] and cfg["n_expert_active"] == 1:
+        fail(
+            "n_expert_active = 1: our router weights the one expert, that of a Mixtral does not; train with 2"
+        )
+    if part["tokenizer"]["kind"] == "sentencepiece":
+        tokenizer_files.pieces(part["tokenizer"])
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(part, out, latent=False):
+    """the files of a model in the folder `out`, which is made; the tokenizer's too"""
+    place = os.path.join(out, "model.safetensors")
+    check(part)
+    save_file = library("safetensors.torch", "safetensors").save_file
+    found = tensors(part, latent)
+    os.makedirs(out)
+    try:
+        save_file(found, place, metadata={"format": "pt", "pad": ""})
+        # transformers maps the file, in which embedding and head come first. Where they begin in memory
+        # decides in which order a product for one token adds: as ours do, at a multiple of 64 bytes
+        with open(place, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+        if start % 64:
+            save_file(found, place, metadata={"format": "pt", "pad": "." * (-start % 64)})
+    except library("safetensors").SafetensorError as error:  # a full disk, too
+        raise OSError(str(error)) from None
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(place, 0o666 & ~umask)  # the library makes it private
+    theirs = model_config(part, latent)
+    theirs["nanobit"]["sha256"] = sha256(place)
+    write_json(os.path.join(out, "config.json"), theirs)
+    marks = {key: theirs[key] for key in ("bos_token_id", "eos_token_id")}
+    write_json(os.path.join(out, "generation_config.json"), marks)
+    tokenizer_files.write(part["tokenizer"], out, part["config"]["seq_len"])
+
+
+# reading
+
+
+FILES = set(
+    "README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json "
+    "tokenizer.model tokenizer.tiktoken".split()
+)
+
+
+def is_ours(path):
+    """whether a folder is an export of this project, as it was written, and nothing else is in it"""
+    try:
+        if os.path.islink(path) or set(os.listdir(path)) - FILES:
+            return False
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+            own = json.load(file)["nanobit"]
+        return own["sha256"] == sha256(os.path.join(path, "model.safetensors"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def our_name(name):
+    """our name of one of their tensors, or None"""
+    path, _, what = name.rpartition(".")  # weight or weight_scale
+    for ours, theirs in OURS.items():
+        if path == theirs:
+            return f"{ours}.{what}"
+    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path):
+        ours = next((ours for ours, theirs in BLOCK.items() if theirs == found[2]), None)
+        return ours and f"blocks.{found[1]}.{ours}.{what}"
+    return None
+
+
+def check_own(own, theirs):
+    """ValueError where what export.py noted in a config.json is damaged, or says otherwise than the rest"""
+    default = config.assignments(config.DEFAULT)
+    for key, value in own.get("config", {}).items():
+        if key in default and type(value) is not type(default[key]):
+            raise ValueError(f"nanobit: {key} = {value!r}")
+        if key in theirs and key != "vocab_size" and value != theirs[key]:  # latent: with rows of padding
+            raise ValueError(f"nanobit: {key} = {value!r}, beside it {theirs[key]!r}")
+        if key == "n_expert" and value or key in ("vocab_size", "vocab_multiple") and not 1 <= value <= 2**24:
+            raise ValueError(f"nanobit: {key} = {value!r}")
+    if own:
+        int(own["sha256"], 16)
+        spec, n_ids = own["tokenizer"], own["config"]["vocab_size"]
+        marks = spec["eot"], bos_of(spec)
+        if not (all(type(i) is int and 0 <= i < n_ids for i in marks) and spec["sha256"] and spec["kind"]):
+            raise ValueError(f"nanobit: tokenizer {spec}")
+        if type(spec["chars"] if spec["kind"] == "char" else spec["file"]) is not str:
+            raise ValueError(f"nanobit: tokenizer {spec}")
+
+
+def read_config(folder, to_train):
+    """(settings, what export.py noted, whether the matrices are packed) of a folder's config.json"""
+    settings, theirs = llama.read(folder)
+    head_dim = theirs.get("head_dim") or settings["n_embd"] // settings["n_head"]
+    try:
+        own = theirs.get("nanobit") or {}
+        check_own(own, settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        fail(f"{folder}/config.json cannot be read ({what}); export it again")
+    faults = []
+    if head_dim * settings["n_head"] != settings["n_embd"]:
+        faults.append(f"head_dim = {head_dim}: ours is hidden_size / num_attention_heads")
+    if theirs.get("rope_type", "default") != "default":
+        faults.append(f"rope_type = {theirs['rope_type']!r}: our positions are plain rotary ones")
+    packing = theirs.get("quantization_config")
+    if packing and to_train:
+        faults.append("its weights are packed, and cannot be trained on: export with --latent")
+    elif packing and packing != {"quant_method": "bitnet"}:
+        faults.append(f"quantization_config = {packing}: only weights that export.py has packed can be read")
+    if not to_train and not own and (packing or not os.path.exists(os.path.join(folder, "tokenizer.model"))):
+        how = "of other folders only float Llamas with a tokenizer.model can be used"
+        faults.append(f"it is not an export of export.py, its tokenizer cannot be read: {how}")
+    for key in ("attention_bias", "mlp_bias", "rope_scaling"):
+        if theirs.get(key):
+            faults.append(f"{key} = {theirs[key]!r}: our blocks have none")
+    if theirs.get("hidden_act", "silu") != "silu":
+        faults.append(f"hidden_act = {theirs['hidden_act']!r}: our blocks have silu")
+    if faults:
+        fail(*(f"{folder}: {text}" for text in faults))
+    # of another origin: a float model
+    settings |= dict(n_expert=0, vocab_multiple=1, ternary=False) | own.get("config", {})
+    return settings, own, bool(packing)
+
+
+def read_weights(folder, own, to_train):
+    """{our name: tensor} of a folder, of which export.py noted `own`: float32, or uint8 where it is packed"""
+    weights, load_file = {}, library("safetensors.torch", "safetensors").load_file
+    for path in llama.weight_files(folder):
+        try:
+            is_whole = not own or sha256(path) == own["sha256"]
+            found = load_file(path)
+        except Exception as error:  # the library has errors of its own
+            fail(f"{path} is damaged ({type(error).__name__}: {error}); copy or export it again")
+        if not is_whole:
+            what = f"{path} is not the file that was exported (sha256): trained further, or damaged"
+            if not to_train:
+                fail(f"{what}; copy or export it again (train.py --init_from= takes one trained further)")
+            print(f"init_from: {what}")
+        unknown = [key for key in found if our_name(key) is None and "rotary_emb" not in key]
+        if unknown:
+            fail(f"{path} holds {unknown[0]}, which our blocks have no place for")
+        named = {our_name(key): w for key, w in found.items() if our_name(key)}
+        weights |= {key: w if w.dtype == torch.uint8 else w.float() for key, w in named.items()}
+    return weights
+
+
+def check_shapes(folder, settings, weights, is_packed):
+    """Exit with 2 if a tensor is missing, not expected, or of another shape or dtype than by the settings."""
+    with torch.device("meta"):
+        needed = Transformer(SimpleNamespace(**config.assignments(config.DEFAULT) | settings)).state_dict()
+        for name in [name for name in needed if is_packed and is_ternary(dict(config=settings), name)]:
+            needed[name] = torch.empty(len(needed[name]) // 4, needed[name].shape[1])
+            needed[f"{name}_scale"] = torch.empty(1)
+    odd = [name for name, w in weights.items() if (w.dtype == torch.uint8) != (f"{name}_scale" in needed)]
+    if odd:
+        fail(
+            f"{folder}: {odd[0]} is {weights[odd[0]].dtype}, which config.json does not ask for; export again"
+        )
+    checkpoint.check_shapes(folder, weights, needed, "copy or export it again")
+
+
+def tokenizer_of(folder):
+    """Return the spec with content of the SentencePiece model beside a Llama of another origin, or None."""
+    path = os.path.join(folder, "tokenizer.model")
+    if not os.path.exists(path):
+        return None
+    with open(path, "rb") as file:
+        content = file.read()
+    spec = dict(kind="sentencepiece", file="tokenizer.model", sha256=hashlib.sha256(content).hexdigest())
+    return spec | marks_of(sentencepiece_model(content, path)) | dict(content=content)
+
+
+def read(folder, to_train=False):
+    """Return the part of a checkpoint.pt that a folder stands for. Packed matrices stay as they are, uint8
+    beside their weight_scale. to_train: a Llama of any origin, whose tokenizer is what is known of it, or
+    None, but nothing packed. Exits with 2 if it is not a Llama, damaged or incomplete."""
+    settings, own, is_packed = read_config(folder, to_train)
+    weights = read_weights(folder, own, to_train)
+    # rows of padding were not written, and a product with fewer rows adds in another order
+    for name in weights.keys() & {"embed.weight", "head.weight"}:
+        rows = -len(weights[name]) % settings["vocab_multiple"]
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
+    if settings.get("tie_embeddings") and "embed.weight" in weights:
+        weights["head.weight"] = weights["embed.weight"]
+    check_shapes(folder, settings, weights, is_packed)
+    spec = own["tokenizer"] if own else tokenizer_of(folder)
+    if own and not to_train:
+        spec = with_content(spec, folder)
+    return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0))

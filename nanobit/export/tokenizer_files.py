@@ -1,0 +1,130 @@
+"""
+A tokenizer in the terms of other engines: the files that AutoTokenizer reads, the pieces and merges that a
+GGUF file lists.
+"""
+
+import os
+
+from config import fail, library
+from nanobit.files import write_json
+from nanobit.tokenizer import bos_of, ranks_of
+
+CONTENT = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}  # the file of its content
+END = "<|endoftext|>"  # what a NUL, the end of a text in a char tokenizer, is called in files
+
+
+def pieces(spec):
+    """(model, [(piece, score, kind)]) of a SentencePiece tokenizer; kind is normal, byte, control, unknown.
+    Exits with 2 where it splits or changes text in a way that the files do not say."""
+    model = library("sentencepiece").SentencePieceProcessor(model_proto=spec["content"])
+    tests = dict(byte=model.IsByte, control=model.IsControl, unknown=model.IsUnknown)
+    found = []
+    for i in range(model.vocab_size()):
+        kind = next((name for name, test in tests.items() if test(i)), "normal")
+        found.append((model.IdToPiece(i), model.GetScore(i), kind))
+    ranks = [score for _, score, kind in found if kind == "normal"]
+    if any(rank % 1 for rank in ranks):
+        fail("the SentencePiece tokenizer is no BPE model (its scores are not ranks): only BPE is written")
+    if ranks.count(0) > 1:  # such a symbol has the score 0, which the first merge has too
+        fail("the SentencePiece tokenizer has user-defined symbols, which no merge makes: not to be written")
+    text = " \uff21  \ufb01\t."  # a wide A and a ligature, which NFKC replaces
+    if model.normalize(text) != ("\u2581" + text).replace(" ", "\u2581"):
+        fail(
+            "the SentencePiece tokenizer normalises text (or puts no space before it), which is not written; "
+            "train it with --normalization_rule_name=identity --remove_extra_whitespaces=false"
+        )
+    return model, found
+
+
+def merge_of(ranks, token):
+    """the two parts of which byte-pair merging makes a token, by the ranks below its own"""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        pairs = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+        rank, i = min(pairs)
+        assert rank < ranks[token], "a token that no merges make"
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def visible(token):
+    """bytes as the characters that byte-level BPE writes them with (GPT-2): printable ones as themselves"""
+    return "".join(VISIBLE[b] for b in token)
+
+
+SAME = [*range(33, 127), *range(161, 173), *range(174, 256)]
+VISIBLE = {b: chr(b) for b in SAME}
+VISIBLE |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SAME)}
+
+
+def bpe_of(spec):
+    """(vocab {text: id}, merges [(left, right)]) of a tiktoken tokenizer in visible characters"""
+    ranks = ranks_of(spec)
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    merges = [tuple(map(visible, merge_of(ranks, token))) for token, _ in ordered if len(token) > 1]
+    return {visible(token): rank for token, rank in ordered}, merges
+
+
+def fast_tokenizer(spec):
+    """Return (tokenizer of the tokenizers library, name of the token that begins a text, name of the one that
+    ends it) of a spec with content."""
+    lib = library("tokenizers")
+    models, pre, decoders = lib.models, lib.pre_tokenizers, lib.decoders
+    if spec["kind"] == "char":
+        names = [END if char == "\0" else char for char in spec["chars"]]
+        # an unknown character is an error: this name is not in the vocabulary
+        made = lib.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+        made.pre_tokenizer = pre.Split(lib.Regex(r"[\s\S]"), "isolated")
+        made.decoder = decoders.Fuse()
+    elif spec["kind"] == "tiktoken":
+        vocab, merges = bpe_of(spec)
+        made = lib.Tokenizer(models.BPE(vocab, merges))
+        # to this library {1,3}+ is a repetition of {1,3}; that it gives nothing back matters at no end
+        pattern = lib.Regex(spec["pattern"].replace("{1,3}+", "{1,3}"))
+        split = pre.Split(pattern, "isolated")
+        made.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+        made.decoder = decoders.ByteLevel()
+        made.add_special_tokens(sorted(spec["special"], key=spec["special"].get))
+        names = {i: name for name, i in spec["special"].items()}
+    else:
+        model, found = pieces(spec)
+        normal = [(piece, i) for i, (piece, _, kind) in enumerate(found) if kind == "normal"]
+        vocab, order = {piece: i for i, (piece, *_) in enumerate(found)}, []
+        for piece, i in normal:
+            cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+            cuts = [(a, b) for a, b in cuts if a in vocab and b in vocab]
+            order += [(-found[i][1], vocab[a], vocab[b], (a, b)) for a, b in cuts]
+        merges = [pair for *_, pair in sorted(order)]
+        unknown = next(piece for piece, _, kind in found if kind == "unknown")
+        made = lib.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        spaces = lib.normalizers.Replace(" ", "\u2581")
+        made.normalizer = lib.normalizers.Sequence([lib.normalizers.Prepend("\u2581"), spaces])
+        strip = decoders.Strip(content=" ", left=1)
+        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+        made.decoder, names = decoders.Sequence(parts), [piece for piece, *_ in found]
+        special = [piece for piece, _, kind in found if kind == "control"]
+        made.add_special_tokens([lib.AddedToken(piece, special=True, normalized=False) for piece in special])
+    bos, eot = bos_of(spec), spec["eot"]
+    made.add_special_tokens([lib.AddedToken(names[i], special=True, normalized=False) for i in (bos, eot)])
+    template = lib.processors.TemplateProcessing(
+        single=f"{names[bos]} $A", special_tokens=[(names[bos], bos)]
+    )
+    made.post_processor = (
+        template
+        if spec["kind"] != "tiktoken"
+        else lib.processors.Sequence([lib.processors.ByteLevel(trim_offsets=False), template])
+    )
+    return made, names[bos], names[eot]
+
+
+def write(spec, out, seq_len):
+    """Write the files from which AutoTokenizer makes this tokenizer. It puts the token that begins a text
+    before it, as in training."""
+    made, begin, end = fast_tokenizer(spec)
+    made.save(os.path.join(out, "tokenizer.json"))
+    found = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end)
+    found |= dict(clean_up_tokenization_spaces=False, model_max_length=seq_len)
+    write_json(os.path.join(out, "tokenizer_config.json"), found)
+    if spec["kind"] in CONTENT:
+        with open(os.path.join(out, CONTENT[spec["kind"]]), "wb") as file:
+            file.write(spec["content"])

@@ -1,0 +1,199 @@
+"""The tokenizer of a data set: characters, an encoding of tiktoken, a SentencePiece model found or
+trained."""
+
+import base64
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import sys
+
+from tqdm import tqdm
+
+from config import fail, library
+from nanobit.prepare import sources, token_files
+from nanobit.tokenizer import marks_of, sentencepiece_model
+
+TRAIN_CHARS = 50_000_000  # characters of text that a new SentencePiece model is trained on
+MODEL = "tokenizer.model"
+LLAMA2 = "hf-internal-testing/llama-tokenizer"  # a copy of LLaMA-2's tokenizer.model that is not gated
+
+
+def pick(cfg, folder, texts):
+    """Return (spec, marks, vocab_size) of cfg.tokenizer; what it needs is written into folder. marks is
+    {"eot": id}, with "bos" if another token than eot begins a text. texts: an iterable of the training text,
+    of which a new tokenizer is made."""
+    wanted = cfg.tokenizer
+    if wanted == "char":
+        chars = "\0" + "".join(sorted(characters(texts)))  # id 0 ends a text
+        return token_files.char_tokenizer(chars), {"eot": 0}, len(chars)
+    if wanted.endswith(".model") and not os.path.isfile(wanted):
+        fail(f"tokenizer = {wanted!r} does not exist; expected a file, org/name on the hub, or an encoding")
+    path = os.path.join(wanted, MODEL) if os.path.isdir(wanted) else wanted
+    if wanted == "sentencepiece" or os.path.isfile(path) or "/" in wanted:
+        spec, content, marks, vocab_size = sentencepiece(cfg, path, texts)
+    else:
+        spec, content, marks, vocab_size = tiktoken(wanted)
+    spec["sha256"] = hashlib.sha256(content).hexdigest()
+    token_files.write_file(os.path.join(folder, spec["file"]), content)
+    return spec, marks, vocab_size
+
+
+def characters(texts):
+    """the set of all characters of the texts"""
+    found = set().union(*map(set, watched("characters", texts)))
+    if "\0" in found:
+        fail("the text holds a NUL character, which the char tokenizer needs for itself: is it text?")
+    if not found:
+        fail("there is no text to make a tokenizer of")
+    return found
+
+
+def sentencepiece(cfg, path, texts):
+    """Return (spec, content, marks, vocab_size) of a SentencePiece model: a file, one from the hub, or one
+    trained here."""
+    spm, wanted = library("sentencepiece"), cfg.tokenizer
+    if wanted == "sentencepiece":
+        content = train(cfg, spm, texts)
+    else:
+        if os.path.isdir(wanted) and not os.path.isfile(path):
+            fail(no_model(wanted))
+        with open(path if os.path.isfile(path) else sources.hub_file(wanted, MODEL), "rb") as file:
+            content = file.read()
+    model = sentencepiece_model(content, wanted)
+    probe = "two  spaces,\na line"
+    if model.decode(model.encode(probe)) != probe:
+        print(f"warning: tokenizer = {wanted!r} changes white space: decoding does not give the text back")
+    marks = marks_of(model)
+    if wanted == "sentencepiece":  # one trained here has a bos, too, but eot plays both parts
+        marks = {"eot": marks["eot"]}
+    elif entry := entry_beside(path, content):
+        marks = {key: entry[key] for key in ("eot", "bos") if key in entry}
+    return {"kind": "sentencepiece", "file": MODEL}, content, marks, model.vocab_size()
+
+
+def no_model(folder):
+    """Return the fault of a folder that holds no SentencePiece model."""
+    other = os.path.exists(os.path.join(folder, "tokenizer.json"))
+    how = "its tokenizer.json, as of Llama 3, is not supported" if other else "expected one of SentencePiece"
+    return f"tokenizer = {folder!r}: the folder has no {MODEL}; {how}"
+
+
+def entry_beside(path, content):
+    """Return the tokenizer entry of the data set or export of this project whose folder holds the tokenizer
+    file, or None: what is prepared with the same file has the same layout."""
+    for name in ("meta.json", "config.json"):
+        try:
+            with open(os.path.join(os.path.dirname(path), name), encoding="utf-8") as file:
+                found = json.load(file)
+            spec = found["tokenizer"] | found if name == "meta.json" else found["nanobit"]["tokenizer"]
+            if spec["sha256"] == hashlib.sha256(content).hexdigest() and spec["eot"] >= 0:
+                return spec
+        except (OSError, ValueError, LookupError, TypeError):  # another program's file
+            continue
+    return None
+
+
+def train(cfg, spm, texts):
+    """a new SentencePiece model of the first TRAIN_CHARS of the text, in the manner of LLaMA's: BPE with
+    bytes for what has no piece, digits apart, nothing normalised, so that decoding gives the text back"""
+
+    failed, left = [], TRAIN_CHARS
+
+    def lines():
+        nonlocal left
+        try:
+            for text in watched("tokenizer", texts):
+                for line in text.split("\n"):
+                    if line.strip():
+                        yield line[:65536]
+                left -= len(text)
+                if left < 0:
+                    return
+        except BaseException as error:  # the library would tell of it as its own
+            failed.append(error)
+
+    out = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=cfg.vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=2**20,  # bytes: a longer line would be left out without a word
+            num_threads=1,  # the same model each time
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:  # a vocabulary too large or too small for the text
+        if failed:
+            raise failed[0] from None
+        text = " ".join(str(error).split())
+        if found := re.search(r"value <= (\d+)|required_chars\. \d+ vs (\d+)", text):
+            if found[2]:
+                fail(f"vocab_size = {cfg.vocab_size} is too small; at least {found[2]}, or --tokenizer=char")
+            n = TRAIN_CHARS - left
+            how = f"{suited(n)} suits it; the largest possible is {found[1]}"
+            fail(f"vocab_size = {cfg.vocab_size} is too large for a text of {n:,} characters; {how}")
+        fail(f"vocab_size = {cfg.vocab_size}: sentencepiece cannot train on this text: {text[-200:]}")
+    if failed:
+        raise failed[0]
+    return out.getvalue()
+
+
+def suited(size):
+    """Return the flag for a tokenizer that suits so many characters of text: with some hundred characters, so
+    about 50 tokens or more, for each token of the vocabulary."""
+    vocab_size = 2 ** int(math.log2(max(1, size / 200)))
+    return f"--vocab_size={vocab_size}" if vocab_size >= 512 else "--tokenizer=char"
+
+
+def warn_if_large(vocab_size, n_tokens, size):
+    """Print a warning if a tokenizer trained here has too little text (tokens, bytes) for its vocabulary."""
+    if n_tokens < 50 * vocab_size and suited(size) != f"--vocab_size={vocab_size}":
+        each = f"{n_tokens / vocab_size:.1f} times on average"
+        print(
+            f"warning: vocab_size = {vocab_size:,} is large for {n_tokens:,} tokens of text: a model sees "
+            f"each {each}; {suited(size)} suits so little text (under another --name=)"
+        )
+
+
+def watched(desc, texts):
+    """texts, their characters counted by a bar on a terminal"""
+    with tqdm(desc=desc, unit="char", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for text in texts:
+            yield text
+            bar.update(len(text))
+
+
+def tiktoken(name):
+    """Return (spec, content, marks, vocab_size) of an encoding of tiktoken: its ranks, in the form of a
+    .tiktoken file."""
+    lib = library("tiktoken")
+    if name not in lib.list_encoding_names():
+        if os.path.isdir(name):
+            fail(no_model(name))
+        known = ", ".join(lib.list_encoding_names())
+        how = "expected sentencepiece, char, a file, a hub repository (org/name) or one of"
+        near = difflib.get_close_matches(name, ["char", "sentencepiece", *lib.list_encoding_names()], n=1)
+        fail(
+            f"tokenizer = {name!r} is unknown"
+            + (f"; did you mean {near[0]}?" if near else f"; {how} {known}")
+        )
+    try:
+        found = lib.get_encoding(name)
+    except OSError as error:  # what its HTTP library raises is one
+        fail(f"tokenizer = {name!r} cannot be downloaded ({type(error).__name__}); try again", code=1)
+    ranks = sorted(found._mergeable_ranks.items(), key=lambda item: item[1])
+    content = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
+    spec = {"kind": "tiktoken", "name": name, "file": "tokenizer.tiktoken"}
+    spec |= {"pattern": found._pat_str, "special": found._special_tokens}
+    return spec, content, {"eot": found.eot_token}, found.n_vocab

@@ -1,0 +1,196 @@
+"""
+The shards of a data set: their bytes are checked once on each machine, then read window by window.
+
+A shard is read when a machine first uses it, and again when its size or time has changed: one pass finds its
+sha256 and its largest id. .checked.json in the folder of the data set remembers what each machine has read.
+Damage that keeps size and time (a bad disk) is found by --verify_data, which reads everything again.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from config import fail
+from nanobit.data_set import Damaged, unreadable
+from nanobit.files import write_json
+
+MAX_OPEN = 8  # shards of a split that are open at a time
+SAVE_SECONDS = 60.0  # between two saves of .checked.json while a large data set is read
+LARGE = 2**30  # bytes to read that are worth a line
+remembered = {}  # {folder: {shard: entry}} of this process, for a .checked.json that cannot be written
+
+
+def check_shards(folder, meta, split="", verify=False):
+    """Check the size of every shard, and sha256 and ids of those of a split ('' = of all) that this machine
+    has not read since they were last changed; verify: of each. Raises Damaged at the first that is wrong."""
+    cache = os.path.join(folder, ".checked.json")
+    host = host_of(folder)
+    seen = read_checked(cache).get(host, {}) | remembered.get(folder, {})
+    known, to_read, dtype = {}, {}, np.dtype(meta["dtype"]).newbyteorder("<")
+    for name, shard in meta["shards"].items():
+        path, want = os.path.join(folder, name), shard["tokens"] * dtype.itemsize
+        try:
+            stat = os.stat(path)
+        except FileNotFoundError:
+            raise Damaged(bad_shard(folder, name, f"is missing, meta.json says {want:,} bytes")) from None
+        except OSError as error:
+            raise Damaged(unreadable(path, error)) from None
+        if stat.st_size != want:
+            state = f"has {stat.st_size:,} bytes, meta.json says {want:,}"
+            raise Damaged(bad_shard(folder, name, state))
+        entry = [want, stat.st_mtime_ns, shard["sha256"], meta["vocab_size"]]
+        if seen.get(name) == entry:
+            known[name] = entry
+        if name.startswith(split) and (verify or name not in known):
+            to_read[name] = entry
+    if not to_read:
+        return
+    size = sum(entry[0] for entry in to_read.values())
+    if size >= LARGE:
+        say(f"{folder}: checking {len(to_read)} shards, {size / 1e9:.1f} GB, once on each machine")
+    bar = tqdm(
+        total=size,
+        desc=f"checking {folder}",
+        unit="B",
+        unit_scale=True,
+        delay=1,  # seconds, after which it appears
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
+    saved = time.monotonic()
+    try:
+        for name, entry in to_read.items():
+            try:
+                check_shard(folder, name, meta, dtype, bar.update)
+            except Damaged:
+                known.pop(name, None)
+                raise
+            known[name] = entry
+            if time.monotonic() - saved > SAVE_SECONDS:
+                write_checked(cache, host, known)
+                saved = time.monotonic()
+    finally:
+        bar.close()
+        remembered[folder] = known
+        write_checked(cache, host, known)
+    if verify:
+        say(f"{folder}: {len(to_read)} shards read again, all have the sha256 that meta.json names")
+
+
+def check_shard(folder, name, meta, dtype, progress):
+    """Read a shard once. Raises Damaged if an id is over the vocabulary or the sha256 is not meta.json's."""
+    path = os.path.join(folder, name)
+    sha256, largest, buffer = hashlib.sha256(), 0, memoryview(bytearray(2**22))
+    try:
+        with open(path, "rb") as file:
+            while n := file.readinto(buffer):
+                sha256.update(buffer[:n])
+                ids = np.frombuffer(buffer[: n - n % dtype.itemsize], dtype)
+                largest = max(largest, int(ids.max(initial=0)))
+                progress(n)
+    except OSError as error:
+        raise Damaged(unreadable(path, error)) from None
+    if largest >= meta["vocab_size"]:
+        state = f"holds token id {largest}, but vocab_size is {meta['vocab_size']} and ids must be below it"
+        raise Damaged(bad_shard(folder, name, state))
+    if sha256.hexdigest() != meta["shards"][name]["sha256"]:
+        raise Damaged(bad_shard(folder, name, "has changed: its sha256 is not the one in meta.json"))
+
+
+def bad_shard(folder, name, state):
+    """Return the line on a shard that is damaged: its state and the remedy."""
+    path = os.path.join(folder, name)
+    return f"shard {path} {state}; copy it again from where it came, or delete {folder} and prepare it again"
+
+
+def host_of(folder):
+    """Return the key of this machine in the cache of a folder; a copy of the folder takes the cache along."""
+    return f"{platform.node()}:{os.path.realpath(folder)}"
+
+
+def read_checked(path):
+    """Return {host: {shard: entry}} of a .checked.json. It is only a cache: one that is missing, damaged, or
+    written before it held hosts is empty."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    hosts = found.items() if type(found) is dict else ()
+    return {host: shards for host, shards in hosts if type(shards) is dict}
+
+
+def write_checked(path, host, shards):
+    """Write the entries of this machine beside those of others."""
+    try:
+        write_json(path, read_checked(path) | {host: shards})
+    except OSError as error:
+        why = error.strerror or error
+        say(f"warning: {path} cannot be written ({why}); the next start reads these shards again")
+
+
+class Shards:
+    """The files of one split. A few are open at a time, so that any number of shards can be read; one that is
+    open outlives its name. One that is cut or cannot be read ends the program with 1, after on_damage()."""
+
+    def __init__(self, folder):
+        self.folder, self.names, self.n_finished, self.on_damage = folder, [], 0, lambda: None
+        self.files = {}  # {shard: file}, the most recently used last
+
+    def update(self, names, n_finished):
+        """Take in the shards by name; those from n_finished on are still being written."""
+        self.names, self.n_finished = names, n_finished
+        for shard in range(min(len(names), MAX_OPEN)):
+            self.file(shard)
+
+    def file(self, shard):
+        """Return a shard as an open file."""
+        file = self.files.pop(shard, None) or self.open(shard)
+        self.files[shard] = file
+        if len(self.files) > MAX_OPEN:
+            self.files.pop(next(iter(self.files))).close()
+        return file
+
+    def open(self, shard):
+        path = os.path.join(self.folder, self.names[shard])
+        try:
+            if shard >= self.n_finished and os.path.exists(path + ".partial"):
+                with contextlib.suppress(FileNotFoundError):  # renamed by now
+                    return open(path + ".partial", "rb", buffering=0)  # and stays open when it is renamed
+            return open(path, "rb", buffering=0)
+        except FileNotFoundError:
+            self.stop(shard, "is missing")
+        except OSError as error:
+            self.end(unreadable(path, error))
+
+    def read(self, shard, start, size):
+        """Return the bytes of a shard from a place on."""
+        file = self.file(shard)
+        try:
+            file.seek(start)
+            found = file.read(size)
+        except OSError as error:
+            self.end(unreadable(os.path.join(self.folder, self.names[shard]), error))
+        if len(found) < size:
+            self.stop(shard, "has become shorter since it was checked")
+        return found
+
+    def stop(self, shard, state):
+        """End the program, since a shard is damaged: in this state."""
+        self.end(bad_shard(self.folder, self.names[shard], state))
+
+    def end(self, line):
+        """End the program with this line, after on_damage()."""
+        self.on_damage()
+        fail(line, code=1)
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)

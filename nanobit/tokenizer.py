@@ -1,0 +1,183 @@
+"""
+Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE.
+
+A tokenizer is described by a spec, the `tokenizer` entry of meta.json: {kind, sha256, ...}. Those of
+SentencePiece and tiktoken live in a file beside the token files; a checkpoint holds the file's content too,
+so that using a model needs nothing else and no network. The id `eot` ends a text and `bos` begins one;
+without `bos` the end-of-text token does both. All have encode(text) -> ids, decode(ids) -> text and size,
+the number of ids; decode(encode(text)) == text, but for U+2581, which SentencePiece takes for a space.
+decode leaves out ids that stand for nothing: a model's vocab_size may be larger than its tokenizer's.
+"""
+
+import base64
+import hashlib
+import os
+
+from config import fail, library
+from nanobit.terminal import printable
+
+
+class CharTokenizer:
+    """one token per character, in the order of spec["chars"]"""
+
+    def __init__(self, spec):
+        self.chars = spec["chars"]
+        # a NUL is not text, but the place of the token that ends one (prepare/vocab.py)
+        self.ids = {char: i for i, char in enumerate(self.chars) if char != "\0"}
+        self.size = len(self.chars)
+
+    def encode(self, text):
+        """token ids of text; ValueError for a character that the training text did not have"""
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as error:
+            shown = "".join(self.ids)
+            shown = shown if len(shown) < 200 else shown[:200] + "..."
+            raise ValueError(f"the tokenizer has no character {error.args[0]!r}; it has {shown!r}") from None
+
+    encode_on = encode
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids if i < len(self.chars))
+
+
+def sentencepiece_model(content, path):
+    """Return the model of a SentencePiece file's content. Exits with 2 if it is another file, or has no
+    end-of-text token."""
+    model = library("sentencepiece").SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(content)
+    except RuntimeError:
+        how = "expected a tokenizer.model; a tokenizer.json, as of Llama 3, is not supported"
+        fail(f"tokenizer {path} is not a SentencePiece model; {how}")
+    if model.eos_id() < 0:
+        fail(f"tokenizer {path} has no end-of-text token (eos)")
+    return model
+
+
+def marks_of(model):
+    """Return {"eot": id}, and "bos" if a SentencePiece model begins a text with another token."""
+    bos, eot = model.bos_id(), model.eos_id()
+    return {"eot": eot} | ({} if bos in (-1, eot) else {"bos": bos})
+
+
+class SentencePieceTokenizer:
+    def __init__(self, spec):
+        spm = library("sentencepiece")
+        self.model = spm.SentencePieceProcessor(model_proto=spec["content"])
+        self.size = self.model.vocab_size()
+        self.newline = self.model.encode("\n")
+        self.keeps_lines = self.model.decode(self.newline) == "\n"  # not where it normalises white space
+
+    def encode(self, text):
+        return self.model.encode(text)
+
+    def encode_on(self, text):
+        """ids of text that goes on from earlier text: without the space that SentencePiece puts before a
+        text"""
+        ids, n = self.model.encode("\n" + text), len(self.newline)
+        return ids[n:] if self.keeps_lines and ids[:n] == self.newline else self.model.encode(text)
+
+    def decode(self, ids):
+        return self.model.decode([i for i in ids if i < self.model.vocab_size()])
+
+
+def ranks_of(spec):
+    """{bytes: rank} of a tiktoken tokenizer"""
+    lines = (line.split() for line in spec["content"].splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+class TiktokenTokenizer:
+    def __init__(self, spec):
+        ranks = ranks_of(spec)
+        self.known = {*ranks.values(), *spec["special"].values()}  # some encodings leave gaps
+        self.model = library("tiktoken").Encoding(
+            spec["name"],
+            pat_str=spec["pattern"],
+            mergeable_ranks=ranks,
+            special_tokens=spec["special"],
+        )
+        self.size = self.model.n_vocab
+
+    def encode(self, text):
+        """ids of text, in which the names of special tokens are ordinary text"""
+        return self.model.encode_ordinary(text)
+
+    encode_on = encode
+
+    def decode(self, ids):
+        return self.model.decode([i for i in ids if i in self.known])
+
+
+KINDS = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer, "tiktoken": TiktokenTokenizer}
+
+
+def make_tokenizer(spec):
+    """Return the tokenizer of a spec that has its content. Exits with 2 if it cannot be made of that."""
+    if spec["kind"] not in KINDS:
+        fail(f"tokenizer kind {spec['kind']!r} is unknown; this version reads {', '.join(KINDS)}")
+    try:
+        return KINDS[spec["kind"]](spec)
+    except Exception as error:  # each library raises its own
+        what = printable(f"{type(error).__name__}: {error}")[:200]
+        fail(f"the {spec['kind']} tokenizer is damaged ({what}); restore its data set, checkpoint or export")
+
+
+def with_content(spec, folder):
+    """spec and the content (bytes) of the file it names in folder, checked against its sha256"""
+    if "file" not in spec:
+        return spec
+    path = os.path.join(folder, spec["file"])
+    if not os.path.exists(path):
+        fail(f"tokenizer {path} is missing; make this folder again")
+    with open(path, "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != spec["sha256"]:
+        fail(f"tokenizer {path} is not the one that belongs there (sha256); make this folder again")
+    return spec | {"content": content}
+
+
+def bos_of(spec):
+    """Return the id that begins a text: that of bos, or the end-of-text token if the spec has no bos."""
+    return spec.get("bos", spec["eot"])
+
+
+def encode_prompt(tokenizer, bos, text):
+    """Return the ids of a prompt: the one that begins a text first (bos_of), as in training."""
+    return [bos, *tokenizer.encode(text)]
+
+
+def continuation(tokenizer, prompt, new):
+    """the text that the ids `new` add to a prompt (ids as of encode_prompt): decoded together, because a
+    SentencePiece text decoded alone loses its leading space"""
+    return tokenizer.decode(prompt[1:] + new)[len(tokenizer.decode(prompt[1:])) :]
+
+
+class TextStream:
+    """The text of tokens that come one by one after the ids of earlier text.
+
+    A character of which only some tokens have come waits for the others: three at most, since UTF-8 has four
+    bytes for a character, so bytes that never make one are shown as U+FFFD. Decodes a window of 8 to 16
+    tokens each time: all of them would take O(n^2).
+    """
+
+    def __init__(self, tokenizer, before):
+        self.decode, self.window = tokenizer.decode, list(before[-8:])
+        self.shown = len(self.decode(self.window))  # characters of the window's text
+
+    def add(self, token):
+        """Return the text that is complete with one more token."""
+        self.window.append(token)
+        text = self.decode(self.window)
+        n_open = min(3, len(text) - len(text.rstrip("\ufffd")))
+        new = text[self.shown : len(text) - n_open]
+        self.shown += len(new)
+        if len(self.window) == 16:
+            del self.window[:8]
+            self.shown -= len(text) - len(self.decode(self.window))
+        return new
+
+    def end(self):
+        """Return what still waits: a character that stays incomplete."""
+        return self.decode(self.window)[self.shown :]

@@ -1,0 +1,163 @@
+"""
+Mirrors of a run's record in TensorBoard, Weights & Biases and trackio, each imported only where it is on.
+
+The files in runs/<run_id> stay the record. A thread of its own opens and feeds each mirror, so that one
+that fails or hangs costs a warning and its own lines, never a step of training. Where a run resumes from
+step k, TensorBoard hides what was drawn from there on; W&B and trackio draw those steps a second time.
+"""
+
+import contextlib
+import hashlib
+import html
+import math
+import os
+import queue
+import sys
+import textwrap
+import threading
+import time
+
+from config import library, settings_of
+from nanobit import run_dir as record
+from nanobit.terminal import printable
+
+LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+TIMEOUT = 60  # seconds that W&B is given to begin, and to end
+HANGS = 100  # seconds without an answer that count as hanging
+
+
+def need(cfg):
+    """import what the settings ask for, before the run starts; exits with 2 where it is not installed"""
+    for name, module in LIBRARIES.items():
+        if getattr(cfg, name):
+            with contextlib.suppress(Exception):  # installed but broken: the mirror meets it again, and warns
+                library(module, name)
+
+
+def mirrored(cfg, name, row):
+    """(step, numbers, texts) of a line of the record: its finite numbers, the totals of ternary health, the
+    greedy samples"""
+    numbers, texts = row, {}
+    if name in (record.BITNET, record.ROUTER):
+        kind = os.path.basename(name).removesuffix(".jsonl")
+        numbers = {f"{kind}/{key}": value for key, value in row["total"].items()}
+    elif name == record.SAMPLES:
+        text = {f"sample/{cfg.sample_prompts.index(row['prompt'])}": row["prompt"] + row["generated_text"]}
+        numbers, texts = {}, text if row["mode"] == "greedy" else {}
+    finite = {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    return row["step"], {k: v for k, v in finite.items() if k not in ("step", "time")}, texts
+
+
+def open_tensorboard(cfg, run_dir, step):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(os.path.join(run_dir, "tensorboard"), purge_step=step)
+
+    def log(step, numbers, texts):
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        for name, text in texts.items():  # indented, Markdown takes it as it is
+            writer.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
+        writer.flush()
+
+    log(step, {}, {"settings": "\n".join(f"{name} = {value!r}" for name, value in settings_of(cfg).items())})
+    for name, kind in ((record.SCALARS, "loss"), (record.BITNET, "total"), (record.ROUTER, "total")):
+        if row := record.last(run_dir, name, kind, step=step):  # purged too, but not made again
+            log(*mirrored(cfg, name, row))
+    return log, writer.close
+
+
+def panels(module, texts):
+    """texts for W&B and trackio, with their line breaks"""
+    return {name: module.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
+
+
+def open_wandb(cfg, run_dir, step):
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))  # it would ask for a key, and write after the result on stdout
+    began = record.read(run_dir, record.EVENTS)[0]  # the same after a resume, another in a branch
+    run = wandb.init(
+        project=cfg.wandb_project,
+        entity=cfg.wandb_entity or None,
+        name=cfg.wandb_name or cfg.run_id,
+        id=hashlib.blake2b(f"{cfg.run_id} {began}".encode(), digest_size=8).hexdigest(),
+        resume="allow",
+        dir=run_dir,
+        config=settings_of(cfg),
+        allow_val_change=True,
+        settings=wandb.Settings(console="off", init_timeout=TIMEOUT, finish_timeout=TIMEOUT),
+    )
+    if run.url:  # '' where it is offline
+        print(f"wandb: {run.url}", file=sys.stderr)
+    run.define_metric("step")  # a field of ours: W&B drops lines whose own step goes back
+    run.define_metric("*", step_metric="step")
+    return lambda step, numbers, texts: run.log({"step": step} | numbers | panels(wandb, texts)), run.finish
+
+
+def open_trackio(cfg, run_dir, step):
+    import trackio
+
+    starts = [row["event"] for row in record.read(run_dir, record.EVENTS)]
+    is_new = [kind for kind in starts if kind in ("start", "resume")][-1] == "start"
+    name, resume = cfg.wandb_name or cfg.run_id, "never" if is_new else "allow"
+    run = trackio.init(cfg.wandb_project, name, config=settings_of(cfg), resume=resume, embed=False)
+    return lambda step, numbers, texts: run.log(numbers | panels(trackio, texts), step=step), run.finish
+
+
+class Mirror(threading.Thread):
+    """a tracker and its thread. connect() gives log(step, numbers, texts) and close(); the first fault goes
+    to warn(text), in the caller's thread, and the mirror is off from then on"""
+
+    def __init__(self, name, connect, warn):
+        super().__init__(name=name, daemon=True)
+        self.connect, self.warn, self.lines = connect, warn, queue.SimpleQueue()
+        self.is_on, self.fault, self.busy_since = True, "", time.monotonic()
+        self.start()
+
+    def run(self):
+        try:
+            log, close = self.connect()
+            while True:
+                self.busy_since = math.inf
+                line = self.lines.get()
+                self.busy_since = time.monotonic()
+                if line is None:
+                    return close()
+                log(*line)
+        except BaseException as error:  # whatever it raises, SystemExit too, training goes on
+            self.fault = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+
+    def check(self):
+        hangs = time.monotonic() - self.busy_since > HANGS
+        if self.is_on and (self.fault or hangs):
+            self.is_on = False
+            why = self.fault or f"no answer for {HANGS} seconds"
+            self.warn(f"warning: {self.name} is off for the rest of this run ({why})")
+
+
+def start(cfg, run_dir, step, warn):
+    """the mirrors that the settings ask for, of a run that begins or goes on at `step`"""
+    opens = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
+    on = [name for name in opens if getattr(cfg, name)]
+    return [Mirror(name, lambda name=name: opens[name](cfg, run_dir, step), warn) for name in on]
+
+
+def mirror(mirrors, cfg, name, row):
+    """hand a line of file `name` of the record to all mirrors"""
+    for one in mirrors:
+        one.check()
+        step, numbers, texts = mirrored(cfg, name, row)
+        if one.is_on and (numbers or texts):
+            one.lines.put((step, numbers, texts))
+
+
+def finish(mirrors):
+    """end all mirrors, giving each the time to send what it still has"""
+    for one in mirrors:
+        one.lines.put(None)
+    for one in mirrors:
+        one.join(HANGS if one.is_on else 0)
+        if one.is_alive():
+            one.busy_since = -math.inf
+        one.check()
