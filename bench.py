@@ -20,8 +20,8 @@ import signal
 import sys
 
 import config
-from config import fail
 from nanobit import terminal
+from nanobit.cli import fail
 from nanobit.data_set import Damaged, read_meta
 
 FLAGS = {

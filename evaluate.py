@@ -21,7 +21,7 @@ import signal
 import sys
 
 import config
-from nanobit import terminal
+from nanobit import cli, terminal
 
 FLAGS = {
     "ckpt": (
@@ -48,14 +48,14 @@ faults = [
     if getattr(cfg, name) < least
 ]
 if faults:
-    config.fail(*faults)
+    cli.fail(*faults)
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it
 terminal.end_with_output()
 
 from tqdm import tqdm
 
 from model import mean_loss
-from nanobit import data, machine, weights
+from nanobit import cli, data, machine, weights
 from nanobit import run_dir as record
 from nanobit.infer.inference import restore
 from nanobit.tasks import text as tasks
@@ -74,14 +74,14 @@ result = dict(step=part["step"], dataset=cfg.dataset, split=cfg.split, dtype=mac
 
 if os.path.exists(os.path.join(data_set, "task.jsonl")):
     if cfg.split != "val":
-        config.fail(f"split = {cfg.split!r}: {data_set} is a task and has the split val only")
+        cli.fail(f"split = {cfg.split!r}: {data_set} is a task and has the split val only")
     task, examples = tasks.read(data_set)
     print(f"{folder} on {cfg.dataset}: {len(examples):,} examples")
 else:
     meta, windows = data.of_trained(part, cfg.split, cfg.dataset, cfg.data_dir, cfg.verify_data)
     task = meta.get("task", "") if cfg.split == "val" else ""
     if task not in ("", "arithmetic", "tictactoe"):
-        config.fail(f"{data_set}: task {task!r} is unknown; this version scores arithmetic, tictactoe")
+        cli.fail(f"{data_set}: task {task!r} is unknown; this version scores arithmetic, tictactoe")
     if task == "arithmetic":
         problems = tasks.problems(data_set, meta["tokens"]["val"] - 1)
     n = min(windows.total, max(1, cfg.eval_tokens // windows.seq_len)) if cfg.eval_tokens else windows.total
@@ -123,5 +123,5 @@ for line in lines:
 result |= scores
 if not math.isfinite(result["val_loss"]):
     lost = f"val_loss is {result['val_loss']}: what this model computes is too large for {result['dtype']}"
-    config.fail(f"{lost}; try --dtype=float32 or an earlier step", code=1)
+    cli.fail(f"{lost}; try --dtype=float32 or an earlier step", code=1)
 print(record.to_json(result))

@@ -18,8 +18,8 @@ import signal
 import sys
 
 import config
-from config import fail
 from nanobit import terminal
+from nanobit.cli import fail
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, but while it writes
 FLAGS = {
@@ -65,7 +65,7 @@ terminal.end_with_output()
 
 import torch
 
-from nanobit import checkpoint, data, weights
+from nanobit import checkpoint, cli, data, weights
 from nanobit import run_dir as record
 from nanobit.export import card, gguf_file, hf, llama, verify
 
@@ -105,7 +105,7 @@ make_room()
 needed = ["safetensors", "tokenizers"] if cfg.format == "hf" else ["gguf"]
 if cfg.verify:
     needed += ["transformers", "accelerate"] if cfg.format == "hf" else ["cyllama"]
-config.need_packages(needed, "export,verify" if cfg.verify else "export")
+cli.need_packages(needed, "export,verify" if cfg.verify else "export")
 if llama.is_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is a folder for transformers already; give a run, as the one it was made from")
 part, folder = weights.trained(cfg.ckpt)

@@ -20,9 +20,9 @@ import textwrap
 import time
 
 import config
-from config import fail
 from nanobit import run_dir as record
 from nanobit import terminal
+from nanobit.cli import fail
 from nanobit.monitor import plots
 from nanobit.monitor.status import clock, moves, status
 from nanobit.terminal import printable

@@ -19,7 +19,7 @@ import sys
 import time
 
 import config
-from nanobit import terminal
+from nanobit import cli, terminal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the text where it is
 FLAGS = {
@@ -80,14 +80,14 @@ faults = [
     if not ok
 ]
 if faults:
-    config.fail(*faults)
+    cli.fail(*faults)
 terminal.end_with_output()
 
 import select
 
 import torch
 
-from nanobit import machine, weights
+from nanobit import cli, machine, weights
 from nanobit.infer.inference import generate, lighten_head, restore
 from nanobit.tasks import tictactoe as game
 from nanobit.tokenizer import TextStream, bos_of, encode_prompt, make_tokenizer
@@ -114,7 +114,7 @@ def read_prompt():
             return file.read().removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         setting = f"prompt_file = {cfg.prompt_file!r}" if cfg.prompt_file else "prompt = '-' (stdin)"
-        config.fail(f"{setting} cannot be read as UTF-8 text: {error}; name a text file, or --prompt=TEXT")
+        cli.fail(f"{setting} cannot be read as UTF-8 text: {error}; name a text file, or --prompt=TEXT")
 
 
 @torch.inference_mode()
@@ -274,7 +274,7 @@ text = "" if cfg.play else read_prompt()
 part, _ = weights.trained(cfg.ckpt)
 if cfg.play and part["tokenizer"].get("chars") != game.CHARS:
     trained = f"was trained on {part['config']['dataset']!r}, not on games of tic-tac-toe"
-    config.fail(f"ckpt = {cfg.ckpt!r} {trained}; --play needs a model of config/train_tictactoe.py")
+    cli.fail(f"ckpt = {cfg.ckpt!r} {trained}; --play needs a model of config/train_tictactoe.py")
 if cfg.play or cfg.chat:
     sys.stdin.reconfigure(errors="replace")
 if cfg.cuda_graph:
@@ -287,7 +287,7 @@ try:
     text.encode()  # half a character of a command line is told like one that the tokenizer lacks
     prompt = encode_prompt(tokenizer, bos, text)
 except ValueError as error:
-    config.fail(f"prompt_file = {cfg.prompt_file!r}: {error}" if cfg.prompt_file else f"prompt: {error}")
+    cli.fail(f"prompt_file = {cfg.prompt_file!r}: {error}" if cfg.prompt_file else f"prompt: {error}")
 
 if cfg.play or cfg.chat:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # readline has to give the terminal back

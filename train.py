@@ -31,10 +31,10 @@ import torch
 from tqdm import tqdm
 
 import quant
-from config import fail
 from model import Transformer, mean_loss, router_health, router_loss
 from nanobit import checkpoint, data, distributed, machine, optim, resume, samples, trackers, weights
 from nanobit import run_dir as record
+from nanobit.cli import fail
 from nanobit.tokenizer import bos_of, make_tokenizer, with_content
 
 # machine and data

@@ -10,8 +10,6 @@ code 2.
 import ast
 import difflib
 import glob
-import importlib
-import importlib.util
 import math
 import os
 import re
@@ -21,17 +19,11 @@ import textwrap
 from types import ModuleType, SimpleNamespace
 
 from nanobit import terminal
+from nanobit.cli import ROOT, WORLD, fail
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEFAULT = os.path.join(ROOT, "config", "default.py")
 SCHEDULES = ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant")
-# what torchrun says of this process: facts, not settings
-RANK, WORLD, LOCAL_RANK = (
-    int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
-    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-REQUIRED = "torch", "numpy", "tqdm", "filelock"
 RATIOS = {"stage2_lr": "stage2_lr_ratio", "min_lr": "min_lr_ratio"}  # former settings and their successors
 # names of nanoGPT, transformers and others
 ALIASES = dict(
@@ -47,55 +39,11 @@ ALIASES = dict(
         "name:run_id out:out_dir init:init_from temp:temperature start:prompt num_tokens:max_new_tokens"
     ).split()
 )
-on_fail = []  # functions that fail() hands its faults to, as one text, before it exits
-
-
-def fail(*faults, code=2):
-    """print each fault as an `error:` line on stderr and exit, with 2 for a user's mistake"""
-    print(*(f"error: {fault}" for fault in faults), sep="\n", file=sys.stderr)
-    for note in on_fail:
-        note("; ".join(faults))
-    raise SystemExit(code)
-
-
-def explain_missing(kind, error, trace):
-    """Print one line with the remedy if a required module is missing, and exit with 2; an excepthook."""
-    if not (issubclass(kind, ModuleNotFoundError) and error.name in REQUIRED):
-        return sys.__excepthook__(kind, error, trace)
-    venv = os.path.join(os.path.dirname(os.path.dirname(DEFAULT)), ".venv")
-    how = "install the requirements first: make setup, or pip install -r requirements.txt"
-    if os.path.isdir(venv) and os.path.realpath(sys.prefix) != os.path.realpath(venv):
-        windows, others = [f"{venv}\\Scripts\\activate"], ["source", f"{venv}/bin/activate"]
-        activate = terminal.command_line(windows if os.name == "nt" else others)
-        how = f"activate the environment first: {activate}"
-    fail(f"{sys.executable} has no module {error.name}; {how}")
-
-
-sys.excepthook = explain_missing  # every command imports this file before torch and numpy
 
 
 def settings_of(cfg):
     """{setting: value}, without where each came from"""
     return {name: value for name, value in vars(cfg).items() if name != "origin"}
-
-
-def library(name, package=""):
-    """an optional library, imported where it is needed; exits with 2 and how to install it where it is not
-    there"""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        fail(f"this needs {package or name}, which is not installed: pip install {package or name}")
-
-
-def need_packages(names, extra):
-    """Exit with 2 if packages are missing, naming all of them and the extra of pyproject.toml with them."""
-    missing = [name for name in names if not importlib.util.find_spec(name)]
-    if missing:
-        how = (
-            f'pip install {" ".join(missing)}, or, in the folder of this project, pip install -e ".[{extra}]"'
-        )
-        fail(f"this needs {', '.join(missing)}, not installed: {how}")
 
 
 def assignments(path):

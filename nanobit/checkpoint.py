@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import torch
 
 import config
-from config import fail
+from nanobit.cli import fail
 from nanobit.files import set_aside, sync_folder, write_json
 from nanobit.run_dir import has_manifest, step_dir, step_folders, steps
 from nanobit.terminal import printable

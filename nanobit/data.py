@@ -24,8 +24,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from config import fail
 from nanobit import distributed
+from nanobit.cli import fail
 from nanobit.data_set import Damaged, read_meta
 from nanobit.files import is_locked
 from nanobit.shards import Shards, check_shards, say

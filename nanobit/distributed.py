@@ -17,7 +17,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from config import RANK, WORLD
+from nanobit.cli import RANK, WORLD
 from quant import whole
 
 is_main = RANK == 0

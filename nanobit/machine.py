@@ -20,7 +20,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from torch.utils._triton import has_triton
 
-from config import DTYPES, LOCAL_RANK, WORLD, fail
+from config import DTYPES
+from nanobit.cli import LOCAL_RANK, WORLD, fail
 
 # dense bf16 matrix FLOP/s of a card, from its data sheet, by the whole of its name: a card that is not here,
 # or a slice or a laptop's version of one that is, has no MFU rather than a wrong one

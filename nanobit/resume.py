@@ -5,9 +5,9 @@ import os
 from types import SimpleNamespace
 
 import config
-from config import fail
 from nanobit import checkpoint, data, distributed, optim
 from nanobit import run_dir as record
+from nanobit.cli import fail
 from nanobit.files import set_aside
 from nanobit.tokenizer import bos_of
 

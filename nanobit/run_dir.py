@@ -20,9 +20,9 @@ import sys
 import time
 from importlib import metadata
 
-import config
-from config import RANK, WORLD, fail, settings_of
-from nanobit import files
+from config import settings_of
+from nanobit import cli, files
+from nanobit.cli import RANK, WORLD, fail
 from nanobit.files import write_json
 from nanobit.terminal import command_line
 
@@ -234,7 +234,7 @@ def note_failures(run_dir, step):
         note(f"{kind.__name__}: {error}")
 
     sys.excepthook = hook
-    config.on_fail.append(note)
+    cli.on_fail.append(note)
 
 
 def write_best(run_dir, best):

@@ -2,7 +2,7 @@
 
 import torch
 
-from config import fail
+from nanobit.cli import fail
 from nanobit.infer.inference import generate
 from nanobit.tokenizer import continuation, encode_prompt
 

@@ -17,7 +17,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from config import fail
+from nanobit.cli import fail
 from nanobit.data_set import Damaged, unreadable
 from nanobit.files import write_json
 

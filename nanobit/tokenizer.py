@@ -13,7 +13,7 @@ import base64
 import hashlib
 import os
 
-from config import fail, library
+from nanobit.cli import fail, library
 from nanobit.terminal import printable
 
 

@@ -17,8 +17,9 @@ import textwrap
 import threading
 import time
 
-from config import library, settings_of
+from config import settings_of
 from nanobit import run_dir as record
+from nanobit.cli import library
 from nanobit.terminal import printable
 
 LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import torch
 
 import config
-from config import fail
 from model import Transformer
 from nanobit import checkpoint, distributed
+from nanobit.cli import fail
 from nanobit.export import hf, llama
 from nanobit.terminal import printable
 

@@ -23,6 +23,7 @@ import config  # first: it explains a missing package
 import numpy as np
 from tqdm import tqdm
 
+from nanobit import cli
 from nanobit.prepare import token_files
 
 FLAGS = {
@@ -94,14 +95,14 @@ if __name__ == "__main__":
             f"train_problems = {cfg.train_problems} and val_problems = {cfg.val_problems} must be at least 1"
         )
     if faults:
-        config.fail(*faults)
+        cli.fail(*faults)
     rng = random.Random(cfg.seed)
     lines = {
         "train": problems(rng, cfg.ops, cfg.digits, cfg.train_problems, held_out=False, distinct=False),
         "val": problems(rng, cfg.ops, cfg.digits, cfg.val_problems, held_out=True, distinct=True),
     }
     if not all(lines.values()):
-        config.fail(f"digits = {cfg.digits}: too few problems to hold some out")
+        cli.fail(f"digits = {cfg.digits}: too few problems to hold some out")
     given = ("ops", "digits", "train_problems", "val_problems", "seed")
     source = "prepare/arithmetic.py " + " ".join(f"--{key}={getattr(cfg, key)}" for key in given)
     folder = token_files.open_data_set(cfg.data_dir, cfg.name, source)

@@ -15,11 +15,11 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config  # first: it explains a missing package
 
 # isort: split
 from tqdm import tqdm
 
+from nanobit import cli
 from nanobit.prepare import examples, sources
 
 FLAGS = {
@@ -37,7 +37,7 @@ def config_names(cfg):
     """the configurations of the hub's data set that are asked for"""
     if cfg.config:
         return [cfg.config]
-    datasets = config.library("datasets")
+    datasets = cli.library("datasets")
     try:
         return datasets.get_dataset_config_names(cfg.repo, revision=cfg.revision or None)
     except Exception as error:  # the hub's, in many types

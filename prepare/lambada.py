@@ -16,7 +16,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config  # first: it explains a missing package
+from nanobit import cli
 from nanobit.prepare import examples
 
 FLAGS = {
@@ -33,7 +33,7 @@ def passage(where, row):
     """{"text": ...}: at least two words, of which the last is the one to guess"""
     found = examples.text(where, row, "text")
     if " " not in found:
-        config.fail(f"{where}: {found!r} is one word; the last word needs a context before it")
+        cli.fail(f"{where}: {found!r} is one word; the last word needs a context before it")
     return {"text": found}
 
 

@@ -20,6 +20,7 @@ import config  # first: it explains a missing package
 import numpy as np
 from tqdm import tqdm
 
+from nanobit import cli
 from nanobit.prepare import token_files
 from nanobit.tasks.tictactoe import CHARS, LINES, RESULTS
 
@@ -57,7 +58,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it: without meta.json no data set
     cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir", "seed"), check_run=False)
     if cfg.games < 1000 or not 0 < cfg.val_fraction < 1:
-        config.fail(
+        cli.fail(
             f"games = {cfg.games} must be at least 1000, val_fraction = {cfg.val_fraction} between 0 and 1"
         )
     source = f"prepare/tictactoe.py --games={cfg.games} --val_fraction={cfg.val_fraction} --seed={cfg.seed}"
@@ -73,7 +74,7 @@ if __name__ == "__main__":
                 parts[split].append(ids[rows[rows > 0]])
             bar.update(len(chars))
     if not sum(map(len, parts["val"])):
-        config.fail(f"val_fraction = {cfg.val_fraction}: no game was held out; raise it, or games")
+        cli.fail(f"val_fraction = {cfg.val_fraction}: no game was held out; raise it, or games")
     shards, splits = {}, {}
     for split, found in parts.items():
         found = np.concatenate([ids[[ord("\n")]], *found])

@@ -11,10 +11,9 @@ import torch
 from conftest import ROOT, RUN, flags, lines, run, settings, start
 from windows import PATCH
 
-import config
 import model
 import quant
-from nanobit import machine, terminal, tokenizer
+from nanobit import cli, machine, terminal, tokenizer
 from nanobit.monitor import status
 from nanobit.tasks import tictactoe
 
@@ -65,6 +64,7 @@ def test_windows_runs(folders, command, says):
 
 TYPED = """
 import io
+from nanobit import cli, cli
 class Typed(io.StringIO):
     def isatty(self): return True
     def reconfigure(self, **options): pass
@@ -223,11 +223,11 @@ def test_a_missing_requirement_is_explained_by_every_command():
 
 def test_the_remedy_is_the_environment_if_there_is_one(monkeypatch, tmp_path, capsys):
     """bug guarded: an installation into another Python, where .venv only has to be activated"""
-    monkeypatch.setattr(config, "DEFAULT", str(tmp_path / "config" / "default.py"))
+    monkeypatch.setattr(cli, "ROOT", str(tmp_path))
     error = ModuleNotFoundError("No module named 'torch'", name="torch")
     for remedy in ("make setup", f"source {tmp_path}/.venv/bin/activate"):
         with pytest.raises(SystemExit):
-            config.explain_missing(type(error), error, None)
+            cli.explain_missing(type(error), error, None)
         assert remedy in capsys.readouterr().err
         (tmp_path / ".venv").mkdir(exist_ok=True)
 

@@ -10,9 +10,9 @@ import datetime
 import math
 from types import SimpleNamespace
 
-from config import fail
 from nanobit import checkpoint, optim
 from nanobit import run_dir as record
+from nanobit.cli import fail
 from nanobit.monitor import status
 
 # L(N, D) = E + A / N^a + B / D^b for N parameters and D tokens (Hoffmann et al., arXiv 2203.15556, section

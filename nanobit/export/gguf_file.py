@@ -13,7 +13,7 @@ import re
 import numpy as np
 
 import quant
-from config import fail, library
+from nanobit.cli import fail, library
 from nanobit.export import hf, tokenizer_files
 from nanobit.tokenizer import bos_of
 

@@ -17,9 +17,9 @@ import torch
 
 import config
 import quant
-from config import fail, library
 from model import Transformer
 from nanobit import checkpoint
+from nanobit.cli import fail, library
 from nanobit.export import llama, tokenizer_files
 from nanobit.files import write_json
 from nanobit.infer import packed

@@ -8,7 +8,7 @@ import json
 import math
 import os
 
-from config import fail
+from nanobit.cli import fail
 
 SETTINGS = {  # config.json of a Llama and the settings that it stands for
     "hidden_size": "n_embd",

@@ -5,7 +5,7 @@ GGUF file lists.
 
 import os
 
-from config import fail, library
+from nanobit.cli import fail, library
 from nanobit.files import write_json
 from nanobit.tokenizer import bos_of, ranks_of
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import quant
-from config import fail, library
+from nanobit.cli import fail, library
 from nanobit.infer.inference import generate, restore
 from nanobit.tokenizer import bos_of, continuation, encode_prompt, make_tokenizer
 

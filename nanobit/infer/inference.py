@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from config import fail
 from model import Transformer
+from nanobit.cli import fail
 from nanobit.infer.packed import PackedLinear, pack_blocks, pack_layers, replace
 
 

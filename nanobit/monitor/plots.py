@@ -6,9 +6,8 @@ import os
 import statistics
 import sys
 
-import config
-from config import fail
-from nanobit import files
+from nanobit import cli, files
+from nanobit.cli import fail
 from nanobit.monitor.status import checkpoints, column, number, read_run
 from nanobit.terminal import printable
 
@@ -44,7 +43,7 @@ def plot(run_dirs, path):
     change"""
     names = [os.path.basename(os.path.abspath(each)) for each in run_dirs]
     names = names if len(set(names)) == len(names) else run_dirs
-    figures = config.library("matplotlib.figure", "matplotlib")
+    figures = cli.library("matplotlib.figure", "matplotlib")
     runs = {label_of(name): read_run(each) for name, each in zip(names, run_dirs)}
     for name, run in runs.items():
         if not run["rows"]:
@@ -121,7 +120,7 @@ def plot_codes(run_dir, matrix, path):
     """write a picture of a corner of one ternary matrix at up to 8 checkpoints, and of the codes that
     flipped from each to the next; returns in words how many are shown. Exits with 2 for a float run, an
     unknown matrix, fewer than two checkpoints."""
-    figures = config.library("matplotlib.figure", "matplotlib")
+    figures = cli.library("matplotlib.figure", "matplotlib")
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 

@@ -7,6 +7,7 @@ import signal
 import sys
 
 import config
+from nanobit import cli
 from nanobit.prepare import sources, token_files
 
 
@@ -19,7 +20,7 @@ def load(doc, flags):
         if cfg.files and cfg.origin[key] != "default":
             faults.append(f"files = {cfg.files!r} and {key} = {getattr(cfg, key)!r} exclude each other")
     if faults:
-        config.fail(*faults)
+        cli.fail(*faults)
     return cfg
 
 
@@ -32,7 +33,7 @@ def file_rows(pattern):
                 try:
                     rows.append((f"{path}, line {number}", json.loads(line)))
                 except ValueError as error:  # also where it is not UTF-8
-                    config.fail(f"{path}, line {number}: not JSON ({error}); expected one object a line")
+                    cli.fail(f"{path}, line {number}: not JSON ({error}); expected one object a line")
     return rows
 
 
@@ -50,14 +51,14 @@ def text(where, row, column):
     found = row.get(column) if isinstance(row, dict) else None
     if not isinstance(found, str) or not found.strip():
         has = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it is {row!r}"
-        config.fail(f"{where}: no text in column {column!r}; {has}")
+        cli.fail(f"{where}: no text in column {column!r}; {has}")
     return found.strip()
 
 
 def write_task(cfg, task, examples):
     """data_dir/name/: task.jsonl, one example (dict) a line, then meta.json"""
     if not examples:
-        config.fail(f"{cfg.files or cfg.repo} holds no rows")
+        cli.fail(f"{cfg.files or cfg.repo} holds no rows")
     given = ("files",) if cfg.files else ("repo", "config", "split", "revision")
     source = f"prepare/{task}.py " + " ".join(f"--{key}={getattr(cfg, key)}" for key in given)
     folder = token_files.open_data_set(cfg.data_dir, cfg.name, source)

@@ -16,7 +16,7 @@ import os
 import re
 import zlib
 
-from config import fail, library
+from nanobit.cli import fail, library
 from nanobit.terminal import printable
 
 LONGEST = 2**20  # bytes of a text file that are read in search of a line end

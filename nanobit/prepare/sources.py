@@ -22,7 +22,7 @@ import time
 
 from tqdm import tqdm
 
-from config import fail, library
+from nanobit.cli import fail, library
 from nanobit.prepare import formats
 from nanobit.terminal import printable
 

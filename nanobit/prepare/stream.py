@@ -26,8 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from config import fail
 from nanobit import files
+from nanobit.cli import fail
 from nanobit.files import write_bytes
 from nanobit.prepare import sources, token_files, vocab
 from nanobit.terminal import command_line, printable

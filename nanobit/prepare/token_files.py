@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 
-from config import fail
+from nanobit.cli import fail
 from nanobit.files import write_bytes
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16

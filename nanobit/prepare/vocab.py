@@ -13,7 +13,7 @@ import sys
 
 from tqdm import tqdm
 
-from config import fail, library
+from nanobit.cli import fail, library
 from nanobit.prepare import sources, token_files
 from nanobit.tokenizer import marks_of, sentencepiece_model
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import fail
+from nanobit.cli import fail
 from nanobit.data_set import TEXT, fault, shown, whole
 from nanobit.infer.inference import generate
 from nanobit.terminal import printable
