@@ -54,10 +54,10 @@ terminal.end_with_output()
 
 from tqdm import tqdm
 
-from model import mean_loss
 from nanobit import cli, data, machine, weights
 from nanobit import run_dir as record
-from nanobit.infer.inference import restore
+from nanobit.infer.restore import restore
+from nanobit.metrics import mean_loss
 from nanobit.tasks import text as tasks
 from nanobit.tokenizer import bos_of, make_tokenizer
 

@@ -88,7 +88,8 @@ import select
 import torch
 
 from nanobit import cli, machine, weights
-from nanobit.infer.inference import generate, lighten_head, restore
+from nanobit.generate import generate
+from nanobit.infer.restore import lighten_head, restore
 from nanobit.tasks import tictactoe as game
 from nanobit.tokenizer import TextStream, bos_of, encode_prompt, make_tokenizer
 

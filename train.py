@@ -30,11 +30,24 @@ terminal.survive_lost_output()
 import torch
 from tqdm import tqdm
 
-import quant
-from model import Transformer, mean_loss, router_health, router_loss
-from nanobit import checkpoint, data, distributed, machine, optim, resume, samples, trackers, weights
+from model import Transformer
+from nanobit import (
+    checkpoint,
+    data,
+    distributed,
+    generate,
+    machine,
+    metrics,
+    optim,
+    resume,
+    schedule,
+    trackers,
+    weights,
+)
 from nanobit import run_dir as record
 from nanobit.cli import fail
+from nanobit.experts import router_loss
+from nanobit.metrics import mean_loss, router_health
 from nanobit.tokenizer import bos_of, make_tokenizer, with_content
 
 # machine and data
@@ -57,7 +70,7 @@ tokenizer = make_tokenizer(tokenizer_spec)
 data.check_vocabulary(cfg, meta, tokenizer)
 train_windows = data.Windows(cfg, meta, "train")
 val_windows = data.Windows(cfg, meta, "val") if cfg.eval_every else None
-prompts = samples.encode(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg.sample_every else []
+prompts = generate.encode(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg.sample_every else []
 
 # model, optimizer, and where the run starts
 
@@ -132,12 +145,12 @@ if origin:
     changed = former["changed"]
     record.event(run_dir, "resume", step=step, path=origin, passed_over=passed_over, changed=changed)
     print(f"resume: from step {step}, {origin}")
-    if not math.isclose(rate := optim.lr(cfg, step), former["lr"]):
+    if not math.isclose(rate := schedule.lr(cfg, step), former["lr"]):
         print(
             f"resume: the learning rate is {rate:.2e} from here; the former settings give {former['lr']:.2e}"
         )
-    if optim.stage(cfg, step) < former["stage"]:
-        print(f"resume: back in stage 1 until step {optim.boundary(cfg)}, since the run is longer now")
+    if schedule.stage(cfg, step) < former["stage"]:
+        print(f"resume: back in stage 1 until step {schedule.boundary(cfg)}, since the run is longer now")
 else:
     record.event(run_dir, "start", step=0, init_from=cfg.init_from, passed_over=passed_over)
 for text in lost:
@@ -150,7 +163,7 @@ record.note_failures(run_dir, lambda: step)
 distributed.listen()
 on_terminal = sys.stderr.isatty() and distributed.is_main
 bar = tqdm(total=cfg.max_steps, initial=step, disable=not on_terminal, unit="step", dynamic_ncols=True)
-boundary_steps = optim.boundary_steps(cfg)
+boundary_steps = schedule.boundary_steps(cfg)
 
 
 def log_line(text, on_bar=False):
@@ -271,7 +284,7 @@ def sample():
     """every prompt in every mode into samples.jsonl"""
     model.eval()
     with machine.autocast(device, dtype):
-        for row in samples.write(cfg, model, tokenizer, prompts, device, distributed.asked_to_stop):
+        for row in generate.write(cfg, model, tokenizer, prompts, device, distributed.asked_to_stop):
             keep(record.SAMPLES, step=step, **row)
     model.train()
 
@@ -303,7 +316,7 @@ skips = torch.tensor([skipped, 0, 0], dtype=torch.float32, device=device)
 sequences_per_step = cfg.batch_size * cfg.accumulation * distributed.WORLD
 speedometer = machine.Speedometer(device)
 last = record.last(run_dir, record.SCALARS, "loss")  # the last training line
-codes = quant.codes(model) if cfg.ternary and step % cfg.log_every == 0 else None  # those of the last line
+codes = metrics.codes(model) if cfg.ternary and step % cfg.log_every == 0 else None  # those of the last line
 val_loss = None
 owed = False  # whether a scheduled save has failed and is to be tried again
 model.train()
@@ -407,7 +420,7 @@ while True:
         raise
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = quant.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))
+    norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))
     bad = (~(distributed.total(loss_sum) + norm).isfinite()).float()
     for optimizer in optimizers:
         # a step that is not finite is skipped on the device: where found_inf is 1, nothing changes
@@ -439,7 +452,7 @@ while True:
             loss=loss,
             lr=lr,
             weight_decay=weight_decay,
-            stage=optim.stage(cfg, step - 1),
+            stage=schedule.stage(cfg, step - 1),
             grad_norm=grad_norm,
             **speed,
             **(dict(loss_scale=scaler.get_scale()) if scaler.is_enabled() else {}),
@@ -457,7 +470,7 @@ while True:
         bar.set_postfix_str(f"{shown}  {tokens_per_sec:,.0f} tok/s", refresh=False)
         if cfg.ternary:
             with machine.autocast(device, dtype):
-                health, codes = quant.health(model, codes, seen)
+                health, codes = metrics.health(model, codes, seen)
             keep(record.BITNET, step=step, **health)
         if cfg.n_expert:
             mean, routers, n_routers = (

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from nanobit.cli import RANK, WORLD
-from quant import whole
 
 is_main = RANK == 0
 control = None  # the group for flags and values, on which rank 0 may keep the others waiting
@@ -178,6 +177,11 @@ def sync_gradients(model, wanted):
 def local(tensor):
     """this rank's part of a tensor that may be sharded"""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(w):
+    """a weight, put together where FSDP has sharded it; every rank must ask"""
+    return w.full_tensor() if hasattr(w, "full_tensor") else w
 
 
 def as_sharded(tensor, like):

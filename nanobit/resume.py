@@ -5,7 +5,7 @@ import os
 from types import SimpleNamespace
 
 import config
-from nanobit import checkpoint, data, distributed, optim
+from nanobit import checkpoint, data, distributed, schedule
 from nanobit import run_dir as record
 from nanobit.cli import fail
 from nanobit.files import set_aside
@@ -80,7 +80,7 @@ def origin(cfg, run_dir):
 
 def keep_rates(cfg, saved):
     """Give cfg the rates of the checkpoint it resumes, to the last bit, if its ratios are the same but for
-    rounding. optim.final_rates looks for such a number under the name that the setting had before it was a
+    rounding. schedule.final_rates looks for such a number under the name that the setting had before it was a
     ratio. saved: the checkpoint's settings."""
     if cfg.learning_rate != saved["learning_rate"]:
         return
@@ -147,5 +147,5 @@ def restore(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, 
     if not distributed.share(same_eval and trainer["best"].get("step") in checkpoint.steps(run_dir)):
         trainer |= dict(best={}, stale_evals=0)
     former = SimpleNamespace(**part["config"])
-    stage, lr = optim.stage(former, trainer["step"] - 1), optim.lr(former, trainer["step"])
+    stage, lr = schedule.stage(former, trainer["step"] - 1), schedule.lr(former, trainer["step"])
     return trainer | dict(patience=former.patience, stage=stage, lr=lr, changed=changed)

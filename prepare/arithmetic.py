@@ -17,12 +17,13 @@ import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config  # first: it explains a missing package
+import nanobit.cli  # noqa: F401 -- first: it explains a missing package
 
 # isort: split
 import numpy as np
 from tqdm import tqdm
 
+import config
 from nanobit import cli
 from nanobit.prepare import token_files
 

@@ -15,6 +15,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import nanobit.cli  # noqa: F401 -- first: it explains a missing package
 
 # isort: split
 from tqdm import tqdm

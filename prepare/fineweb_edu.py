@@ -18,8 +18,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-import config  # noqa: F401 -- first: it explains a missing package
+import nanobit.cli  # noqa: F401 -- first: it explains a missing package
 from nanobit.prepare import stream
 
 DEFAULTS = {

@@ -27,7 +27,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config  # first: it explains a missing package
+import config
+import nanobit.cli  # noqa: F401 -- first: it explains a missing package
 from nanobit.prepare import sources, stream
 
 FLAGS = {

@@ -15,6 +15,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 # the suite's models are so small that a second thread only waits, and the children want the other core
 os.environ["OMP_NUM_THREADS"] = "1"
+if hasattr(signal, "SIGHUP"):  # nohup ignores it, and the children would inherit that
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from fork import Script  # noqa: E402
 

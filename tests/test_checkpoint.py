@@ -15,7 +15,7 @@ from conftest import settings
 from parts import part_of
 
 from model import Transformer
-from nanobit import checkpoint, resume, samples, weights
+from nanobit import checkpoint, generate, resume, weights
 from nanobit import run_dir as record
 from nanobit.checkpoint import MODEL, TRAINER
 from nanobit.files import write_json
@@ -400,8 +400,8 @@ def test_a_full_disk_leaves_the_former_best(run_dir, monkeypatch, capsys):
 
 
 def test_repetition():
-    assert samples.repetition([1, 2, 3]) == 0 == samples.repetition([1, 2, 3, 4, 5])
-    assert samples.repetition([7] * 13) == 0.9
+    assert generate.repetition([1, 2, 3]) == 0 == generate.repetition([1, 2, 3, 4, 5])
+    assert generate.repetition([7] * 13) == 0.9
 
 
 def test_json_lines_have_no_nan(run_dir):

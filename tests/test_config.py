@@ -13,7 +13,7 @@ from conftest import ROOT, run
 
 import config
 from model import Transformer
-from nanobit import optim
+from nanobit import schedule
 
 
 def faults(capsys, *argv):
@@ -211,7 +211,7 @@ def test_the_ratios_are_the_former_rates(path):
     cfg = config.load([path])
     peak, *former = FORMER[cfg.run_id]
     assert cfg.learning_rate == peak
-    for rate, now in zip(former, optim.final_rates(cfg)):
+    for rate, now in zip(former, schedule.final_rates(cfg)):
         if rate is not None:
             assert abs(now - rate) == math.ulp(rate) * ((cfg.run_id, rate) in ONE_ULP)
 
@@ -327,7 +327,7 @@ def test_the_other_two_systems_are_the_plan():
     plan = dict(max_steps=100_000, total_batch_size=512 * 2048, warmup_steps=2000, dropout=0.1, n_kv_head=16)
     plan |= dict(eval_every=1000, save_every=10_000, weight_decay=0.1, grad_clip=1.0, adam_eps=1e-8)
     assert {key: getattr(cfg, key) for key in plan} == plan and cfg.patience > 0 and not cfg.ternary
-    assert optim.lr(cfg, 1999) == 6e-4 and abs(optim.lr(cfg, 99_999) - 6e-5) < 1e-9
+    assert schedule.lr(cfg, 1999) == 6e-4 and abs(schedule.lr(cfg, 99_999) - 6e-5) < 1e-9
     with torch.device("meta"):
         assert Transformer(cfg).embed.weight.shape == (50_304, 1024)
     cfg = config.load(["config/train_moe_500m.py"])
@@ -336,7 +336,7 @@ def test_the_other_two_systems_are_the_plan():
     idle = 12 * 6 * 3 * 768 * 2048
     assert counts["active"] == counts["total"] - idle == 166_226_688 and counts["ternary"] == 0
     assert cfg.max_steps == -(-10_000_000_000 // cfg.total_batch_size) and cfg.keep_last == 3
-    assert optim.lr(cfg, 999) == 1e-3 and optim.final_rates(cfg)[1] == 1e-4
+    assert schedule.lr(cfg, 999) == 1e-3 and schedule.final_rates(cfg)[1] == 1e-4
 
 
 def test_baseline_is_the_plan():
@@ -345,10 +345,10 @@ def test_baseline_is_the_plan():
     plan = dict(max_steps=400_000, accumulation=2, total_batch_size=8192, warmup_steps=375, log_every=100)
     plan |= dict(eval_every=5000, sample_every=5000, save_every=10_000, seq_len=256, batch_size=16)
     assert {key: getattr(cfg, key) for key in plan} == plan
-    assert optim.boundary_steps(cfg) == {199_999, 200_000}
-    assert optim.lr(cfg, 374) == 1.5e-3 and optim.lr(cfg, 200_000) == 1e-3
-    assert abs(optim.lr(cfg, 399_999) - 1.5e-5) < 1e-8
-    assert optim.weight_decay(cfg, 199_999) == 0.1 and optim.weight_decay(cfg, 200_000) == 0
+    assert schedule.boundary_steps(cfg) == {199_999, 200_000}
+    assert schedule.lr(cfg, 374) == 1.5e-3 and schedule.lr(cfg, 200_000) == 1e-3
+    assert abs(schedule.lr(cfg, 399_999) - 1.5e-5) < 1e-8
+    assert schedule.weight_decay(cfg, 199_999) == 0.1 and schedule.weight_decay(cfg, 200_000) == 0
     best = config.load(["config/train_best_95m.py"])
     differs = {name for name in vars(cfg) if getattr(cfg, name) != getattr(best, name)} - {"origin"}
     assert differs == {"run_id", "optimizer"} and best.optimizer == "muon"

@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from conftest import SCALARS, lines, settings, train
 
-import model as model_module
 import quant
-from model import Transformer, mean_loss, router_health, router_loss
+from model import Transformer
+from nanobit import experts, metrics
+from nanobit.experts import router_loss
+from nanobit.metrics import mean_loss, router_health
 
 MIX = dict(n_expert=4, n_expert_active=2)
 
 
-def experts(**changes):
+def small_experts(**changes):
     """a layer whose router has preferences"""
     torch.manual_seed(1)
     model = Transformer(settings(**MIX | changes))
@@ -51,7 +53,7 @@ def bit_linear(x, w):
 def test_experts_are_mixtrals(ternary, active):
     """bugs guarded: a token's output given to another, weights that do not sum to 1, one scale for all
     experts"""
-    layer, cfg = experts(ternary=ternary, n_expert_active=active)
+    layer, cfg = small_experts(ternary=ternary, n_expert_active=active)
     x = torch.randn(2, 9, cfg.n_embd)
     with torch.no_grad():
         y, _ = layer(x)
@@ -63,10 +65,10 @@ def test_experts_are_mixtrals(ternary, active):
 
 def test_the_grouped_product_is_the_loop(monkeypatch):
     """bug guarded: the fast path on CUDA trains another model than the one that is tested here"""
-    layer, cfg = experts(ternary=False, n_embd=64, ffn_dim=32)
+    layer, cfg = small_experts(ternary=False, n_embd=64, ffn_dim=32)
     results = []
     for pays in (False, True):
-        monkeypatch.setattr(model_module, "grouped_mm_pays", lambda *_, pays=pays: pays)
+        monkeypatch.setattr(experts, "grouped_mm_pays", lambda *_, pays=pays: pays)
         layer.zero_grad()
         x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
@@ -80,7 +82,7 @@ def test_the_grouped_product_is_the_loop(monkeypatch):
 def test_an_expert_without_tokens_is_no_trouble():
     """bug guarded: no gradient, on which DDP waits for ever, or NaN from an empty mean"""
     for ternary in (True, False):
-        layer, cfg = experts(ternary=ternary)
+        layer, cfg = small_experts(ternary=ternary)
         with torch.no_grad():
             layer.router.weight[2:] = -layer.router.weight[:1].sign() * 100 * layer.router.weight[:1].abs()
             x = layer.router.weight[0].sign().expand(1, 5, -1) + 0.01 * torch.randn(1, 5, cfg.n_embd)
@@ -113,7 +115,7 @@ def test_what_routers_tell():
     assert found["layers"][0]["load"] == [0.5, 0.5, 0.0, 0.0]
 
     # on tokens that differ, from the formulas
-    layer, cfg = experts()
+    layer, cfg = small_experts()
     x = torch.randn(1, 64, cfg.n_embd)
     _, router = layer(x)
     logits = x[0] @ layer.router.weight.T
@@ -128,7 +130,7 @@ def test_what_routers_tell():
         torch.testing.assert_close(layer(x)[1], router, rtol=1e-6, atol=0)
 
     # the Switch loss: of all tokens to two experts that are likely for all, and its gradient evens them out
-    layer, cfg = experts()
+    layer, cfg = small_experts()
     x = torch.randn(1, 64, cfg.n_embd)
     before = layer(x)[1][0].item()
     step = torch.optim.SGD([layer.router.weight], lr=0.3)
@@ -164,7 +166,7 @@ def test_experts_in_a_model():
     counts, stack = model.counts(), 4 * 48 * 64
     assert counts["total"] - counts["active"] == 2 * 3 * stack // 2
     assert counts["ternary"] == sum(p.numel() for n, p in model.named_parameters() if "_proj" in n)
-    health, codes = quant.health(model, quant.codes(model), idx)
+    health, codes = metrics.health(model, metrics.codes(model), idx)
     row = health["layers"]["blocks.1.ffn.down_proj"]
     assert row["flip_rate"] == 0.0 and abs(row["zero"] - 0.31) < 0.02 and row["act_absmax"] > 0
     assert codes["blocks.1.ffn.down_proj"].shape == (4, 64, 48)

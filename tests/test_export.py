@@ -9,8 +9,8 @@ from conftest import lines, run, train, write_data
 from parts import part_of
 
 from nanobit import checkpoint
-from nanobit.export import hf, verify
-from nanobit.infer.inference import restore
+from nanobit.export import gguf_file, hf, verify
+from nanobit.infer.restore import restore
 from nanobit.run_dir import SCALARS
 from nanobit.tokenizer import encode_prompt, make_tokenizer
 

@@ -6,8 +6,8 @@ from conftest import TINY, final, rows, settings, train
 
 import model
 import quant
-from nanobit import machine
-from nanobit.infer import inference, packed
+from nanobit import experts, generate, machine
+from nanobit.infer import packed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,22 +42,22 @@ def test_one_grouped_product_is_the_loop(monkeypatch):
     """bug guarded: rows given to the wrong expert by their ends"""
     cfg = settings(**TINY, n_expert=4, ternary=False)
     torch.manual_seed(0)
-    experts = model.Experts(cfg, torch.nn.Linear).cuda()
-    for p in experts.parameters():
+    layer = experts.Experts(cfg, torch.nn.Linear).cuda()
+    for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    experts.router.weight.data[3] = 0
-    experts.router.weight.data[:3, 0] += 100  # with the first activation of each token, no token for the last
+    layer.router.weight.data[3] = 0
+    layer.router.weight.data[:3, 0] += 100  # with the first activation of each token, no token for the last
     x = torch.randn(4, 16, 32, device="cuda", dtype=torch.bfloat16)
     x[..., 0] = 5
     found = []
     for pays in (True, False):
-        monkeypatch.setattr(model, "grouped_mm_pays", lambda *a, pays=pays: pays)
-        experts.zero_grad()
+        monkeypatch.setattr(experts, "grouped_mm_pays", lambda *a, pays=pays: pays)
+        layer.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
-            y, router = experts(x)
+            y, router = layer(x)
         (y.float().square().mean() + router.sum()).backward()
-        found.append([y, router, *(p.grad for p in experts.parameters())])
-        assert not router[-1] and not experts.up_proj.weight.grad[3].any()
+        found.append([y, router, *(p.grad for p in layer.parameters())])
+        assert not router[-1] and not layer.up_proj.weight.grad[3].any()
     for left, right in zip(*found):
         torch.testing.assert_close(left, right, rtol=0, atol=2e-2 * right.abs().max().item())
 
@@ -82,13 +82,13 @@ def test_a_replayed_token_is_an_eager_one(dtype):
     packed.pack_layers(transformer)
     idx = torch.randint(28, (1, 16), device="cuda")
     with torch.inference_mode(), machine.autocast(idx.device, dtype):
-        caches = [inference.StaticCache(16) for _ in range(2)]
+        caches = [generate.StaticCache(16) for _ in range(2)]
         for cache in caches:
             transformer(idx[:, :4], cache=cache)
-        step = inference.replayed(transformer, caches[0], idx[:, 4:5])
+        step = generate.replayed(transformer, caches[0], idx[:, 4:5])
         for i in range(4, 16):
             right = transformer(idx[:, i : i + 1], cache=caches[1])
             caches[1].position += 1
             assert torch.equal(step(idx[:, i : i + 1]), right), i
-        text = list(inference.generate(transformer, idx, 30, 0.0, cuda_graph=True))  # past the context
+        text = list(generate.generate(transformer, idx, 30, 0.0, cuda_graph=True))  # past the context
         assert len(text) == 30 and all(0 <= token.item() < 28 for token in text)

@@ -12,7 +12,7 @@ from parts import CHAR, llama_like, part_of, sentencepiece, tiktoken
 import config
 from nanobit import weights
 from nanobit.export import hf, llama, tokenizer_files, verify
-from nanobit.infer.inference import restore
+from nanobit.infer.restore import restore
 from nanobit.tokenizer import bos_of
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")

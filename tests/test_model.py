@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from conftest import settings
 
-from model import Transformer, mean_loss
-from nanobit.infer.inference import KVCache, generate, pick, restore
+from model import Transformer
+from nanobit.generate import KVCache, generate, pick
+from nanobit.infer.restore import restore
+from nanobit.metrics import mean_loss
 
 
 def make(seed=0, **changes):

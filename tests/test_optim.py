@@ -8,7 +8,7 @@ from conftest import settings
 
 import config
 from model import Transformer
-from nanobit import optim
+from nanobit import optim, schedule
 
 BASE = dict(
     max_steps=1000,
@@ -21,7 +21,7 @@ BASE = dict(
 
 
 @pytest.mark.parametrize(
-    "schedule, points",
+    "name, points",
     [
         # two lines that meet at the boundary; the update after step 500 is the first of stage 2
         ("two_stage", {10: 1.0, 255: 0.75, 500: 0.5, 750: 0.3, 1000: 0.1}),
@@ -33,44 +33,45 @@ BASE = dict(
         ("constant", {10: 1.0, 999: 1.0}),
     ],
 )
-def test_schedules_hit_their_points(schedule, points):
+def test_schedules_hit_their_points(name, points):
     """bugs guarded: an off-by-one at the end of warm-up, at the boundary, at the end"""
-    cfg = settings(schedule=schedule, **BASE)
-    assert optim.lr(cfg, 0) == pytest.approx(0.1), "a first update with rate zero is a lost batch"
-    assert optim.lr(cfg, 9) == pytest.approx(1.0)
-    assert {step: optim.lr(cfg, step) for step in points} == pytest.approx(points)
+    cfg = settings(schedule=name, **BASE)
+    assert schedule.lr(cfg, 0) == pytest.approx(0.1), "a first update with rate zero is a lost batch"
+    assert schedule.lr(cfg, 9) == pytest.approx(1.0)
+    assert {step: schedule.lr(cfg, step) for step in points} == pytest.approx(points)
 
 
-@pytest.mark.parametrize("schedule", config.SCHEDULES)
-def test_the_whole_schedule_scales_with_the_learning_rate(schedule):
+@pytest.mark.parametrize("name", config.SCHEDULES)
+def test_the_whole_schedule_scales_with_the_learning_rate(name):
     """bug guarded: a sweep over learning_rate that leaves the rates of stage 2 and of the end as they are"""
     rates = []
     for peak in (0.0, 1.0, 2.0):
-        cfg = settings(schedule=schedule, **BASE | dict(learning_rate=peak))
-        rates.append([optim.lr(cfg, step) for step in range(1000)])
+        cfg = settings(schedule=name, **BASE | dict(learning_rate=peak))
+        rates.append([schedule.lr(cfg, step) for step in range(1000)])
     assert not any(rates[0]) and rates[2] == [2 * rate for rate in rates[1]]
 
 
 def test_weight_decay_ends_with_stage_1():
     """bug guarded: decay that ends one step off the boundary, or in schedules of one stage"""
     cfg = settings(schedule="two_stage", **BASE)
-    assert [optim.weight_decay(cfg, step) for step in (0, 499, 500, 999)] == [0.1, 0.1, 0.0, 0.0]
-    assert [optim.stage(cfg, step) for step in (499, 500)] == [1, 2]
-    assert optim.boundary_steps(cfg) == {499, 500}
+    assert [schedule.weight_decay(cfg, step) for step in (0, 499, 500, 999)] == [0.1, 0.1, 0.0, 0.0]
+    assert [schedule.stage(cfg, step) for step in (499, 500)] == [1, 2]
+    assert schedule.boundary_steps(cfg) == {499, 500}
     cfg = settings(schedule="cosine", **BASE)
     assert (
-        optim.weight_decay(cfg, 999) == 0.1 and optim.stage(cfg, 999) == 1 and not optim.boundary_steps(cfg)
+        schedule.weight_decay(cfg, 999) == 0.1
+        and schedule.stage(cfg, 999) == 1
+        and not schedule.boundary_steps(cfg)
     )
 
 
 def test_warm_up_may_exceed_the_run():
     """bug guarded: a short trial of a long recipe divides by zero"""
-    for schedule in ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant"):
-        cfg = settings(schedule=schedule, **BASE | dict(max_steps=5, warmup_steps=20))
-        assert [optim.lr(cfg, step) for step in range(5)] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
+    for name in ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant"):
+        cfg = settings(schedule=name, **BASE | dict(max_steps=5, warmup_steps=20))
+        assert [schedule.lr(cfg, step) for step in range(5)] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
         assert all(
-            math.isfinite(optim.lr(settings(schedule=schedule, **BASE | dict(max_steps=1)), s))
-            for s in (0, 1)
+            math.isfinite(schedule.lr(settings(schedule=name, **BASE | dict(max_steps=1)), s)) for s in (0, 1)
         )
 
 
@@ -78,10 +79,12 @@ def test_warm_up_may_pass_the_boundary():
     """bug guarded: a line that starts before the warm-up has ended, with a rate above the peak"""
     cfg = settings(schedule="two_stage", **BASE | dict(warmup_steps=600))
     assert (
-        optim.lr(cfg, 599) == 1.0 and optim.lr(cfg, 600) == 0.5 and optim.lr(cfg, 800) == pytest.approx(0.3)
+        schedule.lr(cfg, 599) == 1.0
+        and schedule.lr(cfg, 600) == 0.5
+        and schedule.lr(cfg, 800) == pytest.approx(0.3)
     )
     cfg = settings(schedule="wsd", **BASE | dict(warmup_steps=800))
-    assert optim.lr(cfg, 799) == 1.0 and optim.lr(cfg, 900) == pytest.approx(0.55)
+    assert schedule.lr(cfg, 799) == 1.0 and schedule.lr(cfg, 900) == pytest.approx(0.55)
 
 
 def test_a_resumed_optimizer_takes_the_settings_of_today():
@@ -100,7 +103,7 @@ def test_decay_touches_only_the_matrices_of_the_blocks(tied):
     cfg = settings(tie_embeddings=tied)
     model = Transformer(cfg)
     (optimizer,) = optim.make_optimizers(cfg, model)
-    assert optim.set_rates([optimizer], cfg, 0) == (optim.lr(cfg, 0), cfg.weight_decay)
+    assert optim.set_rates([optimizer], cfg, 0) == (schedule.lr(cfg, 0), cfg.weight_decay)
     decays = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert decays == {id(p) for name, p in model.named_parameters() if "proj" in name}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
@@ -212,7 +215,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert {names[id(p)] for p in group["params"]} == {
         n for n in names.values() if n.endswith("_proj.weight")
     }
-    assert group["lr"] == optim.lr(cfg, 3) and group["weight_decay"] == 0.1 and group["momentum"] == 0.8
+    assert group["lr"] == schedule.lr(cfg, 3) and group["weight_decay"] == 0.1 and group["momentum"] == 0.8
     rest = [names[id(p)] for p in adamw.param_groups[0]["params"]]
     assert "embed.weight" in rest and "blocks.0.ffn.router.weight" in rest
     assert adamw.param_groups[0]["weight_decay"] == 0.0 and adamw.param_groups[0]["lr"] == group["lr"]

@@ -13,8 +13,9 @@ from torch import nn
 import model as plain
 import quant
 from model import Transformer
+from nanobit.generate import KVCache, StaticCache, generate
 from nanobit.infer import packed
-from nanobit.infer.inference import KVCache, StaticCache, generate, lighten_head, restore
+from nanobit.infer.restore import lighten_head, restore
 from quant import BitLinear, ternarize
 
 

@@ -12,8 +12,7 @@ from conftest import ROOT, RUN, flags, lines, run, settings, start
 from windows import PATCH
 
 import model
-import quant
-from nanobit import cli, machine, terminal, tokenizer
+from nanobit import cli, machine, metrics, terminal, tokenizer
 from nanobit.monitor import status
 from nanobit.tasks import tictactoe
 
@@ -64,7 +63,6 @@ def test_windows_runs(folders, command, says):
 
 TYPED = """
 import io
-from nanobit import cli, cli
 class Typed(io.StringIO):
     def isatty(self): return True
     def reconfigure(self, **options): pass
@@ -101,8 +99,9 @@ def test_windows_removes_what_has_only_begun(folders):
 )
 def test_windows_discards_a_preparation_that_has_only_begun(folders, error, code, says):
     """rule: a full disk, or Ctrl-C, in the first seconds leaves no file of the data set and no traceback"""
-    patch = f"{PATCH}\nimport tokens\ndef write(self, ids): self.file.write(bytes(9)); raise {error}\n"
-    patch += "tokens.Split.write = write"
+    patch = f"{PATCH}\nfrom nanobit.prepare import token_files\n"
+    patch += f"def write(self, ids): self.file.write(bytes(9)); raise {error}\n"
+    patch += "token_files.Split.write = write"
     how = dict(files=os.path.join(folders["folder"], "text.txt"), tokenizer="char", workers=1, name="begun")
     _, err = run("prepare/text.py", *flags(**how, data_dir=folders["data_dir"]), code=code, patch=patch)
     assert says in err and not os.path.exists(os.path.join(folders["data_dir"], "begun"))
@@ -162,8 +161,8 @@ def test_float64_is_on_the_cpu_only(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "double", double)
     net = model.Transformer(settings(vocab_size=len(tictactoe.CHARS)))
     idx = torch.zeros(1, 8, dtype=torch.long)
-    assert quant.health(net, None, idx)[0]["total"]["zero"] > 0
-    assert model.mean_loss(net, [(idx, idx)]) > 0
+    assert metrics.health(net, None, idx)[0]["total"]["zero"] > 0
+    assert metrics.mean_loss(net, [(idx, idx)]) > 0
     chars = tokenizer.CharTokenizer(dict(chars=tictactoe.CHARS))
     assert tictactoe.next_logprobs(net, chars, 0, ["X1"])[0].isfinite().all()
 

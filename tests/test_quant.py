@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import quant
+from nanobit import kernels, metrics
 from quant import BitLinear
 
 
@@ -49,7 +50,7 @@ def test_extreme_inputs_are_finite():
     assert quant.quantize_activations(torch.full((1, 4), 5e-6))[1].item() == pytest.approx(1.27e7)
     assert quant.weight_scale(torch.full((4, 4), 5e-6)).item() == pytest.approx(1e5)
     with pytest.raises(AssertionError, match="not exact"):
-        quant.exact_matmul(torch.ones(1, 140_000), torch.ones(1, 140_000))
+        kernels.exact_matmul(torch.ones(1, 140_000), torch.ones(1, 140_000))
 
 
 def test_rounding_is_half_to_even():
@@ -65,10 +66,10 @@ PRODUCTS = "oneDNN", "_int_mm", "fp32"  # how a CPU may compute the integer prod
 
 def set_product(monkeypatch, product):
     """make exact_matmul take this product, whatever the CPU has and whatever the sizes are"""
-    if product == "oneDNN" and not quant.HAS_INT8:
+    if product == "oneDNN" and not kernels.HAS_INT8:
         pytest.skip("needs a CPU for which oneDNN has int8 products")
-    monkeypatch.setattr(quant, "HAS_VNNI", product == "_int_mm")
-    monkeypatch.setattr(quant, "int_matmul_pays", lambda *sizes: product != "fp32")
+    monkeypatch.setattr(kernels, "HAS_VNNI", product == "_int_mm")
+    monkeypatch.setattr(kernels, "int_matmul_pays", lambda *sizes: product != "fp32")
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -81,7 +82,7 @@ def test_every_product_gives_the_same_bits(monkeypatch, shape, product):
     if n:
         q[0], q[-1], t[0], t[-1] = 127, -128, 1, -1
     set_product(monkeypatch, product)
-    assert torch.equal(quant.exact_matmul(q.float(), t.float()), (q @ t.T).float())
+    assert torch.equal(kernels.exact_matmul(q.float(), t.float()), (q @ t.T).float())
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -98,18 +99,18 @@ def test_a_layer_uses_the_product_of_its_cpu(monkeypatch, product):
 def test_int8_is_used_where_it_pays(monkeypatch):
     """bug guarded: a rule that never, or for too few rows, takes the int8 product"""
     cpu, cuda, widths = torch.device("cpu"), torch.device("cuda"), (768, 3072)
-    monkeypatch.setattr(quant, "HAS_INT8", True)
-    monkeypatch.setattr(quant, "HAS_VNNI", False)  # AVX2: large products only
-    assert quant.int_matmul_pays(cpu, 1024, *widths) and quant.int_matmul_pays(cpu, 512, 768, 384)
-    assert not any(quant.int_matmul_pays(cpu, rows, *widths) for rows in (1, 511))
-    assert not quant.int_matmul_pays(cpu, 768, 128, 512)
-    monkeypatch.setattr(quant, "HAS_INT8", False)  # ARM, or a CPU older than AVX
-    assert not quant.int_matmul_pays(cpu, 1024, *widths)
-    monkeypatch.setattr(quant, "HAS_VNNI", True)  # int8 units: also one row
-    assert quant.int_matmul_pays(cpu, 1, *widths)
-    assert quant.int_matmul_pays(cuda, 17, *widths) and not quant.int_matmul_pays(cuda, 16, *widths)
-    assert not quant.int_matmul_pays(cuda, 17, 768, 3070)
-    assert not quant.int_matmul_pays(torch.device("mps"), 1024, *widths)
+    monkeypatch.setattr(kernels, "HAS_INT8", True)
+    monkeypatch.setattr(kernels, "HAS_VNNI", False)  # AVX2: large products only
+    assert kernels.int_matmul_pays(cpu, 1024, *widths) and kernels.int_matmul_pays(cpu, 512, 768, 384)
+    assert not any(kernels.int_matmul_pays(cpu, rows, *widths) for rows in (1, 511))
+    assert not kernels.int_matmul_pays(cpu, 768, 128, 512)
+    monkeypatch.setattr(kernels, "HAS_INT8", False)  # ARM, or a CPU older than AVX
+    assert not kernels.int_matmul_pays(cpu, 1024, *widths)
+    monkeypatch.setattr(kernels, "HAS_VNNI", True)  # int8 units: also one row
+    assert kernels.int_matmul_pays(cpu, 1, *widths)
+    assert kernels.int_matmul_pays(cuda, 17, *widths) and not kernels.int_matmul_pays(cuda, 16, *widths)
+    assert not kernels.int_matmul_pays(cuda, 17, 768, 3070)
+    assert not kernels.int_matmul_pays(torch.device("mps"), 1024, *widths)
 
 
 def test_scale_does_not_depend_on_threads():
@@ -202,7 +203,7 @@ def test_health_counts_what_is_there():
     torch.manual_seed(0)
     model = Transformer(settings(n_layer=1))
     idx = torch.randint(0, 28, (1, 16))
-    record, before = quant.health(model, None, idx)
+    record, before = metrics.health(model, None, idx)
     total = record["total"]
     assert total["flip_rate"] is None and abs(total["zero"] + total["plus"] + total["minus"] - 1) < 1e-5
     assert abs(total["zero"] - 0.31) < 0.03, "Gaussian weights have 31.0 % zeros"
@@ -213,20 +214,20 @@ def test_health_counts_what_is_there():
     assert total["act_absmax"] == max(scales) > min(scales)
     with torch.no_grad():
         w.copy_(torch.tensor([[3.0, 1.02, -0.98, 0.0]]).repeat(32, 8))  # mean 1.25: codes 1, 1, -1, 0
-    row = quant.health(model, None, idx)[0]["layers"]["blocks.0.attn.q_proj"]
+    row = metrics.health(model, None, idx)[0]["layers"]["blocks.0.attn.q_proj"]
     assert (row["plus"], row["minus"], row["zero"], row["near_threshold"]) == (0.5, 0.25, 0.25, 0)
     with torch.no_grad():
         w.copy_(torch.tensor([[2.0, 0.54, -0.46, 1.0]]).repeat(32, 8))  # mean 1: two within 0.05 of 0.5
-    row = quant.health(model, None, idx)[0]["layers"]["blocks.0.attn.q_proj"]
+    row = metrics.health(model, None, idx)[0]["layers"]["blocks.0.attn.q_proj"]
     assert (row["near_threshold"], row["plus"], row["zero"]) == (0.5, 0.75, 0.25)
-    before = quant.codes(model)
+    before = metrics.codes(model)
     with torch.no_grad():
         w.neg_()  # every code that is not zero flips
-    record, after = quant.health(model, before, idx)
+    record, after = metrics.health(model, before, idx)
     row = record["layers"]["blocks.0.attn.q_proj"]
     assert row["flip_rate"] == pytest.approx(1 - row["zero"], abs=1e-5)
     assert record["layers"]["blocks.0.attn.k_proj"]["flip_rate"] == 0
-    assert total.keys() == set(quant.HEALTH) and model.training
+    assert total.keys() == set(metrics.HEALTH) and model.training
 
 
 @pytest.mark.gpu

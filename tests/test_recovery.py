@@ -257,11 +257,11 @@ def test_retention_keeps_boundary_best_and_newest(data_dir, out_dir):
 
 def test_a_validation_loss_that_is_not_a_number_is_not_the_best(data_dir, out_dir):
     """bug guarded: NaN takes the place of the best checkpoint, which is deleted"""
-    patch = "import model\nreal = model.mean_loss\ncount = [0]\n"
+    patch = "from nanobit import metrics\nreal = metrics.mean_loss\ncount = [0]\n"
     patch += (
         "def nan(*a, **k):\n    count[0] += 1\n    return float('nan') if count[0] == 4 else real(*a, **k)\n"
     )
-    patch += "model.mean_loss = nan"
+    patch += "metrics.mean_loss = nan"
     train(data_dir, out_dir, "r", patch=patch, max_steps=8, eval_every=3, save_every=0, sample_every=0)
     best = json.load(open(f"{out_dir}/r/best.json"))
     assert best["step"] in (3, 6) and best["step"] in checkpoint.steps(f"{out_dir}/r")
@@ -352,9 +352,9 @@ torch.optim.AdamW.step = step
 
 def test_signals_are_heard_in_evaluation_and_sampling(data_dir, out_dir):
     """bug guarded: Ctrl-C that waits for an evaluation of an hour; state lost with it"""
-    for name, when in (("model.mean_loss", "evaluation"), ("inference.generate", "sampling")):
+    for name, when in (("metrics.mean_loss", "evaluation"), ("generate.generate", "sampling")):
         patch = f"""
-import os, signal, model; from nanobit.infer import inference
+import os, signal; from nanobit import generate, metrics
 real = {name}
 def signalled(model_, *args, **options):
     if model_.training or {when == "sampling"}: os.kill(os.getpid(), signal.SIGINT)

@@ -22,7 +22,8 @@ from conftest import CHARS, ROOT, run, settings, token_files
 
 from model import Transformer
 from nanobit import checkpoint, data
-from nanobit.infer.inference import KVCache, restore
+from nanobit.generate import KVCache
+from nanobit.infer.restore import restore
 from nanobit.tasks import tictactoe
 from nanobit.tokenizer import TextStream, make_tokenizer
 
@@ -117,10 +118,10 @@ def stdin(tmp_path, text):
 def scripted(body):
     """patch for conftest.run: this body, a generator over `ids` (the prompt's) and `n`, writes in the
     model's place; on stderr stands what it was asked"""
-    lines = "import sys, time, torch; from nanobit.infer import inference\n"
+    lines = "import sys, time, torch; from nanobit import generate as module\n"
     lines += "def generate(model, idx, n, **how):\n    ids = idx[0].tolist()\n"
     lines += f"    print('asked', ids, n, file=sys.stderr, flush=True)\n    for token in {body}:\n"
-    return lines + "        yield torch.tensor([[token]])\ninference.generate = generate\n"
+    return lines + "        yield torch.tensor([[token]])\nmodule.generate = generate\n"
 
 
 def asked(err):
@@ -159,14 +160,14 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
 def test_flags_reach_the_model(ckpt):
     """bug guarded: a flag that is checked and then forgotten"""
     spy = """
-import sys, torch; from nanobit.infer import inference
+import sys, torch; from nanobit import generate as module
 def generate(model, idx, n, **how):
     packed = any(type(layer).__name__ == "PackedLinear" for layer in model.modules())
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     seed = how["generator"].initial_seed()
     print(how["temperature"], how["top_k"], how["top_p"], seed, model.head.weight.dtype, dtype, packed)
     yield torch.tensor([[2]])
-inference.generate = generate
+module.generate = generate
 """
     out, _ = run("sample.py", ckpt, "--prompt=a", patch=spy)
     assert "0.8 0 1.0 1337 torch.float32 torch.float32 True\n" in out

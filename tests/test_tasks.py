@@ -321,13 +321,13 @@ def test_flags_of_evaluate_reach_the_model(trained):
     """bug guarded: a flag that is checked and then forgotten"""
     spy = """
 import torch, model
-real = model.mean_loss
+real = metrics.mean_loss
 def mean_loss(of, batches):
     packed = any(type(layer).__name__ == "PackedLinear" for layer in of.modules())
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else "float32"
     print("packed", packed, dtype)
     return real(of, batches)
-model.mean_loss = mean_loss
+metrics.mean_loss = mean_loss
 """
     flags = [f"--ckpt={trained[1]}/r", f"--data_dir={trained[0]}"]
     assert "packed True float32" in run("evaluate.py", *flags, patch=spy)[0]
@@ -348,7 +348,7 @@ def test_evaluate_refuses_what_is_not_there(trained):
 def test_a_loss_that_is_not_finite_fails(trained):
     """rule: evaluate.py never reports a loss of null with exit code 0"""
     flags = [f"--ckpt={trained[1]}/r", f"--data_dir={trained[0]}"]
-    patch = "import model; model.mean_loss = lambda *_: float('nan')"
+    patch = "from nanobit import metrics; metrics.mean_loss = lambda *_: float('nan')"
     out, err = run("evaluate.py", *flags, patch=patch, code=1)
     assert "error: val_loss is nan: what this model computes is too large for float32" in err
     assert "val_loss" not in out

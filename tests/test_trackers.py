@@ -17,6 +17,7 @@ from nanobit import trackers
 
 WANDB = """
 import json
+from nanobit import metrics
 class Settings:
     def __init__(self, **how): pass
 class Html:

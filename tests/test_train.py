@@ -97,7 +97,8 @@ def test_an_overflow_under_muon_moves_nothing(data_dir, out_dir):
     leaves the embedding to AdamW's momentum"""
     patch = "import torch\nreal = torch.amp.GradScaler.__init__\n"
     patch += "def init(self, *a, **k): real(self, *a, init_scale=2.0**16, **k)\n"
-    patch += "torch.amp.GradScaler.__init__ = init\nimport optim\nmake, count = optim.make_optimizers, [0]\n"
+    patch += "torch.amp.GradScaler.__init__ = init\nfrom nanobit import optim\n"
+    patch += "make, count = optim.make_optimizers, [0]\n"
     patch += "def hook(grad):\n    count[0] += 1\n    return grad * float('inf') if count[0] == 4 else grad\n"
     patch += "def hooked(cfg, model, dtype):\n    model.blocks[0].attn.q_proj.weight.register_hook(hook)\n"
     patch += "    return make(cfg, model, dtype)\noptim.make_optimizers = hooked"
@@ -153,10 +154,10 @@ def test_max_minutes_and_patience_end_as_if_finished(data_dir, out_dir):
     assert json.loads(out.strip().split("\n")[-1])["step"] == 24, "without patience it goes on"
     # a signal between an evaluation and the update does not count that evaluation twice
     how |= dict(patience=4, sample_every=4)
-    patch = "import os, signal; from nanobit.infer import inference\nreal, count = inference.generate, [0]\n"
+    patch = "import os, signal; from nanobit import generate\nreal, count = generate.generate, [0]\n"
     patch += "def signalled(*a, **k):\n    count[0] += 1\n"
     patch += "    if count[0] == 4: os.kill(os.getpid(), signal.SIGTERM)\n    return real(*a, **k)\n"
-    patch += "inference.generate = signalled"
+    patch += "generate.generate = signalled"
     train(data_dir, out_dir, "i", patch=patch, code=128 + signal.SIGTERM, **how)
     out, _ = train(data_dir, out_dir, "i", resume="auto", **how)
     assert json.loads(out.strip().split("\n")[-1])["step"] == 10, "best at 2, none better at 4, 6, 8 and 10"

@@ -10,7 +10,7 @@ import datetime
 import math
 from types import SimpleNamespace
 
-from nanobit import checkpoint, optim
+from nanobit import checkpoint, schedule
 from nanobit import run_dir as record
 from nanobit.cli import fail
 from nanobit.monitor import status
@@ -135,7 +135,7 @@ def saves(cfg, steps):
     run = SimpleNamespace(**vars(cfg) | dict(max_steps=steps))
     every = [n for n in (cfg.save_every, cfg.eval_every) if n]
     found = sum(steps // n for n in every) - (steps // math.lcm(*every) if len(every) == 2 else 0)
-    return found + sum(all(at % n for n in every) for at in optim.boundary_steps(run) | {steps})
+    return found + sum(all(at % n for n in every) for at in schedule.boundary_steps(run) | {steps})
 
 
 def finish(now, value):
@@ -182,7 +182,7 @@ def row(cfg, counts, steps, cost):
 def milestones(cfg, counts, steps, cost, every=50_000):
     """dicts of what is behind a run of so many steps at each `every`, at its stage boundary and its end"""
     what = {at: "" for at in range(every, steps, every)} | {steps: "end"}
-    boundary = optim.boundary(SimpleNamespace(**vars(cfg) | dict(max_steps=steps)))
+    boundary = schedule.boundary(SimpleNamespace(**vars(cfg) | dict(max_steps=steps)))
     if 0 < boundary < steps:
         what[boundary] = "stage boundary"
     keys = ("steps", "tokens", "tokens_per_param", "hours_total", "finish")

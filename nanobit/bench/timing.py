@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import Transformer, mean_loss, router_loss
+from model import Transformer
 from nanobit import checkpoint, data, machine, optim
 from nanobit.bench import planner
+from nanobit.experts import router_loss
 from nanobit.export import gguf_file, verify
-from nanobit.infer.inference import generate, lighten_head, pack
+from nanobit.generate import generate
+from nanobit.infer.restore import lighten_head, pack
+from nanobit.metrics import mean_loss
 
 
 def random_tokens(cfg, folder):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import quant
 from nanobit.cli import fail, library
-from nanobit.infer.inference import generate, restore
+from nanobit.generate import generate
+from nanobit.infer.restore import restore
 from nanobit.tokenizer import bos_of, continuation, encode_prompt, make_tokenizer
 
 NEW = 32  # greedy tokens after each prompt

@@ -5,7 +5,7 @@ bits out.
 The layout is that of transformers, on the disk and in memory. On a CPU a C function reads it (packed.c,
 compiled when a model is loaded, in half a second): it widens the codes in registers, so that a weight costs a
 quarter of a byte of memory traffic. Without a C compiler they are widened to int8 at load. Many rows at a
-time are a product for the library that training uses (quant.exact_matmul), after unpacking. On CUDA one row
+time are a product for the library that training uses (kernels.exact_matmul), after unpacking. On CUDA one row
 is a Triton kernel's (packed_cuda.py).
 """
 
@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import quant
-from model import Block, Experts
+from model import Block
+from nanobit.experts import Experts
+from nanobit.kernels import exact_matmul
 from nanobit.machine import no_compiler
-from quant import BitExperts, BitLinear, exact_matmul, output_dtype, quantize_activations, ternarize
+from quant import BitExperts, BitLinear, output_dtype, quantize_activations, ternarize
 
 COMPILERS = "cc", "gcc", "clang"
 FEW = 384  # rows up to which the C function is faster than unpacking

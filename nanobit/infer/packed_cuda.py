@@ -1,7 +1,7 @@
 """
 One token through a ternary matrix packed to two bits, on CUDA: a Triton kernel. Imported only there.
 
-Its twin in torch is PackedLinear's other way: unpack, and quant.exact_matmul. Not measured on a GPU yet.
+Its twin in torch is PackedLinear's other way: unpack, and kernels.exact_matmul. Not measured on a GPU yet.
 """
 
 import torch

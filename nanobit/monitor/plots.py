@@ -126,7 +126,7 @@ def plot_codes(run_dir, matrix, path):
 
     import quant
     from nanobit import checkpoint
-    from nanobit.infer import inference
+    from nanobit.infer import restore
 
     whole = {}
     for step, folder in checkpoints(run_dir).items():
@@ -144,7 +144,7 @@ def plot_codes(run_dir, matrix, path):
         part = checkpoint.load(whole[steps[0]])
         if not part["config"]["ternary"]:
             fail(f"{run_dir} is a float run (ternary = False), its weights have no codes; choose another")
-        names = list(quant.bit_layers(inference.restore(part, "cpu")))
+        names = list(quant.bit_layers(restore.restore(part, "cpu")))
         if matrix not in names:
             near = difflib.get_close_matches(matrix, names, n=3, cutoff=0.3) or names[:3]
             fail(f"matrix = {matrix!r} is not in {run_dir}; near it are {', '.join(near)}")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nanobit.cli import fail
 from nanobit.data_set import TEXT, fault, shown, whole
-from nanobit.infer.inference import generate
+from nanobit.generate import generate
 from nanobit.terminal import printable
 from nanobit.tokenizer import encode_prompt
 

@@ -1,71 +1,11 @@
-"""
-Using a trained model: from a checkpoint to text, token by token.
-"""
+"""Text from a model: the KV cache, sampling token by token, and the samples of a run while it trains."""
 
 import math
-from types import SimpleNamespace
 
 import torch
-from torch import nn
 
-from model import Transformer
 from nanobit.cli import fail
-from nanobit.infer.packed import PackedLinear, pack_blocks, pack_layers, replace
-
-
-def lighten_head(model):
-    """keep the head in bfloat16, for writing token by token: half the memory to read, which for a packed
-    model is most of it. Logits then differ by rounding to 8 bits."""
-    model.head.weight = nn.Parameter(model.head.weight.detach().bfloat16(), requires_grad=False)
-
-
-def restore(part, device, packed=False):
-    """the model of a checkpoint.pt (its loaded dict), on the device and ready for use; packed: its ternary
-    layers hold integer weights, which compute the same and cannot be trained. Those that the part holds
-    packed (hf.read) stay so."""
-    with torch.device("meta"):
-        model = Transformer(SimpleNamespace(**part["config"]))
-    # copied: where a tensor begins in memory decides in which order some products add
-    weights = {name: w.to(device, copy=True) for name, w in part["model"].items()}
-    for name in [name for name, w in weights.items() if w.dtype == torch.uint8]:
-        if not packed:
-            fail("packed = False: of an exported model only the integers are left; leave that out")
-        w, s = weights.pop(name), weights.pop(f"{name}_scale")
-        replace(model, name.removesuffix(".weight"), PackedLinear(w, s, 4 * len(w)))
-    model.load_state_dict(weights, assign=True)
-    if model.cfg.tie_embeddings:
-        model.head.weight = model.embed.weight
-    with torch.device(device):
-        model.init_positions()
-    return pack(model.eval()) if packed else model.eval()
-
-
-def pack(model):
-    """Give the ternary layers of a model in eval mode integer weights, and a fast path to single tokens, as
-    far as both compute what model.py and quant.py do. Returns the model."""
-    pack_layers(model)
-    pack_blocks(model, single_tokens)
-    return model
-
-
-@torch.no_grad()
-def single_tokens(model):
-    """Return a function that computes logits (1, 4, V) of four tokens, read one by one after a prompt of 16,
-    both fixed; of fewer if the context is smaller."""
-    n = min(20, model.cfg.seq_len)
-    ids = (7 * torch.arange(n)[None] + 1) % model.cfg.vocab_size
-    tokens = ids[:, -4:].split(1, 1)
-    cache = KVCache(n)
-    if n > 4:
-        model(ids[:, :-4], cache=cache)
-    length = cache.length
-
-    @torch.no_grad()
-    def logits():
-        cache.length = length  # what is stored behind the prompt is written again
-        return torch.cat([model(token, cache=cache) for token in tokens], 1)
-
-    return logits
+from nanobit.tokenizer import continuation, encode_prompt
 
 
 class KVCache:
@@ -177,3 +117,40 @@ def generate(
         fresh = pick(logits[:, -1], temperature, top_k, top_p, generator)
         idx = torch.cat((idx, fresh), 1)[:, -size:]
         yield fresh
+
+
+# samples of a run: each prompt greedy, top-k and nucleus, by the same seed
+
+MODES = {
+    "greedy": dict(temperature=0.0),
+    "top_k": dict(temperature=0.8, top_k=50),
+    "nucleus": dict(temperature=0.8, top_p=0.95),
+}
+
+
+def encode(cfg, tokenizer, bos):
+    """[(prompt, its ids)] of cfg.sample_prompts. Exits with 2 where the tokenizer lacks a character."""
+    try:
+        return [(text, encode_prompt(tokenizer, bos, text)) for text in cfg.sample_prompts]
+    except ValueError as error:
+        fail(f"sample_prompts: {error}; set prompts for this data set, or --sample_every=0")
+
+
+def write(cfg, model, tokenizer, prompts, device, stop):
+    """yield a line of samples.jsonl for each mode and prompt, until stop() is true, asked after each token"""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for mode, options in MODES.items():
+        for text, ids in prompts:
+            new, prompt = [], torch.tensor([ids], device=device)
+            for token in generate(model, prompt, cfg.sample_tokens, generator=generator, **options):
+                new.append(token.item())
+                if stop():
+                    return
+            text_made = continuation(tokenizer, ids, new)
+            yield dict(mode=mode, prompt=text, generated_text=text_made, repetition=repetition(new))
+
+
+def repetition(ids):
+    """share of the 4-grams of a text that it has had before; 0 for text that never repeats itself"""
+    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
