@@ -125,8 +125,7 @@ if __name__ == "__main__":
 import torch
 
 from model import Transformer
-from nanobit import machine
-from nanobit import run_dir as record
+from nanobit import machine, record
 from nanobit.bench import planner, timing
 from nanobit.bench.planner import count, hours, size
 

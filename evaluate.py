@@ -54,8 +54,7 @@ terminal.end_with_output()
 
 from tqdm import tqdm
 
-from nanobit import cli, data, machine, weights
-from nanobit import run_dir as record
+from nanobit import cli, data, machine, record, weights
 from nanobit.infer.restore import restore
 from nanobit.metrics import mean_loss
 from nanobit.tasks import text as tasks

@@ -65,8 +65,7 @@ terminal.end_with_output()
 
 import torch
 
-from nanobit import checkpoint, cli, data, weights
-from nanobit import run_dir as record
+from nanobit import checkpoint, cli, data, record, weights
 from nanobit.export import card, gguf_file, hf, llama, verify
 
 torch.set_grad_enabled(False)

@@ -20,8 +20,7 @@ import textwrap
 import time
 
 import config
-from nanobit import run_dir as record
-from nanobit import terminal
+from nanobit import record, terminal
 from nanobit.cli import fail
 from nanobit.monitor import plots
 from nanobit.monitor.status import clock, moves, status

@@ -17,6 +17,7 @@ those of the complete set; what is not there yet is waited for. Its first epoch 
 
 import glob
 import hashlib
+import math
 import os
 import time
 from types import SimpleNamespace
@@ -108,6 +109,25 @@ def of_trained(part, split, dataset="", data_dir="", verify=False):
             "prepare it with --tokenizer= and the folder of the model's own data set or export"
         )
     return found, Windows(cfg, found, split)
+
+
+def place(step, micro, cfg):
+    """Return the number of this rank's micro-step among those of all steps and ranks: one process takes the
+    same batches with the same random numbers as several."""
+    return (step * cfg.accumulation + micro) * distributed.WORLD + distributed.RANK
+
+
+def seed(cfg, step, micro):
+    """Return the seed of all random numbers of a micro-step, whether the run was resumed or not."""
+    text = f"{cfg.seed}/{step}/{micro * distributed.WORLD + distributed.RANK}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def bits_per_byte(meta, loss):
+    """Return a validation loss in nats per token as bits per byte of text, or None if that is unknown."""
+    if loss is None or not meta["bytes"].get("val"):
+        return None
+    return loss * (meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2))
 
 
 def is_being_written(folder):
@@ -204,6 +224,33 @@ class Windows:
                 f"{most:,} tokens, so seq_len can be at most {most - 1}; or {more}"
             )
         self.shards.update(list(shards), n_finished=len(names))
+
+    def first_sample(self, step, micro):
+        """Return the number of the first training sample of this rank's micro-step."""
+        return place(step, micro, self.cfg) * self.cfg.batch_size
+
+    def micro_batch(self, step, micro, device):
+        """Return inputs and targets (B, T) of this rank's micro-step, or None if its tokens are not yet
+        written. The micro-step after the last one is the first of the next step."""
+        first = self.first_sample(step, micro)
+        if not self.has(first + self.cfg.batch_size - 1):
+            return None
+        return self.batch(first, self.cfg.batch_size, device)
+
+    def has_step(self, step):
+        """Return whether all tokens of a step, over all ranks, can be read."""
+        return self.has(self.last_sample(step))
+
+    def last_sample(self, step):
+        return (step + 1) * self.cfg.batch_size * self.cfg.accumulation * distributed.WORLD - 1
+
+    def wait_for_step(self, step, stop, say):
+        """Wait until has_step(step): see wait_for."""
+        return self.wait_for(self.last_sample(step), stop, say)
+
+    def epochs(self, tokens):
+        """Return how often so many training tokens read the data set, or None while it grows."""
+        return tokens / self.seq_len / self.total if self.total else None
 
     def has(self, sample):
         """whether training samples (of the split val: windows) up to this number can be read"""

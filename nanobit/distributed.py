@@ -1,9 +1,9 @@
 """
-The processes of one run: one, or as many as torchrun started, each with a device of its own.
+The processes of one run: one, or as many as torchrun started, each with its own device.
 
 Every rank does the same things in the same order, on its own part of each batch; rank 0 alone writes. What
-one rank knows and all must act on (a signal, a time limit, whether a save succeeded) is shared before
-anybody acts, since a rank that leaves alone leaves the others waiting.
+one rank knows and all must act on (a signal, a time limit, whether a save succeeded) is shared before any of
+them acts, since a rank that leaves alone leaves the others waiting.
 """
 
 import contextlib
@@ -24,23 +24,24 @@ control = None  # the group for flags and values, on which rank 0 may keep the o
 
 
 def start(device):
-    """meet the other ranks, where there are any"""
+    """Meet the other ranks, if there are any."""
     global control
     if WORLD > 1:
         # numbers of the CPU go over gloo on every machine: sharing a flag does not wait for a GPU
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = {"cuda": "cpu:gloo,cuda:nccl"}.get(device.type, "gloo")
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
         # to scan 200 GB of tokens, or to wait for the first of them, takes longer than any sum may
         control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
 
 def stop():
+    """Leave the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def share(value):
-    """rank 0's value (anything that can be pickled) on every rank"""
+    """Return rank 0's value (anything that can be pickled) on every rank."""
     box = [value]
     if WORLD > 1:
         dist.broadcast_object_list(box, group=control, device=torch.device("cpu"))
@@ -48,22 +49,22 @@ def share(value):
 
 
 def from_main(make):
-    """what make() returns on rank 0, on every rank. Where it exits there, with its line on stderr, all exit
-    with its code."""
-    found = code = None
+    """Return on every rank what make() returns on rank 0. If it exits there, with its line on stderr, all
+    exit with its code."""
+    value = code = None
     if is_main:
         try:
-            found = make()
+            value = make()
         except SystemExit as end:
             code = end.code
-    found, code = share((found, code))
+    value, code = share((value, code))
     if code is not None:
         raise SystemExit(code)
-    return found
+    return value
 
 
 def largest(number):
-    """the largest of the ranks' numbers, on every rank"""
+    """Return the largest of the ranks' numbers, on every rank."""
     if WORLD == 1:
         return number
     box = torch.tensor(float(number), dtype=torch.float64)
@@ -72,7 +73,7 @@ def largest(number):
 
 
 def total(tensor):
-    """tensor, summed over the ranks in place"""
+    """Sum a tensor over the ranks in place, and return it."""
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -80,8 +81,9 @@ def total(tensor):
 
 # signals: the flag is polled, so that nothing is left half done
 
-received, received_at = 0, 0.0  # the signal that this process got, and when
-interrupted = 0  # the one that any rank got, as far as that was asked
+received = 0  # the signal that this process got
+received_at = 0.0  # when, by time.monotonic
+interrupted = 0  # the signal that any rank got, when asked_to_stop was last called
 
 
 def handle_signals(handler):
@@ -93,20 +95,21 @@ def handle_signals(handler):
 
 
 def leave_on_signal():
-    """From now on a signal ends the program with 128 + its number and removes what has only been begun. Of
-    several ranks, which may wait for each other in C, it just ends them."""
+    """From now on, a signal ends the program with 128 + its number and removes what has only been begun. It
+    just ends each of several ranks, which may wait for each other in C."""
     if WORLD == 1:
         handle_signals(lambda signum, frame: sys.exit(128 + signum))
 
 
 def listen():
-    """from now on the first SIGINT, SIGTERM or SIGHUP sets the flag, and the second exits immediately. One
-    of several ranks may get the same one twice, from SLURM and from torchrun: it takes a second for another
-    only after five seconds."""
+    """From now on, the first SIGINT, SIGTERM or SIGHUP sets the flag, and the second exits immediately. One
+    of several ranks may get the same signal twice, from SLURM and from torchrun: only after five seconds does
+    it count as the second."""
     handle_signals(on_signal)
 
 
 def on_signal(signum, frame):
+    """Handle a signal: see listen."""
     global received, received_at
     if received and WORLD > 1 and time.monotonic() < received_at + 5:
         return
@@ -114,7 +117,7 @@ def on_signal(signum, frame):
         say(b"\nstopped, nothing saved; --resume=auto continues from the last checkpoint\n")
         os._exit(128 + signum)
     received, received_at = signum, time.monotonic()
-    say(b"\nstopping: saving the state first; once more to stop immediately\n")
+    say(b"\nsaving before exit; press Ctrl-C again to quit immediately\n")
 
 
 def say(text):
@@ -123,8 +126,13 @@ def say(text):
         os.write(2, text)
 
 
+def stops_alone():
+    """Return whether a signal came and this process need not ask others: it may stop within a step."""
+    return bool(received) and WORLD == 1
+
+
 def asked_to_stop():
-    """the signal that asked any rank to stop, or 0; every rank must ask"""
+    """Return the signal that asked any rank to stop, or 0; every rank must ask."""
     global interrupted
     interrupted = int(largest(received or interrupted))
     return interrupted
@@ -134,8 +142,11 @@ def asked_to_stop():
 
 
 def shard(model, device):
-    """give each rank its part of every parameter, and so of the optimizer's state; a block's are put together
-    while it computes (FSDP2)"""
+    """Give each rank its part of every parameter, and so of the optimizer's state; those of a block are put
+    together while it computes (FSDP2)."""
+    if WORLD == 1:
+        print("fsdp is off: it needs several processes (torchrun)", file=sys.stderr)
+        return
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh(device.type, (WORLD,))
@@ -145,21 +156,22 @@ def shard(model, device):
 
 
 def replicate(model, device, shape):
-    """model with its gradients averaged over the ranks, each of which has it whole (DDP); its batches have
-    this shape, (B, T)"""
+    """Return the model with its gradients averaged over the ranks, each of which has it whole (DDP). shape:
+    that of its batches, (B, T)."""
     if WORLD == 1:
         return model
-    ids = [device.index] if device.type == "cuda" else None
-    with (
-        warnings.catch_warnings()
-    ):  # torch 2.13 warns of the first, the name of its successor is unknown to 2.11
+    ids = None
+    if device.type == "cuda":
+        ids = [device.index]
+    with warnings.catch_warnings():
+        # torch 2.13 warns of broadcast_buffers, and 2.11 does not know the name of its successor
         warnings.simplefilter("ignore", FutureWarning)
         model = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    # after its first backward DDP packs the gradients in the order in which they came, and so the sums over
-    # three ranks or more get other last bits. that one is thrown away here: the first step after a resume
-    # is then a step like any other
+    # after its first backward DDP packs the gradients in the order in which they came, which changes the last
+    # bits of sums over three or more ranks. that backward is thrown away here: the first step after a resume
+    # is then like any other
     B, T = shape
     rows = torch.zeros(B, T + 1, dtype=torch.long, device=device)
     model(rows[:, :-1], rows[:, 1:])[0].backward()  # strided as Windows.tensor does, or it compiles twice
@@ -168,24 +180,28 @@ def replicate(model, device, shape):
 
 
 def sync_gradients(model, wanted):
-    """whether the next backward averages the gradients over the ranks: only the last micro-step's need do.
-    Sharded ones always do, since to wait they would have to be kept whole."""
+    """Set whether the next backward averages the gradients over the ranks: only the last micro-step's must.
+    Sharded ones always do, since otherwise they would have to be kept whole."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model.require_backward_grad_sync = wanted
 
 
 def local(tensor):
-    """this rank's part of a tensor that may be sharded"""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """Return this rank's part of a tensor that may be sharded."""
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()
+    return tensor
 
 
 def whole(w):
-    """a weight, put together where FSDP has sharded it; every rank must ask"""
-    return w.full_tensor() if hasattr(w, "full_tensor") else w
+    """Return a weight, put together if FSDP has sharded it; every rank must ask."""
+    if hasattr(w, "full_tensor"):
+        return w.full_tensor()
+    return w
 
 
 def as_sharded(tensor, like):
-    """a whole tensor, the same on every rank, sharded as `like` is, where that is"""
+    """Return a whole tensor, the same on every rank, sharded as `like` is."""
     if not hasattr(like, "placements"):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
@@ -195,7 +211,7 @@ def as_sharded(tensor, like):
 
 
 def gather(state):
-    """a state dict with its sharded tensors put together, on rank 0; every rank must ask"""
+    """Return a state dict with its sharded tensors put together, on rank 0; every rank must ask."""
     if isinstance(state, dict):
         return {key: gather(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -203,12 +219,14 @@ def gather(state):
     if not hasattr(state, "full_tensor"):
         return state
     full = whole(state)  # on every rank, one at a time
-    return full.cpu() if is_main else None
+    if is_main:
+        return full.cpu()
+    return None
 
 
 def load(model, optimizers, state, optimizer_states):
-    """give back what gather made of a model and its optimizers, on however many ranks; optimizer_states may
-    be empty"""
+    """Give back what gather made of a model and its optimizers, on any number of ranks; optimizer_states may
+    be empty."""
     own = model.state_dict()
     model.load_state_dict({key: as_sharded(value, own.get(key)) for key, value in state.items()})
     for optimizer, saved in zip(optimizers, optimizer_states):

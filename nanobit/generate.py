@@ -136,7 +136,7 @@ def encode(cfg, tokenizer, bos):
         fail(f"sample_prompts: {error}; set prompts for this data set, or --sample_every=0")
 
 
-def write(cfg, model, tokenizer, prompts, device, stop):
+def samples(cfg, model, tokenizer, prompts, device, stop):
     """yield a line of samples.jsonl for each mode and prompt, until stop() is true, asked after each token"""
     generator = torch.Generator().manual_seed(cfg.seed)
     for mode, options in MODES.items():

@@ -1,9 +1,7 @@
 """
-Where a run computes: the device, the dtype of its matrix products, compilation, determinism, memory, known
-speeds.
+Where a run computes: the device, the dtype of its matrix products, compilation, determinism, memory, speed.
 
-What is asked for and cannot be had is either an error (a device) or replaced with one printed line (dtype,
-compile).
+A setting that cannot work here is an error (a device), or is replaced with one printed line (dtype, compile).
 """
 
 import contextlib
@@ -14,7 +12,7 @@ import shutil
 import sys
 import time
 
-# deterministic cuBLAS needs this before the first CUDA call; it is no setting
+# deterministic cuBLAS needs this before the first CUDA call; it is not a setting
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
@@ -23,8 +21,8 @@ from torch.utils._triton import has_triton
 from config import DTYPES
 from nanobit.cli import LOCAL_RANK, WORLD, fail
 
-# dense bf16 matrix FLOP/s of a card, from its data sheet, by the whole of its name: a card that is not here,
-# or a slice or a laptop's version of one that is, has no MFU rather than a wrong one
+# dense bf16 matrix FLOP/s of a card, from its data sheet, by its whole name: any other card, a slice of one
+# or its laptop version has no MFU rather than a wrong one
 PEAK_FLOPS = {
     r"NVIDIA B200": 2250e12,
     r"NVIDIA H200": 989e12,
@@ -39,26 +37,32 @@ PEAK_FLOPS = {
 
 
 def pick(wanted):
-    """the torch.device of a setting, current from now on: auto takes cuda, then mps, then cpu. Exits with 2
-    where it is not there."""
+    """Return the torch.device of a setting, current from now on: auto takes cuda, then mps, then cpu. Exits
+    with 2 if it does not exist."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", wanted):
         fail(f"device = {wanted!r} is unknown; choose one of auto, cpu, cuda, cuda:1, mps")
+    has_mps = torch.backends.mps.is_available()
+    if wanted == "mps" and not has_mps:
+        fail(f"device = {wanted!r} does not exist: this torch has no MPS; use auto or cpu")
     if wanted == "auto":
-        has_mps = torch.backends.mps.is_available()
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        available = {"cuda": torch.cuda.is_available(), "mps": has_mps, "cpu": True}
+        wanted = next(name for name, exists in available.items() if exists)
     device = torch.device(wanted)
-    if device.type == "cuda":  # with its number, which some calls insist on
-        if WORLD > 1 and device.index is not None:
-            fail(f"device = {wanted!r}: under torchrun each process has a card of its own; use cuda or auto")
-        device = torch.device("cuda", LOCAL_RANK if WORLD > 1 else device.index or 0)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        how = f"--nproc_per_node={found}" if WORLD > 1 and found else "auto or cpu"
-        fail(f"device = {wanted!r} is not there: torch sees {found} CUDA devices; use {how}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # to the current one go kernels and graphs of our own
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        fail(f"device = {wanted!r} is not there: this torch has no MPS; use auto or cpu")
+    if device.type != "cuda":
+        return device
+    number = device.index or 0
+    if WORLD > 1:
+        if device.index is not None:
+            fail(f"device = {wanted!r}: under torchrun each process has its own card; use cuda or auto")
+        number = LOCAL_RANK
+    n_cards = torch.cuda.device_count()
+    if number >= n_cards:
+        remedy = "auto or cpu"
+        if WORLD > 1 and n_cards:
+            remedy = f"--nproc_per_node={n_cards}"
+        fail(f"device = 'cuda:{number}' does not exist: torch sees {n_cards} CUDA devices; use {remedy}")
+    device = torch.device("cuda", number)  # some calls insist on the number
+    torch.cuda.set_device(device)  # our own kernels and graphs go to the current one
     return device
 
 
@@ -73,72 +77,79 @@ def pick_dtype(wanted, device):
     if wanted == "bfloat16":
         print(f"dtype: {describe(device)} has no bfloat16 units; computing in float32", file=sys.stderr)
     if wanted == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 7:
-        how = "--dtype=float16 should be faster, for models without experts and without fsdp"
-        print(f"dtype: {describe(device)} has no bfloat16 units, so float32; {how}", file=sys.stderr)
+        hint = "--dtype=float16 should be faster, for models without experts and without fsdp"
+        print(f"dtype: {describe(device)} has no bfloat16 units, so float32; {hint}", file=sys.stderr)
     if wanted == "float16" and device.type == "mps":
         fail("dtype = 'float16' needs a gradient scaler, which is for cuda and cpu; use bfloat16 or float32")
-    return torch.float16 if wanted == "float16" else torch.float32
+    if wanted == "float16":
+        return torch.float16
+    return torch.float32
 
 
 def has_bf16(device):
-    """whether the device multiplies bfloat16 matrices faster than float32"""
+    """Return whether the device multiplies bfloat16 matrices faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "mps" or torch.cpu._is_avx512_bf16_supported()
 
 
 def matrix_dtype(device):
-    """what an iteration on whole matrices computes in, whatever the model does"""
-    return torch.bfloat16 if has_bf16(device) else torch.float32
+    """Return the dtype of an iteration on whole matrices, whatever the model computes in."""
+    if has_bf16(device):
+        return torch.bfloat16
+    return torch.float32
 
 
 def name(dtype):
-    """'float32', 'bfloat16' or 'float16'"""
+    """Return 'float32', 'bfloat16' or 'float16'."""
     return str(dtype).removeprefix("torch.")
 
 
 def autocast(device, dtype):
-    """the context of a forward whose products are of this dtype"""
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    """Return the context of a forward whose products are of this dtype."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 def explain_out_of_memory(cfg, device):
-    """one line with the remedy where the device runs out of memory, wherever that happens, and exit code 1"""
+    """From now on, print one line with the remedy if the device runs out of memory, wherever that happens."""
 
     def hook(kind, error, trace):
         if not issubclass(kind, torch.OutOfMemoryError):
             return sys.__excepthook__(kind, error, trace)
-        smaller = next((n for n in range(cfg.batch_size // 2, 0, -1) if cfg.batch_size % n == 0), 0)
-        how = f"--batch_size={smaller} --total_batch_size={cfg.total_batch_size}"
-        if not cfg.dropout and not cfg.n_expert:
-            how += " gives the same result"
-        how = f"halve it: {how}" if smaller else "shorten seq_len or make the model smaller"
-        where = f"out of memory on {describe(device)} with batch_size = {cfg.batch_size}"
-        print(f"\nerror: {where}; {how}", file=sys.stderr)
+        divisors = [n for n in range(1, cfg.batch_size // 2 + 1) if cfg.batch_size % n == 0]
+        remedy = "shorten seq_len or make the model smaller"
+        if divisors:
+            remedy = f"halve it: --batch_size={divisors[-1]} --total_batch_size={cfg.total_batch_size}"
+            if not cfg.dropout and not cfg.n_expert:
+                remedy += " gives the same result"
+        fault = f"out of memory on {describe(device)} with batch_size = {cfg.batch_size}"
+        print(f"\nerror: {fault}; {remedy}", file=sys.stderr)
 
     sys.excepthook = hook
 
 
 def make_deterministic():
-    """the same bits from the same run on the same machine: compiled embedding gradients use atomics
-    otherwise, and the compiler times on the device which of two forms of a product it takes"""
-    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = (
-        "1"  # read where torch._inductor is imported, which comes later
-    )
+    """Make the same run give the same bits on the same machine: otherwise compiled embedding gradients use
+    atomics, and the compiler times on the device which of two forms of a product it takes."""
+    # torch._inductor reads it when it is imported, which comes later
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # guards a bug that we do not have, at a cost
     torch.backends.cudnn.benchmark = False
 
 
 def no_compiler(device):
-    """why torch.compile cannot be had on a device, or ''"""
+    """Return why torch.compile cannot work on a device, or ''."""
+    has_cpp = shutil.which("g++") or shutil.which("clang++")
     if device.type == "mps":
         return "torch.compile does not cover MPS yet"
     if device.type == "cuda" and not has_triton():
         return "torch.compile needs Triton on CUDA, and a card that it knows"
     if device.type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return "torch.compile needs a C compiler (cc) on CUDA, for Triton"
-    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+    if device.type == "cpu" and not has_cpp:
         return "torch.compile needs a C++ compiler (g++) on CPU"
     return ""
 
@@ -155,15 +166,16 @@ def compile_fault(device):
 
 
 def check_cuda_graph(device, n_expert):
-    """exit with 2 where the pass of a token cannot be a CUDA graph"""
-    if device.type != "cuda" or n_expert:
-        why = "experts wait for the device" if device.type == "cuda" else f"the device is {device.type}"
-        fail(f"cuda_graph: is for models without experts on cuda, and {why}; leave it out")
+    """Exit with 2 if the pass of a token cannot be a CUDA graph."""
+    if device.type != "cuda":
+        fail(f"cuda_graph needs a cuda device, this is {device.type}; leave it out")
+    if n_expert:
+        fail("cuda_graph is for models without experts, which wait for the device; leave it out")
 
 
 def compiled(model, wanted, device):
-    """(model or its compiled form, whether it is compiled); prints why where it was wanted and cannot be
-    had"""
+    """Return (the model or its compiled form, whether it is compiled). Print the reason if that was wanted
+    and cannot work."""
     if not wanted:
         return model, False
     if reason := no_compiler(device) or compile_fault(device):
@@ -173,14 +185,14 @@ def compiled(model, wanted, device):
 
 
 def describe(device):
-    """the device in words"""
+    """Return the device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def peak_flops(device, dtype):
-    """known peak FLOP/s of the device in this dtype, or None"""
+    """Return the known peak FLOP/s of the device in this dtype, or None."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     card = torch.cuda.get_device_name(device)
@@ -188,7 +200,7 @@ def peak_flops(device, dtype):
 
 
 def synchronize(device):
-    """wait for the device, so that a clock read next is true"""
+    """Wait for the device, so that a clock read next is true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -211,17 +223,21 @@ def peak_memory_gb(device):
         import resource
     except ModuleNotFoundError:
         return None
-    unit = 1 if platform.system() == "Darwin" else 1024
+    unit = 1024
+    if platform.system() == "Darwin":
+        unit = 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def gb(number):
     """Return a size in 1e9 bytes in words; None is unknown."""
-    return "unknown" if number is None else f"{number:.2f} GB"
+    if number is None:
+        return "unknown"
+    return f"{number:.2f} GB"
 
 
 def utilization(device):
-    """the share of time a CUDA device was busy of late, 0 to 1, or None where that cannot be read"""
+    """Return the share of time that a CUDA device was busy, 0 to 1, or None if that cannot be read."""
     if device.type != "cuda":
         return None
     try:
@@ -231,45 +247,66 @@ def utilization(device):
 
 
 class Speedometer:
-    """time per step between log lines, without evaluations and saves, and without the first step of the
-    process, which compiles and warms up"""
+    """The time of a step between log lines, without evaluations and saves, and without the first step of the
+    process, which compiles and warms up."""
 
     def __init__(self, device):
-        self.device, self.began, self.warm = device, time.perf_counter(), False
-        self.steps, self.busy = 0, 0.0  # since the last log line
-        self.go_on()
+        self.device = device
+        self.began = time.perf_counter()
+        self.is_warm = False
+        self.reset()
+        self.start()
 
-    def go_on(self):
+    def reset(self):
+        """Forget the steps since the last log line, and their seconds."""
+        self.steps = 0
+        self.busy = 0.0
+
+    def start(self):
+        """Start the clock."""
         self.clock = time.perf_counter()
 
     def pause(self):
-        """wait for the device and stop the clock; go_on() starts it again"""
+        """Wait for the device and stop the clock; start() starts it again."""
         synchronize(self.device)
         self.busy += time.perf_counter() - self.clock
 
+    @contextlib.contextmanager
+    def paused(self):
+        """Return a context whose time does not count."""
+        self.pause()
+        yield
+        self.start()
+
     def count(self):
-        """one more step is done, or under way on the device"""
+        """Count a step that is done, or under way on the device."""
         self.steps += 1
-        if not self.warm:
+        if not self.is_warm:
             self.pause()
-            self.steps, self.busy, self.warm = 0, 0.0, True
-            self.go_on()
+            self.is_warm = True
+            self.reset()
+            self.start()
 
     def read(self, tokens_per_step, flops_per_token, dtype):
-        """the speed since the last reading, for a log line; stops the clock. None where nothing was timed."""
+        """Return the speed since the last reading, for a log line, and stop the clock. A value is None if
+        nothing was timed."""
         self.pause()
-        step_ms = 1e3 * self.busy / self.steps if self.steps else None
-        tokens_per_sec = 1e3 * tokens_per_step / step_ms if step_ms else None
-        peak = (peak_flops(self.device, dtype) or 0) * WORLD
-        self.steps, self.busy = 0, 0.0
+        step_ms = tokens_per_sec = mfu = None
+        if self.steps:
+            step_ms = 1e3 * self.busy / self.steps
+            tokens_per_sec = 1e3 * tokens_per_step / step_ms
+            peak = peak_flops(self.device, dtype)
+            if peak:
+                mfu = tokens_per_sec * flops_per_token / (peak * WORLD)
+        self.reset()
         return dict(
             tokens_per_sec=tokens_per_sec,
             step_ms=step_ms,
-            mfu=tokens_per_sec * flops_per_token / peak if peak and tokens_per_sec else None,
+            mfu=mfu,
             memory_gb=peak_memory_gb(self.device),
             gpu_util=utilization(self.device),
         )
 
     def seconds(self):
-        """since the process began to train"""
+        """Return the seconds since the process began to train."""
         return time.perf_counter() - self.began

@@ -2,86 +2,114 @@
 
 import math
 import os
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import torch
+
 import config
-from nanobit import checkpoint, data, distributed, schedule
-from nanobit import run_dir as record
+from nanobit import checkpoint, data, distributed, parts, record, schedule, weights
 from nanobit.cli import fail
-from nanobit.files import set_aside
+from nanobit.run_dir import opening, step_dir, step_folders, steps
 from nanobit.tokenizer import bos_of
 
 SHAPE = (
     "n_layer n_head n_kv_head n_embd ffn_dim n_expert n_expert_active vocab_size vocab_multiple "
     "rope_theta norm_eps tie_embeddings"
 ).split()
-VALIDATION = ("tokenize_on_fly", "eval_tokens")  # what says on which windows a loss was measured
+VALIDATION = ("tokenize_on_fly", "eval_tokens")  # the settings that select the windows of an evaluation
 # what a resumed run must share with its origin
 RUN = SHAPE + "ternary optimizer dataset seed seq_len total_batch_size".split()
 
 
-def newest_resumable(run_dir):
-    """Return (step folder or None, [(step, fault)] of newer ones), what resume = 'auto' continues from. A run
-    of which nothing is whole is renamed, to start over.
+@dataclass
+class State:
+    """What training changes besides weights, optimizers and scaler; trainer.pt holds it."""
+
+    step: int = 0  # updates, skipped ones included
+    best: dict = field(default_factory=dict)  # step and val_loss of the best evaluation
+    stale_evals: int = 0  # evaluations since the best one
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skips_reported: int = 0  # those of them that the log has reported
+    # what the routers did since the last log line: a sum, over so many micro-steps of all ranks
+    routers: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    n_routers: int = 0
+    counts: dict = field(default_factory=dict)  # lines in each file of the record
+
+
+@dataclass
+class Origin:
+    """The checkpoint that a run continues from."""
+
+    folder: str | None = None  # its step folder; None: the run starts
+    is_own: bool = True  # it is this run's own, not another one's
+    skipped: list = field(default_factory=list)  # (step, fault) of newer checkpoints
+
+
+def newest_resumable(run):
+    """Return the Origin that resume = 'auto' continues from. A run without any whole file is renamed, to
+    start over.
 
     Exits with 1, and the choices, if a checkpoint cannot be read now, if weights are whole but nothing can be
     resumed, or if there are weights that no manifest verifies: an unattended restart must not throw away what
     was trained.
     """
+    usable = None
     with checkpoint.reading():
-        folder, passed = checkpoint.newest(run_dir, resumable=True)
-        usable = checkpoint.newest(run_dir, resumable=False)[0] if passed and not folder else None
-    for step, wrong in passed:
-        print(f"resume: skipped step {step}: {wrong}")
+        folder, skipped = checkpoint.newest(run.path, resumable=True)
+        if skipped and not folder:
+            usable, _ = checkpoint.newest(run.path, resumable=False)
+    for step, fault in skipped:
+        print(f"resume: skipped step {step}: {fault}")
+    if folder or not skipped:
+        return Origin(folder, True, skipped)
+    nothing = f"{run.path} has no checkpoint to resume from, see above"
+    start_over = f"to start this run over, rename or delete {run.path}"
     if usable:
         fail(
-            f"{run_dir} has no checkpoint to resume from, see above, but the weights of {usable} are whole; "
-            f"--init_from={usable} with another --run_id= starts a new run from them; to start this run "
-            f"over, rename or delete {run_dir}",
+            f"{nothing}, but the weights of {usable} are whole; --init_from={usable} with another --run_id= "
+            f"starts a new run from them; {start_over}",
             code=1,
         )
-    held = [checkpoint.step_dir(run_dir, step) for step, _ in passed if not folder]
-    unverified = [path for path in held if os.path.exists(os.path.join(path, checkpoint.MODEL))]
-    unverified = [path for path in unverified if not os.path.exists(os.path.join(path, "manifest.json"))]
-    if unverified:
-        fail(
-            f"{run_dir} has no checkpoint to resume from, see above; {unverified[0]} holds weights, but no "
-            f"manifest.json that verifies them: restore it from a copy; to start this run over, rename or "
-            f"delete {run_dir}",
-            code=1,
-        )
-    if passed and not folder:
-        record.lock.release()  # Windows does not rename a folder with an open file
-        print(f"resume: no checkpoint is whole, starting over; the old run is now {set_aside(run_dir)}")
-        record.open_run(run_dir)
-    return folder, passed
+    for folder in (step_dir(run.path, step) for step, _ in skipped):
+        has_manifest = os.path.exists(os.path.join(folder, "manifest.json"))
+        if os.path.exists(os.path.join(folder, checkpoint.MODEL)) and not has_manifest:
+            fail(
+                f"{nothing}; {folder} holds weights, but no manifest.json that verifies them: restore it "
+                f"from a copy; {start_over}",
+                code=1,
+            )
+    print(f"resume: no intact checkpoint found, starting over; the old run is now {run.move_aside()}")
+    return Origin(None, True, skipped)
 
 
-def origin(cfg, run_dir):
-    """Return (step folder that a run continues from or None, whether it is this run's own, what was skipped),
-    by cfg.resume; the run's folder is locked from now on. Exits with 2 where it already holds a run that this
-    one would overwrite."""
-    record.open_run(run_dir)  # before anything is chosen from it: its former process may still be saving
+def find(cfg, run):
+    """Return the Origin of a run by cfg.resume, and lock its folder from now on. Exits with 2 if the folder
+    holds a run that this one would overwrite."""
+    run.open()  # before anything is chosen from it: its former process may still be saving
     if cfg.resume == "auto":
-        folder, passed = newest_resumable(run_dir)
-        return folder, True, passed
-    folder = checkpoint.locate(cfg.resume, resumable=True, setting="resume") if cfg.resume else None
-    own = os.path.realpath(os.path.join(run_dir, "checkpoints"))
-    same_run = bool(folder) and os.path.dirname(os.path.realpath(folder)) == own
+        return newest_resumable(run)
+    origin = Origin(None, False)
+    if cfg.resume:
+        origin.folder = checkpoint.locate(cfg.resume, resumable=True, setting="resume")
+        own_folders = os.path.realpath(os.path.join(run.path, "checkpoints"))
+        origin.is_own = os.path.dirname(os.path.realpath(origin.folder)) == own_folders
+    if origin.is_own:
+        return origin
     with checkpoint.reading():
-        held = [] if same_run else checkpoint.step_folders(run_dir)
-    if held:
+        present = step_folders(run.path)
+    if present:
         fail(
-            f"run_id = {cfg.run_id!r}: {run_dir} already holds a run, up to step {held[0]}; "
+            f"run_id = {cfg.run_id!r}: {run.path} already holds a run, up to step {present[0]}; "
             "continue with --resume=auto, or choose another --run_id="
         )
-    return folder, same_run, []
+    return origin
 
 
 def keep_rates(cfg, saved):
     """Give cfg the rates of the checkpoint it resumes, to the last bit, if its ratios are the same but for
-    rounding. schedule.final_rates looks for such a number under the name that the setting had before it was a
-    ratio. saved: the checkpoint's settings."""
+    rounding. schedule.final_rates looks for such a number under the name that the setting had before it was
+    a ratio. saved: the checkpoint's settings."""
     if cfg.learning_rate != saved["learning_rate"]:
         return
     for former, ratio in config.RATIOS.items():
@@ -91,8 +119,8 @@ def keep_rates(cfg, saved):
             setattr(cfg, former, rate)
 
 
-def must_agree(cfg, part, tokenizer, names, what, how=""):
-    """Exit with 2 if a setting among names, or the tokenizer, is not the checkpoint's; `how` ends the lines.
+def must_agree(cfg, part, tokenizer, names, source, hint=""):
+    """Exit with 2 if a setting among names, or the tokenizer, is not the checkpoint's; `hint` ends the lines.
     Print what else changed, and return it as {setting: its value in the checkpoint}."""
     saved = part["config"]
     differs = {key: saved[key] for key in saved if key in vars(cfg) and getattr(cfg, key) != saved[key]}
@@ -104,48 +132,199 @@ def must_agree(cfg, part, tokenizer, names, what, how=""):
     }
     faults = [lines[key] for key in names if key in lines]
     if part["tokenizer"] is None:
-        print(f"{what}: its tokenizer cannot be compared with that of dataset = {cfg.dataset!r}")
+        print(f"{source}: its tokenizer cannot be compared with that of dataset = {cfg.dataset!r}")
     elif part["tokenizer"]["sha256"] != tokenizer["sha256"]:
         faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
-    elif (bos := bos_of(tokenizer)) != (saved_bos := bos_of(part["tokenizer"])):
+    elif bos_of(tokenizer) != bos_of(part["tokenizer"]):
         print(
-            f"warning: {what}: its texts begin with token {saved_bos}, those of dataset = {cfg.dataset!r} "
-            f"with {bos}, which costs loss; prepared with --tokenizer=FOLDER of the model they begin alike"
+            f"warning: {source}: its texts begin with token {bos_of(part['tokenizer'])}, those of dataset = "
+            f"{cfg.dataset!r} with {bos_of(tokenizer)}, which costs loss; prepare it with --tokenizer= and "
+            "the folder of the model"
         )
     if faults:
-        fail(*(f"{what}: {text}; these must agree{how}" for text in faults))
+        fail(*(f"{source}: {text}; these must agree{hint}" for text in faults))
     changed = sorted(lines.keys() - {"run_id", "out_dir", "resume", "init_from", "verify_data"})
     for key in changed:
         print(f"changed: {lines[key]}")
     return {key: saved[key] for key in changed}
 
 
-def restore(cfg, folder, run_dir, is_own, tokenizer, tokens, model, optimizers, scaler):
-    """give the state of a verified checkpoint back to model, optimizers and scaler; returns the rest of its
-    trainer.pt, the settings that changed, and, by those it was saved with, the patience, the stage and the
-    next learning rate. is_own: whether it is this run's; tokens: data.digest. Exits with 2 where it is of
-    another run, or beyond the end of this one."""
+def restore(cfg, origin, run, tokenizer, tokens, model, optimizers, scaler):
+    """Give the state of a verified checkpoint back to model, optimizers and scaler.
+
+    tokens: data.digest of the data set. Return (State, former): former holds the settings that changed, and
+    by the settings it was saved with the patience, the stage of the last update and the next learning rate.
+    Exits with 2 if the checkpoint is of another run, or beyond the end of this one.
+    """
+    folder = origin.folder
     on_disk = next(model.parameters()).device.type != "cpu"  # until it goes to the device
     part = checkpoint.load(folder, mmap=on_disk)
     trainer = checkpoint.load(folder, checkpoint.TRAINER, mmap=on_disk)
-    if part["step"] != trainer["step"]:
-        steps = f"checkpoint.pt is of step {part['step']}, trainer.pt of step {trainer['step']}"
-        fail(f"{folder}: {steps}, so it cannot be resumed; use another step folder")
-    if trainer["step"] > cfg.max_steps:
-        fail(f"max_steps = {cfg.max_steps} is less than the {trainer['step']} steps of {folder}; raise it")
+    step = trainer["step"]
+    if part["step"] != step:
+        steps_differ = f"checkpoint.pt is of step {part['step']}, trainer.pt of step {step}"
+        fail(f"{folder}: {steps_differ}, so it cannot be resumed; use another step folder")
+    if step > cfg.max_steps:
+        fail(f"max_steps = {cfg.max_steps} is less than the {step} steps of {folder}; raise it")
     keep_rates(cfg, part["config"])
-    how = "; --init_from= takes the weights alone"
-    changed = must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}", how)
+    hint = "; --init_from= takes the weights alone"
+    changed = must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}", hint)
     if not data.same_tokens(trainer["data"], tokens):
         fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {folder}, this would be another run")
-    checkpoint.check_shapes(folder, part["model"], model.state_dict())
-    distributed.load(model, optimizers, part["model"], trainer.pop("optimizer"))
+    parts.check_shapes(folder, part["model"], model.state_dict())
+    distributed.load(model, optimizers, part["model"], trainer["optimizer"])
     if trainer["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(trainer["scaler"])
+    skipped, reported = trainer["skipped"]
+    state = State(step=step, skipped=skipped, skips_reported=reported, counts=trainer.get("counts"))
+    if cfg.n_expert:
+        state.routers, state.n_routers = trainer["routers"]
+        if not distributed.is_main:  # the sum is over all ranks
+            state.routers = torch.zeros_like(state.routers)
     # a branch has its own best, and so have other validation windows
-    same_eval = is_own and all(getattr(cfg, name) == part["config"][name] for name in VALIDATION)
-    if not distributed.share(same_eval and trainer["best"].get("step") in checkpoint.steps(run_dir)):
-        trainer |= dict(best={}, stale_evals=0)
+    same_eval = origin.is_own and all(getattr(cfg, name) == part["config"][name] for name in VALIDATION)
+    if distributed.share(same_eval and trainer["best"].get("step") in steps(run.path)):
+        state.best = trainer["best"]
+        state.stale_evals = trainer["stale_evals"]
     former = SimpleNamespace(**part["config"])
-    stage, lr = schedule.stage(former, trainer["step"] - 1), schedule.lr(former, trainer["step"])
-    return trainer | dict(patience=former.patience, stage=stage, lr=lr, changed=changed)
+    return state, SimpleNamespace(
+        changed=changed,
+        patience=former.patience,
+        stage=schedule.stage(former, step - 1),
+        lr=schedule.lr(former, step),
+    )
+
+
+def exit_if_finished(cfg, run, step, patience):
+    """Exit with 0 if the run is at its end; patience: the setting that it ended with."""
+    reason = run.finished(cfg, step, patience)
+    if not reason:
+        return
+    to_continue = "raise max_steps"
+    if reason == "patience":
+        to_continue = "raise or switch off patience"
+    print(f"run {cfg.run_id} is finished: step {step}, ended by {reason}; to continue it, {to_continue}")
+    print(record.to_json(record.last(run.path, record.EVENTS)["result"]))
+    raise SystemExit(0)
+
+
+def load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler):
+    """Give model, optimizers and scaler the state that a run begins with: a checkpoint's, the weights of
+    init_from, or as drawn. Return (State, former): see restore; former is None for a run that starts.
+    Exits with 0 if the run is finished."""
+    device = next(model.parameters()).device
+    state = State()
+    former = None
+    if origin.folder:
+        tokens = data.digest(meta)
+        state, former = restore(cfg, origin, run, tokenizer_spec, tokens, model, optimizers, scaler)
+        if origin.is_own:
+            exit_if_finished(cfg, run, state.step, former.patience)
+    elif cfg.init_from:
+        part = weights.initial(cfg.init_from)
+        must_agree(cfg, part, tokenizer_spec, SHAPE, f"init_from {cfg.init_from}")
+        parts.check_shapes(cfg.init_from, part["model"], model.state_dict())
+        distributed.load(model, [], part["model"], [])
+    state.routers = state.routers.to(device)
+    return state, former
+
+
+def contents(cfg, state, skipped, tokenizer_spec, meta, model, optimizers, scaler):
+    """Return the contents of checkpoint.pt and trainer.pt at this state; every rank must ask.
+
+    skipped: the number of skipped steps until now. What restore reads is written here.
+    """
+    tensors = distributed.gather(model.state_dict())
+    if cfg.tie_embeddings:  # gathered from shards they would be two
+        tensors["head.weight"] = tensors["embed.weight"]
+    model_part = dict(
+        format=checkpoint.FORMAT,
+        step=state.step,
+        tokens=state.step * cfg.total_batch_size,
+        config=config.settings_of(cfg),
+        tokenizer=tokenizer_spec,
+        model=tensors,
+    )
+    trainer_part = dict(
+        format=checkpoint.FORMAT,
+        step=state.step,
+        data=data.digest(meta),
+        optimizer=[distributed.gather(optimizer.state_dict()) for optimizer in optimizers],
+        scaler=scaler.state_dict(),
+        routers=[distributed.total(state.routers.clone()), state.n_routers],
+        skipped=[skipped, state.skips_reported],
+        best=state.best,
+        stale_evals=state.stale_evals,
+        counts=state.counts,
+    )
+    return model_part, trainer_part
+
+
+def prepare_folder(cfg, run, origin, state, facts):
+    """Make the folder of the run that of a run at this step: no temporaries, no later checkpoints, no lines
+    of the record that will be written again.
+
+    Return (whether the evaluation at this step was dropped from the record, whether the samples were, the
+    warnings of record.rewind).
+    """
+    step = state.step
+    is_continued = bool(origin.folder) and origin.is_own
+    checkpoint.check_disk(cfg, run.path, facts["params"]["total"], cfg.max_steps - step)
+    with checkpoint.reading():
+        checkpoint.clean(run.path, step if origin.is_own else -1)
+    has_eval = has_samples = False
+    if origin.is_own:
+        has_eval = bool(record.last(run.path, record.SCALARS, "val_loss", step=step))
+        has_samples = bool(record.last(run.path, record.SAMPLES, "mode", step=step))
+    lost = record.rewind(run.path, step if is_continued else None, state.counts)
+    run.write_best(state.best)
+    run.write_config(cfg, facts | dict(origin=origin.folder, world_size=distributed.WORLD))
+    return has_eval, has_samples, lost
+
+
+def begin(cfg, run, origin, state, former, facts):
+    """Prepare the folder, print what the run is and what it continues from, and record it.
+
+    Return (whether the evaluation at this step must be repeated, whether the samples must).
+    """
+    step = state.step
+    repeat_eval, repeat_samples, warnings = distributed.from_main(
+        lambda: prepare_folder(cfg, run, origin, state, facts)
+    )
+    print(opening(cfg, facts))
+    if former:
+        changed = former.changed
+        run.event("resume", step=step, path=origin.folder, passed_over=origin.skipped, changed=changed)
+        print(f"resume: from step {step}, {origin.folder}")
+        rate = schedule.lr(cfg, step)
+        if not math.isclose(rate, former.lr):
+            print(
+                f"resume: the learning rate is {rate:.2e} from here; the former settings give {former.lr:.2e}"
+            )
+        if schedule.stage(cfg, step) < former.stage:
+            print(f"resume: back in stage 1 until step {schedule.boundary(cfg)}, since the run is longer now")
+    else:
+        run.event("start", step=0, init_from=cfg.init_from, passed_over=origin.skipped)
+    for text in warnings:
+        print(f"warning: {text}")
+        run.event("anomaly", step=step, what=text)
+    run.note_failures(state)
+    return repeat_eval, repeat_samples
+
+
+def report_skips(cfg, run, state, skipped, worst_row):
+    """Report the steps skipped since the last report. Five in a row end the run with exit code 1, and name
+    the last good checkpoint. skipped: all of them; worst_row: the longest row."""
+    new_skips = skipped - state.skips_reported
+    if new_skips:
+        run.event("anomaly", step=state.step, what="not finite, skipped", steps=new_skips)
+        run.log(f"warning: {new_skips} steps skipped, their loss or gradient was not finite")
+        state.skips_reported = skipped
+    if worst_row < 5:
+        return
+    folder, _ = checkpoint.newest(run.path, resumable=True)
+    remedy = "no checkpoint was saved before; start again with a lower learning_rate"
+    if folder:
+        command = f"{run.resume_command()} --learning_rate={cfg.learning_rate / 2:g}"
+        remedy = f"the last finite checkpoint is {folder}; with a lower rate: {command}"
+    fail(f"{worst_row} steps in a row were not finite by step {state.step}; {remedy}", code=1)

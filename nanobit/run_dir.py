@@ -1,54 +1,26 @@
-"""
-The record of a run: lines of JSON in runs/<run_id>/metrics and samples, plain lines in train.log.
-
-A line is appended whole. A run that resumes from step k drops what is made again, so that each training line
-beyond k, and each evaluation, sample and best from k on, is there once, whatever was killed.
-"""
+"""The folder of a run: its lock, config.json, best.json, the folders of its checkpoints, how to resume it."""
 
 import atexit
-import collections
 import contextlib
-import glob
-import json
-import math
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import time
+import textwrap
 from importlib import metadata
 
-from config import settings_of
-from nanobit import cli, files
+from tqdm import tqdm
+
+import config
+from nanobit import cli, files, record, terminal, trackers
 from nanobit.cli import RANK, WORLD, fail
-from nanobit.files import write_json
 from nanobit.terminal import command_line
-
-SCALARS, BITNET = os.path.join("metrics", "scalars.jsonl"), os.path.join("metrics", "bitnet.jsonl")
-ROUTER = os.path.join("metrics", "router.jsonl")
-EVENTS, SAMPLES = os.path.join("metrics", "events.jsonl"), os.path.join("samples", "samples.jsonl")
-FILES = (SCALARS, BITNET, ROUTER, EVENTS, SAMPLES, "train.log")
-lock = None  # that of the run's folder
-counts = collections.Counter()  # of the run that this process writes: {base name of a file: its lines}
-
-
-def plain(value):
-    """value as JSON can hold it: JSON has no NaN and no infinity, they become null"""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def to_json(fields):
-    """one line of JSON, floats to the last bit"""
-    return json.dumps(plain(fields), allow_nan=False)
 
 
 def step_dir(run_dir, step):
+    """Return the folder of the checkpoint of a step."""
     return os.path.join(run_dir, "checkpoints", f"step_{step:06d}")
 
 
@@ -72,264 +44,196 @@ def steps(run_dir):
     return [step for step in step_folders(run_dir) if has_manifest(run_dir, step)]
 
 
-def append_text(run_dir, text, name="train.log"):
-    """one whole line at the end of a file of the run. Where the disk is full the line is dropped, with a
-    warning on stderr: a line is no reason to stop training."""
-    if RANK:  # rank 0 writes for all
-        return
-    path = os.path.join(run_dir, name)
-    size = None
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            size = file.tell()
-            file.write(text + "\n")
-    except OSError as error:
-        print(f"warning: a line of {path} is lost: {error.strerror}", file=sys.stderr)
-        if size is not None:
-            with contextlib.suppress(OSError):  # the whole disk may be gone, and come back
-                os.truncate(path, size)  # no half line, onto which the next would be written
-    else:
-        counts[os.path.basename(name)] += 1
+class RunDir:
+    """The folder of the run that this process trains: a path and, from open() on, a lock."""
+
+    def __init__(self, path):
+        self.path = path
+        self.lock = None
+        self.bar = None
+        self.mirrors = []
+
+    def open(self):
+        """Make the folders and lock them until this process ends. Exits with 2 if they cannot be written, or
+        if another process trains this run."""
+        is_new = not os.path.isdir(self.path)
+        try:
+            for name in ("metrics", "samples", "checkpoints"):
+                os.makedirs(os.path.join(self.path, name), exist_ok=True)
+            self.lock = files.lock(os.path.join(self.path, ".lock"))
+        except BlockingIOError as error:
+            owner = error.strerror
+            fail(f"{self.path} is being trained by {owner}; wait for it, or choose another --run_id=")
+        except OSError as error:
+            problem = f"cannot write {self.path} ({error.strerror})"
+            fail(f"out_dir: {problem}; choose another folder with --out_dir=")
+        if is_new:
+            atexit.register(self.remove_if_empty)
+
+    def remove_if_empty(self):
+        """Remove the folder if no file was written into it: the run ended before it began."""
+        if any(not name.startswith(".lock") for _, _, names in os.walk(self.path) for name in names):
+            return
+        self.lock.release()  # Windows deletes nothing that is open
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self.path)
+
+    def move_aside(self):
+        """Rename the folder, start an empty one, and return the new name of the old one."""
+        self.lock.release()  # Windows does not rename a folder with an open file
+        moved = files.set_aside(self.path)
+        self.open()
+        return moved
+
+    def start_log(self, cfg, step):
+        """Show a progress bar on a terminal, and start the trackers."""
+        self.cfg = cfg
+        self.bar = terminal.progress_bar(cfg.max_steps, step, hidden=RANK > 0)
+        if RANK == 0:
+            self.mirrors = trackers.start(cfg, self.path, step, warn=self.log)
+        # however the run ends, the last lines of the trackers show the reason
+        atexit.register(trackers.finish, self.mirrors)
+
+    def log(self, text):
+        """Write a line to train.log, and to stderr above the bar; on rank 0 only."""
+        if RANK == 0:
+            record.append_text(self.path, text)
+            self.bar.write(text, file=sys.stderr)
+
+    def write(self, name, **row):
+        """Append a line of JSON to the record, and hand it to the trackers."""
+        record.append(self.path, name, **row)
+        trackers.mirror(self.mirrors, self.cfg, name, row)
+
+    def show_step(self, row):
+        """Log the line of an update; row: that of scalars.jsonl."""
+        step = row["step"]
+        end = self.cfg.max_steps
+        rates = f"lr {row['lr']:.2e}  wd {row['weight_decay']:g}  stage {row['stage']}"
+        pace = f"{row['tokens_per_sec'] or 0:,.0f} tok/s"
+        eta = tqdm.format_interval((end - step) * (row["step_ms"] or 0) / 1e3)
+        self.log(
+            f"step {step}/{end}  {step / end:.1%}  loss {row['loss']:.4f}  {rates}  "
+            f"grad {row['grad_norm']:.2f}  {pace}  eta {eta}"
+        )
+        self.bar.set_description_str(f"loss {row['loss']:.3f} {pace} ", refresh=False)
+
+    def show_sample(self, step, row):
+        """Show a greedy sample above the bar, shortened to a line; row: that of samples.jsonl."""
+        if row["mode"] == "greedy" and not self.bar.disable:
+            text = terminal.printable((row["prompt"] + row["generated_text"]).strip())
+            self.bar.write(f"sample {step}/{self.cfg.max_steps}  {text[:160]}", file=sys.stderr)
+
+    def event(self, kind, **fields):
+        """Append an event to the record."""
+        record.event(self.path, kind, **fields)
+
+    def end_log(self):
+        """Close the bar and the trackers."""
+        self.bar.close()
+        trackers.finish(self.mirrors)
+
+    def note_failures(self, state):
+        """From now on, record an event `failed` with the error if an error ends this process."""
+        print_error = sys.excepthook
+
+        def note(what):
+            # an error after the end of the run costs nothing
+            if record.last(self.path, record.EVENTS).get("event") not in ("interrupt", "finish"):
+                self.event("failed", step=state.step, what=" ".join(what.split()))
+
+        def hook(kind, error, trace):
+            print_error(kind, error, trace)
+            note(f"{kind.__name__}: {error}")
+
+        sys.excepthook = hook
+        cli.on_fail.append(note)
+
+    def write_best(self, best):
+        """Write best.json, {step, val_loss} of the best evaluation, or remove it if there is none yet. Return
+        whether that succeeded: a full disk costs a warning and leaves the former file."""
+        path = os.path.join(self.path, "best.json")
+        try:
+            if best:
+                files.write_json(path, best)
+            elif os.path.exists(path):
+                os.remove(path)
+        except OSError as error:
+            print(f"warning: {path} is not written: {error.strerror}", file=sys.stderr)
+            return False
+        return True
+
+    def write_config(self, cfg, facts):
+        """Write config.json: every setting with its origin, versions, git commit, process, and the facts that
+        train.py knows."""
+        origins = {
+            name: {"value": value, "origin": cfg.origin.get(name, "derived")}
+            for name, value in config.settings_of(cfg).items()
+        }
+        versions = {name: metadata.version(name) for name in ("torch", "numpy")}
+        content = {
+            "settings": origins,
+            "versions": versions | {"python": sys.version.split()[0]},
+            "git_commit": git_commit(),
+            "pid": os.getpid(),
+            "host": platform.node(),
+        }
+        files.write_json(os.path.join(self.path, "config.json"), content | facts)
+
+    def resume_command(self):
+        """Return the command that resumes the run with the settings of its config.json, quoted for the shell.
+        It works without an active virtual environment. For several nodes "..." stands for how they meet."""
+        command = [sys.executable.removeprefix(os.getcwd() + os.sep)]
+        if WORLD > 1:
+            on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+            command += ["-m", "torch.distributed.run", f"--nproc_per_node={on_this_node}"]
+            if on_this_node < WORLD:
+                command.append("...")
+        script = os.path.join(os.path.dirname(sys.argv[0]), "train.py")
+        return command_line([*command, script, f"--resume={self.path}"])
+
+    def finished(self, cfg, step, patience):
+        """Return what ended the run if it is at its end, at this step and with these settings, or ''.
+        patience: the setting then."""
+        end = record.last(self.path, record.EVENTS)
+        if end.get("event") != "finish" or end["step"] != step:
+            return ""
+        out_of_patience = end["why"] == "patience" and cfg.patience == patience
+        if step < cfg.max_steps and not out_of_patience:
+            return ""
+        return end["why"]
 
 
-def append(run_dir, name, **fields):
-    append_text(run_dir, to_json(fields), name)
-
-
-def event(run_dir, kind, **fields):
-    append(run_dir, EVENTS, event=kind, **fields, time=time.time())
-
-
-def flush(run_dir):
-    """put the record on the disk itself, so that a checkpoint that survives a power cut has its lines"""
-    for name in FILES:
-        path = os.path.join(run_dir, name)
-        if os.path.exists(path):
-            with open(path, "ab") as file:  # Windows flushes only what it may write
-                os.fsync(file.fileno())
-
-
-def whole_lines(run_dir, name):
-    """Return the lines of a file of the run, oldest first; a half-written last line is left out."""
-    path = os.path.join(run_dir, name)
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read().split("\n")[:-1]
-
-
-def read(run_dir, name):
-    """Return the undamaged lines of a JSONL file, oldest first; see parsed."""
-    rows = (parsed(line, name) for line in whole_lines(run_dir, name))
-    return [row for row in rows if row is not None]
-
-
-def last(run_dir, name, has="step", **fields):
-    """the newest line of a JSONL file that has a key and these fields, or {}"""
-    found = (line for line in reversed(read(run_dir, name)) if has in line and fields.items() <= line.items())
-    return next(found, {})
-
-
-def is_number(value):
-    """Return whether value is a number with which the arithmetic of a reader cannot overflow."""
-    return type(value) in (int, float) and abs(value) < 1e100  # which is false for NaN
-
-
-# what the values are that readers rely on, by their names in all files
-NUMBERS = (
-    "epoch tokens loss lr weight_decay stage grad_norm tokens_per_sec step_ms mfu memory_gb gpu_util "
-    "val_loss val_perplexity loss_scale repetition steps signal time"
-).split()
-CHECKS = dict.fromkeys(NUMBERS, is_number)
-CHECKS |= dict.fromkeys(("total", "result", "changed"), lambda value: type(value) is dict)
-CHECKS |= dict.fromkeys("event what why mode prompt generated_text".split(), lambda value: type(value) is str)
-NEEDED = {  # without which a line says nothing
-    BITNET: ["total"],
-    ROUTER: ["total"],
-    EVENTS: ["event"],
-    SAMPLES: ["mode", "prompt", "generated_text"],
-}
-
-
-def parsed(line, name):
-    """Return the object in a line of the file `name`, or None if the line is damaged: it is not JSON, has no
-    step, or lacks what its file needs. A value of another type than its name wants becomes None, unknown.
-
-    This is the one place that checks, so that a reader may rely on what it gets.
-    """
-    if not line.isascii():  # to_json escapes what is not
+def git_commit():
+    """Return the commit of this repository, or None if git does not know it."""
+    if not shutil.which("git"):
         return None
-    try:
-        row = json.loads(line, parse_constant=lambda constant: None)  # NaN and infinity
-    except (ValueError, RecursionError):
-        return None
-    if type(row) is not dict or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
-        return None
-    for key in CHECKS.keys() & row.keys():
-        row[key] = row[key] if CHECKS[key](row[key]) else None
-    if row.get("total"):
-        row["total"] = {key: value if is_number(value) else None for key, value in row["total"].items()}
-    needed = ["why", "result"] if row.get("event") == "finish" else NEEDED.get(name, [])
-    is_whole = "loss" in row or "val_loss" in row if name == SCALARS else None not in map(row.get, needed)
-    return row if is_whole else None
-
-
-def rewind(run_dir, step, before=None):
-    """Drop what a run that resumes from `step` (None: from the start) writes again, with damaged lines, and
-    the temporary files of killed processes.
-
-    before: {base name of a file: number of its lines} at that step, from the checkpoint, as far as it has
-    them. Return a sentence for each file that has lost lines of earlier steps.
-    """
-
-    def is_kept(name, line):
-        """whether a line stays; None if it is damaged"""
-        if name == "train.log":  # "step 100/2000 ..." is about an update, "eval 100/2000 ..." is made again
-            found = re.match(r"(step|eval) (\d{1,15})/", line, re.ASCII)
-            if not found:
-                return step is not None
-            number, again = int(found[2]), found[1] == "eval"
-        elif (fields := parsed(line, name)) is None:
-            return None
-        elif name == EVENTS:
-            return True
-        else:
-            number, again = fields["step"], name == SAMPLES or "val_loss" in fields
-        return step is not None and number < step + (not again)
-
-    lost = []
-    for name in FILES:
-        path, base = os.path.join(run_dir, name), os.path.basename(name)
-        found = whole_lines(run_dir, name)
-        fates = [is_kept(name, line) for line in found]
-        kept = [line for line, fate in zip(found, fates) if fate]
-        if os.path.exists(path):
-            files.write_bytes(path, "".join(line + "\n" for line in kept).encode())
-        counts[base] = len(kept)
-        while fates and not fates[-1]:  # a damaged line behind the last kept one may be of a later step
-            fates.pop()
-        count = max(fates.count(None), (before or {}).get(base, 0) - len(kept))
-        if step is not None and count:
-            of_all = f" of {max(count, before[base])}" if before and base in before else ""
-            lost.append(f"{name}: {count}{of_all} lines before step {step} are missing or damaged")
-    for name in (*FILES, "config.json", "best.json"):
-        path = os.path.join(run_dir, name)
-        for partial in glob.glob(glob.escape(path) + ".tmp*"):
-            if re.fullmatch(r"\.tmp(-\d+)?", partial[len(path) :]) and os.path.isfile(partial):
-                os.remove(partial)
-    return lost
-
-
-def note_failures(run_dir, step):
-    """From now on, record an event `failed` with the error if this process ends by one; step() is the step
-    that the run has reached."""
-    former = sys.excepthook
-
-    def note(what):
-        if last(run_dir, EVENTS).get("event") not in ("interrupt", "finish"):  # what follows costs nothing
-            event(run_dir, "failed", step=step(), what=" ".join(what.split()))
-
-    def hook(kind, error, trace):
-        former(kind, error, trace)
-        note(f"{kind.__name__}: {error}")
-
-    sys.excepthook = hook
-    cli.on_fail.append(note)
-
-
-def write_best(run_dir, best):
-    """best.json: {step, val_loss} of the best evaluation, or no file where there is none yet. Returns
-    whether it is written: a full disk costs a warning and leaves the former one."""
-    path = os.path.join(run_dir, "best.json")
-    try:
-        if best:
-            write_json(path, best)
-        elif os.path.exists(path):
-            os.remove(path)
-    except OSError as error:
-        print(f"warning: {path} is not written: {error.strerror}", file=sys.stderr)
-        return False
-    return True
-
-
-def write_config(run_dir, cfg, facts):
-    """config.json: every setting with where it came from, versions, git commit, pid, and the facts of
-    train.py"""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = ["git", "-C", here, "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    settings = settings_of(cfg).items()
-    found = {
-        "settings": {k: {"value": v, "origin": cfg.origin.get(k, "derived")} for k, v in settings},
-        "versions": {name: metadata.version(name) for name in ("torch", "numpy")}
-        | {"python": sys.version.split()[0]},
-        "git_commit": commit or None,
-        "pid": os.getpid(),
-        "host": platform.node(),
-    }
-    write_json(os.path.join(run_dir, "config.json"), found | facts)
+    command = ["git", "-C", cli.ROOT, "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def opening(cfg, facts):
-    """what a run prints first: every setting with where it came from, model, device, length; facts as for
-    write_config"""
-    values = settings_of(cfg).items()
-    lines = [f"{name:20} {value!r:24} {cfg.origin.get(name, 'derived')}" for name, value in values]
-    params, several = facts["params"], f"{WORLD} x " if WORLD > 1 else ""
-    active = f"{params['active']:,} of them active for a token, " if cfg.n_expert else ""
-    compiled = "on: the first step waits for the compiler" if facts["compile"] else "off"
-    lines += [
-        f"model: {params['total']:,} parameters, {active}{params['ternary']:,} ternary; "
-        f"{several}{facts['device']}, {facts['dtype']}, compile {compiled}",
-        f"step: {cfg.total_batch_size:,} tokens = "
-        f"{several}{cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}; "
-        f"{cfg.max_steps:,} steps, {cfg.max_steps * cfg.total_batch_size:,} tokens",
-    ]
-    return "\n".join(lines)
-
-
-def resume_command(run_dir):
-    """Return the command that resumes a run with the settings of its config.json, quoted for the shell; it
-    works without an active virtual environment. Of several nodes it leaves out how they meet: "..."."""
-    python = [sys.executable.removeprefix(os.getcwd() + os.sep)]
+    """Return what a run prints first: the settings that differ from the defaults, model, device and length.
+    facts: as for write_config."""
+    defaults = config.assignments(config.DEFAULT)
+    values = config.settings_of(cfg)
+    changed = [f"{name}={values[name]!r}" for name in defaults if values[name] != defaults[name]]
+    params = facts["params"]
+    model = f"{params['total']:,} parameters, {params['ternary']:,} ternary"
+    if cfg.n_expert:
+        model += f", {params['active']:,} active per token"
+    device = facts["device"]
+    batch = f"{cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}"
     if WORLD > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
-        python += ["-m", "torch.distributed.run", f"--nproc_per_node={here}"]
-        python += ["..."] if here < WORLD else []
-    script = os.path.join(os.path.dirname(sys.argv[0]), "train.py")
-    return command_line([*python, script, f"--resume={run_dir}"])
-
-
-def finished(run_dir, cfg, step, patience):
-    """why the run is at its end, at this step and with these settings, or ''; patience: the setting then"""
-    end = last(run_dir, EVENTS)
-    if end.get("event") != "finish" or end["step"] != step:
-        return ""
-    out_of_patience = end["why"] == "patience" and cfg.patience == patience
-    return end["why"] if step >= cfg.max_steps or out_of_patience else ""
-
-
-def forget(run_dir):
-    """remove the folder of a run that ended before it began; where there is a file in it, it stays"""
-    if any(not name.startswith(".lock") for _, _, names in os.walk(run_dir) for name in names):
-        return
-    lock.release()  # Windows deletes nothing that is open
-    with contextlib.suppress(OSError):
-        shutil.rmtree(run_dir)
-
-
-def open_run(run_dir):
-    """make the folders of a run and lock it, until this process ends. Exits with 2 where it cannot be written
-    or another process trains this run."""
-    global lock
-    is_new = not os.path.isdir(run_dir)
-    try:
-        for name in ("metrics", "samples", "checkpoints"):
-            os.makedirs(os.path.join(run_dir, name), exist_ok=True)
-        lock = files.lock(os.path.join(run_dir, ".lock"))
-    except BlockingIOError as error:
-        fail(f"{run_dir} is being trained by {error.strerror}; wait for it, or choose another --run_id=")
-    except OSError as error:
-        fail(f"out_dir: cannot write {run_dir} ({error.strerror}); choose another folder with --out_dir=")
-    if is_new:
-        atexit.register(forget, run_dir)
+        device = f"{WORLD} x {device}"
+        batch = f"{WORLD} x {batch}"
+    compiled = "not compiled"
+    if facts["compile"]:
+        compiled = "compiled: the first step takes longer"
+    total = cfg.max_steps * cfg.total_batch_size
+    return (
+        f"{textwrap.fill('settings: ' + ', '.join(changed), 100, subsequent_indent='  ')}\n"
+        f"model: {model}\n"
+        f"device: {device}, {facts['dtype']}, {compiled}\n"
+        f"length: {cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens ({batch}), {total:,} in all"
+    )

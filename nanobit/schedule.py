@@ -1,5 +1,5 @@
 """
-The schedules of learning rate and weight decay as pure functions of the step.
+The schedules of a run as pure functions of the step: rates, stages, and what is due.
 
 `step` counts updates already made: lr(cfg, 0) is the rate of the first one. Nothing of a schedule is saved,
 so a resumed run cannot disagree with an unbroken one.
@@ -11,70 +11,106 @@ from config import RATIOS
 
 
 def boundary(cfg):
-    """the step at which stage 2 begins (the state after that many updates is the last of stage 1); max_steps
-    where the schedule has one stage"""
-    return (
-        round(cfg.stage_boundary * cfg.max_steps)
-        if cfg.schedule in ("two_stage", "bitnet")
-        else cfg.max_steps
-    )
+    """Return the step at which stage 2 begins: the state after that many updates is the last of stage 1. It
+    is max_steps if the schedule has one stage."""
+    if cfg.schedule in ("two_stage", "bitnet"):
+        return round(cfg.stage_boundary * cfg.max_steps)
+    return cfg.max_steps
 
 
 def stage(cfg, step):
-    """1 or 2: the stage of the update made at `step`"""
-    return 2 if step >= boundary(cfg) and boundary(cfg) < cfg.max_steps else 1
+    """Return the stage, 1 or 2, of the update made at `step`."""
+    if boundary(cfg) <= step and boundary(cfg) < cfg.max_steps:
+        return 2
+    return 1
 
 
 def boundary_steps(cfg):
-    """the steps of the last update of stage 1 and of the first of stage 2, whose checkpoints (of the state
-    before them) are kept; none where there is one stage"""
-    return {boundary(cfg) - 1, boundary(cfg)} if 0 < boundary(cfg) < cfg.max_steps else set()
+    """Return the steps of the last update of stage 1 and of the first of stage 2, whose checkpoints (of the
+    state before them) are kept; none if there is one stage."""
+    if 0 < boundary(cfg) < cfg.max_steps:
+        return {boundary(cfg) - 1, boundary(cfg)}
+    return set()
 
 
-def line(x, x0, x1, y0, y1):
-    """the straight line from (x0, y0) to (x1, y1) at x"""
-    return y1 if x1 <= x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+def lerp(start, end, step, first, last):
+    """Return the straight line from `start` at step `first` to `end` at step `last`."""
+    if last <= first:
+        return end
+    return start + (end - start) * (step - first) / (last - first)
 
 
 def final_rates(cfg):
-    """Return the learning rates at the end of stage 1 and at the end of the run, as fractions of
-    learning_rate. A run from before they were fractions may hold a number that no fraction gives to the last
-    bit: resume.keep_rates gives it to cfg under its former name."""
+    """Return the learning rates at the end of stage 1 and at the end of the run.
+
+    A run from before they were fractions of learning_rate may hold a number that no fraction gives to the
+    last bit: resume.keep_rates gives it to cfg under its former name.
+    """
     return [getattr(cfg, former, cfg.learning_rate * getattr(cfg, ratio)) for former, ratio in RATIOS.items()]
 
 
 def lr(cfg, step):
-    """learning rate of the update made at `step`; warm-up is (step + 1) / warmup_steps, never zero.
+    """Return the learning rate of the update made at `step`. The warm-up is (step + 1) / warmup_steps, never
+    zero.
 
-    With S and E, the rates of final_rates:
+    With P = learning_rate and S and E, the rates of final_rates:
     two_stage   to S at the boundary, then to E at max_steps: continuous
-    bitnet      E + (P - E) (1 - step / max_steps), where P is learning_rate before the boundary and S after
-                it: two lines and a drop (figure 1 of "The Era of 1-bit LLMs: Training Tips, Code and FAQ")
+    bitnet      E + (P - E) (1 - step / max_steps), with S in place of P after the boundary: two lines and a
+                drop (figure 1 of "The Era of 1-bit LLMs: Training Tips, Code and FAQ")
     wsd         constant, then to E over the last decay_fraction (arXiv 2404.06395, section 4)
     cosine, linear, constant   as named, from the end of the warm-up to max_steps
     """
-    peak, warm, end = cfg.learning_rate, cfg.warmup_steps, cfg.max_steps
-    second, low = final_rates(cfg)
-    if step < warm:
-        return peak * (step + 1) / warm
+    peak = cfg.learning_rate
+    warmup = cfg.warmup_steps
+    end = cfg.max_steps
+    middle = boundary(cfg)
+    stage2_rate, final_rate = final_rates(cfg)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if cfg.schedule == "two_stage" and step < middle:
+        return lerp(peak, stage2_rate, step, warmup, middle)
     if cfg.schedule == "two_stage":
-        middle = boundary(cfg)
-        if step < middle:
-            return line(step, warm, middle, peak, second)
-        return line(step, max(warm, middle), end, second, low)
+        return lerp(stage2_rate, final_rate, step, max(warmup, middle), end)
+    if cfg.schedule == "bitnet" and step < middle:
+        return lerp(peak, final_rate, step, 0, end)
     if cfg.schedule == "bitnet":
-        return line(step, 0, end, peak if step < boundary(cfg) else second, low)
+        return lerp(stage2_rate, final_rate, step, 0, end)
     if cfg.schedule == "wsd":
-        start = max(warm, end - round(cfg.decay_fraction * end))
-        return peak if step < start else line(step, start, end, peak, low)
+        decay_start = max(warmup, end - round(cfg.decay_fraction * end))
+        if step < decay_start:
+            return peak
+        return lerp(peak, final_rate, step, decay_start, end)
     if cfg.schedule == "cosine":
-        progress = line(step, warm, end, 0.0, 1.0)
-        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+        progress = lerp(0.0, 1.0, step, warmup, end)
+        return final_rate + (peak - final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
     if cfg.schedule == "linear":
-        return line(step, warm, end, peak, low)
+        return lerp(peak, final_rate, step, warmup, end)
     return peak
 
 
 def weight_decay(cfg, step):
-    """weight decay of the update made at `step`: stage2_weight_decay in stage 2"""
-    return cfg.stage2_weight_decay if stage(cfg, step) == 2 else cfg.weight_decay
+    """Return the weight decay of the update made at `step`: stage2_weight_decay in stage 2."""
+    if stage(cfg, step) == 2:
+        return cfg.stage2_weight_decay
+    return cfg.weight_decay
+
+
+def due(task, cfg, step):
+    """Return whether "save", "eval" or "sample" is due at a step. Samples of untrained weights and a save of
+    them are not; the end of a run is saved, evaluated and sampled in any case."""
+    every = getattr(cfg, f"{task}_every")
+    is_due = every > 0 and step % every == 0
+    if task == "eval":
+        return is_due
+    if task == "save":
+        is_due = is_due or step in boundary_steps(cfg) or step == cfg.max_steps
+    return is_due and step > 0
+
+
+def ending(cfg, step, seconds):
+    """Return what ends the run at a step, after so many seconds of training: the name of a setting, or ''."""
+    if step >= cfg.max_steps:
+        return "max_steps"
+    if cfg.max_minutes and seconds > 60 * cfg.max_minutes:
+        return "max_minutes"
+    return ""

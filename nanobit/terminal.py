@@ -84,3 +84,12 @@ def end_with_output():
     """From now on, end the program if stdout cannot be written: quietly if its reader ended first, as in
     `sample.py ... | head`. What its encoding lacks is shown as an escape such as \\u65e5."""
     sys.stdout = Vital(sys.stdout)
+
+
+def progress_bar(total, done, hidden=False):
+    """Return a bar on stderr that fits 60 columns; without a terminal it only passes lines on."""
+    from tqdm import tqdm
+
+    is_shown = sys.stderr.isatty() and not hidden
+    layout = "{n_fmt}/{total_fmt} {percentage:3.0f}% |{bar}| {desc}{remaining}"
+    return tqdm(total=total, initial=done, disable=not is_shown, dynamic_ncols=True, bar_format=layout)

@@ -113,6 +113,12 @@ class TiktokenTokenizer:
 KINDS = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer, "tiktoken": TiktokenTokenizer}
 
 
+def spec_of(meta, folder):
+    """Return what a checkpoint needs to make the tokenizer of a data set in this folder, by its meta.json."""
+    spec = {key: meta[key] for key in ("eot", "bos") if key in meta}
+    return spec | with_content(meta["tokenizer"], folder)
+
+
 def make_tokenizer(spec):
     """Return the tokenizer of a spec that has its content. Exits with 2 if it cannot be made of that."""
     if spec["kind"] not in KINDS:

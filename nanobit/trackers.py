@@ -18,7 +18,7 @@ import threading
 import time
 
 from config import settings_of
-from nanobit import run_dir as record
+from nanobit import record
 from nanobit.cli import library
 from nanobit.terminal import printable
 

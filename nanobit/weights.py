@@ -8,7 +8,7 @@ import torch
 
 import config
 from model import Transformer
-from nanobit import checkpoint, distributed
+from nanobit import checkpoint, distributed, parts
 from nanobit.cli import fail
 from nanobit.export import hf, llama
 from nanobit.terminal import printable
@@ -38,7 +38,7 @@ def trained(path):
     part, run_dir = checkpoint.load(folder), os.path.normpath(os.path.join(folder, "..", ".."))
     with torch.device("meta"):
         needed = Transformer(SimpleNamespace(**part["config"])).state_dict()
-    checkpoint.check_shapes(folder, part["model"], needed)
+    parts.check_shapes(folder, part["model"], needed)
     with checkpoint.reading():
         best, hint = checkpoint.best_step(run_dir), ""
     if best not in (None, part["step"]):
@@ -52,7 +52,7 @@ def checked_export(path, to_train=False):
     finite."""
     part = hf.read(path, to_train)
     try:
-        checkpoint.check_finite(part["model"])
+        parts.check_finite(part["model"])
     except ValueError as error:
         fail(f"{path}: {error}; export an earlier step")
     return part

@@ -12,7 +12,7 @@ import config
 from model import Transformer
 from nanobit import checkpoint
 from nanobit.export import card
-from nanobit.run_dir import EVENTS, SCALARS
+from nanobit.record import EVENTS, SCALARS
 
 
 def run_of(root, name, losses, step=7, **changes):

@@ -15,10 +15,10 @@ from conftest import settings
 from parts import part_of
 
 from model import Transformer
-from nanobit import checkpoint, generate, resume, weights
-from nanobit import run_dir as record
+from nanobit import checkpoint, generate, record, resume, weights
 from nanobit.checkpoint import MODEL, TRAINER
 from nanobit.files import write_json
+from nanobit.run_dir import RunDir
 
 
 def save(run_dir, step):
@@ -28,8 +28,9 @@ def save(run_dir, step):
 
 @pytest.fixture
 def run_dir(tmp_path):
-    record.open_run(str(tmp_path))
-    record.lock.release()
+    run = RunDir(str(tmp_path))
+    run.open()
+    run.lock.release()
     return str(tmp_path)
 
 
@@ -169,7 +170,7 @@ def test_locate_takes_a_run_a_step_or_a_file(run_dir, capsys):
     for path, says in (
         (want, "sha256"),
         (run_dir + "/nowhere", "does not exist"),
-        (os.path.dirname(want), "is no checkpoint"),
+        (os.path.dirname(want), "is not a checkpoint"),
     ):
         with pytest.raises(SystemExit) as stop:
             checkpoint.locate(path)
@@ -218,7 +219,7 @@ def test_a_checkpoint_that_cannot_be_read_now_stops_a_resume(run_dir, monkeypatc
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", failing)
-    for choose in (resume.newest_resumable, lambda path: checkpoint.locate(path)):
+    for choose in (lambda path: resume.newest_resumable(RunDir(path)), checkpoint.locate):
         with pytest.raises(SystemExit) as stop:
             choose(run_dir)
         assert stop.value.code == 1 and "checkpoint.pt cannot be read now" in capsys.readouterr().err
@@ -231,7 +232,7 @@ def test_whole_weights_are_not_abandoned(run_dir, capsys):
     for step in (5, 10):
         flip(os.path.join(checkpoint.step_dir(run_dir, step), TRAINER))
     with pytest.raises(SystemExit) as stop:
-        resume.newest_resumable(run_dir)
+        resume.newest_resumable(RunDir(run_dir))
     said = capsys.readouterr().err
     assert stop.value.code == 1 and f"--init_from={checkpoint.step_dir(run_dir, 10)} with another" in said
     assert os.path.isdir(checkpoint.step_dir(run_dir, 10))
@@ -241,7 +242,7 @@ def test_weights_without_a_manifest_are_not_abandoned(run_dir, capsys):
     """rule: if manifests are lost and weights are there, resume = 'auto' exits with 1 and renames nothing"""
     os.remove(os.path.join(save(run_dir, 5), "manifest.json"))
     with pytest.raises(SystemExit) as stop:
-        resume.newest_resumable(run_dir)
+        resume.newest_resumable(RunDir(run_dir))
     assert stop.value.code == 1 and "no manifest.json that verifies them" in capsys.readouterr().err
     assert os.path.isdir(checkpoint.step_dir(run_dir, 5))
 
@@ -298,8 +299,9 @@ def test_a_link_to_another_disk_is_the_same_run(tmp_path):
     os.symlink(elsewhere, os.path.join(run_dir, "checkpoints"))
     save(run_dir, 5), save(run_dir, 10)
     cfg = settings(resume=run_dir, run_id="r", out_dir=str(tmp_path))
-    assert resume.origin(cfg, run_dir) == (checkpoint.step_dir(run_dir, 10), True, [])
-    record.lock.release()
+    run = RunDir(run_dir)
+    assert resume.find(cfg, run) == resume.Origin(checkpoint.step_dir(run_dir, 10), True, [])
+    run.lock.release()
     os.rename(checkpoint.step_dir(run_dir, 5), str(tmp_path / "kept"))
     os.symlink(str(tmp_path / "kept"), checkpoint.step_dir(run_dir, 5))
     checkpoint.prune(run_dir, 1, set())
@@ -385,14 +387,14 @@ def test_a_full_disk_costs_a_line_not_the_run(run_dir, monkeypatch, capsys):
 
 def test_a_full_disk_leaves_the_former_best(run_dir, monkeypatch, capsys):
     """bug guarded: best.json that cannot be written ends the run, or is left half written"""
-    assert record.write_best(run_dir, {"step": 5, "val_loss": 1.0})
+    assert RunDir(run_dir).write_best({"step": 5, "val_loss": 1.0})
 
     def full(handle):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert not record.write_best(run_dir, {"step": 10, "val_loss": 0.5})
+        assert not RunDir(run_dir).write_best({"step": 10, "val_loss": 0.5})
     assert "No space left" in capsys.readouterr().err
     with open(os.path.join(run_dir, "best.json"), encoding="utf-8") as file:
         assert '"step": 5' in file.read()
@@ -416,14 +418,15 @@ def test_json_lines_have_no_nan(run_dir):
 
 def test_a_second_process_is_refused(run_dir, capsys):
     """bug guarded: the same command twice writes two runs into one folder"""
-    record.open_run(run_dir)
-    lock = record.lock
+    run = RunDir(run_dir)
+    run.open()
     with pytest.raises(SystemExit):
-        record.open_run(run_dir)
+        RunDir(run_dir).open()
     assert "another process" in capsys.readouterr().err
-    lock.release()
-    record.open_run(run_dir)
-    record.lock.release()
+    run.lock.release()
+    again = RunDir(run_dir)
+    again.open()
+    again.lock.release()
 
 
 def test_an_older_or_newer_format_is_told(tmp_path, capsys):
@@ -490,9 +493,9 @@ def test_a_finish_without_its_result_is_none(run_dir):
     """bug guarded: a finished run that cannot print its result again"""
     for fields in (dict(why="max_steps"), dict(result={}), dict(why=3, result={})):
         record.event(run_dir, "finish", step=9, **fields)
-        assert record.finished(run_dir, settings(max_steps=9), 9, 0) == ""
+        assert RunDir(run_dir).finished(settings(max_steps=9), 9, 0) == ""
     record.event(run_dir, "finish", step=9, why="max_steps", result={})
-    assert record.finished(run_dir, settings(max_steps=9), 9, 0) == "max_steps"
+    assert RunDir(run_dir).finished(settings(max_steps=9), 9, 0) == "max_steps"
 
 
 def test_lost_lines_are_counted(run_dir):
@@ -703,7 +706,7 @@ def test_parts_of_two_steps_are_not_resumed(run_dir):
     """rule: checkpoint.pt and trainer.pt of different steps are refused, though the manifest agrees"""
     folder = write(run_dir, 60, trainer=dict(step=50))
     model = Transformer(settings())
-    err = refusal(resume.restore, settings(), folder, run_dir, True, {}, {}, model, [], None)
+    err = refusal(resume.restore, settings(), resume.Origin(folder), RunDir(run_dir), {}, {}, model, [], None)
     assert "checkpoint.pt is of step 60, trainer.pt of step 50" in err
 
 
@@ -711,7 +714,7 @@ def test_the_best_is_found_by_its_name(run_dir, capsys):
     """rule: RUN/best is the step of best.json, and whoever uses another step is shown that flag"""
     write(run_dir, 50), write(run_dir, 60)
     assert "has no best.json that names a checkpoint" in refusal(checkpoint.locate, f"{run_dir}/best")
-    record.write_best(run_dir, {"step": 50, "val_loss": 1.0})
+    RunDir(run_dir).write_best({"step": 50, "val_loss": 1.0})
     assert checkpoint.locate(f"{run_dir}/best") == checkpoint.step_dir(run_dir, 50)
     hint = f"; its best evaluation was at step 50: --ckpt={os.path.join(run_dir, 'best')}"
     for path, step, says in (

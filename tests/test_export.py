@@ -11,7 +11,7 @@ from parts import part_of
 from nanobit import checkpoint
 from nanobit.export import gguf_file, hf, verify
 from nanobit.infer.restore import restore
-from nanobit.run_dir import SCALARS
+from nanobit.record import SCALARS
 from nanobit.tokenizer import encode_prompt, make_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import SCALARS, lines, settings, train
 
-from nanobit import run_dir as record
-from nanobit import trackers
+from nanobit import record, trackers
+from nanobit.run_dir import RunDir
 
 WANDB = """
 import json
@@ -42,8 +42,9 @@ def begin(tmp_path, name, how, step=0):
     """(mirrors, cfg, run_dir, warnings) of one tracker on a run that has begun"""
     cfg = settings(run_id="r", **{name: True}, **how)
     run_dir, warnings = str(tmp_path / "runs" / cfg.run_id), []
-    record.open_run(run_dir)
-    record.lock.release()
+    run = RunDir(run_dir)
+    run.open()
+    run.lock.release()
     if not os.path.exists(os.path.join(run_dir, record.EVENTS)):
         record.event(run_dir, "start", step=0)
     return trackers.start(cfg, run_dir, step, warnings.append), cfg, run_dir, warnings

@@ -1,12 +1,16 @@
 """train.py as a child process: what a run does, writes and says, and that sample.py and evaluate.py agree
 with it."""
 
+import fcntl
 import json
 import os
 import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -249,9 +253,10 @@ def test_evaluate_and_sample_agree_with_training(data_dir, out_dir):
 
 
 def test_a_terminal_gets_a_bar(data_dir, out_dir):
-    """bug guarded: a bar that breaks, or plain lines that flood a terminal"""
+    """A terminal of 60 columns shows a bar that fits, loss lines and a sample."""
     values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id="r") | RUN | dict(max_steps=8)
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     child = subprocess.Popen(
         [sys.executable, "train.py", *flags(**values)], cwd=ROOT, stdout=subprocess.PIPE, stderr=follower
     )
@@ -266,4 +271,10 @@ def test_a_terminal_gets_a_bar(data_dir, out_dir):
         if not chunk:
             break
     child.communicate()
-    assert child.returncode == 0 and b"8/8" in shown and b"loss" in shown and b"\nstep 3" not in shown
+    assert child.returncode == 0
+    bars = re.findall(r"\r([^\r\n]*?8/8 100%[^\r\n]*)", shown.decode())
+    assert bars, "the bar reaches the end"
+    assert max(map(len, bars)) <= 60
+    assert "loss" in bars[-1] and "tok/s" in bars[-1]
+    assert b"step 3/8" in shown
+    assert b"sample 8/8" in shown

@@ -10,8 +10,7 @@ import datetime
 import math
 from types import SimpleNamespace
 
-from nanobit import checkpoint, schedule
-from nanobit import run_dir as record
+from nanobit import checkpoint, record, schedule
 from nanobit.cli import fail
 from nanobit.monitor import status
 

@@ -6,7 +6,7 @@ import re
 import shlex
 
 import config
-from nanobit import run_dir as record
+from nanobit import record
 from nanobit.export import hf
 from nanobit.monitor import status
 from nanobit.terminal import printable

@@ -18,7 +18,7 @@ import torch
 import config
 import quant
 from model import Transformer
-from nanobit import checkpoint
+from nanobit import parts
 from nanobit.cli import fail, library
 from nanobit.export import llama, tokenizer_files
 from nanobit.files import write_json
@@ -278,7 +278,7 @@ def check_shapes(folder, settings, weights, is_packed):
         fail(
             f"{folder}: {odd[0]} is {weights[odd[0]].dtype}, which config.json does not ask for; export again"
         )
-    checkpoint.check_shapes(folder, weights, needed, "copy or export it again")
+    parts.check_shapes(folder, weights, needed, "copy or export it again")
 
 
 def tokenizer_of(folder):

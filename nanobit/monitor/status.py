@@ -14,7 +14,7 @@ import statistics
 import time
 
 import config
-from nanobit import run_dir as record
+from nanobit import record
 
 LOGGED = (  # what status() takes over from the newest training line
     "epoch tokens loss lr weight_decay stage grad_norm tokens_per_sec step_ms mfu memory_gb gpu_util"
@@ -65,7 +65,7 @@ def read_config(run_dir):
 
 def checkpoints(run_dir):
     """Return {step: folder} of those with a manifest, oldest first."""
-    return {step: record.step_dir(run_dir, step) for step in reversed(record.steps(run_dir))}
+    return {step: run_dir.step_dir(run_dir, step) for step in reversed(run_dir.steps(run_dir))}
 
 
 def read_run(run_dir):
