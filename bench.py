@@ -16,111 +16,97 @@ nothing is built and nothing timed. The last line of stdout is a JSON object, on
 
 import datetime
 import os
-import signal
 import sys
 
 import config
-from nanobit import terminal
-from nanobit.cli import fail
+from nanobit.cli import Flag
 from nanobit.data_set import Damaged, read_meta
 
 FLAGS = {
-    "pairs": (15, "timed steps of each model"),
-    "warmup": (3, "steps of each before that, not counted"),
-    "sample": (False, "time generating text instead of training"),
-    "packed": (True, "sample: integer weights in ternary layers, as sample.py has them"),
-    "head": ("float32", "sample: float32 | bfloat16, what the head is kept in"),
-    "cuda_graph": (False, "sample: on CUDA, replay a token as one graph; not yet tried on a GPU"),
-    "compare": (
+    "pairs": Flag(15, "timed steps of each model", within="[1, inf)"),
+    "warmup": Flag(3, "steps of each before that, not counted", within="[1, inf)"),
+    "sample": Flag(False, "time generating text instead of training"),
+    "packed": Flag(True, "integer weights in ternary layers, as in sample.py", only_with="sample"),
+    "head": Flag(
+        "float32", "float32 | bfloat16: of the stored head", ("float32", "bfloat16"), only_with="sample"
+    ),
+    "cuda_graph": Flag(
+        False, "CUDA: replay a token as one graph; not yet tried on a GPU", only_with="sample"
+    ),
+    "compare": Flag(
         False,
         "also time nanoGPT's model of the same depth and width, and measure the twin's memory; with "
         "--sample, also time the float twin, a bfloat16 head and llama.cpp",
     ),
-    "peers": ("..", "compare: the folder that holds a clone of nanoGPT"),
-    "plan": (False, "a table of what lengths would take, cost and reach, with a recommendation"),
-    "steps": ("", "plan: lengths to compare, as 60000,400000; '' = around the experiment's, or the budget"),
-    "step_ms": (0.0, "plan: milliseconds of a step; 0 = timed here"),
-    "tokens_per_sec": (0.0, "plan: the same as a throughput; given both, they are checked"),
-    "budget_hours": (0.0, "plan: hours there are; 0 = as many as it takes"),
-    "dataset_tokens": (0, "plan: tokens of training data; 0 = those of meta.json, where it is there"),
-    "price_per_hour": (0.0, "plan: rent of the machine; 0 = none"),
-    "watts": (0.0, "plan: what the machine draws, for the price of electricity"),
-    "price_per_kwh": (0.0, "plan: the price of a kilowatt-hour"),
-    "gpu_memory_gb": (0.0, "plan: memory of the card, for the largest batch_size; 0 = that of this device"),
-    "json": (False, "print the line of JSON on a terminal too"),
-    "calibrate": ("", "plan: the folder of a finished run, whose loss the law is shifted to"),
+    "peers": Flag("..", "the folder that holds a clone of nanoGPT", only_with="compare"),
+    "plan": Flag(False, "print a table of lengths: time, cost, expected loss", not_with="sample compare"),
+    "steps": Flag(
+        "", "lengths, as 60000,400000; '' = around the experiment's, or the budget", only_with="plan"
+    ),
+    "step_ms": Flag(0.0, "milliseconds of a step; 0 = timed here", only_with="plan"),
+    "tokens_per_sec": Flag(
+        0.0, "the same as a throughput; if both are given, they are compared", only_with="plan"
+    ),
+    "budget_hours": Flag(0.0, "hours that may be used; 0 = any number", only_with="plan"),
+    "dataset_tokens": Flag(
+        0, "tokens of training data; 0 = those of meta.json, if it exists", only_with="plan"
+    ),
+    "price_per_hour": Flag(0.0, "rent of the machine", only_with="plan"),
+    "watts": Flag(0.0, "power of the machine, for the price of electricity", only_with="plan price_per_kwh"),
+    "price_per_kwh": Flag(0.0, "price of a kilowatt-hour", only_with="plan watts"),
+    "gpu_memory_gb": Flag(
+        0.0, "memory of the card, for the largest batch_size; 0 = this device's", only_with="plan"
+    ),
+    "json": Flag(False, "print the line of JSON on a terminal too"),
+    "calibrate": Flag("", "folder of a finished run: shift the expected loss to its loss", only_with="plan"),
 }
 DISK_GB_PER_SEC, DECODE_TOKENS_PER_SEC = 0.25, 50.0  # assumed where nothing is timed
 NANOGPT_VOCABULARY = 50304
 
 
-def settings():
-    """the checked settings; for the plan also claimed_tokens, total_tokens where the steps are given too, and
-    val_tokens, those of the data set where it is there"""
-    cfg = config.load(sys.argv[1:], __doc__, FLAGS, check_run=False)
-    cfg.claimed_tokens, cfg.val_tokens, faults = 0, 0, []
+def derive(cfg):
+    """Add what the plan needs: steps as a list; claimed_tokens, total_tokens if the steps are given too; and
+    val_tokens and dataset_tokens of the data set, if it exists. Returns faults."""
+    faults = []
+    cfg.claimed_tokens = 0
+    cfg.val_tokens = 0
     is_claim = cfg.max_steps or (cfg.steps and cfg.origin["total_tokens"].startswith("--"))
     if cfg.plan and cfg.total_tokens and is_claim:
-        cfg.claimed_tokens, cfg.total_tokens = cfg.total_tokens, 0
+        cfg.claimed_tokens = cfg.total_tokens
+        cfg.total_tokens = 0
     try:
-        cfg.steps = sorted({int(float(text)) for text in cfg.steps.split(",")}) if cfg.steps else []
+        cfg.steps = sorted({int(float(text)) for text in cfg.steps.split(",") if cfg.steps})
     except (ValueError, OverflowError):
-        faults.append(
-            f"steps = {cfg.steps!r} is not numbers with commas between them, as 60000,400000 (no 60,000)"
-        )
+        faults.append(f"steps = {cfg.steps!r} is not numbers with commas between them, as 60000,400000")
         cfg.steps = []
+    if cfg.steps and not 1 <= cfg.steps[0] <= cfg.steps[-1] <= 10**9:
+        faults.append(f"steps = {cfg.steps} must each be from 1 to 1,000,000,000")
     if cfg.plan and cfg.steps and not cfg.max_steps and not cfg.total_tokens:
         cfg.max_steps = cfg.steps[-1]
-    config.check(cfg, faults)
-    if cfg.steps and not 1 <= min(cfg.steps) <= max(cfg.steps) <= 10**9:
-        faults.append(f"steps = {cfg.steps} must each be from 1 to 1,000,000,000")
-    if cfg.pairs < 1 or cfg.warmup < 1:
-        faults.append(f"pairs = {cfg.pairs} and warmup = {cfg.warmup} must be at least 1")
-    for key, (default, _) in FLAGS.items():
-        if type(default) in (int, float) and getattr(cfg, key) < 0:
-            faults.append(f"{key} = {getattr(cfg, key)} must not be negative")
-        for mode in ("sample", "plan", "compare"):
-            if (
-                cfg.origin[key] != "default"
-                and FLAGS[key][1].startswith(f"{mode}:")
-                and not getattr(cfg, mode)
-            ):
-                faults.append(f"--{key} is of --{mode}; add that")
-    if cfg.plan and (cfg.sample or cfg.compare):
-        faults.append("--plan goes with neither --sample nor --compare; it times what it needs")
-    if cfg.head not in ("float32", "bfloat16"):
-        faults.append(f"head = {cfg.head!r} is unknown; choose float32 or bfloat16")
-    if bool(cfg.watts) != bool(cfg.price_per_kwh):
-        faults.append(f"watts = {cfg.watts:g} and price_per_kwh = {cfg.price_per_kwh:g} need each other")
-    cfg.nanogpt = os.path.join(cfg.peers, "nanoGPT", "model.py")
-    if cfg.compare and not cfg.sample and not os.path.exists(cfg.nanogpt):
-        how = "git clone https://github.com/karpathy/nanoGPT beside this folder, or say where it is: --peers="
-        faults.append(f"{cfg.nanogpt} is not there; {how}")
-    path, numbers = os.path.join(cfg.data_dir, cfg.dataset, "meta.json"), {}
+    path = os.path.join(cfg.data_dir, cfg.dataset, "meta.json")
     if os.path.exists(path):
         try:
             meta = read_meta(os.path.dirname(path))
-            numbers = {"vocab_size": meta["vocab_size"], "val_tokens": meta["tokens"].get("val", 0)}
-            numbers["dataset_tokens"] = meta["tokens"].get("train", 0)
+            cfg.val_tokens = meta["tokens"].get("val", 0)
+            cfg.dataset_tokens = cfg.dataset_tokens or meta["tokens"].get("train", 0)
+            cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
         except Damaged as error:
             faults.append(str(error))
-    for key, number in numbers.items():
-        setattr(cfg, key, getattr(cfg, key) or number)
-    if not cfg.vocab_size and not faults:
-        faults.append(f"vocab_size = 0 means the data set's, and {path} is not there; set --vocab_size=")
-    if cfg.compare and not cfg.sample and cfg.vocab_size > NANOGPT_VOCABULARY:
-        faults.append(
-            f"compare: nanoGPT's model has {NANOGPT_VOCABULARY} tokens; set a smaller --vocab_size="
-        )
-    if faults:
-        fail(*faults)
-    return cfg
+    elif not cfg.vocab_size:
+        faults.append(f"vocab_size = 0 is the data set's, but {path} does not exist; set --vocab_size=")
+    if cfg.compare and not cfg.sample:
+        cfg.nanogpt = os.path.join(cfg.peers, "nanoGPT", "model.py")
+        if not os.path.exists(cfg.nanogpt):
+            remedy = "git clone https://github.com/karpathy/nanoGPT beside this folder, or set --peers="
+            faults.append(f"{cfg.nanogpt} does not exist; {remedy}")
+        if cfg.vocab_size > NANOGPT_VOCABULARY:
+            size = f"nanoGPT's model has {NANOGPT_VOCABULARY} tokens"
+            faults.append(f"vocab_size = {cfg.vocab_size}: {size}, so --compare needs a smaller vocab_size")
+    return faults
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it
-    terminal.end_with_output()
-    cfg = settings()  # mistakes are told before torch is imported
+    cfg = config.load(doc=__doc__, flags=FLAGS, derive=derive)  # before torch is imported
 
 import torch
 

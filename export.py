@@ -18,50 +18,41 @@ import signal
 import sys
 
 import config
-from nanobit import terminal
-from nanobit.cli import fail
+from nanobit.cli import Flag, fail
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, but while it writes
+TYPES = ("tq2_0", "q2_0", "tq1_0", "q8_0", "q5_0", "q4_0", "f16", "f32")
 FLAGS = {
-    "ckpt": ("", "a run folder (its newest checkpoint), RUN/best, a step folder or a checkpoint.pt"),
-    "format": ("", "hf: a folder for transformers | gguf: a file for llama.cpp"),
-    "out": ("", "the folder or file to write"),
-    "latent": (False, "hf: the float master weights, for further training (--init_from)"),
-    "type": ("", "gguf: tq2_0 | q2_0 | tq1_0 | q8_0 | q5_0 | q4_0 | f16 | f32; '' = the smallest that fits"),
-    "embed": ("q8_0", "gguf: f32 | f16 | q8_0 | q5_0 | q4_0: of embedding and head"),
-    "force": (False, "replace what an earlier export has written to out"),
-    "verify": (False, "load it with an independent reader and compare"),
-    "eval_tokens": (8192, "verify: tokens of the validation set for the loss; 0 = none"),
+    "ckpt": Flag("", "a run folder, RUN/best, a step folder or a checkpoint.pt", required=True),
+    "format": Flag(
+        "", "hf: a folder for transformers | gguf: a file for llama.cpp", ("hf", "gguf"), required=True
+    ),
+    "out": Flag("", "the folder or file to write", required=True),
+    "latent": Flag(False, "the float master weights, for further training", only_with="format=hf"),
+    "type": Flag(
+        "", f"{' | '.join(TYPES)}; '' = the smallest that fits", ("", *TYPES), only_with="format=gguf"
+    ),
+    "embed": Flag("q8_0", f"{' | '.join(TYPES[3:])}: embedding and head", TYPES[3:], only_with="format=gguf"),
+    "force": Flag(False, "replace what an earlier export has written to out"),
+    "verify": Flag(False, "load it with an independent reader and compare"),
+    "eval_tokens": Flag(8192, "tokens of the validation set for the loss; 0 = none", only_with="verify"),
+    "data_dir": Flag("data", "folder of all data sets, if it has moved since the run", only_with="verify"),
 }
-cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir",), check_run=False)
-config.need_flags(cfg, "ckpt", "format", "out")
-faults = []
-for key, known in (
-    ("format", ("hf", "gguf")),
-    ("type", ("", "tq2_0", "tq1_0", "q2_0", "f32", "f16", "q8_0", "q5_0", "q4_0")),
-    ("embed", ("f32", "f16", "q8_0", "q5_0", "q4_0")),
-):
-    if getattr(cfg, key) not in ("", *known):
-        faults.append(
-            f"{key} = {getattr(cfg, key)!r} is unknown; choose one of {', '.join(filter(None, known))}"
-        )
-for key, its in (("latent", "hf"), ("type", "gguf"), ("embed", "gguf")):
-    if cfg.origin[key] != "default" and cfg.format in ("hf", "gguf") and cfg.format != its:
-        faults.append(f"--{key} is of --format={its}; leave it out")
-for key in ("eval_tokens", "data_dir"):
-    if cfg.origin[key] != "default" and not cfg.verify:
-        faults.append(f"--{key} is of --verify; add that")
-if cfg.eval_tokens < 0:
-    faults.append(f"eval_tokens = {cfg.eval_tokens} must not be negative")
-if not cfg.out.strip("/" + os.sep):
-    faults.append(f"out = {cfg.out!r} is no name; it is the folder or file to write")
-elif cfg.format in ("hf", "gguf") and cfg.out.endswith(".gguf") != (cfg.format == "gguf"):
-    ending = "must end in .gguf" if cfg.format == "gguf" else "ends in .gguf, but --format=hf writes a folder"
-    faults.append(f"out = {cfg.out!r} {ending}")
-if faults:
-    fail(*faults)
-cfg.out = cfg.out.rstrip("/" + os.sep)
-terminal.end_with_output()
+
+
+def derive(cfg):
+    """Take the slash off the end of --out; return the faults of its ending."""
+    given = cfg.out
+    cfg.out = given.rstrip("/" + os.sep)
+    if cfg.origin["out"] != "default" and not cfg.out:
+        return [f"out = {given!r} is not a name; give the folder or file to write"]
+    if cfg.format == "gguf" and not cfg.out.endswith(".gguf"):
+        return [f"out = {given!r} must end in .gguf"]
+    if cfg.format == "hf" and cfg.out.endswith(".gguf"):
+        return [f"out = {given!r} ends in .gguf, but --format=hf writes a folder"]
+    return []
+
+
+cfg = config.load(doc=__doc__, flags=FLAGS, only=(), derive=derive)
 
 import torch
 

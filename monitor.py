@@ -14,26 +14,25 @@ It only reads, so it works beside a run that trains, and on one that ended long 
 import math
 import os
 import shutil
-import signal
 import sys
 import textwrap
 import time
 
 import config
-from nanobit import record, terminal
-from nanobit.cli import fail
+from nanobit import record
+from nanobit.cli import Flag, fail
 from nanobit.monitor import plots
 from nanobit.monitor.status import clock, moves, status
 from nanobit.terminal import printable
 
 FLAGS = {
-    "watch": (False, "show it again and again, in place on a terminal; Ctrl-C ends it"),
-    "every": (10.0, "seconds from one showing to the next"),
-    "json": (False, "one JSON object; several runs are a list under `runs`"),
-    "plot": ("", "a picture to write: losses, rates and ternary fractions of the runs; '' = none"),
-    "codes": ("", "a picture to write: one matrix's codes at each checkpoint; '' = none"),
-    "matrix": ("blocks.0.attn.q_proj", "the matrix of --codes"),
-    "window": (50, "log lines that trends are judged by: their newer half against the older"),
+    "watch": Flag(False, "show it again and again, in place on a terminal; Ctrl-C ends it"),
+    "every": Flag(10.0, "seconds between two screens", within="(0, inf)", only_with="watch"),
+    "json": Flag(False, "print one JSON object; several runs are a list under `runs`"),
+    "plot": Flag("", "a picture to write: losses, rates and ternary fractions of the runs; '' = none"),
+    "codes": Flag("", "a picture to write: one matrix's codes at each checkpoint; '' = none"),
+    "matrix": Flag("blocks.0.attn.q_proj", "the matrix of the picture", only_with="codes"),
+    "window": Flag(50, "log lines for trends: their newer half against the older", within="[6, inf)"),
 }
 
 
@@ -116,19 +115,6 @@ def table(found, width):
     ]
 
 
-def split(argv):
-    """(folders, flags) of a command line; the value in `--key value` belongs to its flag"""
-    folders, flags, args = [], [], list(argv)
-    while args:
-        arg = args.pop(0)
-        (flags if arg.startswith("-") else folders).append(arg)
-        default = FLAGS.get(arg.lstrip("-").replace("-", "_"), ("",))[0]
-        is_value = args and (type(default) is not bool or args[0].lower() in ("true", "false"))
-        if arg.startswith("--") and "=" not in arg and is_value and not args[0].startswith("-"):
-            flags.append(args.pop(0))
-    return folders, flags
-
-
 def is_run(path):
     """whether a folder is one of a run, or an empty one, which may become one"""
     names = os.listdir(path)
@@ -147,10 +133,6 @@ def check(cfg, folders):
             )
     if not folders and not os.path.isdir(cfg.out_dir):
         faults.append(f"out_dir = {cfg.out_dir!r} is no folder; name a run, or where they are")
-    if cfg.every <= 0:
-        faults.append(f"every = {cfg.every} must be more than 0 seconds")
-    if cfg.window < 6:
-        faults.append(f"window = {cfg.window} must be at least 6 log lines")
     for key, path in (("plot", cfg.plot), ("codes", cfg.codes)):
         if path and not path.endswith((".png", ".pdf", ".svg")):
             faults.append(f"{key} = {path!r} must end in .png, .pdf or .svg")
@@ -162,9 +144,9 @@ def check(cfg, folders):
         fail(*faults)
 
 
-def main(argv):
-    folders, flags = split(argv)
-    cfg = config.load(flags, __doc__, FLAGS, only=("out_dir",), check_run=False)
+def main(argv=None):
+    cfg = config.load(argv, __doc__, FLAGS, only=("out_dir",), takes_paths=True)
+    folders = cfg.paths
     inside = [os.path.join(cfg.out_dir, path) for path in folders]
     folders = [b if os.path.isdir(b) and not os.path.isdir(a) else a for a, b in zip(folders, inside)]
     on_terminal = sys.stdout.isatty()
@@ -200,11 +182,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    terminal.end_with_output()
-    sys.stdout.reconfigure(errors="backslashreplace")  # samples may hold what the terminal cannot show
     try:
-        main(sys.argv[1:])
+        main()
     except OSError as error:
         name = error.filename2 or error.filename or "the picture"
         fail(f"{printable(name)}: {error.strerror}; it must read the run and write the picture")

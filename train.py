@@ -14,7 +14,6 @@ stdout is not a terminal, its last line is one JSON object with the result.
 
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -22,8 +21,7 @@ from dataclasses import replace
 import config
 from nanobit import terminal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C just ends the program
-cfg = config.load(sys.argv[1:], __doc__)
+cfg = config.load(doc=__doc__)  # until there is something to save, Ctrl-C just ends the program
 terminal.survive_lost_output()
 
 import torch

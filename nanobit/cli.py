@@ -1,46 +1,66 @@
-"""What the commands share: errors, the rank of this process, optional libraries."""
+"""What the commands share: errors, flags with their checks and their help, optional libraries, the rank."""
 
+import ast
+import difflib
 import importlib
 import importlib.util
+import math
+import operator
 import os
+import re
 import sys
+import textwrap
+from typing import Any, NamedTuple
 
 from nanobit import terminal
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# what torchrun says of this process: facts, not settings
-RANK, WORLD, LOCAL_RANK = (
-    int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
-    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-)
-REQUIRED = "torch", "numpy", "tqdm", "filelock"
+REQUIRED = ("torch", "numpy", "tqdm", "filelock")
+ALIASES = """
+block_size:seq_len context_length:seq_len max_seq_len:seq_len n_embed:n_embd hidden_size:n_embd d_model:n_embd
+intermediate_size:ffn_dim num_layers:n_layer num_hidden_layers:n_layer num_heads:n_head
+num_attention_heads:n_head weight_tying:tie_embeddings tie_word_embeddings:tie_embeddings max_iters:max_steps
+iters:max_steps lr_decay_iters:max_steps epochs:total_tokens lr:learning_rate warmup_iters:warmup_steps
+eval_interval:eval_every eval_iters:eval_tokens log_interval:log_every save_interval:save_every
+gradient_accumulation_steps:total_batch_size grad_accum:total_batch_size precision:dtype name:run_id
+out:out_dir init:init_from temp:temperature start:prompt num_tokens:max_new_tokens
+"""  # names in nanoGPT, transformers and others, and ours
+ALIASES = dict(pair.split(":") for pair in ALIASES.split())
+LOWER = {"[": (operator.ge, "at least"), "(": (operator.gt, "more than")}
+UPPER = {"]": (operator.le, "at most"), ")": (operator.lt, "less than")}
 on_fail = []  # functions that fail() hands its faults to, as one text, before it exits
+LAUNCHER = {}  # what torchrun says about this process: facts, not settings
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    LAUNCHER = os.environ
+RANK = int(LAUNCHER.get("RANK", 0))
+WORLD = int(LAUNCHER.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(LAUNCHER.get("LOCAL_RANK", 0))
 
 
 def fail(*faults, code=2):
-    """print each fault as an `error:` line on stderr and exit, with 2 for a user's mistake"""
+    """Print each fault as an `error:` line on stderr and exit, with 2 for a user's mistake."""
     print(*(f"error: {fault}" for fault in faults), sep="\n", file=sys.stderr)
     for note in on_fail:
         note("; ".join(faults))
     raise SystemExit(code)
 
 
-def explain_missing(kind, error, trace):
+def explain_missing(error_type, error, trace):
     """Print one line with the remedy if a required module is missing, and exit with 2; an excepthook."""
-    if not (issubclass(kind, ModuleNotFoundError) and error.name in REQUIRED):
-        return sys.__excepthook__(kind, error, trace)
+    if not (issubclass(error_type, ModuleNotFoundError) and error.name in REQUIRED):
+        return sys.__excepthook__(error_type, error, trace)
     venv = os.path.join(ROOT, ".venv")
-    how = "install the requirements first: make setup, or pip install -r requirements.txt"
+    remedy = "install the requirements first: make setup, or pip install -r requirements.txt"
     if os.path.isdir(venv) and os.path.realpath(sys.prefix) != os.path.realpath(venv):
-        windows, others = [f"{venv}\\Scripts\\activate"], ["source", f"{venv}/bin/activate"]
-        activate = terminal.command_line(windows if os.name == "nt" else others)
-        how = f"activate the environment first: {activate}"
-    fail(f"{sys.executable} has no module {error.name}; {how}")
+        activate = ["source", f"{venv}/bin/activate"]
+        if os.name == "nt":
+            activate = [f"{venv}\\Scripts\\activate"]
+        remedy = f"activate the environment first: {terminal.command_line(activate)}"
+    fail(f"{sys.executable} has no module {error.name}; {remedy}")
 
 
 def library(name, package=""):
-    """an optional library, imported where it is needed; exits with 2 and how to install it where it is not
-    there"""
+    """Return an optional library, imported now. Exits with 2 and the way to install it if it is missing."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
@@ -51,10 +71,180 @@ def need_packages(names, extra):
     """Exit with 2 if packages are missing, naming all of them and the extra of pyproject.toml with them."""
     missing = [name for name in names if not importlib.util.find_spec(name)]
     if missing:
-        how = (
+        remedy = (
             f'pip install {" ".join(missing)}, or, in the folder of this project, pip install -e ".[{extra}]"'
         )
-        fail(f"this needs {', '.join(missing)}, not installed: {how}")
+        fail(f"this needs {', '.join(missing)}, not installed: {remedy}")
 
 
 sys.excepthook = explain_missing  # every command imports this file before torch and numpy
+
+
+# flags
+
+
+class Flag(NamedTuple):
+    """A flag or setting: what --help shows and what the command line is checked against."""
+
+    default: Any  # its type is the type of the flag
+    comment: str
+    choices: tuple = ()  # all allowed values; cuda:1 stands for any number
+    within: str = "[0, inf)"  # for numbers: "(0, 1]" is more than 0, at most 1; "[0, 0] or [0.01, inf)"
+    only_with: str = ""  # the modes that it needs, as "plan" or "format=hf"
+    not_with: str = ""  # flags that exclude it, as "chat play"
+    required: bool = False
+    unless: str = ""  # flags that make a required one unnecessary, as "chat play"
+
+
+def split(argv, flags):
+    """Return (paths, [(name, text, flag as typed)], faults) of a command line with these {name: Flag}."""
+    types = {name: type(flag.default) for name, flag in flags.items()}
+    paths, given, faults = [], [], []
+    args = list(argv)
+
+    def is_value(text):
+        return text and not text.startswith("-") and not text.endswith(".py") and not os.path.exists(text)
+
+    while args:
+        arg = args.pop(0)
+        if not arg.startswith("-"):
+            paths.append(arg)
+            continue
+        name, equals, text = arg.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        following = "".join(args[:1])
+        n = 1 + (following == "=")  # arguments after a name that are = and a value
+        value = "".join(args[:n]).removeprefix("=")
+        is_space_before = not equals and following.startswith("=") and (n == 2 or types.get(name) is not str)
+        is_space_after = equals and not text
+        if (is_space_before and is_value(value)) or (is_space_after and is_value(following)):
+            del args[:n]
+            faults.append(f"{arg} {following}: write it without spaces around =: --{name}={value}")
+            continue
+        if not equals and types.get(name) is bool:
+            text = "True"
+            if following.lower() in ("true", "false"):
+                text = args.pop(0)
+        elif not equals and types.get(name.removeprefix("no_")) is bool:
+            name = name.removeprefix("no_")
+            text = "False"
+        elif not equals and name in flags:
+            if not args or following.startswith("--"):
+                faults.append(f"{arg} needs a value: {arg}=...")
+                continue
+            text = args.pop(0)
+        elif not equals and is_value(following):  # the value of an unknown name
+            text = args.pop(0)
+        given.append((name, text, arg))
+    return paths, given, faults
+
+
+def parse(text, wanted):
+    """Return the value that the text of a flag of this type stands for."""
+    if wanted is str:  # --run_id=123 is a name
+        return text
+    try:
+        return ast.literal_eval(text.capitalize() if wanted is bool else text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def coerce(name, value, wanted):
+    """Return value as the type of the default. Raises TypeError, which names both types."""
+    if wanted is float and type(value) is int:  # --learning_rate=1
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    if wanted is int and type(value) is float and value.is_integer():  # --max_steps=1e5
+        value = int(value)
+    if wanted is float and type(value) is float and not math.isfinite(value):
+        raise TypeError(f"{name} = {value} must be finite")
+    if type(value) is tuple:
+        value = list(value)
+    if type(value) is not wanted or (wanted is list and {str} < {str, *map(type, value)}):
+        in_words = {bool: "bool (True or False)", list: f"""a list of strings: --{name}="['a', 'b']\""""}
+        expected = in_words.get(wanted, wanted.__name__)
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def unknown(name, known):
+    """Return the fault of a name that is not known, with the nearest one that is."""
+    fault = f"no setting named {name}; "
+    if name.startswith("no_") and name[3:] + "_every" in known:  # --no-eval
+        return f"{fault}to switch it off: --{name[3:]}_every=0"
+    for near in (ALIASES.get(name), *difflib.get_close_matches(name, known, n=1)):
+        if near in known:
+            return f"{fault}did you mean {near}?"
+    return f"{fault}--help lists all"
+
+
+def range_fault(value, within):
+    """Return what a number must be to lie in one of the intervals of Flag.within, or '' if it does."""
+    expected = []
+    for interval in within.split(" or "):
+        low, high = interval[1:-1].split(", ")
+        is_above, at_least = LOWER[interval[0]]
+        is_below, at_most = UPPER[interval[-1]]
+        if is_above(value, float(low)) and is_below(value, float(high)):
+            return ""
+        words = f"{at_least} {low} and {at_most} {high}".removesuffix(" and less than inf")
+        expected.append(words.replace("at least 0 and at most 0", "0"))
+    return f"must be {' or '.join(expected)}"
+
+
+def value_fault(name, value, flag):
+    """Return what is wrong with the value of a flag by itself, or ''."""
+    if flag.choices and re.sub(r":\d+$", ":1", value) not in flag.choices:
+        return f"is unknown; choose one of {', '.join(filter(None, flag.choices))}"
+    if type(value) in (int, float):
+        return range_fault(value, flag.within)
+    if name in ("out_dir", "data_dir") and not value:
+        return "must not be empty; use '.' for the current folder"
+    if name in ("run_id", "name"):
+        if set(value) & set("/\\") or value in (".", "..") or not (value or name == "run_id"):
+            return "is not the name of a folder; give a name without / and \\"
+        if not value.isprintable():
+            return "has a line break or control character; leave it out"
+    return ""
+
+
+def check(cfg, flags):
+    """Return the faults of the flags that were given: values out of range, combinations, missing ones."""
+
+    def is_on(mode):
+        name, _, value = mode.partition("=")
+        return getattr(cfg, name) == value if value else bool(getattr(cfg, name))
+
+    faults = []
+    for name, flag in flags.items():
+        if cfg.origin[name] == "default":
+            others = flag.unless.split()
+            if flag.required and not any(map(is_on, others)):
+                expected = " or --".join([f"{name}=...", *others])
+                faults.append(f"--{expected} is missing; --help explains it")
+            continue
+        if fault := value_fault(name, getattr(cfg, name), flag):
+            faults.append(f"{name} = {getattr(cfg, name)!r} {fault}")
+        for mode in flag.only_with.split():
+            if not is_on(mode):
+                faults.append(f"--{name} only applies together with --{mode}")
+        for other in flag.not_with.split():
+            if getattr(cfg, name) and is_on(other):
+                faults.append(f"--{name} and --{other} exclude each other; leave one out")
+    return faults
+
+
+def print_help(doc, sections, takes_files):
+    """Print a command's docstring, then each flag of {section: {name: Flag}} with default and comment."""
+    terminal.end_with_output()
+    columns = os.get_terminal_size().columns if sys.stdout.isatty() else 100
+    width = max(44, min(94, columns - 6))
+    print(doc.strip())
+    for title, flags in sections.items():
+        if flags:
+            print(f"\n{title}:")
+        for name, flag in flags.items():
+            print(f"  --{name}={flag.default!r}")
+            print(textwrap.indent(textwrap.fill(flag.comment, width), " " * 6))
+    print("\n--key=value equals --key value, and - equals _ in names; --flag and --no-flag set bools.")
+    if takes_files:
+        print("Flags override config files, which override config/default.py.")

@@ -2,15 +2,13 @@
 
 import errno
 import os
+import shlex
 import sys
 
 
 def printable(text):
-    """Return text with every control character, line break and lone surrogate as an escape such as \\x1b.
-
-    For names and values that come from files: printed as they are, they could move the cursor, write the
-    clipboard, or add a line to an error.
-    """
+    """Return text with every control character, line break and lone surrogate as an escape such as \\x1b:
+    names and values from files could otherwise move the cursor, or add a line to an error."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -20,8 +18,8 @@ sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 class Lossy:
-    """A text stream that drops what cannot be written: the terminal was closed, the reader of a pipe has
-    ended, the disk under a log is full. For a run, which must not end because of what it prints."""
+    """A text stream that drops what cannot be written, because a terminal was closed, the reader of a pipe
+    has ended or a disk is full: a run must not end because of what it prints."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -45,22 +43,23 @@ class Lossy:
 
 
 def survive_lost_output():
-    """From now on, drop what cannot be written to stdout and stderr instead of raising an error."""
-    sys.stdout, sys.stderr = Lossy(sys.stdout), Lossy(sys.stderr)
+    """Drop what cannot be written to stdout and stderr from now on, instead of raising an error."""
+    sys.stdout = Lossy(getattr(sys.stdout, "stream", sys.stdout))  # no longer Vital
+    sys.stderr = Lossy(sys.stderr)
 
 
 def command_line(args):
-    """Return args (a list) as the line that a shell of this system takes them from."""
+    """Return args (a list) as one line, quoted for the shell of this system."""
     if os.name == "nt":
-        from subprocess import list2cmdline as join
-    else:
-        from shlex import join
-    return join(args)
+        from subprocess import list2cmdline  # slow to import, and needed here only
+
+        return list2cmdline(args)
+    return shlex.join(args)
 
 
 class Vital(Lossy):
-    """A text stream that holds what its program is run for: the program ends with exit code 1 if that cannot
-    be written, quietly if the reader of a pipe has ended, else with an error line."""
+    """A text stream that carries the result of its program, which ends with exit code 1 if that cannot be
+    written: without a word if the reader of a pipe has ended, else with an error line."""
 
     def write(self, text):
         try:
@@ -81,9 +80,10 @@ class Vital(Lossy):
 
 
 def end_with_output():
-    """From now on, end the program if stdout cannot be written: quietly if its reader ended first, as in
-    `sample.py ... | head`. What its encoding lacks is shown as an escape such as \\u65e5."""
-    sys.stdout = Vital(sys.stdout)
+    """End the program from now on if stdout cannot be written, see Vital: in `sample.py ... | head` the
+    reader may end first. Characters that the encoding lacks are shown as escapes such as \\u65e5."""
+    if not isinstance(sys.stdout, Vital):
+        sys.stdout = Vital(sys.stdout)
 
 
 def progress_bar(total, done, hidden=False):

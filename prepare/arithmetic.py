@@ -13,7 +13,6 @@ minute and 46 MB.
 import hashlib
 import os
 import random
-import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -28,17 +27,26 @@ from nanobit import cli
 from nanobit.prepare import token_files
 
 FLAGS = {
-    "ops": ("+", "which operations: any of + - x"),
-    "digits": (2, "digits of an operand, at most; shorter ones come too, less often"),
-    "name": ("arithmetic", "name of the data set"),
-    "train_problems": (200000, "lines of the train split, drawn with replacement"),
-    "val_problems": (
-        2000,
-        "held-out problems of the val split, each once; fewer where there are not so many",
+    "ops": cli.Flag("+", "which operations: any of + - x"),
+    "digits": cli.Flag(
+        2, "digits of an operand, at most; shorter ones occur too, less often", within="[1, 9]"
+    ),
+    "name": cli.Flag("arithmetic", "name of the data set"),
+    "seed": cli.Flag(1337, "another seed draws other problems"),
+    "train_problems": cli.Flag(200000, "lines of the train split, drawn with replacement", within="[1, inf)"),
+    "val_problems": cli.Flag(
+        2000, "held-out problems, each once; fewer if there are fewer", within="[1, inf)"
     ),
 }
 RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "x": lambda a, b: a * b}
 CHARS = "\n+-x=0123456789"  # ids 0 to 14; the end of a line is the end of a text
+
+
+def derive(cfg):
+    """Return the fault of --ops, if any."""
+    if not cfg.ops or set(cfg.ops) - set(RESULT):
+        return [f"ops = {cfg.ops!r}: each must be one of {' '.join(RESULT)}"]
+    return []
 
 
 def is_held_out(a, op, b):
@@ -82,21 +90,7 @@ def problems(rng, ops, digits, n, held_out, distinct):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it: without meta.json no data set
-    cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir", "seed"), check_run=False)
-    faults = []
-    if not cfg.ops or set(cfg.ops) - set(RESULT):
-        faults.append(f"ops = {cfg.ops!r}: each must be one of {' '.join(RESULT)}")
-    if not cfg.name:
-        faults.append("name = '' is not the name of a folder")
-    if not 1 <= cfg.digits <= 9:
-        faults.append(f"digits = {cfg.digits} must be from 1 to 9")
-    if min(cfg.train_problems, cfg.val_problems) < 1:
-        faults.append(
-            f"train_problems = {cfg.train_problems} and val_problems = {cfg.val_problems} must be at least 1"
-        )
-    if faults:
-        cli.fail(*faults)
+    cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",), derive=derive)
     rng = random.Random(cfg.seed)
     lines = {
         "train": problems(rng, cfg.ops, cfg.digits, cfg.train_problems, held_out=False, distinct=False),

@@ -15,7 +15,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import nanobit.cli  # noqa: F401 -- first: it explains a missing package
+import config  # first: it explains a missing package
 
 # isort: split
 from tqdm import tqdm
@@ -24,12 +24,12 @@ from nanobit import cli
 from nanobit.prepare import examples, sources
 
 FLAGS = {
-    "repo": ("nyu-mll/blimp", "data set on the hub, or a local folder laid out like one"),
-    "config": ("", "its configuration, a paradigm; '' = all"),
-    "split": ("train", "its split"),
-    "revision": ("", "its commit, branch or tag; '' = the newest"),
-    "files": ("", "local jsonl files to read instead, as 'folder/*.jsonl'"),
-    "name": ("blimp", "name of the data set"),
+    "repo": cli.Flag("nyu-mll/blimp", "data set on the hub, or a folder like one", not_with="files"),
+    "config": cli.Flag("", "its configuration, a paradigm; '' = all", not_with="files"),
+    "split": cli.Flag("train", "its split", not_with="files"),
+    "revision": cli.Flag("", "its commit, branch or tag; '' = the newest", not_with="files"),
+    "files": cli.Flag("", "local jsonl files to read instead, as 'folder/*.jsonl'"),
+    "name": cli.Flag("blimp", "name of the data set"),
 }
 COLUMNS = ("sentence_good", "sentence_bad", "UID", "linguistics_term")
 
@@ -46,7 +46,7 @@ def config_names(cfg):
 
 
 if __name__ == "__main__":
-    cfg = examples.load(__doc__, FLAGS)
+    cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
     if cfg.files:
         found = examples.file_rows(cfg.files)
     else:

@@ -16,17 +16,21 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import nanobit.cli  # noqa: F401 -- first: it explains a missing package
+import config  # first: it explains a missing package
 from nanobit import cli
 from nanobit.prepare import examples
 
 FLAGS = {
-    "repo": ("EleutherAI/lambada_openai", "data set on the hub, or a local folder laid out like one"),
-    "config": ("default", "its configuration: default is English; de, en, es, fr, it are translations"),
-    "split": ("test", "its split"),
-    "revision": ("", "its commit, branch or tag; '' = the newest"),
-    "files": ("", "local jsonl files to read instead, as 'folder/*.jsonl'"),
-    "name": ("lambada", "name of the data set"),
+    "repo": cli.Flag(
+        "EleutherAI/lambada_openai", "data set on the hub, or a folder like one", not_with="files"
+    ),
+    "config": cli.Flag(
+        "default", "its configuration: default is English; de, en, es, fr, it", not_with="files"
+    ),
+    "split": cli.Flag("test", "its split", not_with="files"),
+    "revision": cli.Flag("", "its commit, branch or tag; '' = the newest", not_with="files"),
+    "files": cli.Flag("", "local jsonl files to read instead, as 'folder/*.jsonl'"),
+    "name": cli.Flag("lambada", "name of the data set"),
 }
 
 
@@ -39,6 +43,6 @@ def passage(where, row):
 
 
 if __name__ == "__main__":
-    cfg = examples.load(__doc__, FLAGS)
+    cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
     found = examples.file_rows(cfg.files) if cfg.files else examples.rows(cfg, cfg.config)
     examples.write_task(cfg, "lambada", [passage(where, row) for where, row in found])

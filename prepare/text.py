@@ -27,35 +27,29 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config
-import nanobit.cli  # noqa: F401 -- first: it explains a missing package
+import config  # first: it explains a missing package
+from nanobit.cli import Flag
 from nanobit.prepare import sources, stream
 
 FLAGS = {
-    "files": ("", "which files: a path or a quoted pattern such as 'texts/**/*.txt'"),
-    "column": ("text", "the field of a .jsonl line or column of a .csv, .tsv or .parquet file with the text"),
-    "separator": (
-        "",
-        "what ends a document within a .txt file, as '<|endoftext|>' or '\\n\\n\\n'; '' = only its end",
+    "files": Flag("", "which files: a path or a quoted pattern such as 'texts/**/*.txt'", required=True),
+    "column": Flag("text", "the field of a .jsonl line or column of a table that holds the text"),
+    "separator": Flag(
+        "", "what ends a document in a .txt file, as '<|endoftext|>' or '\\n\\n\\n'; '' = its end"
     ),
-    "keep_crlf": (
-        False,
-        "leave line ends as they are: \\r\\n of Windows and \\r of old Macs do not become \\n",
-    ),
-    "plain_quotes": (
-        False,
-        'a .csv or .tsv file was written without quoting: each line is a row, and " is a character of it',
+    "keep_crlf": Flag(False, "leave line ends as they are: \\r\\n and \\r do not become \\n"),
+    "plain_quotes": Flag(
+        False, 'a table was written without quoting: a line is a row, " is a character of it'
     ),
 }
-FLAGS |= stream.FLAGS | {
-    "name": ("text", "name of the data set"),
-    "tokenizer": ("sentencepiece", stream.FLAGS["tokenizer"][1]),
-    "val_fraction": (0.05, "share of the text that is held out"),
-}
+FLAGS |= {name: Flag(*row) for name, row in stream.FLAGS.items()}
+FLAGS["name"] = Flag("text", "name of the data set")
+FLAGS["tokenizer"] = FLAGS["tokenizer"]._replace(default="sentencepiece")
+FLAGS["max_documents"] = Flag(0, "documents to read at most; 0 = all")
+FLAGS["val_fraction"] = Flag(0.05, "share of the text that is held out", within="[0, 1)")
 
 if __name__ == "__main__":
-    cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir",), check_run=False)
-    config.need_flags(cfg, "files")
+    cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
     paths = sources.find(cfg.files)
     sources.warn_of_separator(paths, cfg.separator, cfg.keep_crlf)
 

@@ -10,7 +10,6 @@ more often, as they do in random play. 2,000,000 games take ten seconds, 40 MB o
 """
 
 import os
-import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -23,12 +22,13 @@ from tqdm import tqdm
 import config
 from nanobit import cli
 from nanobit.prepare import token_files
-from nanobit.tasks.tictactoe import CHARS, LINES, RESULTS
+from nanobit.tasks.game import CHARS, LINES, RESULTS
 
 FLAGS = {
-    "name": ("tictactoe", "name of the data set"),
-    "games": (2_000_000, "games in all, drawn with replacement"),
-    "val_fraction": (0.02, "share of the different games that is held out, by a hash of the moves"),
+    "name": cli.Flag("tictactoe", "name of the data set"),
+    "seed": cli.Flag(1337, "another seed draws other games"),
+    "games": cli.Flag(2_000_000, "games in all, drawn with replacement", within="[1000, inf)"),
+    "val_fraction": cli.Flag(0.02, "share of the different games that is held out", within="(0, 1)"),
 }
 WON = np.zeros(512, bool)  # by the set of a side's squares, a bit each
 for line in LINES:
@@ -56,12 +56,7 @@ def random_games(rng, n):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it: without meta.json no data set
-    cfg = config.load(sys.argv[1:], __doc__, FLAGS, only=("data_dir", "seed"), check_run=False)
-    if cfg.games < 1000 or not 0 < cfg.val_fraction < 1:
-        cli.fail(
-            f"games = {cfg.games} must be at least 1000, val_fraction = {cfg.val_fraction} between 0 and 1"
-        )
+    cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
     source = f"prepare/tictactoe.py --games={cfg.games} --val_fraction={cfg.val_fraction} --seed={cfg.seed}"
     folder = token_files.open_data_set(cfg.data_dir, cfg.name, source)
     rng, parts = np.random.default_rng(cfg.seed), {"train": [], "val": []}

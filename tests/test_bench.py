@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, run, settings
 
+import config
 from model import Transformer
 from nanobit.bench import planner, timing
 
@@ -274,7 +275,7 @@ def test_a_terminal_gets_no_json(monkeypatch, capsys):
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
         import bench as script
 
-        script.main(script.settings())
+        script.main(config.load(sys.argv[1:], flags=script.FLAGS, derive=script.derive))
         assert ('{"params"' in capsys.readouterr().out) is has_json
 
 
@@ -370,15 +371,15 @@ def test_bench_compares_with_a_peer(tmp_path):
         (dict(plan=True, steps="many"), "steps = 'many' is not numbers"),
         (dict(plan=True, steps="0,5"), "must each be from 1"),
         (dict(plan=True, steps=1e12), "must each be from 1 to 1,000,000,000"),
-        (dict(budget_hours=3), "--budget_hours is of --plan"),
-        (dict(peers="x"), "--peers is of --compare"),
+        (dict(budget_hours=3), "--budget_hours only applies together with --plan"),
+        (dict(peers="x"), "--peers only applies together with --compare"),
         (dict(compare=True, vocab_size=60000), "has 50304 tokens"),
-        (dict(plan=True, watts=-1), "watts = -1.0 must not be negative"),
-        (dict(plan=True, watts=100), "need each other"),
+        (dict(plan=True, watts=-1), "watts = -1.0 must be at least 0"),
+        (dict(plan=True, watts=100), "--watts only applies together with --price_per_kwh"),
         (dict(plan=True, step_ms=5, calibrate="nowhere"), "calibrate = 'nowhere' is no finished run"),
-        (dict(compare=True, peers="nowhere"), "nowhere/nanoGPT/model.py is not there"),
-        (dict(sample=True, head="float16"), "choose float32 or bfloat16"),
-        (dict(sample=True, plan=True), "--plan goes with neither"),
+        (dict(compare=True, peers="nowhere"), "nowhere/nanoGPT/model.py does not exist"),
+        (dict(sample=True, head="float16"), "choose one of float32, bfloat16"),
+        (dict(sample=True, plan=True), "--plan and --sample exclude each other"),
         (dict(vocab_size=0, data_dir="nowhere"), "set --vocab_size="),
     ],
 )

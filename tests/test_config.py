@@ -13,7 +13,7 @@ from conftest import ROOT, run
 
 import config
 from model import Transformer
-from nanobit import schedule
+from nanobit import cli, schedule
 
 
 def faults(capsys, *argv):
@@ -56,13 +56,13 @@ def test_values_take_the_type_of_the_default():
         (["--block_size=64"], ["no setting named block_size; did you mean seq_len?"]),
         (["--max-iters", "5000"], ["no setting named max_iters; did you mean max_steps?"]),
         (["--weight_tying"], ["did you mean tie_embeddings?"]),
-        (["--learning_rate", "=", "1e-3"], ["no spaces around =, as --learning_rate=1e-3"]),
-        (["--learning_rate", "=1e-3"], ["no spaces around =, as --learning_rate=1e-3"]),
-        (["--learning_rate=", "1e-3"], ["no spaces around =, as --learning_rate=1e-3"]),
+        (["--learning_rate", "=", "1e-3"], ["without spaces around =: --learning_rate=1e-3"]),
+        (["--learning_rate", "=1e-3"], ["without spaces around =: --learning_rate=1e-3"]),
+        (["--learning_rate=", "1e-3"], ["without spaces around =: --learning_rate=1e-3"]),
         (["config"], ["config is a folder", "--resume=config"]),
-        (["--n_layer=two"], ["n_layer is int, got str 'two'"]),
-        (["--ternary=3"], ["ternary is bool (True or False), got int 3"]),
-        (["--sample_prompts=[1]"], ["sample_prompts is a list of strings"]),
+        (["--n_layer=two"], ["n_layer must be int, got str 'two'"]),
+        (["--ternary=3"], ["ternary must be bool (True or False), got int 3"]),
+        (["--sample_prompts=[1]"], ["sample_prompts must be a list of strings"]),
         (["--batch_size=16", "--seq_len=256", "--total_batch_size=10000"], ["10,000", "4,096", "use 8192"]),
         (["config/train_simple.py", "--batch_size=32"], ["768", "use 2048, or batch_size = 12"]),
         (["--n_embd=100", "--n_head=3", "--n_kv_head=3"], ["n_embd = 100", "n_head = 3"]),
@@ -113,7 +113,7 @@ def test_a_remedy_works_as_it_is_shown(capsys):
 def test_names_of_other_projects_lead_to_settings():
     """bug guarded: an alias of a setting that was renamed"""
     of_sample = {"prompt", "temperature", "max_new_tokens"}
-    assert set(config.ALIASES.values()) <= config.assignments(config.DEFAULT).keys() | of_sample
+    assert set(cli.ALIASES.values()) <= config.assignments(config.DEFAULT).keys() | of_sample
 
 
 def test_all_faults_are_reported_at_once(capsys):
@@ -129,7 +129,7 @@ def test_a_config_file_is_checked_too(capsys, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("n_layr = 2\n_scratch = 1\nimport math\nmax_steps = '5'\n")
     errors = faults(capsys, str(path))
-    assert len(errors) == 2 and "did you mean n_layer" in errors[0] and "max_steps is int" in errors[1]
+    assert len(errors) == 2 and "did you mean n_layer" in errors[0] and "max_steps must be int" in errors[1]
     path.write_text("max_steps = = 5\n")
     assert "SyntaxError" in faults(capsys, str(path))[0]
 
@@ -161,8 +161,9 @@ def test_from_another_folder_the_place_of_a_config_is_named(capsys, tmp_path, mo
 def test_every_setting_is_documented_and_typed():
     """bug guarded: a setting without a comment, which --help cannot explain, or with None for a default"""
     values = config.assignments(config.DEFAULT)
-    rows = [row for _, rows in config.comments() for row in rows]
-    assert [name for name, _ in rows] == list(values) and all(comment for _, comment in rows)
+    rows = {name: flag for section in config.sections().values() for name, flag in section.items()}
+    assert list(rows) == list(values)
+    assert all(flag.comment for flag in rows.values())
     assert None not in values.values()
 
 
@@ -273,7 +274,7 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path, capsys):
     assert config.load([f"--resume={tmp_path}/long", "--total_tokens=15360"]).max_steps == 20
     write_run(tmp_path / "odd", n_layer="two")
     (error,) = faults(capsys, f"--resume={tmp_path}/odd")
-    assert "odd/config.json: n_layer is int, got str 'two'" in error
+    assert "odd/config.json: n_layer must be int, got str 'two'" in error
     (error,) = faults(capsys, "--resume=nowhere")
     assert "resume = 'nowhere' does not exist" in error
 
@@ -387,5 +388,5 @@ def test_a_path_without_its_flag_is_explained(tmp_path, monkeypatch, capsys, fla
     (tmp_path / "a.txt").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        config.load([given], flags={flag: ("", "a path")}, only=(), check_run=False)
+        config.load([given], flags={flag: cli.Flag("", "a path")}, only=())
     assert hint in capsys.readouterr().err

@@ -173,10 +173,13 @@ def test_types_and_flags(runs, tmp_path):
     assert "this is a float model" in err
     for flags, says in (
         (["--format=onnx", f"--out={tmp_path}/z"], "format = 'onnx' is unknown"),
-        (["--format=hf", f"--out={tmp_path}/z", "--type=f16"], "--type is of --format=gguf"),
+        (
+            ["--format=hf", f"--out={tmp_path}/z", "--type=f16"],
+            "--type only applies together with --format=gguf",
+        ),
         (["--format=hf", f"--out={tmp_path}/no/z"], "make it first"),
         (["--format=hf"], "--out=... is missing"),
-        (["--format=hf", "--out="], "is no name"),
+        (["--format=hf", "--out="], "is not a name"),
         (["--format=gguf", f"--out={tmp_path}/x"], "must end in .gguf"),
     ):
         assert says in run("export.py", ckpt, *flags, code=2)[1]

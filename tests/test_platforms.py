@@ -14,7 +14,7 @@ from windows import PATCH
 import model
 from nanobit import cli, machine, metrics, terminal, tokenizer
 from nanobit.monitor import status
-from nanobit.tasks import tictactoe
+from nanobit.tasks import game, tictactoe
 
 MODEL = RUN | dict(dataset="text", max_steps=4, save_every=2, keep_last=1, eval_every=2, sample_every=2)
 
@@ -159,11 +159,11 @@ def test_float64_is_on_the_cpu_only(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.detach().as_subclass(OnHost))
     monkeypatch.setattr(torch.Tensor, "double", double)
-    net = model.Transformer(settings(vocab_size=len(tictactoe.CHARS)))
+    net = model.Transformer(settings(vocab_size=len(game.CHARS)))
     idx = torch.zeros(1, 8, dtype=torch.long)
     assert metrics.health(net, None, idx)[0]["total"]["zero"] > 0
     assert metrics.mean_loss(net, [(idx, idx)]) > 0
-    chars = tokenizer.CharTokenizer(dict(chars=tictactoe.CHARS))
+    chars = tokenizer.CharTokenizer(dict(chars=game.CHARS))
     assert tictactoe.next_logprobs(net, chars, 0, ["X1"])[0].isfinite().all()
 
 

@@ -24,7 +24,7 @@ from model import Transformer
 from nanobit import checkpoint, data
 from nanobit.generate import KVCache
 from nanobit.infer.restore import restore
-from nanobit.tasks import tictactoe
+from nanobit.tasks import game
 from nanobit.tokenizer import TextStream, make_tokenizer
 
 
@@ -154,7 +154,12 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
     err = run("sample.py", save(tmp_path / "pieces", spec), "--prompt=a\udcff", code=2)[1]
     assert err.splitlines()[-1].startswith("error: prompt: ") and "surrogates" in err
     err = run("sample.py", *flags, "--prompt=-", "--chat", "--play", "--side=Z", "--ask=x", code=2)[1]
-    assert [line.split()[1] for line in err.splitlines()] == ["side", "ask", "prompt", "play", "prompt"]
+    assert "side = 'Z' is unknown; choose one of X, O" in err
+    assert "ask = 'x' is unknown; choose one of win, not_lose" in err
+    assert "--play and --chat exclude each other" in err
+    assert "--prompt and --play exclude each other" in err
+    assert "prompt = '-' does not work with --chat" in err
+    assert err.count("error: ") == 5
 
 
 def test_flags_reach_the_model(ckpt):
@@ -237,7 +242,7 @@ def test_chat_keeps_its_history(ckpt, tmp_path):
     assert out == "bc\n" * 5
     history = [[0, 1, 2], [0, 1, 2, 2, 3], [0, 3, 4], [*range(5, 17)], [*range(8, 17), 2, 3, 24]]
     assert asked(err) == history
-    assert err.count("oldest text is forgotten") == 1 and err.count("not taken: ") == 1
+    assert err.count("oldest text is forgotten") == 1 and err.count("message ignored: ") == 1
     assert "no character 'B'" in err and "no command /nonsense" in err and "/reset   empty" in err
 
 
@@ -346,7 +351,7 @@ def test_chat_on_a_terminal(tmp_path):
     terminal.interrupt()
     terminal.wait("> ")
     terminal.type("/help\n")
-    assert "not taught to answer" in terminal.wait("> ")
+    assert "not trained to answer" in terminal.wait("> ")
     terminal.interrupt()
     code, shown = terminal.ended()
     assert code == 130 and "Traceback" not in shown
@@ -368,7 +373,7 @@ model.Transformer.forward = forward
 def test_play(ckpt, tmp_path):
     """bugs guarded: a model that takes a square twice, wishes for such moves that are not counted, a wrong
     square that ends the game, the sides swapped, a model that never saw the game"""
-    player = save(tmp_path / "player", token_files.char_tokenizer(tictactoe.CHARS))
+    player = save(tmp_path / "player", token_files.char_tokenizer(game.CHARS))
     typed = stdin(tmp_path, "4\np\n1\nzz\n5\n6\ny\nq\n")
     out, err = run("sample.py", player, "--play", patch=LIKES_LOW_SQUARES + typed)
     assert re.findall(r"the model takes (\d)", out) == ["1", "2"]
@@ -377,8 +382,8 @@ def test_play(ckpt, tmp_path):
     assert [square for square, _, _ in chances] == list("123456789")
     assert [square for square, _, taken in chances if taken] == ["1", "4"]
     assert 99 < sum(float(chance) for _, chance, _ in chances) < 101 and float(chances[0][1]) > 60
-    assert "square 1 is taken; free are 2, 3, 5" in err and "'zz' is no square" in err
-    assert out.endswith("no free square in 1 of its 2 moves\n")
+    assert "square 1 is taken; free are 2, 3, 5" in err and "'zz' is not a square" in err
+    assert out.endswith("not a free square in 1 of its 2 moves\n")
     typed, how = stdin(tmp_path, "p\n"), ["--side=O", "--ask=not_lose"]
     out, _ = run("sample.py", player, "--play", *how, patch=LIKES_LOW_SQUARES + typed)
     assert out.startswith("the model takes 1\n X | 2 | 3") and out.count("then X wins  33.3%") == 9

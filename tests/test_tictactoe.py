@@ -9,88 +9,91 @@ import pytest
 import torch
 from conftest import run
 
-from nanobit.tasks import tictactoe
+from nanobit.tasks import game, tictactoe
 from nanobit.tokenizer import CharTokenizer
 
-TOKENIZER = CharTokenizer({"chars": tictactoe.CHARS})
+TOKENIZER = CharTokenizer({"chars": game.CHARS})
 
 
 class Perfect(torch.nn.Module):
-    """a perfect model of random games, from the game tree: the chances of the next character given the
-    result first"""
+    """A perfect model of random games, from the game tree: the probabilities of the next character after a
+    result and moves."""
 
     def __init__(self):
         super().__init__()
         self.embed = torch.nn.Embedding(1, 1)
 
-    def chance(self, game):
-        """{character: chance} after a game's beginning"""
-        if not game:
-            return tictactoe.chances(tictactoe.EMPTY)
-        board = tictactoe.board_of(game[1:])
-        if tictactoe.result(board):
+    def probabilities(self, text):
+        """Return {character: probability} after the beginning of a game."""
+        if not text:
+            return game.random_play(game.EMPTY)
+        board = game.board_of(text[1:])
+        if game.result(board):
             return {"\n": 1.0}
-        after = {s: tictactoe.chances(tictactoe.place(board, s))[game[0]] for s in tictactoe.free(board)}
+        after = {s: game.random_play(game.place(board, s))[text[0]] for s in game.free(board)}
         total = sum(after.values())
-        return {str(s + 1): chance / total for s, chance in after.items()} if total else {"\n": 1.0}
+        if not total:
+            return {"\n": 1.0}
+        return {str(s + 1): probability / total for s, probability in after.items()}
 
     def forward(self, ids):
-        logits = torch.full((*ids.shape, len(tictactoe.CHARS)), -30.0)
-        for row, game in enumerate(TOKENIZER.decode(line) for line in ids.tolist()):
-            for t in range(len(game)):
-                for char, chance in self.chance(game[1 : t + 1]).items():
-                    logits[row, t, TOKENIZER.ids[char]] = float(np.log(max(chance, 1e-12)))
+        logits = torch.full((*ids.shape, len(game.CHARS)), -30.0)
+        for row, text in enumerate(TOKENIZER.decode(line) for line in ids.tolist()):
+            for t in range(len(text)):
+                for char, probability in self.probabilities(text[1 : t + 1]).items():
+                    logits[row, t, TOKENIZER.ids[char]] = float(np.log(max(probability, 1e-12)))
         return logits
 
 
 def test_known_numbers_of_the_game():
-    """bug guarded: a rule of the game told wrong. 255,168 games, 5,478 positions, and a draw with perfect
-    play are known since long; 58.5, 28.8 and 12.7 % are the results of random play"""
-    boards, games = {tictactoe.EMPTY}, 0
+    """The rules give the known numbers: 255,168 games, 5,478 positions, a draw with perfect play; random play
+    gives 58.5, 28.8 and 12.7 % of wins for X, for O and of draws."""
+    boards, games = {game.EMPTY}, 0
 
     def walk(board):
         nonlocal games
         boards.add(board)
-        if tictactoe.result(board):
+        if game.result(board):
             games += 1
         else:
-            for square in tictactoe.free(board):
-                walk(tictactoe.place(board, square))
+            for square in game.free(board):
+                walk(game.place(board, square))
 
-    walk(tictactoe.EMPTY)
-    assert (games, len(boards), tictactoe.value(tictactoe.EMPTY)) == (255_168, 5_478, 0)
-    assert [round(tictactoe.chances(tictactoe.EMPTY)[r], 3) for r in "XOD"] == [0.585, 0.288, 0.127]
+    walk(game.EMPTY)
+    assert (games, len(boards), game.value(game.EMPTY)) == (255_168, 5_478, 0)
+    assert [round(game.random_play(game.EMPTY)[r], 3) for r in "XOD"] == [0.585, 0.288, 0.127]
 
 
 @pytest.mark.parametrize(
     "ask, side, losses", [("win", "X", 0), ("win", "O", 8.8), ("not_lose", "X", 0), ("not_lose", "O", 0.42)]
 )
 def test_a_perfect_model_reaches_the_limits(ask, side, losses):
-    """bug guarded: limits that come from another rule than the one the model is asked by"""
-    lost = tictactoe.other(side)
-    assert round(100 * tictactoe.limits(ask, side, "random")[lost], 1 if ask == "win" else 2) == losses
+    """A perfect model of random games loses as often as the computed limit, and its moves are legal."""
+    lost = game.OTHER[side]
+    assert round(100 * game.limits(ask, side, "random")[lost], 1 if ask == "win" else 2) == losses
     shares, moved, legal = tictactoe.match(
         Perfect(), TOKENIZER, 0, ask, side, "random", 1500, random.Random(0), {}
     )
-    exact = tictactoe.limits(ask, side, "random")[lost]  # wins and draws depend on how ties are broken, too
+    exact = game.limits(ask, side, "random")[lost]  # wins and draws depend on how ties are broken, too
     assert abs(shares[lost] - exact) < 4 * (max(exact * (1 - exact), 1e-4) / 1500) ** 0.5  # 4 standard errors
     assert sum(shares.values()) == pytest.approx(1)
     assert legal == moved > 1500
 
 
 def test_unmasked_moves_of_a_perfect_model_are_legal():
-    """bug guarded: the end of a game counted as a wrong move, or wrong moves not counted"""
+    """Without a mask the moves of a perfect model are legal, the end of a game is not a move, and an illegal
+    move counts."""
     generator = torch.Generator().manual_seed(0)
     legal, moved = tictactoe.unmasked(Perfect(), TOKENIZER, 0, 50, generator)
     assert legal == moved > 250
     blind = Perfect()
-    blind.chance = lambda game: {"5": 1.0}
+    blind.probabilities = lambda text: {"5": 1.0}
     legal, moved = tictactoe.unmasked(blind, TOKENIZER, 0, 50, generator)
     assert (legal, moved) == (50, 100)
 
 
 def test_a_token_that_is_no_character_is_a_wrong_move():
-    """bug guarded: unused ids of a padded vocabulary that, dropped from a text, move the others' answers"""
+    """An unused id of a padded vocabulary counts as an illegal move, and does not shift the other answers."""
 
     class Padded(Perfect):
         def forward(self, ids):
@@ -99,22 +102,20 @@ def test_a_token_that_is_no_character_is_a_wrong_move():
             unused = torch.where(first, 9.0, -30.0)[:, None, None].expand(*ids.shape, 1)
             return torch.cat((logits, unused), -1)
 
-    found = tictactoe.answers(Padded(), TOKENIZER, 0, ["12", "21"], "win")
-    assert [legal for _, legal in found] == [False, True]
+    answers = tictactoe.answers(Padded(), TOKENIZER, 0, ["12", "21"], "win")
+    assert [legal for _, legal in answers] == [False, True]
     legal, moved = tictactoe.unmasked(Padded(), TOKENIZER, 0, 200, torch.Generator().manual_seed(0))
     assert 0 < legal < moved
 
 
 def test_score_of_a_perfect_model():
-    """bug guarded: wins told as losses, or the share of legal moves from another count than it says"""
-    found, lines = tictactoe.score(Perfect(), TOKENIZER, 0, 100, 0)
-    assert (
-        found["accuracy"] == 1
-        and found["n"] > 500
-        and found["legal_greedy"] == 1
-        and len(found["matches"]) == 8
-    )
-    for row in found["matches"]:
+    """The score reports all eight match-ups, with shares near the limits of a perfect model."""
+    result, lines = tictactoe.score(Perfect(), TOKENIZER, 0, 100, 0)
+    assert result["accuracy"] == 1
+    assert result["n"] > 500
+    assert result["legal_greedy"] == 1
+    assert len(result["matches"]) == 8
+    for row in result["matches"]:
         assert row["wins"] + row["draws"] + row["losses"] == pytest.approx(1)
         exact = row["perfect_model"]["losses"]
         assert abs(row["losses"] - exact) <= 5 * (max(exact * (1 - exact), 1e-4) / 100) ** 0.5
@@ -122,21 +123,27 @@ def test_score_of_a_perfect_model():
 
 
 def test_games_of_the_data_set(tmp_path):
-    """bug guarded: games that go on after a win, a wrong result in front, or the same game in both splits"""
+    """Each game of the data set ends with its first win, begins with its result, and is in one split only."""
     run("prepare/tictactoe.py", "--games=20000", f"--data_dir={tmp_path}")
-    folder, games = tmp_path / "tictactoe", {}
+    folder = tmp_path / "tictactoe"
+    games = {}
     for split in ("train", "val"):
         ids = np.fromfile(folder / f"{split}_00000.bin", "<u2").tolist()
         text = TOKENIZER.decode(ids)
-        assert text[0] == "\n" and text[-1] == "\n"
+        assert text[0] == "\n"
+        assert text[-1] == "\n"
         games[split] = text.strip().split("\n")
-        for game in games[split]:
-            board = tictactoe.board_of(game[1:])
-            assert len(set(game[1:])) == len(game) - 1 == 9 - board.count(".")
-            assert tictactoe.result(board) == game[0] and not tictactoe.result(tictactoe.board_of(game[1:-1]))
+        for line in games[split]:
+            result, moves = line[0], line[1:]
+            board = game.board_of(moves)
+            assert len(set(moves)) == len(moves) == 9 - board.count(".")
+            assert game.result(board) == result
+            assert not game.result(game.board_of(moves[:-1]))
     assert not set(games["train"]) & set(games["val"])
-    assert len(games["train"]) + len(games["val"]) == 20000 and 150 < len(games["val"]) < 800
-    won = sum(game[0] == "X" for game in games["train"]) / len(games["train"])
+    assert len(games["train"]) + len(games["val"]) == 20000
+    assert 150 < len(games["val"]) < 800
+    won = sum(line[0] == "X" for line in games["train"]) / len(games["train"])
     assert abs(won - 0.585) < 0.02
     meta = json.load(open(os.path.join(folder, "meta.json"), encoding="utf-8"))
-    assert meta["task"] == "tictactoe" and meta["tokenizer"]["chars"] == tictactoe.CHARS
+    assert meta["task"] == "tictactoe"
+    assert meta["tokenizer"]["chars"] == game.CHARS

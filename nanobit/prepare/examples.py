@@ -3,25 +3,9 @@ example a line, for each model's own tokenizer."""
 
 import json
 import os
-import signal
-import sys
 
-import config
 from nanobit import cli
 from nanobit.prepare import sources, token_files
-
-
-def load(doc, flags):
-    """the settings of a preparation that has these flags. Exits with 2 where they do not agree."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it: no meta.json, no data set
-    cfg = config.load(sys.argv[1:], doc, flags, only=("data_dir",), check_run=False)
-    faults = [] if cfg.name else ["name = '' is not the name of a folder"]
-    for key in ("repo", "config", "split", "revision"):
-        if cfg.files and cfg.origin[key] != "default":
-            faults.append(f"files = {cfg.files!r} and {key} = {getattr(cfg, key)!r} exclude each other")
-    if faults:
-        cli.fail(*faults)
-    return cfg
 
 
 def file_rows(pattern):

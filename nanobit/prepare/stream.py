@@ -508,8 +508,10 @@ def source_of(script, cfg, flags):
 def prepare_hub(argv, doc, script, defaults):
     """the whole of a script that prepares a data set of the hub: its flags with these defaults, then
     prepare"""
-    flags = {key: (defaults.get(key, default), text) for key, (default, text) in (HUB_FLAGS | FLAGS).items()}
-    cfg = config.load(argv, doc, flags, only=("data_dir",), check_run=False)
+    flags = {
+        key: (defaults.get(key, default), text) for key, (default, text, *_) in (HUB_FLAGS | FLAGS).items()
+    }
+    cfg = config.load(argv, doc, flags, only=("data_dir",))
     if cfg.val_split and cfg.val_fraction:
         fail(
             f"val_split = {cfg.val_split!r} and val_fraction = {cfg.val_fraction} exclude each other: set one"
