@@ -1,12 +1,12 @@
-# additions, subtractions and products of one to three digits, 5M parameters.
-# data: python prepare/arithmetic.py --ops=+-x --digits=3 --train_problems=2000000 --name=arithmetic3
+# Additions, subtractions and products of numbers with one to three digits. 5M parameters.
+# Data: python prepare/arithmetic.py --ops=+-x --digits=3 --train_problems=2000000 --name=arithmetic3
 
 dataset = "arithmetic3"
 prepare = "python prepare/arithmetic.py --ops=+-x --digits=3 --train_problems=2000000 --name=arithmetic3"
-vocab_size = 15  # the characters of a problem
+vocab_size = 15  # one for each character of a problem
 seq_len = 128
 batch_size = 32
-total_batch_size = 4096  # tokens = 32 x 128
+total_batch_size = 4096  # tokens: 32 x 128
 max_steps = 30_000
 
 n_layer = 6
@@ -20,7 +20,6 @@ stage2_lr_ratio = 0.65
 min_lr_ratio = 0.0075
 warmup_steps = 200
 
-log_every = 100
 eval_every = 2500
 eval_tokens = 16384
 sample_every = 2500

@@ -1,40 +1,6 @@
-# the baseline with what trained ternary models best in a small comparison, Muon (docs/results.md): 95,367,936
-# parameters, 70,778,880 of them ternary. not trained at this size. data: python prepare/fineweb_edu.py
+# The baseline with the optimizer that trained ternary models best in a small comparison (docs/results.md).
+# It has not been trained at this size. In the comparison, twice the baseline's rates were better still.
 
-dataset = "fineweb_edu"
-vocab_size = 32000
-seq_len = 256
-batch_size = 16
-total_batch_size = 8192  # tokens = 2 x 16 x 256: two micro-steps
-max_steps = 400_000
+from config.train_baseline_95m import *  # noqa: F403
 
-n_layer = 8
-n_head = 12
-n_kv_head = 6
-n_embd = 768
-ffn_dim = 3072
-tie_embeddings = True
-
-optimizer = "muon"  # at the baseline's rates; in the comparison twice these were better still
-schedule = "two_stage"  # 1.5e-3 -> 1e-3 with decay 0.1, then 1e-3 -> 1.5e-5 without
-warmup_steps = 375
-learning_rate = 1.5e-3
-weight_decay = 0.1
-stage_boundary = 0.5  # step 200,000
-stage2_lr_ratio = 2 / 3
-stage2_weight_decay = 0.0
-min_lr_ratio = 0.01
-beta1 = 0.9
-beta2 = 0.95
-
-log_every = 100
-eval_every = 5000
-sample_every = 5000
-save_every = 10_000  # and at 199,999 and 200,000
-sample_prompts = [
-    "The capital of France is",
-    "Water boils when",
-    "Once upon a time",
-    "The most important thing about mathematics is",
-    "In 1905, Albert Einstein",
-]
+optimizer = "muon"

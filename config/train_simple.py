@@ -1,11 +1,11 @@
-# a ternary model that learns to add: under 1M parameters, minutes on two CPU cores.
-# data: python prepare/arithmetic.py
+# A ternary model that learns to add: under 1M parameters, minutes on two CPU cores.
+# Data: python prepare/arithmetic.py
 
 dataset = "arithmetic"
-vocab_size = 15  # the characters of an addition
+vocab_size = 15  # one for each character of an addition
 seq_len = 64  # about eight problems
 batch_size = 12
-total_batch_size = 768  # tokens = 12 x 64
+total_batch_size = 768  # tokens: 12 x 64
 max_steps = 4000  # many small steps beat few large ones here
 
 n_layer = 2
@@ -19,9 +19,8 @@ stage2_lr_ratio = 0.65
 min_lr_ratio = 0.0075
 warmup_steps = 50
 
-compile = False  # compiling takes longer than it saves in a run this short
+compile = False  # in a run this short, compiling takes longer than it saves
 
-log_every = 100
 eval_every = 500
 eval_tokens = 16384
 sample_every = 500

@@ -1,22 +1,19 @@
-# your own text: 10M parameters in the blocks, and 384 for each token of the vocabulary.
-# data: python prepare/text.py --files='*.txt'
+# Your own text: 10M parameters in the blocks, and 384 for each token of the vocabulary.
+# Data: python prepare/text.py --files='*.txt'
 
 dataset = "text"
 prepare = "python prepare/text.py --files='*.txt'"
-seq_len = 256
 batch_size = 32
-total_batch_size = 8192  # tokens = 32 x 256
-max_steps = 5000  # 41M tokens; more than ten times the tokens of the text only repeat it
+total_batch_size = 8192  # tokens: 32 x 256
+max_steps = 5000  # 41M tokens; more than ten times the tokens of the text is only repetition
 
 n_layer = 6
 n_head = 6
 n_kv_head = 3
 n_embd = 384
 ffn_dim = 1152
-dropout = 0.1  # small texts are seen many times
+dropout = 0.1  # for small texts, which are read many times
 
-learning_rate = 1.5e-3
-stage2_lr_ratio = 2 / 3
 warmup_steps = 200
 
 log_every = 50
@@ -24,4 +21,4 @@ eval_every = 500
 sample_every = 500
 sample_tokens = 128
 save_every = 1000
-patience = 5  # stop where the validation loss has not fallen for 2,500 steps
+patience = 5  # stop when the validation loss has not fallen for 2,500 steps

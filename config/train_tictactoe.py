@@ -1,11 +1,11 @@
-# tic-tac-toe from random games, the result first: ask for a win, or for no loss. 12M parameters.
-# data: python prepare/tictactoe.py
+# Tic-tac-toe from random games, the result first: ask for a win, or for no loss. 12M parameters.
+# Data: python prepare/tictactoe.py
 
 dataset = "tictactoe"
 vocab_size = 13  # the end of a line, X O D, the squares 1 to 9
 seq_len = 64  # about six games
 batch_size = 64
-total_batch_size = 4096  # tokens = 64 x 64
+total_batch_size = 4096  # tokens: 64 x 64
 max_steps = 20_000
 
 n_layer = 4
@@ -14,11 +14,8 @@ n_kv_head = 8
 n_embd = 512
 ffn_dim = 1280
 
-learning_rate = 1.5e-3
-stage2_lr_ratio = 2 / 3
 warmup_steps = 200
 
-log_every = 100
 eval_every = 2000
 eval_tokens = 65536
 sample_every = 2000
