@@ -21,19 +21,13 @@ import os
 import config
 from nanobit.cli import Flag, fail
 
+CKPT = "a run folder, RUN/best (its best evaluation), a step folder, a checkpoint.pt, or an exported folder"
 FLAGS = {
-    "ckpt": Flag(
-        "",
-        "a run folder (its newest checkpoint), RUN/best (its best evaluation), a step folder, a "
-        "checkpoint.pt, or an export for transformers",
-        required=True,
-    ),
+    "ckpt": Flag("", CKPT, required=True),
     "dataset": Flag("", "name of the data set in data_dir; '' = the one that the model was trained on"),
     "split": Flag("val", "val | train"),
     "dtype": Flag("float32", "auto | float32 | bfloat16 | float16: of the matrix products", config.DTYPES),
-    "packed": Flag(
-        True, "integer weights in ternary layers; False = from the float master weights, the same loss"
-    ),
+    "packed": Flag(True, "integer weights in ternary layers; False = float master weights, the same loss"),
     "eval_tokens": Flag(0, "tokens of the loss, spread over the split; 0 = all"),
     "batch_size": Flag(16, "sequences at a time", within="[1, inf)"),
     "games": Flag(2000, "games of each match-up, for tictactoe", within="[1, inf)"),

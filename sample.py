@@ -19,54 +19,29 @@ import sys
 import time
 
 import config
-from nanobit.cli import Flag, fail
+from nanobit.cli import SEED, Flag, fail
 
+CKPT = "a run folder, RUN/best (its best evaluation), a step folder, a checkpoint.pt, or an exported folder"
 FLAGS = {
-    "ckpt": Flag(
-        "",
-        "a run folder (its newest checkpoint), RUN/best (its best evaluation), a step folder, a "
-        "checkpoint.pt, or an export for transformers",
-        required=True,
-    ),
+    "ckpt": Flag("", CKPT, required=True),
     "prompt": Flag(
         "",
-        "the text to continue, as it is: \\n is two characters; - reads it from stdin, and then it may have "
-        "line breaks; with --chat the beginning of the text",
+        "the text to continue, as it is: \\n is two characters; - reads stdin; with --chat the text's beginning",
         not_with="prompt_file play",
         required=True,
         unless="prompt_file chat play",
     ),
-    "prompt_file": Flag(
-        "", "a UTF-8 file with the text to continue; its last newline does not count", not_with="play"
-    ),
-    "max_new_tokens": Flag(
-        256, "tokens to generate at most; in a --chat turn at most half of the context", within="[1, inf)"
-    ),
-    "temperature": Flag(
-        0.8, "0 = greedy, 1 = the probabilities of the model", within="[0, 0] or [0.01, inf)"
-    ),
+    "prompt_file": Flag("", "a UTF-8 file to continue; its last newline does not count", not_with="play"),
+    "max_new_tokens": Flag(256, "most tokens to generate; in a chat half of the context", within="[1, inf)"),
+    "temperature": Flag(0.8, "0 = greedy, 1 = the model's probabilities", within="[0, 0] or [0.01, inf)"),
     "top_k": Flag(0, "draw from the k most likely tokens; 0 = from all"),
-    "top_p": Flag(
-        1.0,
-        "draw from the smallest set of tokens whose total probability reaches this (nucleus); 1 = from all",
-        within="(0, 1]",
-    ),
+    "top_p": Flag(1.0, "draw from the smallest set with this total probability; 1 = all", within="(0, 1]"),
     "num_samples": Flag(1, "texts to generate, with a line --- between them", within="[1, inf)"),
-    "seed": Flag(1337, "another seed draws another text", within="[0, 9223372036854775808)"),
+    "seed": Flag(1337, "another seed draws another text", within=SEED),
     "dtype": Flag("float32", "auto | float32 | bfloat16 | float16: of the matrix products", config.DTYPES),
-    "packed": Flag(
-        True, "integer weights in ternary layers; False = from the float master weights, the same text"
-    ),
-    "head": Flag(
-        "float32",
-        "float32 | bfloat16: of the stored head; bfloat16 halves what a token reads, and rounds logits",
-        ("float32", "bfloat16"),
-    ),
-    "cuda_graph": Flag(
-        False,
-        "on CUDA, replay each token as one graph in place of hundreds of launches; attention then adds in "
-        "another order; not yet tried on a GPU",
-    ),
+    "packed": Flag(True, "integer weights in ternary layers; False = float master weights, the same text"),
+    "head": Flag("float32", "float32 | bfloat16 (half the bytes, rounded logits)", config.DTYPES[1:3]),
+    "cuda_graph": Flag(False, "on CUDA, replay each token as one graph; not yet tried on a GPU"),
     "chat": Flag(False, "write a text in turns; /help lists the commands"),
     "play": Flag(False, "play tic-tac-toe against the model", not_with="chat"),
     "side": Flag("X", "X | O: the side that you play; X begins", ("X", "O"), only_with="play"),
@@ -109,16 +84,12 @@ the model continue.
 
 # the prompt and the model
 
-source = "prompt"
-if cfg.prompt == "-":
-    source = "prompt = '-' (stdin)"
-elif cfg.prompt_file:
-    source = f"prompt_file = {cfg.prompt_file!r}"
+source = f"prompt_file = {cfg.prompt_file!r}" if cfg.prompt_file else "prompt"
 
 
 def read_prompt():
     """Return the text of --prompt or --prompt_file. Exits with 2 if it cannot be read."""
-    if cfg.play or (cfg.prompt != "-" and not cfg.prompt_file):
+    if cfg.prompt != "-" and not cfg.prompt_file:
         return cfg.prompt
     try:
         with open(cfg.prompt_file or 0, encoding="utf-8-sig") as file:  # as prepare/text.py reads a text
@@ -160,9 +131,8 @@ def say(line):
 
 def read_line(shown):
     """Return the next line of stdin, or None at its end; only a terminal shows the prompt."""
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:
-        return input(shown * is_terminal)
+        return input(shown if sys.stdin.isatty() and sys.stdout.isatty() else "")
     except EOFError:
         if sys.stdin.isatty():
             say("")
@@ -191,9 +161,7 @@ def read_message():
 def message_ids(ids, message):
     """Return the ids of a message after ids: on a separate line, as the screen shows it, if the tokenizer has
     line breaks that do not end a text. Raises ValueError if it lacks a character."""
-    encode = tokenizer.encode_on
-    if ids[-1] == bos:
-        encode = tokenizer.encode
+    encode = tokenizer.encode if ids[-1] == bos else tokenizer.encode_on
     try:
         has_lines = eot not in tokenizer.encode("\n")
     except ValueError:
@@ -201,7 +169,7 @@ def message_ids(ids, message):
     if not (message and has_lines):
         return encode(message)
     is_new_line = ids[-1] == bos or tokenizer.decode(ids[-8:]).endswith("\n")
-    return encode("\n" * (not is_new_line) + message + "\n")
+    return encode(("" if is_new_line else "\n") + message + "\n")
 
 
 # what the model writes
@@ -211,9 +179,7 @@ def write_on(ids, max_new_tokens, generator):
     """Generate after ids (a list) and print the text as it comes. ids grows by the new tokens, and at the end
     of a text by the token that begins the next one, which is not printed. Returns (seconds to the first
     token, tokens, seconds for the tokens after the first)."""
-    began = time.perf_counter()
-    first = 0.0
-    made = 0
+    began, first, made = time.perf_counter(), 0.0, 0
     stream = TextStream(tokenizer, ids)
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
     idx = torch.tensor([ids], device=device)
@@ -237,9 +203,7 @@ def write_samples(prompt):
     read = min(len(prompt), context)
     generator = torch.Generator().manual_seed(cfg.seed)
     for number in range(cfg.num_samples):
-        if number:
-            print("---")
-        print(text, end="", flush=True)
+        print(("---\n" if number else "") + text, end="", flush=True)
         prefill_seconds, made, decode_seconds = write_on(list(prompt), cfg.max_new_tokens, generator)
         print(flush=True)
         if read + made - 1 > context:  # the last token is not read
@@ -255,17 +219,15 @@ def chat(ids):
     budget = min(cfg.max_new_tokens, context // 2)
     generator = torch.Generator().manual_seed(cfg.seed)
     has_cut = False
+    if text:
+        print(text, flush=True)
     say(f"at most {budget} tokens a turn, the model sees the last {context}; /help explains, Ctrl-D ends")
     while (message := read_message()) not in (None, "exit", "quit", "/exit", "/quit"):
-        if message == "/reset":
-            ids = [bos]
-            say("the history is empty")
-            continue
-        if message == "/help":
-            say(HELP)
-            continue
         if message.startswith("/") and "\n" not in message:
-            say(f"no command {message}; /help lists them")
+            if message == "/reset":
+                ids = [bos]
+            replies = {"/reset": "the history is empty", "/help": HELP}
+            say(replies.get(message, f"no command {message}; /help lists them"))
             continue
         try:
             ids += message_ids(ids, message)
@@ -293,7 +255,6 @@ with torch.inference_mode(), machine.autocast(device, dtype):
         if cfg.play:
             play(model, tokenizer, eot, cfg.side, cfg.ask, read_line)
         else:
-            print(text + "\n" * bool(text), end="", flush=True)
             chat(prompt)
     except KeyboardInterrupt:
         say("")

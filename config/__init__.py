@@ -1,8 +1,4 @@
-"""
-The checked loader of settings: config/default.py, then the config files, then the flags, wherever they stand.
-
-    cfg = config.load(doc=__doc__)      one object with attributes; cfg.origin[name]: where a value is from
-"""
+"""Load and check settings: config/default.py, then the config files, then the flags, wherever they stand."""
 
 import difflib
 import glob
@@ -11,6 +7,7 @@ import re
 import runpy
 import signal
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 from nanobit import cli, terminal
@@ -30,7 +27,7 @@ RANGES = {  # those of the other numbers: at least 0
     "norm_eps adam_eps log_every",
     "[0, 1)": "beta1 beta2 muon_momentum dropout",
     "(0, 1]": "stage_boundary decay_fraction",
-    "[0, 9223372036854775808)": "seed",
+    cli.SEED: "seed",
 }
 
 
@@ -76,8 +73,11 @@ def with_ratios(settings):
     return settings
 
 
-def run_folder(path):
-    """Return the run folder that a `resume` path lies in. Raises ValueError if it does not exist."""
+def run_settings(path, given, known):
+    """Return (file, known settings) of the run that a `resume` path lies in, without those of one command,
+    and without its length if one is given. Raises ValueError if it is missing or cannot be read."""
+    import json  # here only, so that --help stays quick
+
     folder = os.path.abspath(path)
     if os.path.isfile(folder):  # checkpoint.pt
         folder = os.path.dirname(folder)
@@ -87,16 +87,7 @@ def run_folder(path):
         folder = os.path.dirname(os.path.dirname(folder))
     if not os.path.isdir(folder):
         raise ValueError(f"resume = {path!r} does not exist; give a run folder, or name a config file")
-    return folder
-
-
-def run_settings(path, given):
-    """Return (file, settings) of the run that a `resume` path lies in, without what belongs to one command,
-    and without a length if one is given. Raises ValueError if the run or its settings cannot be read."""
-    import json  # here only, so that --help stays quick
-
-    # the folder may have been moved or renamed since it was written
-    parent, run_id = os.path.split(run_folder(path))
+    parent, run_id = os.path.split(folder)  # it may have been moved or renamed since
     out_dir = parent.removeprefix(os.getcwd() + os.sep)
     source = os.path.join(out_dir, run_id, "config.json")
     lengths = {"max_steps", "total_tokens"}
@@ -118,29 +109,33 @@ def run_settings(path, given):
         left_out |= lengths
     elif values.get("total_tokens"):  # max_steps was derived from it
         left_out.add("max_steps")
-    values = {name: value for name, value in values.items() if name not in left_out}
-    return source, values | dict(out_dir=out_dir, run_id=run_id)
+    values |= dict(out_dir=out_dir, run_id=run_id)
+    return source, {name: value for name, value in values.items() if name in known and name not in left_out}
 
 
-def file_fault(path):
-    """Return what is wrong with a config file before it is read, with the remedy, or ''."""
-    if os.path.isfile(path):
-        if path.endswith(".py"):
-            return ""
-        fault = f"config file {path} is not Python: expected NAME.py with lines such as max_steps = 100"
-        if os.path.basename(path) == "config.json":
-            fault += f"; --resume={os.path.dirname(path) or '.'} takes the settings of that run"
-        return fault
-    if os.path.isdir(path):
-        return f"{path} is a folder, not a config file; if it is a run: --resume={path}"
-    if "=" in path:
-        return f"{path} is not a file; did you mean --{path}?"
-    fault = f"config file {path} does not exist"
+def read_file(path):
+    """Return (path, settings) of a config file. Raises ValueError if it is missing or cannot be run."""
     here = os.path.join(ROOT, path)
-    if os.path.isfile(here):
-        return f"{fault}: paths are relative to the current folder; first cd {ROOT}, or give {here}"
     near = difflib.get_close_matches(path, glob.glob("config/train_*.py"), n=1, cutoff=0.4)
-    return f"{fault}; did you mean {near[0]}?" if near else fault
+    fault = "does not exist"
+    if os.path.isfile(path) and path.endswith(".py"):
+        try:
+            return path, assignments(path)
+        except Exception as error:  # the file is the user's own code: whatever it raises is its fault
+            fault = f"cannot be read: {type(error).__name__}: {error}"
+    elif os.path.isfile(path) and os.path.basename(path) == "config.json":
+        fault = f"is not Python; --resume={os.path.dirname(path) or '.'} takes the settings of that run"
+    elif os.path.isfile(path):
+        fault = "is not Python: expected NAME.py with lines such as max_steps = 100"
+    elif os.path.isdir(path):
+        fault = f"is a folder; if it is a run: --resume={path}"
+    elif "=" in path:
+        fault = f"is not a file; did you mean --{path}?"
+    elif os.path.isfile(here):
+        fault += f": paths are relative to the current folder; first cd {ROOT}, or give {here}"
+    elif near:
+        fault += f"; did you mean {near[0]}?"
+    raise ValueError(f"config file {path} {fault}")
 
 
 def path_fault(path, flags):
@@ -153,57 +148,28 @@ def path_fault(path, flags):
     return f"{path}: this script takes no file, only flags; {remedy}"
 
 
-def read_layers(paths, given, known, faults):
-    """Return [(file, {name: value})] of the config files, or else of the run that --resume names. Adds what
-    cannot be read to faults."""
-    layers = []
-    texts = {name: text for name, text, _ in given}
-    if not paths and texts.get("resume", "") not in ("", "auto"):
-        try:
-            source, values = run_settings(texts["resume"], texts.keys())
-            layers.append((source, {name: value for name, value in values.items() if name in known}))
-        except ValueError as error:
-            faults.append(str(error))
-    for path in paths:
-        if fault := file_fault(path):
-            faults.append(fault)
-            continue
-        try:
-            values = assignments(path)
-        except Exception as error:  # the file is the user's own code: whatever it raises is its fault
-            faults.append(f"config file {path}: {type(error).__name__}: {error}")
-            continue
-        layers.append((path, {name: values[name] for name in sorted(values, key=RATIOS.__contains__)}))
-    return layers
-
-
 def put(cfg, known, name, value, source):
-    """Set one setting. Returns what is wrong with it, or ''."""
+    """Set one setting. Raises ValueError or TypeError if there is no such setting, or its type is another."""
     if RATIOS.get(name) in known:
-        fault = f"{source}: {name} is now {RATIOS[name]} = {name} / learning_rate"
+        fault = f"{name} is now {RATIOS[name]} = {name} / learning_rate"
         if isinstance(value, (int, float)) and cfg.learning_rate:
             fault += f"; here {value / cfg.learning_rate:.6g}"
-        return fault
+        raise ValueError(fault)
     if name not in known:
-        return f"{source}: {cli.unknown(name, known)}"
-    try:
-        setattr(cfg, name, coerce(name, value, type(known[name].default)))
-    except TypeError as error:
-        return f"{source}: {error}"
+        raise ValueError(cli.unknown(name, known))
+    setattr(cfg, name, coerce(name, value, type(known[name].default)))
     cfg.origin[name] = source
-    return ""
 
 
 def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=False):
-    """Return the settings of a command line: an object with attributes and `origin`, {name: source}.
+    """Return the settings of a command line: an object with attributes and `origin`, {name: source}. Exits
+    with 2 and one `error:` line per fault; with --help, prints `doc` and all settings and exits with 0.
 
-    argv: None = of this program; then Ctrl-C and an output that cannot be written end it from now on.
-    flags: {name: Flag} of the script itself; they shadow a setting of the same name.
-    only: names of the settings that this script takes, none of them from files; None = those of a run, all.
-    derive: a function of cfg that may change it before the settings are compared, and returns faults.
-    takes_paths: keep the arguments that are not flags as cfg.paths.
-
-    Exits with 2 and one `error:` line per fault. --help prints `doc` and all settings, and exits with 0.
+    argv: None = of this program; then Ctrl-C and an output that cannot be written end it from now on. flags:
+    {name: Flag} of the script itself; they shadow a setting of the same name. only: names of the settings
+    that this script takes, none of them from files; None = those of a run, all. derive: a function of cfg
+    that may change it before the settings are compared, and returns faults. takes_paths: keep the arguments
+    that are not flags as cfg.paths.
     """
     if argv is None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -222,39 +188,49 @@ def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=Fals
     cfg = SimpleNamespace(**{name: flag.default for name, flag in known.items()})
     cfg.origin = dict.fromkeys(known, "default")
     paths, given, faults = cli.split(argv, known)
-    layers = []
     if takes_paths:
-        cfg.paths = paths
-    elif only is None:
-        layers = read_layers(paths, given, known, faults)
-    elif paths:
-        faults.append(path_fault(paths[0], flags))
+        cfg.paths, paths = paths, []
+    elif only is not None and paths:
+        faults.append(path_fault(paths.pop(), flags))
+    readers = [partial(read_file, path) for path in paths]
+    texts = {name: text for name, text, _ in given}
+    if only is None and not paths and texts.get("resume", "") not in ("", "auto"):
+        readers.append(partial(run_settings, texts["resume"], texts.keys(), known))
+    layers = []
+    for reader in readers:
+        try:
+            layers.append(reader())
+        except ValueError as error:
+            faults.append(str(error))
+    is_read = len(layers) == len(readers)
     types = {name: type(flag.default) for name, flag in known.items()}
     # a former rate is compared with the learning_rate beside it, which comes first
     for name, text, arg in sorted(given, key=lambda row: row[0] in RATIOS):
         layers.append((arg, {name: cli.parse(text, types.get(name))}))
     for source, values in layers:
-        faults += filter(None, [put(cfg, known, name, value, source) for name, value in values.items()])
+        for name in sorted(values, key=RATIOS.__contains__):
+            try:
+                put(cfg, known, name, values[name], source)
+            except (TypeError, ValueError) as error:
+                faults.append(f"{source}: {error}")
     faults += cli.check(cfg, known)
     if derive:
         faults += derive(cfg)
-    if only is None and not any(map(file_fault, paths)):
+    if only is None and is_read:
         file = os.path.basename((paths or ["default"])[-1])
         cfg.run_id = cfg.run_id or os.path.splitext(file)[0]
         faults += take_shape(cfg)
         faults += contradictions(cfg)
         if not (faults or cfg.max_steps):
-            faults.append(
-                "the run has no length; name a config file (config/train_simple.py) or set max_steps"
-            )
+            faults.append("the run has no length; name a config file (config/train_simple.py) or --max_steps")
     if faults:
         fail(*faults)
     return cfg
 
 
 def take_shape(cfg):
-    """Give the shape settings that nobody has set the values of the Llama whose folder init_from names; what
-    was set is compared when its weights are read. Returns faults."""
+    """Give shape settings at their defaults the values of the Llama whose folder init_from names; the others
+    are compared when its weights are read. Returns faults."""
     from nanobit.export import llama  # which imports this module
 
     if not cfg.init_from or not llama.is_folder(cfg.init_from):
@@ -287,17 +263,15 @@ def shape_faults(cfg):
 
 
 def divide_batch(cfg):
-    """Derive cfg.total_batch_size (tokens) and cfg.accumulation (micro-steps per step); yield the fault of a
-    remainder."""
+    """Derive cfg.total_batch_size (tokens) and cfg.accumulation (micro-steps); yield the fault of a rest."""
     micro = cfg.batch_size * cfg.seq_len * WORLD
     total = cfg.total_batch_size or micro
     cfg.total_batch_size = total
     cfg.accumulation, rest = divmod(total, micro)
     if not rest:
         return
-    product = f"batch_size {cfg.batch_size} x seq_len {cfg.seq_len}"
-    if WORLD > 1:
-        product += f" x {WORLD} devices"
+    devices = f" x {WORLD} devices" if WORLD > 1 else ""
+    product = f"batch_size {cfg.batch_size} x seq_len {cfg.seq_len}{devices}"
     remedy = f"use {max(1, round(total / micro)) * micro}"
     sequences, rest = divmod(total, cfg.seq_len * WORLD)
     if not rest:
@@ -307,10 +281,8 @@ def divide_batch(cfg):
 
 
 def contradictions(cfg):
-    """Yield all contradictions among the settings of a run; derive cfg.max_steps, total_batch_size and
-    accumulation."""
-    sizes = (cfg.batch_size, cfg.seq_len, cfg.n_embd, cfg.n_head, cfg.n_kv_head)
-    if min(sizes) > 0 and cfg.total_batch_size >= 0:
+    """Yield all contradictions among the settings of a run; derive max_steps and those of divide_batch."""
+    if min(cfg.batch_size, cfg.seq_len, cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.total_batch_size + 1) > 0:
         yield from shape_faults(cfg)
         yield from divide_batch(cfg)
     if cfg.dtype == "float16" and (cfg.n_expert or cfg.fsdp):

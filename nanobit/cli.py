@@ -28,6 +28,7 @@ out:out_dir init:init_from temp:temperature start:prompt num_tokens:max_new_toke
 ALIASES = dict(pair.split(":") for pair in ALIASES.split())
 LOWER = {"[": (operator.ge, "at least"), "(": (operator.gt, "more than")}
 UPPER = {"]": (operator.le, "at most"), ")": (operator.lt, "less than")}
+SEED = "[0, 9223372036854775808)"  # what torch takes: less than 2^63
 on_fail = []  # functions that fail() hands its faults to, as one text, before it exits
 LAUNCHER = {}  # what torchrun says about this process: facts, not settings
 if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -32,7 +32,7 @@ FLAGS = {
         2, "digits of an operand, at most; shorter ones occur too, less often", within="[1, 9]"
     ),
     "name": cli.Flag("arithmetic", "name of the data set"),
-    "seed": cli.Flag(1337, "another seed draws other problems"),
+    "seed": cli.Flag(1337, "another seed draws other problems", within=cli.SEED),
     "train_problems": cli.Flag(200000, "lines of the train split, drawn with replacement", within="[1, inf)"),
     "val_problems": cli.Flag(
         2000, "held-out problems, each once; fewer if there are fewer", within="[1, inf)"

@@ -26,7 +26,7 @@ from nanobit.tasks.game import CHARS, LINES, RESULTS
 
 FLAGS = {
     "name": cli.Flag("tictactoe", "name of the data set"),
-    "seed": cli.Flag(1337, "another seed draws other games"),
+    "seed": cli.Flag(1337, "another seed draws other games", within=cli.SEED),
     "games": cli.Flag(2_000_000, "games in all, drawn with replacement", within="[1000, inf)"),
     "val_fraction": cli.Flag(0.02, "share of the different games that is held out", within="(0, 1)"),
 }

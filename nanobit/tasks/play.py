@@ -29,26 +29,21 @@ def ask_square(model, tokenizer, eot, moves, ask, read_line):
     print(game.draw(board), flush=True)
     while True:
         line = read_line(f"{game.to_move(board)} takes (p: the model's probabilities, q: end) ")
-        if line is None or line.strip().lower() == "q":
-            return ""
-        line = line.strip().lower()
-        if line in squares:
-            return line
+        line = "q" if line is None else line.strip().lower()
+        if line in squares or line == "q":
+            return line.replace("q", "")
         if line == "p":
             show_probabilities(model, tokenizer, eot, moves, ask)
         elif line in list("123456789"):
-            print(f"square {line} is taken; free are {', '.join(squares)}", file=sys.stderr, flush=True)
+            print(f"square {line} is taken; free are {', '.join(squares)}", file=sys.stderr)
         else:
-            expected = f"type one of {', '.join(squares)}, p or q"
-            print(f"{line!r} is not a square; {expected}", file=sys.stderr, flush=True)
+            print(f"{line!r} is not a square; type one of {', '.join(squares)}, p or q", file=sys.stderr)
 
 
 def play(model, tokenizer, eot, side, ask, read_line):
     """Play games until the user ends them; the model takes the free square that it likes best. read_line: a
     function that shows a prompt and returns the user's line, or None at the end."""
-    asked = 0
-    illegal = 0
-    moves = ""
+    moves, asked, illegal = "", 0, 0
     while True:
         board = game.board_of(moves)
         result = game.result(board)
@@ -71,5 +66,4 @@ def play(model, tokenizer, eot, side, ask, read_line):
             moves += str(square + 1)
             print(f"the model takes {square + 1}")
     if asked:
-        share = f"{illegal} of its {asked} moves"
-        print(f"the model's most likely token was not a free square in {share}", flush=True)
+        print(f"the model's most likely token was not a free square in {illegal} of its {asked} moves")

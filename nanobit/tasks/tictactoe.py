@@ -75,8 +75,7 @@ def match(model, tokenizer, eot, ask, side, opponent, n, rng, seen):
     again and again."""
     games = [""] * n
     ended = dict.fromkeys(RESULTS, 0)
-    moved = 0
-    legal = 0
+    moved, legal = 0, 0
     for turn in "XOXOXOXOX":
         if turn == side:
             new = sorted(set(games) - seen.keys())
@@ -103,8 +102,7 @@ def unmasked(model, tokenizer, eot, n, generator):
     device = model.embed.weight.device
     ids = torch.full((n, 1), eot)
     boards = [game.EMPTY] * n
-    legal = 0
-    moved = 0
+    legal, moved = 0, 0
     for ply in range(10):
         logits = model(ids.to(device))[:, -1].float().cpu()
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -138,9 +136,7 @@ def score(model, tokenizer, eot, games, seed):
         f"{'ask':8}  {'as':2}  {'against':7}  {'wins':>15}  {'draws':>15}  {'losses':>15}",
     ]
     rng = random.Random(seed)
-    matches = []
-    moved = 0
-    legal = 0
+    matches, moved, legal = [], 0, 0
     seen = {ask: {} for ask in ASKS}
     match_ups = [(ask, side, opponent) for ask in ASKS for side in "XO" for opponent in OPPONENTS]
     with progress("matches", len(match_ups)) as bar:
