@@ -26,7 +26,7 @@ FLAGS = {
     "ckpt": Flag("", CKPT, required=True),
     "prompt": Flag(
         "",
-        "the text to continue, as it is: \\n is two characters; - reads stdin; with --chat the text's beginning",
+        "the text to continue, as it is: \\n is two characters; - reads stdin; with --chat, the start",
         not_with="prompt_file play",
         required=True,
         unless="prompt_file chat play",

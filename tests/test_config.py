@@ -1,4 +1,4 @@
-"""config/: what a command line may say, and what it is told when it is wrong."""
+"""config/: which command lines are accepted, and which errors the others get."""
 
 import glob
 import json
@@ -17,7 +17,7 @@ from nanobit import cli, schedule
 
 
 def faults(capsys, *argv):
-    """the error lines of a command line that must end with exit code 2"""
+    """Return the error lines of a command line that must end with exit code 2."""
     with pytest.raises(SystemExit) as stop:
         config.load(list(argv))
     assert stop.value.code == 2
@@ -27,22 +27,25 @@ def faults(capsys, *argv):
 
 
 def test_order_is_default_file_flag_wherever_it_stands():
-    """bug guarded: nanoGPT's flag before a config file loses to the file"""
+    """A flag overrides a config file, which overrides default.py, in whatever order they are written."""
     cfg = config.load(["--n-layer=5", "config/train_simple.py", "--n_head", "8", "--n_kv_head=8"])
     assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.beta1) == (5, 8, 128, 0.9)
-    assert cfg.origin["n_layer"] == "--n-layer=5" and cfg.origin["n_embd"] == "config/train_simple.py"
-    assert cfg.origin["beta1"] == "default" and cfg.run_id == "train_simple"
+    assert cfg.origin["n_layer"] == "--n-layer=5"
+    assert cfg.origin["n_embd"] == "config/train_simple.py"
+    assert cfg.origin["beta1"] == "default"
+    assert cfg.run_id == "train_simple"
 
 
 def test_values_take_the_type_of_the_default():
-    """bugs guarded: --learning_rate=1 and --max_steps=1e5 die, a run named 123 becomes a number"""
+    """A value takes the type of the setting's default: 1 becomes 1.0, 1e5 an int, and the name 123 a
+    string."""
     cfg = config.load(
         ["--max_steps=1e5", "--learning_rate=1", "--run_id=123", "--sample_prompts=['a=b', 'c']"]
     )
     assert (cfg.max_steps, cfg.learning_rate, cfg.run_id) == (100000, 1.0, "123")
-    assert (
-        type(cfg.max_steps) is int and type(cfg.learning_rate) is float and cfg.sample_prompts == ["a=b", "c"]
-    )
+    assert type(cfg.max_steps) is int
+    assert type(cfg.learning_rate) is float
+    assert cfg.sample_prompts == ["a=b", "c"]
     for text, want in (("--no-ternary", False), ("--ternary", True), ("--ternary=false", False)):
         assert config.load(["--max_steps=1", text]).ternary is want
     assert config.load(["--max_steps=1", "--ternary", "False"]).ternary is False
@@ -91,7 +94,7 @@ def test_values_take_the_type_of_the_default():
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(capsys, argv, says):
-    """bug guarded: a bare AssertionError, or no word at all"""
+    """An error names the setting, its value, and what is expected or near."""
     errors = "\n".join(faults(capsys, "--max_steps=10", *argv))
     for text in says:
         assert text in errors, errors
@@ -99,25 +102,25 @@ def test_a_wrong_setting_is_named_with_its_value(capsys, argv, says):
 
 @pytest.mark.parametrize("argv", [["--lr", "1e-3"], ["--dropout", "=", "0.1"], ["--run_id=", "x"]])
 def test_a_value_is_not_taken_for_a_config_file(capsys, argv):
-    """bug guarded: a second error line, on a config file 1e-3 that nobody named"""
+    """The value of an unknown or misspelled flag is not reported as a missing config file."""
     assert len(faults(capsys, "--max_steps=10", *argv)) == 1
 
 
 def test_a_remedy_works_as_it_is_shown(capsys):
-    """bug guarded: a list without quotes, of which a shell makes two words"""
+    """The flag that an error suggests can be pasted into a shell."""
     (error,) = faults(capsys, "--max_steps=10", "--sample_prompts=a")
     flag = re.search(r"--sample_prompts=\S+ \S+?(?=,)", error)[0]
     assert config.load(["--max_steps=10", *shlex.split(flag)]).sample_prompts == ["a", "b"]
 
 
 def test_names_of_other_projects_lead_to_settings():
-    """bug guarded: an alias of a setting that was renamed"""
+    """Every alias from another project leads to a setting that exists."""
     of_sample = {"prompt", "temperature", "max_new_tokens"}
     assert set(cli.ALIASES.values()) <= config.assignments(config.DEFAULT).keys() | of_sample
 
 
 def test_all_faults_are_reported_at_once(capsys):
-    """bug guarded: one fault per attempt"""
+    """All faults of a command line are reported together."""
     assert len(faults(capsys, "--lr=1", "--n_layer=x", "nowhere.py")) == 3
     assert len(faults(capsys, "--lr=1", "--n_head=5", "--dtype=x", "--n_embd=64")) == 4
     errors = faults(capsys, "--max_steps=10", "--schedule=x", "--dtype=y", "--n_head=5", "--n_kv_head=2")
@@ -125,41 +128,43 @@ def test_all_faults_are_reported_at_once(capsys):
 
 
 def test_a_config_file_is_checked_too(capsys, tmp_path):
-    """bug guarded: nanoGPT takes a mistyped name in a config file without a word"""
+    """Names, types and syntax of a config file are checked as those of flags."""
     path = tmp_path / "mine.py"
     path.write_text("n_layr = 2\n_scratch = 1\nimport math\nmax_steps = '5'\n")
     errors = faults(capsys, str(path))
-    assert len(errors) == 2 and "did you mean n_layer" in errors[0] and "max_steps must be int" in errors[1]
+    assert len(errors) == 2
+    assert "did you mean n_layer" in errors[0]
+    assert "max_steps must be int" in errors[1]
     path.write_text("max_steps = = 5\n")
     assert "SyntaxError" in faults(capsys, str(path))[0]
 
 
 def test_a_file_that_is_not_python_is_refused(capsys, tmp_path):
-    """bug guarded: JSON, which is valid Python, read without effect"""
+    """A JSON file, which Python would read without effect, is refused with the remedy."""
     path = tmp_path / "config.json"
     path.write_text('{"max_steps": 10}')
     (error,) = faults(capsys, str(path))
-    assert "is not Python" in error and f"--resume={tmp_path} takes the settings of that run" in error
+    assert "is not Python" in error
+    assert f"--resume={tmp_path} takes the settings of that run" in error
 
 
 def test_a_config_file_may_begin_with_another(tmp_path):
-    """rule: `from config.NAME import *` works in a config file of any folder"""
+    """`from config.NAME import *` works in a config file of any folder."""
     (tmp_path / "mine.py").write_text("from config.train_simple import *\nn_layer = 3\n")
     cfg = config.load([str(tmp_path / "mine.py")])
     assert (cfg.n_layer, cfg.n_embd, cfg.max_steps) == (3, 128, 4000)
 
 
 def test_from_another_folder_the_place_of_a_config_is_named(capsys, tmp_path, monkeypatch):
-    """bug guarded: a file that "does not exist", although the user sees it"""
+    """From another folder, the error for a shipped config file gives its full path."""
     monkeypatch.chdir(tmp_path)
     (error,) = faults(capsys, "config/train_simple.py")
-    assert "relative to the current folder" in error and error.endswith(
-        os.path.join(ROOT, "config/train_simple.py")
-    )
+    assert "relative to the current folder" in error
+    assert error.endswith(os.path.join(ROOT, "config/train_simple.py"))
 
 
 def test_every_setting_is_documented_and_typed():
-    """bug guarded: a setting without a comment, which --help cannot explain, or with None for a default"""
+    """Every setting of default.py has a comment, and a default that is not None."""
     values = config.assignments(config.DEFAULT)
     rows = {name: flag for section in config.sections().values() for name, flag in section.items()}
     assert list(rows) == list(values)
@@ -168,7 +173,7 @@ def test_every_setting_is_documented_and_typed():
 
 
 def test_help_names_every_setting():
-    """bug guarded: --help that needs torch, a terminal, or a valid command line"""
+    """--help needs no torch, no terminal and no valid command line, and lists every setting."""
     for script in ("train.py", "bench.py", "sample.py", "evaluate.py", "prepare/arithmetic.py"):
         out, _ = run(script, "--help", "--nonsense")
         assert "python " + script in out and "--seed=" in out or script == "evaluate.py"
@@ -208,7 +213,7 @@ ONE_ULP = {("train_simple", 1.3e-3), ("train_arithmetic", 1.3e-3), ("train_dense
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_the_ratios_are_the_former_rates(path):
-    """bug guarded: a config that trains at other rates than those it was measured with"""
+    """The shipped configs train at the rates that they were measured with."""
     cfg = config.load([path])
     peak, *former = FORMER[cfg.run_id]
     assert cfg.learning_rate == peak
@@ -218,7 +223,7 @@ def test_the_ratios_are_the_former_rates(path):
 
 
 def test_former_rates_are_refused_with_their_ratio(capsys, tmp_path):
-    """bugs guarded: a rate taken for a fraction; a fraction of another learning_rate than the file's"""
+    """A rate of a former setting is refused with its fraction of the learning_rate beside it."""
     path = tmp_path / "mine.py"
     path.write_text("max_steps = 10\nstage2_lr = 1.3e-3\nlearning_rate = 2e-3\n")
     (error,) = faults(capsys, str(path), "--learning_rate=1")
@@ -238,16 +243,17 @@ def test_former_rates_are_refused_with_their_ratio(capsys, tmp_path):
     ],
 )
 def test_saved_rates_become_ratios_if_nothing_is_lost(peak, rate, ratio, is_kept):
-    """bugs guarded: a rate of a former run that is another float; one that is forgotten"""
+    """Rates of a former run become ratios; a rate stays if its ratio does not give the same float."""
     found = config.with_ratios(dict(learning_rate=peak, min_lr=rate, n_layer=2))
-    assert found["min_lr_ratio"] == pytest.approx(ratio) and found["n_layer"] == 2
+    assert found["min_lr_ratio"] == pytest.approx(ratio)
+    assert found["n_layer"] == 2
     assert found.get("min_lr") == (rate if is_kept else None)
     assert is_kept or found["min_lr_ratio"] * peak == rate
     assert config.with_ratios(found) == found, "what has ratios stays as it is"
 
 
 def write_run(folder, **changes):
-    """a run's config.json, in the folder that it has been moved to; the folder of a step in it"""
+    """Write the config.json of a run that was moved to this folder; return the folder of a step in it."""
     values = config.settings_of(config.load(["config/train_simple.py", "--seed=7"])) | changes
     os.makedirs(folder / "checkpoints" / "step_000010")
     settings = {name: dict(value=value, origin="x") for name, value in values.items()}
@@ -265,7 +271,8 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path, capsys):
         cfg = config.load([f"--resume={path}", "--dropout=0.5"])
         assert (cfg.run_id, cfg.out_dir, cfg.init_from, cfg.resume) == ("moved", str(tmp_path), "", str(path))
         assert (cfg.seed, cfg.n_embd, cfg.dropout, cfg.max_steps) == (7, 128, 0.5, 4000)
-        assert cfg.origin["seed"].endswith("moved/config.json") and cfg.origin["dropout"] == "--dropout=0.5"
+        assert cfg.origin["seed"].endswith("moved/config.json")
+        assert cfg.origin["dropout"] == "--dropout=0.5"
     assert config.load(["--resume", str(step), "--run_id=branch"]).run_id == "branch"
     # a config file gives the settings instead
     assert config.load(["config/train_text.py", f"--resume={step}"]).seed == 1337
@@ -280,7 +287,7 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path, capsys):
 
 
 def test_the_best_step_is_resumed_with_the_settings_of_its_run(tmp_path):
-    """rule: --resume=RUN/best takes the settings of RUN; a run that is named best is a run"""
+    """--resume=RUN/best takes the settings of RUN; a run that is named best is a run."""
     write_run(tmp_path / "r")
     assert config.load([f"--resume={tmp_path}/r/best"]).run_id == "r"
     write_run(tmp_path / "best")
@@ -288,34 +295,36 @@ def test_the_best_step_is_resumed_with_the_settings_of_its_run(tmp_path):
 
 
 def test_what_belongs_to_one_command_is_not_repeated(tmp_path):
-    """rule: a resumed run does not verify its data again because its first command did"""
+    """A resumed run does not verify its data again because its first command did."""
     write_run(tmp_path / "r", verify_data=True)
     assert config.load([f"--resume={tmp_path}/r"]).verify_data is False
 
 
 @pytest.mark.parametrize("content", ["", "null", "{}", '{"settings": {"seed": 7}}', "[" * 100_000, None])
 def test_a_run_without_its_settings_is_named_with_the_way_out(tmp_path, capsys, content):
-    """rule: if the settings of a run cannot be read, one fault names the file and how to resume"""
+    """If the settings of a run cannot be read, one fault names the file and how to resume."""
     write_run(tmp_path / "r")
     os.remove(tmp_path / "r" / "config.json")
     if content is not None:
         (tmp_path / "r" / "config.json").write_text(content)
     (error,) = faults(capsys, f"--resume={tmp_path}/r")
-    assert f"{tmp_path}/r/config.json cannot be read (" in error and "with --resume=auto" in error
+    assert f"{tmp_path}/r/config.json cannot be read (" in error
+    assert "with --resume=auto" in error
 
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_half_the_batch_size_is_the_same_experiment(path):
-    """bug guarded: the advice for a full memory trains half as many tokens"""
+    """Half the batch_size changes nothing but the accumulation."""
     cfg = config.load([path])
     half = config.load([path, f"--batch_size={cfg.batch_size // 2}"])
     differs = {name for name in vars(cfg) if getattr(cfg, name) != getattr(half, name)} - {"origin"}
-    assert differs == {"batch_size", "accumulation"} and half.accumulation == 2 * cfg.accumulation
+    assert differs == {"batch_size", "accumulation"}
+    assert half.accumulation == 2 * cfg.accumulation
 
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_shipped_config_builds(path):
-    """bug guarded: a config that no longer loads, or whose model is not the one that its text promises"""
+    """Every shipped config loads, and its model has the size that its text states."""
     cfg = config.load([path])
     cfg.vocab_size = cfg.vocab_size or 4096
     with torch.device("meta"):
@@ -327,37 +336,45 @@ def test_the_other_two_systems_are_the_plan():
     cfg = config.load(["config/train_dense_300m.py"])
     plan = dict(max_steps=100_000, total_batch_size=512 * 2048, warmup_steps=2000, dropout=0.1, n_kv_head=16)
     plan |= dict(eval_every=1000, save_every=10_000, weight_decay=0.1, grad_clip=1.0, adam_eps=1e-8)
-    assert {key: getattr(cfg, key) for key in plan} == plan and cfg.patience > 0 and not cfg.ternary
-    assert schedule.lr(cfg, 1999) == 6e-4 and abs(schedule.lr(cfg, 99_999) - 6e-5) < 1e-9
+    assert {key: getattr(cfg, key) for key in plan} == plan
+    assert cfg.patience > 0
+    assert not cfg.ternary
+    assert schedule.lr(cfg, 1999) == 6e-4
+    assert abs(schedule.lr(cfg, 99_999) - 6e-5) < 1e-9
     with torch.device("meta"):
         assert Transformer(cfg).embed.weight.shape == (50_304, 1024)
     cfg = config.load(["config/train_moe_500m.py"])
     with torch.device("meta"):
         counts = Transformer(cfg).counts()
     idle = 12 * 6 * 3 * 768 * 2048
-    assert counts["active"] == counts["total"] - idle == 166_226_688 and counts["ternary"] == 0
-    assert cfg.max_steps == -(-10_000_000_000 // cfg.total_batch_size) and cfg.keep_last == 3
-    assert schedule.lr(cfg, 999) == 1e-3 and schedule.final_rates(cfg)[1] == 1e-4
+    assert counts["active"] == counts["total"] - idle == 166_226_688
+    assert counts["ternary"] == 0
+    assert cfg.max_steps == -(-10_000_000_000 // cfg.total_batch_size)
+    assert cfg.keep_last == 3
+    assert schedule.lr(cfg, 999) == 1e-3
+    assert schedule.final_rates(cfg)[1] == 1e-4
 
 
 def test_baseline_is_the_plan():
-    """bug guarded: a number of the plan that drifts"""
+    """The baseline has the numbers of its plan, and train_best_95m differs in the optimizer only."""
     cfg = config.load(["config/train_baseline_95m.py"])
     plan = dict(max_steps=400_000, accumulation=2, total_batch_size=8192, warmup_steps=375, log_every=100)
     plan |= dict(eval_every=5000, sample_every=5000, save_every=10_000, seq_len=256, batch_size=16)
     assert {key: getattr(cfg, key) for key in plan} == plan
     assert schedule.boundary_steps(cfg) == {199_999, 200_000}
-    assert schedule.lr(cfg, 374) == 1.5e-3 and schedule.lr(cfg, 200_000) == 1e-3
+    assert schedule.lr(cfg, 374) == 1.5e-3
+    assert schedule.lr(cfg, 200_000) == 1e-3
     assert abs(schedule.lr(cfg, 399_999) - 1.5e-5) < 1e-8
-    assert schedule.weight_decay(cfg, 199_999) == 0.1 and schedule.weight_decay(cfg, 200_000) == 0
+    assert schedule.weight_decay(cfg, 199_999) == 0.1
+    assert schedule.weight_decay(cfg, 200_000) == 0
     best = config.load(["config/train_best_95m.py"])
     differs = {name for name in vars(cfg) if getattr(cfg, name) != getattr(best, name)} - {"origin"}
-    assert differs == {"run_id", "optimizer"} and best.optimizer == "muon"
+    assert differs == {"run_id", "optimizer"}
+    assert best.optimizer == "muon"
 
 
 def test_a_cuda_device_has_its_number(monkeypatch):
-    """bugs guarded: `auto` on one GPU gives a device without an index, which set_device refuses; kernels of
-    our own that go to another card than the tensors"""
+    """A CUDA device always has an index, and it is the current device."""
     from nanobit import machine
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -383,7 +400,7 @@ def test_a_cuda_device_has_its_number(monkeypatch):
     ],
 )
 def test_a_path_without_its_flag_is_explained(tmp_path, monkeypatch, capsys, flag, given, hint):
-    """rule: a command that is given a path alone names the flag for it, if there is such a file or run"""
+    """A path alone is answered with the flag for it, if there is such a file or run."""
     os.makedirs(tmp_path / "runs" / "demo")
     (tmp_path / "a.txt").touch()
     monkeypatch.chdir(tmp_path)

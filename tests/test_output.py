@@ -1,4 +1,4 @@
-"""A run does not die of its own output: closed terminals, readers that end, full disks, encodings."""
+"""A run survives what happens to its output: closed terminals, readers that end, full disks, encodings."""
 
 import io
 import os
@@ -62,7 +62,7 @@ def close_terminal(tmp_path, data_dir, out_dir, module, function, nth, patch="")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(data_dir, the folder of an unbroken run)"""
+    """Return (data_dir, the folder of an unbroken run)."""
     folder = tmp_path_factory.mktemp("whole")
     data_dir = write_data(folder / "data")
     train(data_dir, str(folder), "whole")
@@ -80,7 +80,7 @@ def whole(tmp_path_factory):
     ],
 )
 def test_a_closed_terminal_saves_the_step(tmp_path, whole, out_dir, during, module, function, nth):
-    """rule: SIGHUP with a terminal that is gone saves the step, exits 129, and resumes bit for bit"""
+    """SIGHUP with a terminal that is gone saves the step, exits 129, and resumes bit for bit."""
     if module == "torch.optim.AdamW":
         module, patch = "optimizers", "import torch, sys; sys.modules['optimizers'] = torch.optim.AdamW\n"
     else:
@@ -89,20 +89,21 @@ def test_a_closed_terminal_saves_the_step(tmp_path, whole, out_dir, during, modu
     code = close_terminal(tmp_path, data_dir, out_dir, module, function, nth, patch)
     assert code == 128 + signal.SIGHUP
     end = lines(f"{out_dir}/closed", EVENTS)[-1]
-    assert end["event"] == "interrupt" and end["step"] in checkpoint.steps(f"{out_dir}/closed")
+    assert end["event"] == "interrupt"
+    assert end["step"] in checkpoint.steps(f"{out_dir}/closed")
     train(data_dir, out_dir, "closed", resume="auto")
     assert_same_run(unbroken, f"{out_dir}/closed")
 
 
 def test_a_closed_terminal_does_not_stop_what_ignores_it(tmp_path, data_dir, out_dir):
-    """rule: with SIGHUP ignored (nohup, disown) only the output is lost, and the run ends complete"""
+    """With SIGHUP ignored (nohup, disown) only the output is lost, and the run ends complete."""
     patch = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     assert close_terminal(tmp_path, data_dir, out_dir, "checkpoint", "save", 2, patch) == 0
     assert lines(f"{out_dir}/closed", EVENTS)[-1]["event"] == "finish"
 
 
 def test_a_signal_before_training_leaves_nothing(data_dir, out_dir):
-    """rule: SIGHUP after the folder was made and before a step exits 129 and leaves no folder"""
+    """SIGHUP after the folder was made and before a step exits 129 and leaves no folder."""
     patch = "import model, os, signal\n"
     patch += "model.Transformer.counts = lambda self: os.kill(os.getpid(), signal.SIGHUP)"
     train(data_dir, out_dir, "early", code=128 + signal.SIGHUP, patch=patch)
@@ -121,13 +122,14 @@ sys.stderr = io.TextIOWrapper(io.BufferedWriter(Unwritable()), encoding="ascii",
 
 @pytest.mark.parametrize("code", ["28", "32"])  # no space under the log; the reader of a pipe has ended
 def test_output_that_cannot_be_written_is_lost_alone(data_dir, out_dir, code):
-    """rule: a run whose stdout and stderr cannot be written ends complete, with exit code 0"""
+    """A run whose stdout and stderr cannot be written ends complete, with exit code 0."""
     train(data_dir, out_dir, "mute", patch=UNWRITABLE.format(code=code))
-    assert final(f"{out_dir}/mute") and lines(f"{out_dir}/mute", EVENTS)[-1]["event"] == "finish"
+    assert final(f"{out_dir}/mute")
+    assert lines(f"{out_dir}/mute", EVENTS)[-1]["event"] == "finish"
 
 
 def test_a_closed_stdout_and_stderr_are_no_error(data_dir, out_dir):
-    """rule: a run started with closed descriptors (`>&- 2>&-`, some daemons) ends complete"""
+    """A run started with closed descriptors (`>&- 2>&-`, some daemons) ends complete."""
     values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id="r") | RUN
     script = [sys.executable, os.path.join(ROOT, "train.py"), *flags(**values | dict(max_steps=2))]
     command = shlex.join(script) + " >&- 2>&-"
@@ -136,7 +138,7 @@ def test_a_closed_stdout_and_stderr_are_no_error(data_dir, out_dir):
 
 
 def test_text_that_the_encoding_lacks_is_escaped():
-    """rule: a character that the terminal's encoding cannot print appears as an escape"""
+    """A character that the terminal's encoding cannot print appears as an escape."""
     raw = io.BytesIO()
     stream = terminal.Lossy(io.TextIOWrapper(raw, encoding="latin-1"))
     stream.write("caf\xe9 \u65e5")
@@ -145,7 +147,7 @@ def test_text_that_the_encoding_lacks_is_escaped():
 
 
 def test_a_stream_that_is_closed_is_no_error():
-    """rule: writing to a closed stream is dropped too"""
+    """Writing to a closed stream is dropped too."""
     stream = terminal.Lossy(io.StringIO())
     stream.stream.close()
     assert stream.write("x") == 1
@@ -154,5 +156,5 @@ def test_a_stream_that_is_closed_is_no_error():
 
 @pytest.mark.parametrize("text, shown", [("a\x1b[2J", "a\\x1b[2J"), ("a\nb", "a\\nb"), ("\u65e5", "\u65e5")])
 def test_control_characters_are_escaped(text, shown):
-    """rule: what a file says cannot move the cursor or break a line"""
+    """Text from a file cannot move the cursor or break a line."""
     assert terminal.printable(text) == shown

@@ -21,8 +21,8 @@ MODEL = RUN | dict(dataset="text", max_steps=4, save_every=2, keep_last=1, eval_
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{data_dir, out_dir, run, folder}: a text prepared, and a run of four steps on it, both on an emulated
-    Windows; the folder has a space in its name"""
+    """Return {data_dir, out_dir, run, folder}: a text prepared, and a run of four steps on it, both on an
+    emulated Windows; the folder has a space in its name."""
     folder = tmp_path_factory.mktemp("a folder")
     where = dict(data_dir=str(folder / "data"), out_dir=str(folder / "runs"))
     (folder / "text.txt").write_text("".join(f"{n} birds and a dog\n" for n in range(300)), encoding="utf-8")
@@ -33,12 +33,15 @@ def folders(tmp_path_factory):
 
 
 def test_windows_trains_and_resumes(folders):
-    """bugs guarded: a module or signal that only other systems have; a file renamed or deleted while open"""
+    """A run trains and resumes on Windows, which lacks some modules and signals and does not rename open
+    files."""
     where = {key: folders[key] for key in ("data_dir", "out_dir")}
     how = MODEL | dict(run_id="r", resume="auto", max_steps=6)
     out, _ = run("train.py", *flags(**where, **how), patch=PATCH)
     result = json.loads(out.strip().split("\n")[-1])
-    assert result["step"] == 6 and result["val_loss"] > 0 and result["peak_memory_gb"] is None
+    assert result["step"] == 6
+    assert result["val_loss"] > 0
+    assert result["peak_memory_gb"] is None
     assert [row["step"] for row in lines(folders["run"], "metrics/scalars.jsonl") if "loss" in row] == [
         *range(1, 7)
     ]
@@ -55,7 +58,7 @@ def test_windows_trains_and_resumes(folders):
     ],
 )
 def test_windows_runs(folders, command, says):
-    """bug guarded: a module or signal that only other systems have"""
+    """Every command runs on Windows."""
     script, *args = command.split()
     out, _ = run(script, *(arg.format(**folders) for arg in args), patch=PATCH)
     assert says in out
@@ -71,15 +74,15 @@ sys.stdin = Typed("1 bird\\n\\n")
 
 
 def test_windows_chats_on_a_terminal(folders):
-    """bug guarded: select, which knows only sockets there, after the first message"""
+    """The chat works on Windows, whose select knows only sockets."""
     chat = [f"--ckpt={folders['run']}", "--chat", "--max_new_tokens=2"]
     out, _ = run("sample.py", *chat, patch=PATCH + TYPED)
     assert out.count("\n") >= 2, "an answer to each of the two messages"
 
 
 def test_windows_removes_what_has_only_begun(folders):
-    """bug guarded: a file that is still open when it is to be deleted: the lock of a run that is refused, a
-    GGUF file for which the disk has no room"""
+    """What has only begun is removed on Windows, too: the folder of a run that is refused, a GGUF file for
+    which the disk has no room."""
     where = {key: folders[key] for key in ("data_dir", "out_dir")}
     run("train.py", *flags(**where, **MODEL, run_id="d", resume=folders["run"], seed=1), code=2, patch=PATCH)
     assert not os.path.exists(os.path.join(folders["out_dir"], "d"))
@@ -88,7 +91,8 @@ def test_windows_removes_what_has_only_begun(folders):
     path = os.path.join(folders["folder"], "full.gguf")
     export = [f"--ckpt={folders['run']}", "--format=gguf", f"--out={path}", "--type=f16"]
     _, err = run("export.py", *export, code=1, patch=full)
-    assert "cannot be written" in err and not glob.glob(path + "*")
+    assert "cannot be written" in err
+    assert not glob.glob(path + "*")
     run("export.py", *export, patch=PATCH)
     run("export.py", *export, "--force", patch=PATCH)  # replaces it
 
@@ -98,19 +102,20 @@ def test_windows_removes_what_has_only_begun(folders):
     [("OSError(28, 'No space left on device')", 1, "No space left"), ("KeyboardInterrupt", 130, "stopped")],
 )
 def test_windows_discards_a_preparation_that_has_only_begun(folders, error, code, says):
-    """rule: a full disk, or Ctrl-C, in the first seconds leaves no file of the data set and no traceback"""
+    """A full disk, or Ctrl-C, in the first seconds leaves no file of the data set and no traceback."""
     patch = f"{PATCH}\nfrom nanobit.prepare import token_files\n"
     patch += f"def write(self, ids): self.file.write(bytes(9)); raise {error}\n"
     patch += "token_files.Split.write = write"
     how = dict(files=os.path.join(folders["folder"], "text.txt"), tokenizer="char", workers=1, name="begun")
     _, err = run("prepare/text.py", *flags(**how, data_dir=folders["data_dir"]), code=code, patch=patch)
-    assert says in err and not os.path.exists(os.path.join(folders["data_dir"], "begun"))
+    assert says in err
+    assert not os.path.exists(os.path.join(folders["data_dir"], "begun"))
 
 
 @pytest.mark.parametrize("patch", [PATCH, ""], ids=["Windows", "others"])
 @pytest.mark.parametrize("command", ["train.py --help", "monitor.py {run}"])
 def test_a_program_ends_with_its_reader(folders, command, patch):
-    """bug guarded: a traceback, or an error line, after `| head` has ended"""
+    """After `| head` has ended, a command ends without a word."""
     script, *args = command.split()
     path = os.path.join(ROOT, script)
     program = f"import sys, runpy\nsys.argv = {[script, *(arg.format(**folders) for arg in args)]!r}\n"
@@ -123,23 +128,24 @@ def test_a_program_ends_with_its_reader(folders, command, patch):
 
 
 def test_windows_is_not_asked_for_a_process(monkeypatch):
-    """bug guarded: os.kill(pid, 0), which sends Ctrl-C to the run there"""
+    """On Windows, os.kill(pid, 0) is not used: it would send Ctrl-C to the run."""
     monkeypatch.setattr(os, "kill", lambda *args: pytest.fail("a signal was sent"))
     monkeypatch.setattr(os, "name", "nt")
     assert status.is_alive(dict(pid=os.getpid())) is None
 
 
 def test_windows_does_not_train_beside_a_preparation(monkeypatch, capsys):
-    """rule: tokenize_on_fly is refused where a file that is read cannot be renamed by its writer"""
+    """tokenize_on_fly is refused on Windows, where a preparation cannot rename a file that is being read."""
     monkeypatch.setattr(os, "name", "nt")
     with pytest.raises(SystemExit):
         settings(tokenize_on_fly=True)
     err = capsys.readouterr().err
-    assert "error: tokenize_on_fly does not work on Windows" in err and err.count("\n") == 1
+    assert "error: tokenize_on_fly does not work on Windows" in err
+    assert err.count("\n") == 1
 
 
 def test_a_command_is_quoted_for_its_shell(monkeypatch):
-    """bug guarded: single quotes, which mean nothing to the command prompt of Windows"""
+    """A command is quoted for the shell of its system."""
     args = ["python", "train.py", "--data_dir=my data"]
     assert terminal.command_line(args) == "python train.py '--data_dir=my data'"
     monkeypatch.setattr(os, "name", "nt")
@@ -147,11 +153,11 @@ def test_a_command_is_quoted_for_its_shell(monkeypatch):
 
 
 class OnHost(torch.Tensor):
-    """what Tensor.cpu returns below, and what follows from it"""
+    """What Tensor.cpu returns below, and what follows from it."""
 
 
 def test_float64_is_on_the_cpu_only(monkeypatch):
-    """bug guarded: MPS, which cannot convert a tensor to float64"""
+    """Float64 is used on the CPU only, since MPS cannot convert to it."""
 
     def double(tensor, real=torch.Tensor.double):
         assert isinstance(tensor, OnHost), "Cannot convert a MPS Tensor to float64"
@@ -168,7 +174,7 @@ def test_float64_is_on_the_cpu_only(monkeypatch):
 
 
 def pick_dtype(monkeypatch, wanted, device_type, has_bf16, capability=(8, 0)):
-    """device.pick_dtype on a CPU or a CUDA card with or without units for bfloat16"""
+    """Return machine.pick_dtype on a CPU or a CUDA card with or without units for bfloat16."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: has_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: capability)
@@ -178,7 +184,8 @@ def pick_dtype(monkeypatch, wanted, device_type, has_bf16, capability=(8, 0)):
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda:0"])
 def test_auto_is_bfloat16_if_the_device_has_units_for_it(monkeypatch, capsys, kind):
-    """bug guarded: bfloat16 that is emulated, several times slower than float32"""
+    """auto is bfloat16 only if the device has units for it, since emulation is several times slower than
+    float32."""
     assert pick_dtype(monkeypatch, "auto", kind, True) == torch.bfloat16
     assert machine.matrix_dtype(torch.device(kind)) == torch.bfloat16
     assert pick_dtype(monkeypatch, "auto", kind, False) == torch.float32
@@ -189,9 +196,10 @@ def test_auto_is_bfloat16_if_the_device_has_units_for_it(monkeypatch, capsys, ki
 
 
 def test_a_card_with_float16_units_alone_is_reported(monkeypatch, capsys):
-    """bug guarded: a T4 that trains in float32 without a word about the faster choice"""
+    """A card that has units for float16 but not for bfloat16 is reported, with the faster choice."""
     assert pick_dtype(monkeypatch, "auto", "cuda:0", False, (7, 5)) == torch.float32
-    assert "Tesla T4 has no bfloat16 units" in (err := capsys.readouterr().err) and "--dtype=float16" in err
+    assert "Tesla T4 has no bfloat16 units" in (err := capsys.readouterr().err)
+    assert "--dtype=float16" in err
     pick_dtype(monkeypatch, "float32", "cuda:0", False, (7, 5))
     assert not capsys.readouterr().err
 
@@ -208,7 +216,7 @@ COMMANDS = {  # what each needs to get to its imports
 
 
 def test_a_missing_requirement_is_explained_by_every_command():
-    """bug guarded: a traceback where the environment is not active"""
+    """Every command explains a missing requirement with one line."""
     patch = "for name in ('torch', 'numpy', 'tqdm'): sys.modules[name] = None"
     children = {script: start(script, *args, patch=patch) for script, args in COMMANDS.items()}
     for script, child in children.items():
@@ -221,7 +229,7 @@ def test_a_missing_requirement_is_explained_by_every_command():
 
 
 def test_the_remedy_is_the_environment_if_there_is_one(monkeypatch, tmp_path, capsys):
-    """bug guarded: an installation into another Python, where .venv only has to be activated"""
+    """If .venv exists, the remedy is to activate it."""
     monkeypatch.setattr(cli, "ROOT", str(tmp_path))
     error = ModuleNotFoundError("No module named 'torch'", name="torch")
     for remedy in ("make setup", f"source {tmp_path}/.venv/bin/activate"):
@@ -242,7 +250,8 @@ esac
 
 
 def make_setup(folder, usable):
-    """`make setup` with a Python that is usable or not: (exit code, stderr, what the Pythons were asked)"""
+    """Run `make setup` with a Python that is usable or not: (exit code, stderr, what the Pythons were
+    asked)."""
     (folder / "calls").write_text("", encoding="utf-8")
     fake(folder / "other_python", usable)
     command = ["make", "-f", os.path.join(ROOT, "Makefile"), "setup", f"PYTHON={folder}/other_python"]
@@ -257,12 +266,18 @@ def fake(path, usable):
 
 
 def test_make_setup_checks_the_python(tmp_path):
-    """bugs guarded: a wall of version numbers from pip with an old Python; a .venv that keeps the old one"""
+    """make setup refuses an old Python, replaces a .venv made by one, and keeps one that works."""
     (tmp_path / "requirements.txt").write_text("", encoding="utf-8")
     fake(tmp_path / ".venv" / "bin" / "python", usable=False)
     code, err, calls = make_setup(tmp_path, usable=False)
-    assert code == 2 and "is Python 3.10.12; Python 3.11 to 3.13 is needed" in err and "venv" not in calls
+    assert code == 2
+    assert "is Python 3.10.12; Python 3.11 to 3.13 is needed" in err
+    assert "venv" not in calls
     code, err, calls = make_setup(tmp_path, usable=True)
-    assert code == 0 and "-m venv --clear .venv" in calls and "pip install" in calls
+    assert code == 0
+    assert "-m venv --clear .venv" in calls
+    assert "pip install" in calls
     code, err, calls = make_setup(tmp_path, usable=False)  # a .venv that works needs no other Python
-    assert code == 0 and "venv" not in calls and "pip install" not in calls
+    assert code == 0
+    assert "venv" not in calls
+    assert "pip install" not in calls

@@ -30,11 +30,11 @@ from nanobit.tokenizer import TextStream, make_tokenizer
 
 @torch.no_grad()
 def cache_divergence(model, prompts, new_tokens):
-    """greedy continuations of prompts (N, T), with a KV cache and without: then each token costs a
-    forward of the whole text. As long as the two texts of a prompt are the same their logits are
-    compared; where they part, the gap between the two tokens in the uncached logits is kept. Returns a
-    dict: texts, positions compared, spread (std of the logits), median_diff and max_diff (largest
-    difference of any logit of a position), differ (texts that part), gaps (one for each of those)."""
+    """Compare greedy continuations of prompts (N, T) with a KV cache and without, where each token costs a
+    forward of the whole text. As long as the two texts of a prompt are the same their logits are compared;
+    when they part, the gap between the two tokens in the uncached logits is kept. Returns a dict: texts,
+    positions compared, spread (std of the logits), median_diff and max_diff (largest difference of any logit
+    of a position), differ (texts that part), gaps (one for each of those)."""
     diffs, gaps = [], []
     for plain in prompts.split(20):
         cache, fresh = KVCache(prompts.shape[1] + new_tokens), plain
@@ -54,7 +54,7 @@ def cache_divergence(model, prompts, new_tokens):
 
 
 def chain(n, length):
-    """n texts (n, length) of a Markov chain over the 28 ids, always the same"""
+    """Return n texts (n, length) of a Markov chain over the 28 ids, always the same."""
     generator = torch.Generator().manual_seed(1)
     chances = torch.randn(28, 28, generator=generator).mul(2).softmax(-1)
     ids = torch.randint(28, (n, 1), generator=generator)
@@ -64,7 +64,7 @@ def chain(n, length):
 
 
 def trained(ternary):
-    """a small model trained for 60 steps on that chain, so that its logits have a spread"""
+    """Return a small model trained for 60 steps on that chain, so that its logits have a spread."""
     torch.manual_seed(0)
     model, ids = Transformer(settings(ternary=ternary, seq_len=32)), chain(256, 25)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
@@ -87,14 +87,15 @@ def test_cached_text_is_the_uncached_one(ternary, bound):
     section 5).
     """
     found = cache_divergence(trained(ternary), chain(456, 8)[256:], 24)
-    assert found["texts"] == 200 and found["spread"] > 1
+    assert found["texts"] == 200
+    assert found["spread"] > 1
     assert found["max_diff"] <= bound
     assert all(gap <= bound for gap in found["gaps"])
     assert found["positions"] >= (200 - found["differ"]) * 24
 
 
 def save(folder, spec, eot=0, **changes):
-    """a run folder with a random model that uses this tokenizer; returns --ckpt="""
+    """Write a run folder with a random model that uses this tokenizer; return --ckpt=."""
     torch.manual_seed(0)
     cfg = settings(**dict(vocab_size=len(spec.get("chars", range(285)))) | changes)
     config = {key: value for key, value in vars(cfg).items() if key != "origin"}
@@ -109,15 +110,15 @@ def ckpt(tmp_path):
 
 
 def stdin(tmp_path, text):
-    """patch for conftest.run: the child reads this text from stdin"""
+    """Return a patch for conftest.run: the child reads this text from stdin."""
     path = tmp_path / "stdin"
     path.write_bytes(text.encode())
     return f"import os; os.dup2(os.open({str(path)!r}, 0), 0)\n"
 
 
 def scripted(body):
-    """patch for conftest.run: this body, a generator over `ids` (the prompt's) and `n`, writes in the
-    model's place; on stderr stands what it was asked"""
+    """Return a patch for conftest.run: this body, a generator over `ids` (the prompt's) and `n`, writes in
+    place of the model; stderr shows what it was asked."""
     lines = "import sys, time, torch; from nanobit import generate as module\n"
     lines += "def generate(model, idx, n, **how):\n    ids = idx[0].tolist()\n"
     lines += f"    print('asked', ids, n, file=sys.stderr, flush=True)\n    for token in {body}:\n"
@@ -125,7 +126,7 @@ def scripted(body):
 
 
 def asked(err):
-    """the ids that a scripted model was asked to go on from, one list a turn"""
+    """Return the ids that a scripted model was asked to continue, one list a turn."""
     return [[int(i) for i in ids.split(", ")] for ids in re.findall(r"asked \[(.*?)\]", err)]
 
 
@@ -136,7 +137,9 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
     (tmp_path / "text").write_text("ab cd\n")
     out, err = run("sample.py", *flags, f"--prompt_file={tmp_path}/text")
     first, second = out.removesuffix("\n").split("\n---\n")
-    assert first.startswith("ab cd") and second.startswith("ab cd") and first != second
+    assert first.startswith("ab cd")
+    assert second.startswith("ab cd")
+    assert first != second
     told = r"prefill 6 tokens, [\d,]+ tokens/s; decode \d+ tokens, [\d,]+ tokens/s\n"
     assert len(re.findall(told, err)) == 2
     assert run("sample.py", *flags, "--prompt=-", patch=stdin(tmp_path, "ab cd\n"))[0] == out
@@ -149,10 +152,12 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
         assert ("outgrew the context of 16 tokens" in err) == says
     (tmp_path / "text").write_bytes(b"\xff")
     err = run("sample.py", *flags, f"--prompt_file={tmp_path}/text", code=2)[1]
-    assert err.startswith("error: prompt_file = ") and "UTF-8" in err
+    assert err.startswith("error: prompt_file = ")
+    assert "UTF-8" in err
     spec = sentencepiece_spec(tmp_path)
     err = run("sample.py", save(tmp_path / "pieces", spec), "--prompt=a\udcff", code=2)[1]
-    assert err.splitlines()[-1].startswith("error: prompt: ") and "surrogates" in err
+    assert err.splitlines()[-1].startswith("error: prompt: ")
+    assert "surrogates" in err
     err = run("sample.py", *flags, "--prompt=-", "--chat", "--play", "--side=Z", "--ask=x", code=2)[1]
     assert "side = 'Z' is unknown; choose one of X, O" in err
     assert "ask = 'x' is unknown; choose one of win, not_lose" in err
@@ -163,7 +168,7 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
 
 
 def test_flags_reach_the_model(ckpt):
-    """bug guarded: a flag that is checked and then forgotten"""
+    """Every flag of sampling arrives at the model."""
     spy = """
 import sys, torch; from nanobit import generate as module
 def generate(model, idx, n, **how):
@@ -182,7 +187,7 @@ module.generate = generate
 
 
 def sentencepiece_spec(tmp_path):
-    """a small SentencePiece model, of the kind that prepare/ trains"""
+    """Return a small SentencePiece model, of the kind that prepare/ trains."""
     spm = pytest.importorskip("sentencepiece")
     (tmp_path / "text").write_text("the cat sat on the mat and the dog sat on the cat\n" * 50)
     options = dict(vocab_size=285, model_type="bpe", byte_fallback=True, minloglevel=2)
@@ -193,8 +198,7 @@ def sentencepiece_spec(tmp_path):
 
 
 def test_streams_whole_characters_in_linear_time(tmp_path):
-    """bugs guarded: half an emoji printed as U+FFFD, a word whose leading space is lost, an unfinished
-    character at the end that is lost, a stream that decodes all of its text for every token"""
+    """Text is streamed in whole characters, loses none, and each token costs the same time."""
     spec = sentencepiece_spec(tmp_path)
     ckpt = save(tmp_path / "run", spec, 2)
     said = " cat \U0001f600 sat on \u65e5\u672c"
@@ -222,34 +226,39 @@ builtins.print, tokenizer.SentencePieceTokenizer.decode = bar, count
 
 @pytest.mark.parametrize("make", [parts.sentencepiece, parts.tiktoken])
 def test_bytes_that_make_no_character_are_shown_in_time(make):
-    """rule: a byte is held back for three tokens at most, whatever comes, in bounded memory, and whole
-    characters after such bytes come out whole"""
+    """A byte is held back for three tokens at most, in bounded memory, and whole characters after such bytes
+    are printed whole."""
     spec = make()
     tokenizer = make_tokenizer(spec)
     whole = tokenizer.encode_on("\U0001f600")
     byte, stream = whole[-1], TextStream(tokenizer, [spec["eot"]])
     shown = [stream.add(byte) for _ in range(1000)]
-    assert not any(shown[:3]) and set(shown[3:]) == {"\ufffd"} and len(stream.window) < 16
+    assert not any(shown[:3])
+    assert set(shown[3:]) == {"\ufffd"}
+    assert len(stream.window) < 16
     assert "".join(map(stream.add, whole)) + stream.end() == "\ufffd" * 3 + "\U0001f600"
 
 
 def test_chat_keeps_its_history(ckpt, tmp_path):
-    """bugs guarded: a history that grows over the context, half a message left in it by a character that
-    the tokenizer lacks, a command that becomes text"""
+    """The history of a chat fits the context, commands stay out of it, and so does a message with an unknown
+    character."""
     lines = ["ab", "/help", "/nonsense", "aBc", "", "/reset", "cd", "abcdefghijklmnop", "x"]
     patch = scripted("[2, 3]") + stdin(tmp_path, "\n".join(lines))
     out, err = run("sample.py", ckpt, "--chat", "--max_new_tokens=4", patch=patch)
     assert out == "bc\n" * 5
     history = [[0, 1, 2], [0, 1, 2, 2, 3], [0, 3, 4], [*range(5, 17)], [*range(8, 17), 2, 3, 24]]
     assert asked(err) == history
-    assert err.count("oldest text is forgotten") == 1 and err.count("message ignored: ") == 1
-    assert "no character 'B'" in err and "no command /nonsense" in err and "/reset   empty" in err
+    assert err.count("oldest text is forgotten") == 1
+    assert err.count("message ignored: ") == 1
+    assert "no character 'B'" in err
+    assert "no command /nonsense" in err
+    assert "/reset   empty" in err
 
 
 @pytest.mark.parametrize("begins", [[], [1]])
 def test_chat_shows_the_model_the_lines_of_the_screen(begins, tmp_path):
-    """rules: a message and what follows it are lines of their own, an empty message changes nothing, after
-    the end of a text another begins, and a word alone ends the chat"""
+    """A message and its continuation are lines of their own, an empty message changes nothing, after the end
+    of a text another begins, and a word alone ends the chat."""
     spec = sentencepiece_spec(tmp_path) | ({"bos": begins[0]} if begins else {})
     tokenizer, ckpt = make_tokenizer(spec), save(tmp_path / "run", spec, 2, seq_len=64)
     on, sat = tokenizer.encode_on, tokenizer.encode_on(" sat")
@@ -264,7 +273,7 @@ def test_chat_shows_the_model_the_lines_of_the_screen(begins, tmp_path):
 
 
 def test_a_prompt_of_nothing_or_of_what_ends_a_text(ckpt, tmp_path):
-    """rules: an empty prompt begins a text; a NUL, by which a char tokenizer ends texts, is no character"""
+    """An empty prompt begins a text; a NUL, by which a char tokenizer ends texts, is not a character."""
     assert asked(run("sample.py", ckpt, "--prompt=", patch=scripted("[2]"))[1]) == [[0]]
     (tmp_path / "text").write_text("a\0b")
     nul = save(tmp_path / "nul", token_files.char_tokenizer("\0ab"))
@@ -273,7 +282,7 @@ def test_a_prompt_of_nothing_or_of_what_ends_a_text(ckpt, tmp_path):
 
 
 def test_stdout_of_another_encoding(tmp_path):
-    """rule: what the encoding of stdout lacks is shown as an escape"""
+    """What the encoding of stdout lacks is shown as an escape."""
     ckpt = save(tmp_path / "run", token_files.char_tokenizer("\n\u65e5a"))
     latin = "sys.stdout.reconfigure(encoding='latin-1')\n"
     assert run("sample.py", ckpt, "--prompt=\u65e5", patch=latin + scripted("[1]"))[0] == "\\u65e5" * 2 + "\n"
@@ -282,7 +291,7 @@ def test_stdout_of_another_encoding(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("flag", ["--prompt=a", "--chat"])
 def test_stdout_that_is_full(ckpt, tmp_path, flag):
-    """rule: text that cannot be written ends the program with one line and exit code 1"""
+    """Text that cannot be written ends the program with one line and exit code 1."""
     patch = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), sys.stdout.fileno())\n"
     patch += stdin(tmp_path, "a\n") + scripted("[2]")
     err = run("sample.py", ckpt, flag, patch=patch, code=1)[1]
@@ -291,7 +300,7 @@ def test_stdout_that_is_full(ckpt, tmp_path, flag):
 
 
 class Terminal:
-    """sample.py on a terminal"""
+    """Run sample.py on a terminal."""
 
     def __init__(self, *args, patch=""):
         code = f"import sys, runpy; sys.argv = {['sample.py', *args]!r}\n"
@@ -304,7 +313,7 @@ class Terminal:
         os.close(follower)
 
     def wait(self, text):
-        """what is shown until this text is"""
+        """Return what is shown until this text is."""
         shown, deadline = "", time.time() + 60
         while text not in shown:
             ready = select.select([self.leader], [], [], max(0, deadline - time.time()))[0]
@@ -322,7 +331,7 @@ class Terminal:
         self.child.send_signal(signal.SIGINT)
 
     def ended(self):
-        """the exit code, and what was shown last"""
+        """Return the exit code, and what was shown last."""
         shown = b""
         while select.select([self.leader], [], [], 60)[0]:
             try:
@@ -334,8 +343,8 @@ class Terminal:
 
 
 def test_chat_on_a_terminal(tmp_path):
-    """bugs guarded: a paste that becomes several messages, Ctrl-C that ends the program instead of the
-    turn, or leaves a traceback, what was written by then lost from the history, Ctrl-D that waits"""
+    """A paste is one message, Ctrl-C stops the turn and keeps its text, then ends the chat with 130; Ctrl-D
+    ends it with 0; no traceback."""
     ckpt = save(tmp_path / "run", token_files.char_tokenizer(CHARS), seq_len=64)
     endless = scripted("iter(lambda: time.sleep(0.05) or 2, None)")
     terminal = Terminal(ckpt, "--chat", patch=endless)
@@ -354,12 +363,14 @@ def test_chat_on_a_terminal(tmp_path):
     assert "not trained to answer" in terminal.wait("> ")
     terminal.interrupt()
     code, shown = terminal.ended()
-    assert code == 130 and "Traceback" not in shown
+    assert code == 130
+    assert "Traceback" not in shown
     terminal = Terminal(ckpt, "--chat")
     terminal.wait("> ")
     terminal.type("\x04")
     code, shown = terminal.ended()
-    assert code == 0 and "Traceback" not in shown
+    assert code == 0
+    assert "Traceback" not in shown
 
 
 LIKES_LOW_SQUARES = """
@@ -371,8 +382,8 @@ model.Transformer.forward = forward
 
 
 def test_play(ckpt, tmp_path):
-    """bugs guarded: a model that takes a square twice, wishes for such moves that are not counted, a wrong
-    square that ends the game, the sides swapped, a model that never saw the game"""
+    """The model takes free squares only, illegal wishes are counted, a wrong input does not end the game,
+    both sides can be played, and another model is refused."""
     player = save(tmp_path / "player", token_files.char_tokenizer(game.CHARS))
     typed = stdin(tmp_path, "4\np\n1\nzz\n5\n6\ny\nq\n")
     out, err = run("sample.py", player, "--play", patch=LIKES_LOW_SQUARES + typed)
@@ -381,20 +392,22 @@ def test_play(ckpt, tmp_path):
     chances = re.findall(r"^  (\d) +([\d.]+)%(   taken)?$", out, re.M)
     assert [square for square, _, _ in chances] == list("123456789")
     assert [square for square, _, taken in chances if taken] == ["1", "4"]
-    assert 99 < sum(float(chance) for _, chance, _ in chances) < 101 and float(chances[0][1]) > 60
-    assert "square 1 is taken; free are 2, 3, 5" in err and "'zz' is not a square" in err
+    assert 99 < sum(float(chance) for _, chance, _ in chances) < 101
+    assert float(chances[0][1]) > 60
+    assert "square 1 is taken; free are 2, 3, 5" in err
+    assert "'zz' is not a square" in err
     assert out.endswith("not a free square in 1 of its 2 moves\n")
     typed, how = stdin(tmp_path, "p\n"), ["--side=O", "--ask=not_lose"]
     out, _ = run("sample.py", player, "--play", *how, patch=LIKES_LOW_SQUARES + typed)
-    assert out.startswith("the model takes 1\n X | 2 | 3") and out.count("then X wins  33.3%") == 9
+    assert out.startswith("the model takes 1\n X | 2 | 3")
+    assert out.count("then X wins  33.3%") == 9
     err = run("sample.py", ckpt, "--play", code=2)[1]
     assert err.splitlines()[-1].startswith("error: ckpt = ")  # after the line that says which step it is
     assert "'tiny', not on games of tic-tac-toe" in err
 
 
 def main(ckpt, new_tokens="32"):
-    """the table of cache_divergence for a checkpoint and 200 prompts of 32 tokens from its validation
-    split"""
+    """Print cache_divergence for a checkpoint and 200 prompts of 32 tokens from its validation split."""
     part = checkpoint.load(checkpoint.locate(ckpt))
     model, cfg = restore(part, "cpu"), SimpleNamespace(**part["config"])
     new_tokens = min(int(new_tokens), cfg.seq_len // 2)

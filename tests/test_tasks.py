@@ -1,5 +1,4 @@
-"""text.py, evaluate.py and the two preparations of text to score: numbers worked out by hand or by a plain
-loop."""
+"""nanobit/tasks/text.py and arithmetic.py, evaluate.py, and the preparations of text to score."""
 
 import json
 import math
@@ -26,8 +25,8 @@ PAIR = dict(
 
 
 class Bigram:
-    """a model whose chances of the next token follow from the last one alone: {(last, next): chance}, what
-    is left of each 1 evenly on the other tokens"""
+    """A model whose probabilities of the next token depend on the last one alone: {(last, next):
+    probability}; the rest of each 1 is spread evenly over the other tokens."""
 
     def __init__(self, chances, ids, seq_len=64):
         table = torch.full((len(ids), len(ids)), float("nan"))
@@ -48,7 +47,7 @@ class Bigram:
 
 
 def plain_score(model, ids, n):
-    """(nats, greedy) of the last n ids, one at a time, nothing padded"""
+    """Return (nats, greedy) of the last n ids, one at a time, nothing padded."""
     ids, nats, greedy = torch.tensor(ids)[-model.cfg.seq_len - 1 :], 0.0, True
     logits = model(ids[None, :-1])[0].double()
     for place in range(len(ids) - n, len(ids)):
@@ -60,8 +59,7 @@ def plain_score(model, ids, n):
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 @torch.no_grad()
 def test_log_likelihoods_equal_a_plain_loop(batch_size):
-    """bugs guarded: padding or context that is scored, targets off by one, a text cut on the right, results
-    in the order of the lengths"""
+    """Batched scores equal those of a plain loop, whatever the lengths, the padding and the batch size."""
     torch.manual_seed(0)
     model, texts = Transformer(settings(ternary=False)).eval(), []
     for length in (2, 3, 9, 9, 16, 17, 18, 40):
@@ -77,7 +75,7 @@ def test_log_likelihoods_equal_a_plain_loop(batch_size):
 
 
 def test_what_is_scored_is_never_cut(capsys):
-    """bug guarded: the better of two sentences by the halves that the model can see"""
+    """A text whose scored tokens do not fit the context is refused."""
     model, ids = Bigram({}, CHAR.ids, seq_len=8), tuple(CHAR.encode("\nabcdefgh"))
     assert tasks.log_likelihoods(model, [(ids, 8)], 1)[ids, 8][0] == pytest.approx(-8 * math.log(28))
     with pytest.raises(SystemExit):
@@ -86,30 +84,33 @@ def test_what_is_scored_is_never_cut(capsys):
 
 
 def test_lambada_by_hand():
-    """bugs guarded: a mean over tokens for the mean over words, one right token of a word for a right word,
-    the space left with the context"""
+    """LAMBADA's accuracy and perplexity are per word, with the space, as worked out by hand."""
     model = Bigram({("a", " "): 0.5, (" ", "b"): 0.6, ("b", "c"): 0.3, ("b", "d"): 0.4}, CHAR.ids)
     texts = ["q a b", "q a bd", "q a bc"]  # the last: d is likelier
     result, lines = tasks.lambada(model, CHAR, 0, [dict(text=text) for text in texts], 2)
     nats = [math.log(0.5 * 0.6 * last) for last in (1, 0.4, 0.3)]
-    assert result["accuracy"] == pytest.approx(2 / 3) and result["n"] == 3
+    assert result["accuracy"] == pytest.approx(2 / 3)
+    assert result["n"] == 3
     assert result["perplexity"] == pytest.approx(math.exp(-sum(nats) / 3), rel=1e-6)
-    assert result["tokens"] == 8 and result["val_loss"] == pytest.approx(-sum(nats) / 8, rel=1e-6)
-    assert result["contexts_cut"] == 0 and len(lines) == 2
+    assert result["tokens"] == 8
+    assert result["val_loss"] == pytest.approx(-sum(nats) / 8, rel=1e-6)
+    assert result["contexts_cut"] == 0
+    assert len(lines) == 2
 
 
 def test_lambada_tells_how_many_contexts_were_cut():
-    """bugs guarded: a context cut in silence, or from the right; one that just fits counted as cut"""
+    """A context is cut on the left only if it does not fit, and the cuts are counted."""
     model = Bigram({("a", " "): 0.5}, CHAR.ids, seq_len=8)
     # what is read: the end-of-text token and the text but its last character
     for text, cut in (("xxxxa b", 0), ("xxxxxa b", 0), ("xxxxxxa b", 1), ("x" * 40 + "a b", 1)):
         result, lines = tasks.lambada(model, CHAR, 0, [dict(text=text)], 2)
-        assert result["contexts_cut"] == cut and len(lines) == 2 + cut
+        assert result["contexts_cut"] == cut
+        assert len(lines) == 2 + cut
         assert result["perplexity"] == pytest.approx(28 / 0.5, rel=1e-6)
 
 
 class Pieces:
-    """a tokenizer whose tokens may span a space: always the longest piece that fits"""
+    """A tokenizer whose tokens may span a space: always the longest piece that fits."""
 
     def __init__(self, *pieces):
         self.ids = {piece: i for i, piece in enumerate(pieces)}
@@ -122,11 +123,12 @@ class Pieces:
 
 
 def test_lambada_scores_a_token_across_the_border_with_the_word():
-    """bug guarded: as many ids taken for the context as it has alone, where a token spans the border"""
+    """A token that spans the border between context and word is scored with the word."""
     pieces = Pieces("\n", "a", "b", " ", "c", "b c", "d")
     model = Bigram({("a", "b c"): 0.25, ("b c", "d"): 0.5, ("b", "d"): 0.9}, pieces.ids)
     result, lines = tasks.lambada(model, pieces, 0, [dict(text="ab cd")], 1)
-    assert result["tokens"] == 2 and result["perplexity"] == pytest.approx(8, rel=1e-6)
+    assert result["tokens"] == 2
+    assert result["perplexity"] == pytest.approx(8, rel=1e-6)
     assert any("1 passages have a token across the border" in line for line in lines)
 
 
@@ -135,8 +137,7 @@ def pair(good, bad, paradigm, phenomenon):
 
 
 def test_blimp_by_hand():
-    """bugs guarded: a mean per token for the sum, a tie that counts whole or not at all, large paradigms
-    that weigh more, good and bad exchanged"""
+    """BLiMP compares sums of log-likelihoods, a tie counts half, and paradigms have equal weight."""
     model = Bigram({("a", "b"): 0.5, ("\n", "z"): 0.01}, CHAR.ids)
     examples = [
         pair("ab", "ac", "one", "x"),  # right
@@ -148,12 +149,15 @@ def test_blimp_by_hand():
     ]
     result, lines = tasks.blimp(model, CHAR, 0, examples, 4)
     assert result["accuracy_by_paradigm"] == dict(one=0.5, two=1.0, three=0.0)
-    assert result["accuracy_by_phenomenon"] == dict(x=0.75, y=0.0) and result["accuracy"] == 0.5
-    assert result["n"] == 6 and result["tokens"] == 12 and len(lines) == 3
+    assert result["accuracy_by_phenomenon"] == dict(x=0.75, y=0.0)
+    assert result["accuracy"] == 0.5
+    assert result["n"] == 6
+    assert result["tokens"] == 12
+    assert len(lines) == 3
 
 
 def test_a_text_has_one_score_whatever_its_batch():
-    """bug guarded: two equal sentences that are no tie, because they were padded differently"""
+    """A text that occurs twice is scored once, so that equal sentences tie."""
     torch.manual_seed(0)
     model = Transformer(settings()).eval()
     examples = [pair("the same", "the same", "one", "x"), pair("a", "a longer one", "one", "x")]
@@ -165,15 +169,18 @@ def test_a_text_has_one_score_whatever_its_batch():
 
 
 def test_arithmetic_by_hand():
-    """bugs guarded: an answer that goes on, or stops early, counted as right; the wrong kind"""
+    """An answer counts only if it is right to the last character and ends there, and is counted under its
+    kind."""
     chars = "\n+=0123456789"
     tokenizer = make_tokenizer({"kind": "char", "chars": chars})
     model = Bigram({("=", "1"): 0.5, ("1", "2"): 0.5, ("2", "\n"): 0.5}, tokenizer.ids)  # says 12 to all
     problems = [("5+7=", "12"), ("7+5=", "12"), ("10+2=", "12"), ("1+0=", "1"), ("10+113=", "123")]
     result, lines = arithmetic.score(model, tokenizer, 0, problems, 2)
-    assert result["accuracy"] == 3 / 5 and result["n"] == 5
+    assert result["accuracy"] == 3 / 5
+    assert result["n"] == 5
     assert result["accuracy_by_kind"] == {"+1": 2 / 3, "+2": 1.0, "+3": 0.0}
-    assert "  wrong: 1+0=12, right is 1" in lines and "  wrong: 10+113=12, right is 123" in lines
+    assert "  wrong: 1+0=12, right is 1" in lines
+    assert "  wrong: 10+113=12, right is 123" in lines
 
 
 def write_lines(path, *rows):
@@ -187,20 +194,23 @@ def read_task(folder):
 
 
 def test_tasks_from_local_files(tmp_path):
-    """bugs guarded: a file that is left out, columns that the score does not need, half a task that looks
-    whole"""
+    """All files are read in order, only the columns of the score are kept, and another data set is not
+    replaced."""
     write_lines(tmp_path / "b.jsonl", dict(text="two words", id=7))
     write_lines(tmp_path / "a.jsonl", dict(text=" \u00e9t\u00e9 last\n"), dict(text="one two"))
     run("prepare/lambada.py", f"--files={tmp_path}/*.jsonl", f"--data_dir={tmp_path}/data")
     meta, rows = read_task(tmp_path / "data/lambada")
     assert [row["text"] for row in rows] == ["\u00e9t\u00e9 last", "one two", "two words"]
-    assert meta["task"] == "lambada" and meta["examples"] == 3 and meta["complete"] is True
+    assert meta["task"] == "lambada"
+    assert meta["examples"] == 3
+    assert meta["complete"] is True
     write_lines(tmp_path / "pairs/x.jsonl", PAIR | dict(field="syntax"))
     where = (f"--files={tmp_path}/pairs/x.jsonl", f"--data_dir={tmp_path}/data")
     run("prepare/blimp.py", *where, "--name=pairs")
     assert read_task(tmp_path / "data/pairs") == (meta | read_task(tmp_path / "data/pairs")[0], [PAIR])
     _, err = run("prepare/blimp.py", *where, "--name=lambada", code=2)
-    assert "holds another data set" in err and read_task(tmp_path / "data/lambada")[0] == meta
+    assert "holds another data set" in err
+    assert read_task(tmp_path / "data/lambada")[0] == meta
 
 
 @pytest.mark.parametrize(
@@ -224,17 +234,19 @@ def test_tasks_from_local_files(tmp_path):
     ],
 )
 def test_wrong_rows_are_refused(tmp_path, script, content, says):
-    """bug guarded: a traceback, or a score over what was silently skipped"""
+    """A row that cannot be scored stops the preparation with one line, and nothing is written."""
     if content is not None:
         (tmp_path / "x.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     where = (f"--files={tmp_path}/x.jsonl", f"--data_dir={tmp_path}/data")
     _, err = run(f"prepare/{script}.py", *where, code=2)
-    assert err.startswith("error: ") and err.count("\n") == 1 and says in err, err
+    assert err.startswith("error: "), err
+    assert err.count("\n") == 1, err
+    assert says in err, err
     assert not os.path.exists(tmp_path / "data")
 
 
 def test_flags_that_exclude_each_other_are_refused():
-    """bugs guarded: --repo that --files silently overrides; modules found only from where the tests run"""
+    """--files excludes the flags of the hub; --help works from a child process."""
     _, err = run("prepare/blimp.py", "--files=x", "--repo=y", "--config=z", "--name=", code=2)
     assert err.count("error: ") == 3
     assert "--repo and --files exclude each other" in err
@@ -244,7 +256,7 @@ def test_flags_that_exclude_each_other_are_refused():
 
 
 def local_hub(folder, kind, **configs):
-    """a folder laid out as a repository of the hub: {config: (split, rows)}"""
+    """Write a folder laid out as a repository of the hub: {config: (split, rows)}."""
     import datasets
 
     readme = "---\nconfigs:\n"
@@ -257,13 +269,14 @@ def local_hub(folder, kind, **configs):
 
 
 def test_tasks_from_a_folder_like_the_hub(tmp_path, capsys):
-    """bugs guarded: only the first of the paradigms, the wrong split or configuration, a bar in a log"""
+    """All paradigms, the given split and configuration are read, without a bar in a log."""
     pytest.importorskip("datasets", reason="the package datasets is not installed")
     patch = f"import os; os.environ |= dict(HF_HUB_OFFLINE='1', HF_HOME={str(tmp_path / 'home')!r})"
     words, where = [dict(text="un deux"), dict(text="trois quatre")], f"--data_dir={tmp_path}/data"
     local_hub(tmp_path / "words", "jsonl", en=("test", [dict(text="one two")]), fr=("test", words))
     _, err = run("prepare/lambada.py", f"--repo={tmp_path}/words", "--config=fr", where, patch=patch)
-    assert read_task(tmp_path / "data/lambada")[1] == words and err == ""
+    assert read_task(tmp_path / "data/lambada")[1] == words
+    assert err == ""
     assert "--revision=" in read_task(tmp_path / "data/lambada")[0]["source"]
     with pytest.raises(SystemExit):
         examples.rows(SimpleNamespace(repo=str(tmp_path / "words"), split="test", revision=""), "it")
@@ -277,7 +290,7 @@ def test_tasks_from_a_folder_like_the_hub(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """data_dir, out_dir of a tiny run"""
+    """Return data_dir, out_dir of a tiny run."""
     folder = tmp_path_factory.mktemp("trained")
     data_dir, out_dir = write_data(folder / "data"), str(folder / "runs")
     train(data_dir, out_dir, "r", max_steps=4, eval_every=0, sample_every=0, prepare="python prepare/x.py")
@@ -285,7 +298,7 @@ def trained(tmp_path_factory):
 
 
 def evaluate(trained, *args, code=0):
-    """(the JSON line, stdout, stderr) of evaluate.py on the tiny run"""
+    """Return (the JSON line, stdout, stderr) of evaluate.py on the tiny run."""
     out, err = run("evaluate.py", f"--ckpt={trained[1]}/r", f"--data_dir={trained[0]}", *args, code=code)
     return code == 0 and json.loads(out.strip().split("\n")[-1]), out, err
 
@@ -302,14 +315,18 @@ def test_evaluate_reads_the_splits_of_any_data_set_with_its_tokenizer(trained):
     """bugs guarded: another split or data set than asked for; bits per byte as if a token were a byte; ids
     of another vocabulary"""
     result = evaluate(trained, "--split=train")[0]
-    assert result["tokens"] == 31 * 16 and result["split"] == "train" and "accuracy" not in result
+    assert result["tokens"] == 31 * 16
+    assert result["split"] == "train"
+    assert "accuracy" not in result
     write_data(trained[0], "other", n_val=400)
     change_meta(trained[0], "other", task="tictactoe")  # a score belongs to what is held out
     assert "accuracy" not in evaluate(trained, "--dataset=other", "--split=train")[0]
     write_data(trained[0], "other", n_val=400)
     change_meta(trained[0], "other", bytes=dict(train=500, val=1600))
     other = evaluate(trained, "--dataset=other", "--eval_tokens=64")[0]
-    assert other["dataset"] == "other" and other["split"] == "val" and other["tokens"] == 64
+    assert other["dataset"] == "other"
+    assert other["split"] == "val"
+    assert other["tokens"] == 64
     assert other["bits_per_byte"] == pytest.approx(other["val_loss"] / math.log(2) / 4)
     write_data(trained[0], "foreign", vocab_size=3)
     change_meta(trained[0], "foreign", tokenizer=token_files.char_tokenizer("\nab"))
@@ -320,7 +337,7 @@ def test_evaluate_reads_the_splits_of_any_data_set_with_its_tokenizer(trained):
 
 
 def test_flags_of_evaluate_reach_the_model(trained):
-    """bug guarded: a flag that is checked and then forgotten"""
+    """--packed and --dtype arrive at the model."""
     spy = """
 import torch; from nanobit import metrics
 real = metrics.mean_loss
@@ -338,17 +355,18 @@ metrics.mean_loss = mean_loss
 
 
 def test_evaluate_refuses_what_is_not_there(trained):
-    """bug guarded: a traceback, or the preparation of the training data named for another data set"""
+    """A missing data set is answered with its own preparation, a wrong number with its range."""
     for flag, says in (
         ("--dataset=lambada", "make it: python prepare/lambada.py --data_dir="),
         ("--games=0", "games = 0 must be at least 1"),
     ):
         err = evaluate(trained, flag, code=2)[2]
-        assert err.splitlines()[-1].startswith("error: ") and says in err, err
+        assert err.splitlines()[-1].startswith("error: "), err
+        assert says in err, err
 
 
 def test_a_loss_that_is_not_finite_fails(trained):
-    """rule: evaluate.py never reports a loss of null with exit code 0"""
+    """evaluate.py never reports a loss of null with exit code 0."""
     flags = [f"--ckpt={trained[1]}/r", f"--data_dir={trained[0]}"]
     patch = "from nanobit import metrics; metrics.mean_loss = lambda *_: float('nan')"
     out, err = run("evaluate.py", *flags, patch=patch, code=1)
@@ -357,24 +375,29 @@ def test_a_loss_that_is_not_finite_fails(trained):
 
 
 def test_evaluate_scores_text(trained, tmp_path):
-    """bugs guarded: a task that evaluate.py takes for token files; a split that a task does not have"""
+    """A task of text is scored from its task.jsonl, and has the split val only."""
     where, long = f"--data_dir={trained[0]}", dict(text="a context far too long for it")
     write_lines(tmp_path / "words.jsonl", dict(text="some words here"), long)
     write_lines(tmp_path / "pairs.jsonl", PAIR, PAIR | dict(sentence_good="the end"))
     run("prepare/lambada.py", f"--files={tmp_path}/words.jsonl", where, "--name=words")
     run("prepare/blimp.py", f"--files={tmp_path}/pairs.jsonl", where, "--name=pairs")
     words, out, err = evaluate(trained, "--dataset=words", "--batch_size=1")
-    assert words["n"] == 2 and words["contexts_cut"] == 1 and words["step"] == 4
+    assert words["n"] == 2
+    assert words["contexts_cut"] == 1
+    assert words["step"] == 4
     assert err == "using run r, step 4\n"
-    assert words["tokens"] == len(" here it") and 20 < math.exp(words["val_loss"]) < 40
-    assert "2 examples" in out and "1 passages lost their beginning" in out
+    assert words["tokens"] == len(" here it")
+    assert 20 < math.exp(words["val_loss"]) < 40
+    assert "2 examples" in out
+    assert "1 passages lost their beginning" in out
     pairs = evaluate(trained, "--dataset=pairs")[0]
-    assert pairs["n"] == 2 and pairs["accuracy_by_phenomenon"] == dict(agreement=pairs["accuracy"])
+    assert pairs["n"] == 2
+    assert pairs["accuracy_by_phenomenon"] == dict(agreement=pairs["accuracy"])
     assert "has the split val only" in evaluate(trained, "--dataset=pairs", "--split=train", code=2)[2]
 
 
 def test_half_a_task_is_not_scored(tmp_path, capsys):
-    """bug guarded: a score over what is left of a file; a traceback for a character that is not known"""
+    """A damaged or incomplete task is refused; an unknown character names its example."""
     write_lines(tmp_path / "words.jsonl", dict(text="some words"))
     run("prepare/lambada.py", f"--files={tmp_path}/words.jsonl", f"--data_dir={tmp_path}")
     folder, path = str(tmp_path / "lambada"), tmp_path / "lambada/task.jsonl"
@@ -389,14 +412,15 @@ def test_half_a_task_is_not_scored(tmp_path, capsys):
         damage()
         with pytest.raises(SystemExit) as stop:
             tasks.read(folder)
-        assert says in capsys.readouterr().err and stop.value.code == 2
+        assert says in capsys.readouterr().err
+        assert stop.value.code == 2
     with pytest.raises(SystemExit):
         tasks.lambada(Bigram({}, CHAR.ids), CHAR, 0, [dict(text="a b"), dict(text="a B")], 1)
     assert "example 2 ('a B'): the tokenizer has no character 'B'" in capsys.readouterr().err
 
 
 def test_a_damaged_example_is_one_line(tmp_path, capsys):
-    """bug guarded: a KeyError or TypeError in the middle of the scoring, text of a file on the terminal"""
+    """Each kind of damage to a task gives one printable line before anything is scored."""
     for name, rows in (("lambada", [dict(text="a b")]), ("blimp", [PAIR])):
         for line in ("[1]", '{"text": 3, "UID": ""}', "{}", "[" * 100_000, "\xff", '"\x1b[2J"'):
             folder = tmp_path / name
@@ -407,7 +431,9 @@ def test_a_damaged_example_is_one_line(tmp_path, capsys):
             with pytest.raises(SystemExit) as stop:
                 tasks.read(str(folder))
             error = capsys.readouterr().err
-            assert stop.value.code == 2 and "task.jsonl is damaged" in error and error[:-1].isprintable()
+            assert stop.value.code == 2
+            assert "task.jsonl is damaged" in error
+            assert error[:-1].isprintable()
     for meta in ("[]", '{"task": 3, "examples": 2}', '{"task": "blimp", "examples": "2"}', "[" * 100_000):
         (folder / "meta.json").write_text(meta)
         with pytest.raises(SystemExit):
@@ -416,7 +442,7 @@ def test_a_damaged_example_is_one_line(tmp_path, capsys):
 
 
 def test_damaged_problems_are_one_line(tmp_path, capsys):
-    """bugs guarded: a UnicodeDecodeError; a wrong answer that counts as the right one, or fewer problems"""
+    """problems.txt is refused, with one line, if its size, format or an answer is wrong."""
     path, content = tmp_path / "problems.txt", b"12+7=19\n3-10=-7\n12x12=144\n"
     path.write_bytes(content)
     assert arithmetic.read(str(tmp_path), len(content)) == [
@@ -435,7 +461,9 @@ def test_damaged_problems_are_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             arithmetic.read(str(tmp_path), len(content))
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and says in error and error.count("\n") == 1, error
+        assert stop.value.code == 2, error
+        assert says in error, error
+        assert error.count("\n") == 1, error
 
 
 def test_evaluate_notices_damage(trained):
