@@ -7,8 +7,8 @@ import sys
 
 
 def printable(text):
-    """Return text with every control character, line break and lone surrogate as an escape such as \\x1b:
-    names and values from files could otherwise move the cursor, or add a line to an error."""
+    """Return text with control characters, line breaks and lone surrogates as escapes such as \\x1b: a name
+    from a file could otherwise move the cursor, or add a line to an error."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 

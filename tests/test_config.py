@@ -261,24 +261,34 @@ def write_run(folder, **changes):
     return folder / "checkpoints" / "step_000010"
 
 
-def test_a_run_is_resumed_with_its_own_settings(tmp_path, capsys):
-    """bugs guarded: a resume that wants every flag typed again; that starts the run elsewhere, or with the
-    weights it began with"""
+def test_a_run_is_resumed_with_its_own_settings(tmp_path):
+    """--resume takes the settings of the run where it is now, without init_from; flags override them."""
     step = write_run(tmp_path / "moved", out_dir="elsewhere", init_from="other", vocab_size=15)
+    (step / "checkpoint.pt").write_text("")
     for path in (step, step / "checkpoint.pt", tmp_path / "moved"):
-        if path.name == "checkpoint.pt":
-            path.write_text("")
         cfg = config.load([f"--resume={path}", "--dropout=0.5"])
         assert (cfg.run_id, cfg.out_dir, cfg.init_from, cfg.resume) == ("moved", str(tmp_path), "", str(path))
         assert (cfg.seed, cfg.n_embd, cfg.dropout, cfg.max_steps) == (7, 128, 0.5, 4000)
         assert cfg.origin["seed"].endswith("moved/config.json")
         assert cfg.origin["dropout"] == "--dropout=0.5"
     assert config.load(["--resume", str(step), "--run_id=branch"]).run_id == "branch"
-    # a config file gives the settings instead
+
+
+def test_a_config_file_replaces_the_settings_of_a_run(tmp_path):
+    """With a config file, the settings come from the file and not from the run that --resume names."""
+    step = write_run(tmp_path / "r")
     assert config.load(["config/train_text.py", f"--resume={step}"]).seed == 1337
-    write_run(tmp_path / "long", total_tokens=7680, max_steps=10)  # these steps are derived
+
+
+def test_a_resumed_run_can_be_made_longer(tmp_path):
+    """Steps that were derived from total_tokens are derived again, so that another total_tokens counts."""
+    write_run(tmp_path / "long", total_tokens=7680, max_steps=10)
     assert config.load([f"--resume={tmp_path}/long"]).max_steps == 10
     assert config.load([f"--resume={tmp_path}/long", "--total_tokens=15360"]).max_steps == 20
+
+
+def test_wrong_settings_of_a_run_are_named(tmp_path, capsys):
+    """A setting of a run with another type is named with its file; so is a run that does not exist."""
     write_run(tmp_path / "odd", n_layer="two")
     (error,) = faults(capsys, f"--resume={tmp_path}/odd")
     assert "odd/config.json: n_layer must be int, got str 'two'" in error
@@ -331,8 +341,8 @@ def test_every_shipped_config_builds(path):
         assert Transformer(cfg).counts()["total"] == STATED[cfg.run_id]
 
 
-def test_the_other_two_systems_are_the_plan():
-    """bugs guarded: a number of the plan that drifts; parameters of idle experts counted as active"""
+def test_the_dense_model_is_the_plan():
+    """The dense 300M model has the numbers of its plan."""
     cfg = config.load(["config/train_dense_300m.py"])
     plan = dict(max_steps=100_000, total_batch_size=512 * 2048, warmup_steps=2000, dropout=0.1, n_kv_head=16)
     plan |= dict(eval_every=1000, save_every=10_000, weight_decay=0.1, grad_clip=1.0, adam_eps=1e-8)
@@ -343,6 +353,10 @@ def test_the_other_two_systems_are_the_plan():
     assert abs(schedule.lr(cfg, 99_999) - 6e-5) < 1e-9
     with torch.device("meta"):
         assert Transformer(cfg).embed.weight.shape == (50_304, 1024)
+
+
+def test_the_mixture_is_the_plan():
+    """The mixture has the numbers of its plan, and the parameters of idle experts are not active."""
     cfg = config.load(["config/train_moe_500m.py"])
     with torch.device("meta"):
         counts = Transformer(cfg).counts()

@@ -78,8 +78,8 @@ def trained(ternary):
 
 @pytest.mark.parametrize("ternary, bound", [(False, 1e-5), (True, 0.1)])
 def test_cached_text_is_the_uncached_one(ternary, bound):
-    """bugs guarded: a cache that is read at a wrong position, or late: moves logits by about their
-    spread.
+    """Text with a cache is the text without: a cache read at a wrong position would move logits by about
+    their spread.
 
     The two ways multiply matrices of other shapes, whose fp32 sums differ in the last bits: about 1e-6 in
     a float model. In a ternary one such a bit may move an activation over the edge of an int8 rounding,
@@ -130,9 +130,9 @@ def asked(err):
     return [[int(i) for i in ids.split(", ")] for ids in re.findall(r"asked \[(.*?)\]", err)]
 
 
-def test_prompts_of_all_sources(ckpt, tmp_path):
-    """bugs guarded: a file whose last newline becomes a token, samples that run together, a seed that
-    --prompt=- forgets, an argument that fails with a traceback"""
+def test_a_prompt_is_the_same_from_every_source(ckpt, tmp_path):
+    """A prompt gives the same texts from a file, from stdin and with float weights; its last newline does not
+    count, samples differ, and speeds go to stderr."""
     flags = [ckpt, "--max_new_tokens=12", "--num_samples=2", "--device=cpu"]
     (tmp_path / "text").write_text("ab cd\n")
     out, err = run("sample.py", *flags, f"--prompt_file={tmp_path}/text")
@@ -140,25 +140,36 @@ def test_prompts_of_all_sources(ckpt, tmp_path):
     assert first.startswith("ab cd")
     assert second.startswith("ab cd")
     assert first != second
-    told = r"prefill 6 tokens, [\d,]+ tokens/s; decode \d+ tokens, [\d,]+ tokens/s\n"
-    assert len(re.findall(told, err)) == 2
+    speeds = r"prefill 6 tokens, [\d,]+ tokens/s; decode \d+ tokens, [\d,]+ tokens/s\n"
+    assert len(re.findall(speeds, err)) == 2
+    assert "outgrew" not in err
     assert run("sample.py", *flags, "--prompt=-", patch=stdin(tmp_path, "ab cd\n"))[0] == out
     assert run("sample.py", *flags, f"--prompt_file={tmp_path}/text", "--packed=False")[0] == out
-    assert "outgrew" not in err
-    # in a context of 16 tokens 6 and 11 more fit, whose last is not read
-    for new, says in ((11, False), (12, True)):
-        patch = scripted(f"[2] * {new}")
-        err = run("sample.py", ckpt, "--prompt=ab cd", f"--max_new_tokens={new}", patch=patch)[1]
-        assert ("outgrew the context of 16 tokens" in err) == says
+
+
+@pytest.mark.parametrize("new, is_reported", [(11, False), (12, True)])
+def test_a_text_that_outgrows_the_context_is_reported(ckpt, new, is_reported):
+    """In a context of 16 tokens 6 and 11 more fit, of which the last is not read."""
+    patch = scripted(f"[2] * {new}")
+    err = run("sample.py", ckpt, "--prompt=ab cd", f"--max_new_tokens={new}", patch=patch)[1]
+    assert ("outgrew the context of 16 tokens" in err) == is_reported
+
+
+def test_a_prompt_that_cannot_be_read_is_one_error(ckpt, tmp_path):
+    """A file that is not UTF-8, and an undecodable byte of a flag, are errors without a traceback."""
     (tmp_path / "text").write_bytes(b"\xff")
-    err = run("sample.py", *flags, f"--prompt_file={tmp_path}/text", code=2)[1]
+    err = run("sample.py", ckpt, f"--prompt_file={tmp_path}/text", code=2)[1]
     assert err.startswith("error: prompt_file = ")
     assert "UTF-8" in err
     spec = sentencepiece_spec(tmp_path)
     err = run("sample.py", save(tmp_path / "pieces", spec), "--prompt=a\udcff", code=2)[1]
     assert err.splitlines()[-1].startswith("error: prompt: ")
     assert "surrogates" in err
-    err = run("sample.py", *flags, "--prompt=-", "--chat", "--play", "--side=Z", "--ask=x", code=2)[1]
+
+
+def test_modes_that_exclude_each_other_are_refused(ckpt):
+    """All faults of the modes are reported together."""
+    err = run("sample.py", ckpt, "--prompt=-", "--chat", "--play", "--side=Z", "--ask=x", code=2)[1]
     assert "side = 'Z' is unknown; choose one of X, O" in err
     assert "ask = 'x' is unknown; choose one of win, not_lose" in err
     assert "--play and --chat exclude each other" in err

@@ -311,9 +311,8 @@ def change_meta(data_dir, name, **changes):
         json.dump(meta | changes, file)
 
 
-def test_evaluate_reads_the_splits_of_any_data_set_with_its_tokenizer(trained):
-    """bugs guarded: another split or data set than asked for; bits per byte as if a token were a byte; ids
-    of another vocabulary"""
+def test_evaluate_reads_any_split_and_data_set(trained):
+    """The split and data set of the flags are read; a task is scored on its val split only."""
     result = evaluate(trained, "--split=train")[0]
     assert result["tokens"] == 31 * 16
     assert result["split"] == "train"
@@ -321,18 +320,27 @@ def test_evaluate_reads_the_splits_of_any_data_set_with_its_tokenizer(trained):
     write_data(trained[0], "other", n_val=400)
     change_meta(trained[0], "other", task="tictactoe")  # a score belongs to what is held out
     assert "accuracy" not in evaluate(trained, "--dataset=other", "--split=train")[0]
-    write_data(trained[0], "other", n_val=400)
-    change_meta(trained[0], "other", bytes=dict(train=500, val=1600))
-    other = evaluate(trained, "--dataset=other", "--eval_tokens=64")[0]
-    assert other["dataset"] == "other"
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(trained):
+    """bits_per_byte uses the bytes of the split, which are not its tokens."""
+    write_data(trained[0], "bytes", n_val=400)
+    change_meta(trained[0], "bytes", bytes=dict(train=500, val=1600))
+    other = evaluate(trained, "--dataset=bytes", "--eval_tokens=64")[0]
+    assert other["dataset"] == "bytes"
     assert other["split"] == "val"
     assert other["tokens"] == 64
     assert other["bits_per_byte"] == pytest.approx(other["val_loss"] / math.log(2) / 4)
+
+
+def test_evaluate_refuses_another_tokenizer(trained):
+    """A data set of another vocabulary, or with another token at the beginning of texts, is refused."""
     write_data(trained[0], "foreign", vocab_size=3)
     change_meta(trained[0], "foreign", tokenizer=token_files.char_tokenizer("\nab"))
     assert "has another tokenizer" in evaluate(trained, "--dataset=foreign", code=2)[2]
-    change_meta(trained[0], "other", bos=5)  # the same ids, but each text after another one
-    err = evaluate(trained, "--dataset=other", code=2)[2]
+    write_data(trained[0], "begins", n_val=400)
+    change_meta(trained[0], "begins", bos=5)  # the same ids, but each text after another one
+    err = evaluate(trained, "--dataset=begins", code=2)[2]
     assert "its texts begin with token 5, the model's with 0" in err
 
 
@@ -466,8 +474,8 @@ def test_damaged_problems_are_one_line(tmp_path, capsys):
         assert error.count("\n") == 1, error
 
 
-def test_evaluate_notices_damage(trained):
-    """bugs guarded: a flag that is checked and then forgotten; a score that is left out in silence"""
+def test_evaluate_verifies_the_data(trained):
+    """--verify_data finds a byte that changed while the size and time of the file stayed."""
     write_data(trained[0], "rotten")
     evaluate(trained, "--dataset=rotten")
     path = os.path.join(trained[0], "rotten", "val_00000.bin")
@@ -479,6 +487,10 @@ def test_evaluate_notices_damage(trained):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     _, _, err = evaluate(trained, "--dataset=rotten", "--verify_data", code=2)
     assert "val_00000.bin has changed" in err
-    write_data(trained[0], "rotten")
-    change_meta(trained[0], "rotten", task="arithmetik")
-    assert "task 'arithmetik' is unknown" in evaluate(trained, "--dataset=rotten", code=2)[2]
+
+
+def test_an_unknown_task_is_refused(trained):
+    """A task that this version cannot score is an error, not a missing score."""
+    write_data(trained[0], "strange")
+    change_meta(trained[0], "strange", task="arithmetik")
+    assert "task 'arithmetik' is unknown" in evaluate(trained, "--dataset=strange", code=2)[2]

@@ -22,17 +22,17 @@ def read(folder, size):
     path = os.path.join(folder, "problems.txt")
     if not os.path.exists(path):
         fail(f"{path} is missing; make the data set again")
-    damaged = f"{path} is damaged:"
     with open(path, "rb") as file:
         content = file.read()
     if len(content) != size:
-        fail(f"{damaged} it has {len(content):,} bytes, the val split {size:,}; make the data set again")
+        fail(f"{path} has {len(content):,} bytes, the val split {size:,}; make the data set again")
     problems = []
     for number, line in enumerate(content.decode("ascii", "backslashreplace").splitlines(), 1):
         parts = PROBLEM.fullmatch(line)
         if not parts or OPERATORS[parts[3]](int(parts[2]), int(parts[4])) != int(parts[5]):
-            expected = "expected a problem like 12+7=19; make the data set again"
-            fail(f"{damaged} line {number} is {shown(line)}, {expected}")
+            fail(
+                f"{path}: line {number} is {shown(line)}, not a problem like 12+7=19; make the data set again"
+            )
         problems.append((parts[1], parts[5]))
     return problems
 
@@ -50,8 +50,7 @@ def score(model, tokenizer, eot, problems, batch_size):
     by_length = {}  # prompts of one length make a batch
     for question, answer in problems:
         by_length.setdefault(len(question), []).append((question, answer))
-    hits = {}
-    mistakes = []
+    hits, mistakes = {}, []
     with progress("problems", len(problems)) as bar:
         for group in by_length.values():
             for start in range(0, len(group), batch_size):
@@ -61,7 +60,7 @@ def score(model, tokenizer, eot, problems, batch_size):
                 longest = max(len(answer) for _, answer in batch) + 1
                 new = torch.cat(list(generate(model, idx, longest, temperature=0.0)), 1).tolist()
                 for (question, answer), ids in zip(batch, new):
-                    given = tokenizer.decode([*ids, eot][: [*ids, eot].index(eot)])
+                    given = tokenizer.decode(ids[: ids.index(eot)] if eot in ids else ids)
                     hits.setdefault(label_of(question), []).append(given == answer)
                     if given != answer:
                         mistakes.append(f"  wrong: {question}{given}, right is {answer}")

@@ -77,7 +77,7 @@ def value(board):
     """Return 1, 0 or -1: what X gets if both sides play perfectly from here."""
     if result(board):
         return {"X": 1, "O": -1, "D": 0}[result(board)]
-    best = {"X": max, "O": min}[to_move(board)]
+    best = max if to_move(board) == "X" else min
     return best(value(place(board, square)) for square in free(board))
 
 
@@ -86,8 +86,7 @@ def choices(board, player):
     """Return the squares that a player takes here, each with the same probability: all free ones for
     'random', those of perfect play for 'perfect', and for an entry of ASKS those that a perfect model of
     random games prefers."""
-    squares = free(board)
-    side = to_move(board)
+    squares, side = free(board), to_move(board)
     after = [place(board, square) for square in squares]
     if player == "random":
         return squares

@@ -78,8 +78,7 @@ def log_likelihoods(model, texts, batch_size):
     than seq_len. Texts are padded on the right, where causal attention does not look. A text that occurs
     twice is scored once, because two batches may differ in the last bits.
     """
-    size = model.cfg.seq_len
-    device = model.embed.weight.device
+    size, device = model.cfg.seq_len, model.embed.weight.device
     texts = sorted(set(texts), key=lambda text: (-len(text[0]), text))  # similar lengths need little padding
     most = max(n for _, n in texts)
     if most > size:
@@ -125,8 +124,7 @@ def lambada(model, tokenizer, bos, examples, batch_size):
     accuracy: share of the words of which every token is the most likely one. perplexity: exp of the mean
     negative log-likelihood of a word (not of a token, as val_loss).
     """
-    texts = []
-    spans = 0
+    texts, spans = [], 0
     for number, example in enumerate(examples, 1):
         ids = encode(tokenizer, bos, example["text"], number)
         context = encode(tokenizer, bos, example["text"].rpartition(" ")[0], number)
@@ -138,15 +136,10 @@ def lambada(model, tokenizer, bos, examples, batch_size):
     size = model.cfg.seq_len
     n_cut = sum(len(ids) > size + 1 for ids, _ in texts)
     tokens = sum(n for _, n in texts)
-    result = dict(
-        tokens=tokens,
-        val_loss=-nats / tokens,
-        perplexity=exp(-nats / len(texts)),
-        accuracy=mean([scores[text][1] for text in texts]),
-        n=len(texts),
-        contexts_cut=n_cut,
-    )
-    lines = [f"last word right: {result['accuracy']:.2%} of {len(texts):,} passages"]
+    accuracy = mean([scores[text][1] for text in texts])
+    result = dict(tokens=tokens, val_loss=-nats / tokens, perplexity=exp(-nats / len(texts)))
+    result |= dict(accuracy=accuracy, n=len(texts), contexts_cut=n_cut)
+    lines = [f"last word right: {accuracy:.2%} of {len(texts):,} passages"]
     lines.append(f"perplexity {result['perplexity']:.3f} per word, {-nats / tokens:.4f} nats per token")
     if n_cut:
         lines.append(f"{n_cut:,} passages lost their beginning: they are longer than {size} tokens")
@@ -165,31 +158,23 @@ def blimp(model, tokenizer, bos, examples, batch_size):
     """
     pairs = []
     for number, example in enumerate(examples, 1):
-        good = encode(tokenizer, bos, example["sentence_good"], number)
-        bad = encode(tokenizer, bos, example["sentence_bad"], number)
-        pairs.append([(tuple(ids), len(ids) - 1) for ids in (good, bad)])
+        sentences = (example["sentence_good"], example["sentence_bad"])
+        rows = [encode(tokenizer, bos, sentence, number) for sentence in sentences]
+        pairs.append([(tuple(ids), len(ids) - 1) for ids in rows])
     scores = log_likelihoods(model, [text for pair in pairs for text in pair], batch_size)
     points = {}  # {phenomenon: {paradigm: [1.0, 0.5 or 0.0 of each pair]}}
     for example, (good, bad) in zip(examples, pairs):
         paradigm = points.setdefault(example["linguistics_term"], {}).setdefault(example["UID"], [])
-        is_tie = scores[good][0] == scores[bad][0]
-        paradigm.append(0.5 * is_tie + (scores[good][0] > scores[bad][0]))
-    by_paradigm = {}
-    by_phenomenon = {}
+        paradigm.append(((scores[good][0] > scores[bad][0]) + (scores[good][0] >= scores[bad][0])) / 2)
+    by_paradigm, by_phenomenon = {}, {}
     for phenomenon, paradigms in sorted(points.items()):
         accuracies = {uid: mean(hits) for uid, hits in sorted(paradigms.items())}
         by_paradigm |= accuracies
         by_phenomenon[phenomenon] = mean(accuracies.values())
     tokens = sum(n for (_, n), _ in pairs)
     loss = -math.fsum(scores[good][0] for good, _ in pairs) / tokens
-    result = dict(
-        tokens=tokens,
-        val_loss=loss,
-        perplexity=exp(loss),
-        accuracy=mean(by_paradigm.values()),
-        n=len(pairs),
-        accuracy_by_phenomenon=by_phenomenon,
-        accuracy_by_paradigm=by_paradigm,
-    )
-    lines = [f"{result['accuracy']:.2%} of {len(pairs):,} pairs, the mean of {len(by_paradigm)} paradigms"]
+    accuracy = mean(by_paradigm.values())
+    result = dict(tokens=tokens, val_loss=loss, perplexity=exp(loss), accuracy=accuracy, n=len(pairs))
+    result |= dict(accuracy_by_phenomenon=by_phenomenon, accuracy_by_paradigm=by_paradigm)
+    lines = [f"{accuracy:.2%} of {len(pairs):,} pairs, the mean of {len(by_paradigm)} paradigms"]
     return result, lines + [f"  {share:7.2%}  {term}" for term, share in by_phenomenon.items()]
