@@ -90,9 +90,8 @@ def run_settings(path, given, known):
     parent, run_id = os.path.split(folder)  # it may have been moved or renamed since
     out_dir = parent.removeprefix(os.getcwd() + os.sep)
     source = os.path.join(out_dir, run_id, "config.json")
-    lengths = {"max_steps", "total_tokens"}
-    has_length = bool(given & lengths)
-    if has_length and not os.path.exists(source):  # a step folder that was copied alone
+    lengths = given & {"max_steps", "total_tokens"}
+    if lengths and not os.path.exists(source):  # a step folder that was copied alone
         return source, {}
     try:
         with open(source, encoding="utf-8") as file:
@@ -105,8 +104,8 @@ def run_settings(path, given, known):
             "known; name its config file and flags as before, with --resume=auto"
         ) from None
     left_out = {"resume", "init_from", "verify_data"}
-    if has_length:
-        left_out |= lengths
+    if lengths:
+        left_out |= {"max_steps", "total_tokens"}
     elif values.get("total_tokens"):  # max_steps was derived from it
         left_out.add("max_steps")
     values |= dict(out_dir=out_dir, run_id=run_id)
@@ -184,7 +183,6 @@ def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=Fals
     if "--help" in argv or "-h" in argv:
         cli.print_help(doc, shown, takes_files=only is None)
         raise SystemExit(0)
-
     cfg = SimpleNamespace(**{name: flag.default for name, flag in known.items()})
     cfg.origin = dict.fromkeys(known, "default")
     paths, given, faults = cli.split(argv, known)
@@ -202,12 +200,11 @@ def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=Fals
             layers.append(reader())
         except ValueError as error:
             faults.append(str(error))
-    is_read = len(layers) == len(readers)
     types = {name: type(flag.default) for name, flag in known.items()}
     # a former rate is compared with the learning_rate beside it, which comes first
-    for name, text, arg in sorted(given, key=lambda row: row[0] in RATIOS):
-        layers.append((arg, {name: cli.parse(text, types.get(name))}))
-    for source, values in layers:
+    given.sort(key=lambda row: row[0] in RATIOS)
+    typed = [(arg, {name: cli.parse(text, types.get(name))}) for name, text, arg in given]
+    for source, values in layers + typed:
         for name in sorted(values, key=RATIOS.__contains__):
             try:
                 put(cfg, known, name, values[name], source)
@@ -216,7 +213,7 @@ def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=Fals
     faults += cli.check(cfg, known)
     if derive:
         faults += derive(cfg)
-    if only is None and is_read:
+    if only is None and len(layers) == len(readers):
         file = os.path.basename((paths or ["default"])[-1])
         cfg.run_id = cfg.run_id or os.path.splitext(file)[0]
         faults += take_shape(cfg)
@@ -282,7 +279,8 @@ def divide_batch(cfg):
 
 def contradictions(cfg):
     """Yield all contradictions among the settings of a run; derive max_steps and those of divide_batch."""
-    if min(cfg.batch_size, cfg.seq_len, cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.total_batch_size + 1) > 0:
+    sizes = (cfg.batch_size, cfg.seq_len, cfg.n_embd, cfg.n_head, cfg.n_kv_head)
+    if min(sizes) > 0 and cfg.total_batch_size >= 0:
         yield from shape_faults(cfg)
         yield from divide_batch(cfg)
     if cfg.dtype == "float16" and (cfg.n_expert or cfg.fsdp):

@@ -30,9 +30,8 @@ LOWER = {"[": (operator.ge, "at least"), "(": (operator.gt, "more than")}
 UPPER = {"]": (operator.le, "at most"), ")": (operator.lt, "less than")}
 SEED = "[0, 9223372036854775808)"  # what torch takes: less than 2^63
 on_fail = []  # functions that fail() hands its faults to, as one text, before it exits
-LAUNCHER = {}  # what torchrun says about this process: facts, not settings
-if "TORCHELASTIC_RUN_ID" in os.environ:
-    LAUNCHER = os.environ
+# what torchrun says about this process: facts, not settings
+LAUNCHER = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK = int(LAUNCHER.get("RANK", 0))
 WORLD = int(LAUNCHER.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(LAUNCHER.get("LOCAL_RANK", 0))
@@ -117,8 +116,8 @@ def split(argv, flags):
         n = 1 + (following == "=")  # arguments after a name that are = and a value
         value = "".join(args[:n]).removeprefix("=")
         is_space_before = not equals and following.startswith("=") and (n == 2 or types.get(name) is not str)
-        is_space_after = equals and not text
-        if (is_space_before and is_value(value)) or (is_space_after and is_value(following)):
+        is_space_after = equals and not text and is_value(following)
+        if is_space_after or (is_space_before and is_value(value)):
             del args[:n]
             faults.append(f"{arg} {following}: write it without spaces around =: --{name}={value}")
             continue
@@ -160,7 +159,8 @@ def coerce(name, value, wanted):
         raise TypeError(f"{name} = {value} must be finite")
     if type(value) is tuple:
         value = list(value)
-    if type(value) is not wanted or (wanted is list and {str} < {str, *map(type, value)}):
+    items = value if type(value) is list else []
+    if type(value) is not wanted or not all(type(item) is str for item in items):
         in_words = {bool: "bool (True or False)", list: f"""a list of strings: --{name}="['a', 'b']\""""}
         expected = in_words.get(wanted, wanted.__name__)
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}")
@@ -237,15 +237,14 @@ def check(cfg, flags):
 def print_help(doc, sections, takes_files):
     """Print a command's docstring, then each flag of {section: {name: Flag}} with default and comment."""
     terminal.end_with_output()
-    columns = os.get_terminal_size().columns if sys.stdout.isatty() else 100
-    width = max(44, min(94, columns - 6))
+    width = min(100, max(50, os.get_terminal_size().columns)) if sys.stdout.isatty() else 100
     print(doc.strip())
     for title, flags in sections.items():
         if flags:
             print(f"\n{title}:")
         for name, flag in flags.items():
             print(f"  --{name}={flag.default!r}")
-            print(textwrap.indent(textwrap.fill(flag.comment, width), " " * 6))
+            print(textwrap.indent(textwrap.fill(flag.comment, width - 6), " " * 6))
     print("\n--key=value equals --key value, and - equals _ in names; --flag and --no-flag set bools.")
     if takes_files:
         print("Flags override config files, which override config/default.py.")

@@ -41,7 +41,7 @@ def test_schedules_hit_their_points(name, points):
     assert {step: schedule.lr(cfg, step) for step in points} == pytest.approx(points)
 
 
-@pytest.mark.parametrize("name", config.SCHEDULES)
+@pytest.mark.parametrize("name", config.CHOICES["schedule"])
 def test_the_whole_schedule_scales_with_the_learning_rate(name):
     """bug guarded: a sweep over learning_rate that leaves the rates of stage 2 and of the end as they are"""
     rates = []
