@@ -1,5 +1,5 @@
 # Every setting, its default and its unit. A config file overrides what it needs, --key=value overrides both.
-# A path is relative to the current folder. '', 0 and 0.0 switch off what the comment says.
+# A path is relative to the current folder. '' and 0 mean off if the comment says so.
 
 # run
 run_id = ""  # name of the run's folder; '' = the name of the config file
