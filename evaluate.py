@@ -9,17 +9,17 @@ Computes in float32 by default, on all windows of the split. Tasks: arithmetic (
 problems), tictactoe (games), and LAMBADA and BLiMP, which are text that any model can read and have the
 split val only.
 
-The last line of stdout is one JSON object: step, dataset, split, dtype, tokens, val_loss (nats per token),
-perplexity, bits_per_byte if the bytes are known, and for a task accuracy (0 to 1), n and its own scores. For
-LAMBADA tokens and val_loss are those of the last words, perplexity is per word; for BLiMP they are those of
-the good sentences.
+If stdout is not a terminal, or with --json, its last line is one JSON object: step, dataset, split, dtype,
+tokens, val_loss (nats per token), perplexity, bits_per_byte if the bytes are known, and for a task accuracy
+(0 to 1), n and its own scores. For LAMBADA tokens and val_loss are those of the last words, perplexity is per
+word; for BLiMP they are those of the good sentences.
 """
 
 import math
 import os
 
 import config
-from nanobit.cli import Flag, fail
+from nanobit.cli import JSON, Flag, fail
 
 CKPT = "a run folder, RUN/best (its best evaluation), a step folder, a checkpoint.pt, or an exported folder"
 FLAGS = {
@@ -30,6 +30,7 @@ FLAGS = {
     "packed": Flag(True, "integer weights in ternary layers; False = float master weights, the same loss"),
     "eval_tokens": Flag(0, "tokens of the loss, spread over the split; 0 = all"),
     "batch_size": Flag(16, "sequences at a time", within="[1, inf)"),
+    "json": JSON,
     "games": Flag(2000, "games of each match-up, for tictactoe", within="[1, inf)"),
 }
 cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir", "verify_data", "device"))
@@ -111,4 +112,4 @@ with machine.autocast(device, dtype):
 if not math.isfinite(result["val_loss"]):
     problem = f"val_loss is {result['val_loss']}: what this model computes is too large for {result['dtype']}"
     fail(f"{problem}; try --dtype=float32 or an earlier step", code=1)
-print(record.to_json(result))
+record.print_result(result, cfg.json)

@@ -9,7 +9,7 @@ Train one model: the settings of a config file, the loop, and a run on disk that
     torchrun --nproc_per_node=8 train.py config/train_dense_300m.py the same run on eight devices
 
 Ctrl-C drops the step under way, saves, prints how to resume, and exits; a second one exits immediately. If
-stdout is not a terminal, its last line is one JSON object with the result.
+stdout is not a terminal, or with --json, its last line is one JSON object with the result.
 """
 
 import math
@@ -19,9 +19,10 @@ import time
 from dataclasses import replace
 
 import config
-from nanobit import terminal
+from nanobit import cli, terminal
 
-cfg = config.load(doc=__doc__)  # until there is something to save, Ctrl-C just ends the program
+# until there is something to save, Ctrl-C just ends the program
+cfg = config.load(doc=__doc__, flags={"json": cli.JSON})
 terminal.survive_lost_output()
 
 import torch
@@ -320,4 +321,7 @@ result = dict(
 )
 run.event("finish", step=state.step, why=reason, result=result)
 distributed.stop()
-print(record.to_json(result))
+summary = (
+    f"run {cfg.run_id} ended by {reason} at step {state.step:,} after {speed.seconds() / 60:.1f} minutes"
+)
+record.print_result(result, cfg.json, f"{summary}\nnext: python sample.py --ckpt={run.path} --prompt=...")

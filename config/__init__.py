@@ -32,8 +32,8 @@ RANGES = {  # those of the other numbers: at least 0
 
 
 def settings_of(cfg):
-    """Return {setting: value}, without the origins."""
-    return {name: value for name, value in vars(cfg).items() if name != "origin"}
+    """Return {setting: value}, without what belongs to one command line."""
+    return {name: value for name, value in vars(cfg).items() if name not in ("origin", "json")}
 
 
 def assignments(path):

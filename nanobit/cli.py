@@ -96,6 +96,9 @@ class Flag(NamedTuple):
     unless: str = ""  # flags that make a required one unnecessary, as "chat play"
 
 
+JSON = Flag(False, "end stdout with one JSON line on a terminal, too; elsewhere that is always so")
+
+
 def split(argv, flags):
     """Return (paths, [(name, text, flag as typed)], faults) of a command line with these {name: Flag}."""
     types = {name: type(flag.default) for name, flag in flags.items()}

@@ -43,6 +43,14 @@ def to_json(fields):
     return json.dumps(plain(fields), allow_nan=False)
 
 
+def print_result(result, as_json, summary=""):
+    """Print the result of a command on stdout: one JSON line, or on a terminal, unless as_json, a summary."""
+    if as_json or not sys.stdout.isatty():
+        print(to_json(result))
+    elif summary:
+        print(summary)
+
+
 def append_text(run_dir, text, name="train.log"):
     """Append one whole line to a file of the run, on rank 0 only. On a full disk the line is dropped with a
     warning: a line is not a reason to stop training."""

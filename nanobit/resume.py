@@ -204,7 +204,7 @@ def exit_if_finished(cfg, run, step, patience):
     if reason == "patience":
         to_continue = "raise or switch off patience"
     print(f"run {cfg.run_id} is finished: step {step}, ended by {reason}; to continue it, {to_continue}")
-    print(record.to_json(record.last(run.path, record.EVENTS)["result"]))
+    record.print_result(record.last(run.path, record.EVENTS)["result"], cfg.json)
     raise SystemExit(0)
 
 
