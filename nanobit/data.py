@@ -12,7 +12,8 @@ window comes once an epoch.
 
 A data set may still be growing (tokenize_on_fly): its meta.json, not yet complete, lists the shards that are
 finished, and how many tokens of a split are on the disk. A finished shard never changes, so the batches are
-those of the complete set; what is not there yet is waited for. Its first epoch ends when it is complete.
+those of the complete set; training waits for tokens that are not written yet. The first epoch ends when the
+set is complete.
 """
 
 import glob
@@ -35,92 +36,86 @@ from nanobit.tokenizer import bos_of
 
 
 def meta(cfg, split="", verify=False):
-    """Return meta.json of cfg.dataset, checked: itself, and its shards as in data_set.check_shards.
-    Exits with 2 if anything is wrong, or if the data set is not complete without cfg.tokenize_on_fly."""
+    """Return meta.json of cfg.dataset, checked, with its shards as in check_shards. Exits with 2 if anything
+    is wrong, or if the data set is not complete without cfg.tokenize_on_fly."""
     folder = os.path.join(cfg.data_dir, cfg.dataset)
     path = os.path.join(folder, "meta.json")
-    waits = cfg.tokenize_on_fly and not os.path.exists(path) and is_being_written(folder)
-    if waits:
+
+    def must_wait():
+        return cfg.tokenize_on_fly and not os.path.exists(path) and is_being_written(folder)
+
+    if must_wait():
         say(f"waiting for the tokenizer of {folder}, which is being made")
-    while waits and not os.path.exists(path) and is_being_written(folder):
+    while must_wait():
         time.sleep(1)
     if not os.path.exists(path):
-        where = "" if cfg.data_dir == "data" else " " + command_line([f"--data_dir={cfg.data_dir}"])
-        command, flagged = cfg.prepare, [cfg.origin[key].startswith("--") for key in ("dataset", "prepare")]
-        if not command or flagged == [True, False]:  # the config's command makes another data set
-            command = default_command(cfg)
-        names = sorted(map(os.path.dirname, glob.glob("*/meta.json", root_dir=cfg.data_dir)))
-        there = f"{cfg.data_dir} holds {', '.join(names) or 'no data set'}; --data_dir names another folder"
-        text = command_line(["python", "prepare/text.py", "--files=*.txt", f"--name={cfg.dataset}"]) + where
-        how = f"no prepare/{cfg.dataset}.py makes it; of your own text: {text}; {there}"
-        if command:
-            how = f"make it: {command}{where}; or name the folder that holds it with --data_dir"
-        fail(f"data set {folder} is not there (no meta.json); {how}")
+        fail(f"data set {folder} does not exist (no meta.json); {how_to_make(cfg)}")
     try:
         return checked_meta(cfg, folder, split, verify)
     except Damaged as error:
         fail(str(error))
 
 
+def how_to_make(cfg):
+    """Return the remedy for a data set that does not exist: the command that makes it, if one is known."""
+    where = "" if cfg.data_dir == "data" else " " + command_line([f"--data_dir={cfg.data_dir}"])
+    command = cfg.prepare
+    is_flag = {key: cfg.origin[key].startswith("--") for key in ("dataset", "prepare")}
+    if not command or (is_flag["dataset"] and not is_flag["prepare"]):  # or it makes another data set
+        script = f"prepare/{cfg.dataset}.py"
+        command = f"python {script}" if os.path.exists(script) else ""
+    if command:
+        return f"make it: {command}{where}; or name the folder that holds it with --data_dir"
+    names = sorted(map(os.path.dirname, glob.glob("*/meta.json", root_dir=cfg.data_dir)))
+    present = f"{cfg.data_dir} holds {', '.join(names) or 'no data set'}; --data_dir names another folder"
+    text = command_line(["python", "prepare/text.py", "--files=*.txt", f"--name={cfg.dataset}"])
+    return f"no prepare/{cfg.dataset}.py makes it; from your own text: {text}{where}; {present}"
+
+
 def checked_meta(cfg, folder, split="", verify=False):
     """Return meta.json of a folder and check that it serves cfg. Raises Damaged with one line."""
-    found = read_meta(folder)
-    if not found["complete"] and not cfg.tokenize_on_fly:
-        how = f"continue it: {printable(found['command'])}" if "command" in found else "prepare it again"
+    meta = read_meta(folder)
+    if not meta["complete"] and not cfg.tokenize_on_fly:
+        how = f"continue it: {printable(meta['command'])}" if "command" in meta else "prepare it again"
         meanwhile = "" if os.name == "nt" else "; to train while it runs: --tokenize_on_fly"
         raise Damaged(f"data set {folder} is not complete; {how}{meanwhile}")
-    if cfg.vocab_size and cfg.vocab_size < found["vocab_size"]:
-        ids = found["vocab_size"]
+    if cfg.vocab_size and cfg.vocab_size < meta["vocab_size"]:
         source = cfg.origin.get("vocab_size", "")
         how = "set it to 0"
         if source.startswith("init_from"):
             how = f"it is that of {source}: prepare the data set with the tokenizer there"
-        raise Damaged(f"vocab_size = {cfg.vocab_size} is less than the {ids} ids of {folder}; {how}")
-    check_shards(folder, found, split, verify)
-    return found
+        ids = f"the {meta['vocab_size']} ids of {folder}"
+        raise Damaged(f"vocab_size = {cfg.vocab_size} is less than {ids}; {how}")
+    check_shards(folder, meta, split, verify)
+    return meta
 
 
 def check_vocabulary(cfg, meta, tokenizer):
     """Exit with 2 if meta.json claims another number of ids than its tokenizer has."""
     if meta["vocab_size"] != tokenizer.size:
         path = os.path.join(cfg.data_dir, cfg.dataset, "meta.json")
-        wrong = f"vocab_size = {meta['vocab_size']}, but its tokenizer has {tokenizer.size} ids"
-        fail(f"{path}: {wrong}; correct it, or prepare the data set again; to pad rows: --vocab_multiple")
+        fault = f"vocab_size = {meta['vocab_size']}, but its tokenizer has {tokenizer.size} ids"
+        fail(f"{path}: {fault}; correct it, or prepare the data set again; to pad rows: --vocab_multiple")
 
 
 def of_trained(part, split, dataset="", data_dir="", verify=False):
-    """(meta, windows of a split, as long as the model's context) of the data set on which the model of a
-    checkpoint was trained, or of another that its tokenizer made. Exits with 2 where another did."""
+    """Return (meta, windows of a split, as long as the model's context) of the data set on which the model of
+    a checkpoint was trained, or of another that its tokenizer made. Exits with 2 if another tokenizer did."""
     trained = part["config"]
-    cfg = dict(dataset=dataset or trained["dataset"], data_dir=data_dir or trained["data_dir"])
-    cfg |= dict(vocab_size=0, tokenize_on_fly=False, origin=dict(dataset="", prepare=""))
-    cfg = SimpleNamespace(**trained | cfg)
+    changes = dict(dataset=dataset or trained["dataset"], data_dir=data_dir or trained["data_dir"])
+    changes |= dict(vocab_size=0, tokenize_on_fly=False, origin=dict(dataset="", prepare=""))
+    cfg = SimpleNamespace(**trained | changes)
     cfg.prepare = trained["prepare"] if cfg.dataset == trained["dataset"] else ""
     found = meta(cfg, split, verify)
+    name = f"dataset = {cfg.dataset!r}"
     if found["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
-        fail(
-            f"dataset = {cfg.dataset!r} has another tokenizer than the model, its token ids mean other text; "
-            "name one that the model's tokenizer made, or its folder with --data_dir"
-        )
-    begins, expected = bos_of(found), bos_of(part["tokenizer"])
-    if begins != expected:
-        fail(
-            f"dataset = {cfg.dataset!r}: its texts begin with token {begins}, the model's with {expected}; "
-            "prepare it with --tokenizer= and the folder of the model's own data set or export"
-        )
+        how = "name one that the model's tokenizer made, or its folder with --data_dir"
+        fail(f"{name} has another tokenizer than the model, its token ids mean other text; {how}")
+    bos, expected = bos_of(found), bos_of(part["tokenizer"])
+    if bos != expected:
+        how = "prepare it with --tokenizer= and the folder of the model's own data set or export"
+        fail(f"{name}: its texts begin with token {bos}, the model's with {expected}; {how}")
     return found, Windows(cfg, found, split)
-
-
-def place(step, micro, cfg):
-    """Return the number of this rank's micro-step among those of all steps and ranks: one process takes the
-    same batches with the same random numbers as several."""
-    return (step * cfg.accumulation + micro) * distributed.WORLD + distributed.RANK
-
-
-def seed(cfg, step, micro):
-    """Return the seed of all random numbers of a micro-step, whether the run was resumed or not."""
-    text = f"{cfg.seed}/{step}/{micro * distributed.WORLD + distributed.RANK}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def bits_per_byte(meta, loss):
@@ -131,42 +126,47 @@ def bits_per_byte(meta, loss):
 
 
 def is_being_written(folder):
-    """whether a preparation holds the lock of a data set's folder"""
+    """Return whether a preparation holds the lock of a data set's folder."""
     return is_locked(os.path.join(folder, ".lock"))
 
 
 def digest(meta):
-    """what tells the tokens of a data set from others: its finished shards with their hashes, and whether
-    these are all"""
+    """Return what identifies the tokens of a data set: its finished shards, and whether these are all."""
     return {"complete": meta["complete"], "shards": meta["shards"]}
 
 
 def same_tokens(saved, now):
-    """whether two digests can be of one data set, the one perhaps taken when it had fewer shards"""
+    """Return whether two digests can be of one data set, the one perhaps taken when it had fewer shards."""
     either = saved["shards"] | now["shards"]
     is_whole = all(one["shards"] == either for one in (saved, now) if one["complete"])
-    return is_whole and either == now["shards"] | saved["shards"]  # and where both have a shard, the same
+    return is_whole and either == now["shards"] | saved["shards"]  # those that both have are the same
 
 
-def default_command(cfg):
-    """the command that makes cfg.dataset, as far as its name tells, or ''"""
-    script = f"prepare/{cfg.dataset}.py"
-    return f"python {script}" if os.path.exists(script) else ""
+def micro_number(micro):
+    """Return a micro-step's number among those of all ranks: one rank does the same as several."""
+    return micro * distributed.WORLD + distributed.RANK
+
+
+def seed(cfg, step, micro):
+    """Return the seed of all random numbers of a micro-step, whether a run was resumed before it or not."""
+    text = f"{cfg.seed}/{step}/{micro_number(micro)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def permute(i, n, key):
-    """where a keyed permutation of range(n) sends i (uint64 array, all < n); key: 8 uint64, a round each.
+    """Return where a keyed permutation of range(n) sends i (uint64 array, all < n); key: 8 uint64.
 
-    A Feistel network over the next power of 4, walked until it lands below n (Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002, section 3): under 4 walks on average, no memory, the same on every
-    machine.
+    A Feistel network over the next power of 4, one round for each key, walked until it lands below n (Black
+    and Rogaway, "Ciphers with arbitrary finite domains", 2002, section 3): under 4 walks on average, no
+    memory, the same on every machine.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     i = np.asarray(i, dtype=np.uint64).copy()
     todo = np.ones(i.shape, bool)
     while todo.any():
-        left, right = i[todo] >> half, i[todo] & mask
+        left = i[todo] >> half
+        right = i[todo] & mask
         for k in key:
             mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)  # wraps modulo 2^64
             mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -177,71 +177,59 @@ def permute(i, n, key):
 
 
 class Windows:
-    """the windows of one split, for sequences of seq_len tokens. Of a data set that is still growing, the
-    first shard, or the validation windows, are waited for. Exits with 2 where the split holds not even one
-    window, with 1 where its preparation has ended before.
+    """The windows of one split, for sequences of seq_len tokens. Of a data set that is still growing, waits
+    for the first shard, or for the validation windows. Exits with 2 if the split holds not even one window,
+    with 1 if its preparation has ended before.
 
-    meta, of which all Windows share one, is kept up to date; total is None until the split is complete.
-
-    An id over the vocabulary in a shard that has changed since it was checked ends the program, as in Shards:
-    a GPU would report it as a failed assertion."""
+    meta, of which all Windows share one, is kept up to date; total is None until the split is complete."""
 
     def __init__(self, cfg, meta, split):
         self.cfg, self.meta, self.split = cfg, meta, split
         self.folder = os.path.join(cfg.data_dir, cfg.dataset)
-        self.seed, self.seq_len, self.dtype = cfg.seed, cfg.seq_len, np.dtype(meta["dtype"]).newbyteorder("<")
-        self.vocab_size, self.shards = meta["vocab_size"], Shards(self.folder)
+        self.seq_len = cfg.seq_len
+        self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        self.shards = Shards(self.folder)
         self.update_shards()
-        if fault := self.wait_for(max(1, cfg.eval_tokens // self.seq_len) - 1 if split == "val" else 0):
+        needed = max(1, cfg.eval_tokens // self.seq_len) if split == "val" else 1
+        if fault := self.wait_for(needed - 1):
             fail(fault, code=1)
 
     def update_shards(self):
-        """take in the shards of meta: counts, the windows of each; ends, their running sum; shards"""
-        folder, split, meta = self.folder, self.split, self.meta
-        names = sorted(name for name in meta["shards"] if name.startswith(split + "_"))
-        shards = {name: meta["shards"][name]["tokens"] for name in names}
-        growing = meta["tokens"].get(split, 0) - sum(shards.values())  # tokens that are on the disk already
-        if growing and split == "val" and not meta["complete"]:
-            shards[f"{split}_{len(names):05d}.bin"] = growing
-        if not shards and meta["complete"]:
-            how = "see --split"
-            if split == "val":
-                how = "make it with a larger --val_fraction or more documents; without, train.py wants "
-                how += "--eval_every=0 --patience=0, "
-                how += "export.py --eval_tokens=0"
-            fail(f"data set {folder} has no split {split!r}, but {', '.join(meta['tokens'])}; {how}")
-        self.counts = [max(0, n - 1) // self.seq_len for n in shards.values()]  # windows per shard
+        """Take in the shards of meta: counts, the windows of each; ends, their running sum; shards."""
+        names = sorted(name for name in self.meta["shards"] if name.startswith(self.split + "_"))
+        sizes = [self.meta["shards"][name]["tokens"] for name in names]
+        n_finished = len(names)
+        growing = self.meta["tokens"].get(self.split, 0) - sum(sizes)  # tokens that are on the disk already
+        if growing and self.split == "val" and not self.meta["complete"]:
+            names.append(f"val_{n_finished:05d}.bin")
+            sizes.append(growing)
+        if not names and self.meta["complete"]:
+            without = "train.py --eval_every=0 --patience=0, export.py --eval_tokens=0"
+            how = f"make it with a larger --val_fraction or more documents, or do without: {without}"
+            present = ", ".join(self.meta["tokens"])
+            how = how if self.split == "val" else "see --split"
+            fail(f"data set {self.folder} has no split {self.split!r}, but {present}; {how}")
+        self.counts = [max(0, n - 1) // self.seq_len for n in sizes]  # windows per shard
         self.ends = np.cumsum(self.counts, dtype=np.int64)
         self.ready = sum(self.counts)
-        self.total = self.ready if meta["complete"] else None
+        self.total = self.ready if self.meta["complete"] else None
         if self.total == 0:
-            most = max(shards.values())
-            more = "prepare more text"
-            if split == "val":
+            most = max(sizes)
+            more = "or prepare more text"
+            if self.split == "val":
                 more += ", or hold out more (--val_fraction=), or none (train.py --eval_every=0 --patience=0)"
             fail(
-                f"seq_len = {self.seq_len} is over the data: the largest {split} shard of {folder} has "
-                f"{most:,} tokens, so seq_len can be at most {most - 1}; or {more}"
+                f"seq_len = {self.seq_len} is longer than the data: the largest {self.split} shard of "
+                f"{self.folder} has {most:,} tokens, so seq_len can be at most {most - 1}; {more}"
             )
-        self.shards.update(list(shards), n_finished=len(names))
-
-    def first_sample(self, step, micro):
-        """Return the number of the first training sample of this rank's micro-step."""
-        return place(step, micro, self.cfg) * self.cfg.batch_size
-
-    def micro_batch(self, step, micro, device):
-        """Return inputs and targets (B, T) of this rank's micro-step, or None if its tokens are not yet
-        written. The micro-step after the last one is the first of the next step."""
-        first = self.first_sample(step, micro)
-        if not self.has(first + self.cfg.batch_size - 1):
-            return None
-        return self.batch(first, self.cfg.batch_size, device)
+        self.shards.update(names, n_finished)
 
     def has_step(self, step):
         """Return whether all tokens of a step, over all ranks, can be read."""
         return self.has(self.last_sample(step))
 
     def last_sample(self, step):
+        """Return the number of the last training sample of a step, over all ranks."""
         return (step + 1) * self.cfg.batch_size * self.cfg.accumulation * distributed.WORLD - 1
 
     def wait_for_step(self, step, stop, say):
@@ -253,16 +241,16 @@ class Windows:
         return tokens / self.seq_len / self.total if self.total else None
 
     def has(self, sample):
-        """whether training samples (of the split val: windows) up to this number can be read"""
+        """Return whether training samples (of the split val: windows) up to this number can be read."""
         return sample < self.ready or self.total is not None
 
     def wait_for(self, sample, stop=lambda: False, say=say):
-        """return when has(sample), or when stop() is true, asked every second: '' or, where the preparation
-        has ended before, what is wrong and what to do about it. Every rank must ask, and stop() be the same
-        on all. say(line) tells of the wait and its end."""
-        waits = False
+        """Wait until has(sample), or until stop(), asked every second, is true. Return '' or, if the
+        preparation has ended before, a line with the fault and the remedy. Every rank must ask, and stop() be
+        the same on all. say(line) reports the wait and its end."""
+        is_waiting = False
         while not self.has(sample) and not stop():
-            # of rank 0, for all; whether it is written is asked first: the lock goes after the last meta.json
+            # rank 0 looks for all
             is_growing, new, fault = distributed.share(self.look() if distributed.is_main else None)
             if fault:
                 return fault
@@ -273,17 +261,17 @@ class Windows:
             if not is_growing:
                 how = printable(self.meta.get("command", "its preparation"))
                 return f"data set {self.folder} is not complete, and nothing writes it; continue it: {how}"
-            if not waits:
+            if not is_waiting:
                 say(f"waiting for more {self.split} tokens of {self.folder}, which is being written")
-            waits = True
+            is_waiting = True
             time.sleep(1)
-        if waits and self.has(sample):
-            say(f"going on: {self.folder} has {sum(self.meta['tokens'].values()):,} tokens")
+        if is_waiting and self.has(sample):
+            say(f"continuing: {self.folder} has {sum(self.meta['tokens'].values()):,} tokens")
         return ""
 
     def look(self):
         """Return (whether the data set is being written, its meta.json now, what is wrong with it or '')."""
-        is_growing = is_being_written(self.folder)
+        is_growing = is_being_written(self.folder)  # asked first: the lock goes after the last meta.json
         try:
             return is_growing, checked_meta(self.cfg, self.folder), ""
         except Damaged as error:
@@ -291,27 +279,26 @@ class Windows:
 
     def repetition(self, n_tokens):
         """Return a line if so many training tokens read a text more than ten times, or ''. Problems and games
-        are repeated on purpose; the size of a data set that is still being written is not known, nor are the
-        steps of a run that max_minutes ends."""
-        epochs = n_tokens / self.seq_len / self.total if self.total else 0
+        are repeated on purpose; how often a growing set, or a run with max_minutes, reads it is not known."""
+        epochs = self.epochs(n_tokens) or 0
         if epochs <= 10 or "documents" not in self.meta or self.cfg.max_minutes:
             return ""
         how = "prepare more text, set a smaller --max_steps=, or --patience=3, which stops at the best loss"
         return f"this run reads its text {epochs:,.0f} times, which teaches little (docs/cost.md); {how}"
 
     def read(self, shard, i):
-        """window i of a shard: seq_len + 1 token ids"""
-        start, size = i * self.seq_len, self.seq_len + 1
-        raw = self.shards.read(shard, start * self.dtype.itemsize, size * self.dtype.itemsize)
+        """Return window i of a shard: seq_len + 1 token ids."""
+        itemsize = self.dtype.itemsize
+        raw = self.shards.read(shard, i * self.seq_len * itemsize, (self.seq_len + 1) * itemsize)
         return np.frombuffer(raw, self.dtype)
 
     def tensor(self, places, device):
-        """the windows at (shard, i) places as inputs and targets (B, T), both views of one tensor on the
-        device"""
+        """Return the windows at (shard, i) places as inputs and targets (B, T), views of one tensor."""
         rows = np.stack([self.read(shard, i) for shard, i in places])
-        if rows.max() >= self.vocab_size:  # microseconds
+        vocab_size = self.meta["vocab_size"]
+        if rows.max() >= vocab_size:  # a GPU would report it as a failed assertion
             row = int(rows.max(axis=1).argmax())
-            state = f"holds token id {rows.max()} since it was checked, but vocab_size is {self.vocab_size}"
+            state = f"holds token id {rows.max()} since it was checked, but vocab_size is {vocab_size}"
             self.shards.stop(places[row][0], state)
         rows = torch.from_numpy(rows.astype(np.int64))
         if device.type == "cuda":
@@ -320,28 +307,41 @@ class Windows:
         return rows[:, :-1], rows[:, 1:]
 
     def places(self, samples):
-        """the (shard, window) of each training sample number, as a list"""
+        """Return [(shard, window)] of training sample numbers."""
         assert self.has(max(samples)), "the caller waits for them"
         epochs, positions = np.divmod(np.asarray(samples, np.int64), self.ready)
-        shards = np.searchsorted(self.ends, positions, "right")
-        inside = positions - (self.ends - self.counts)[shards]
+        shards, inside = self.inside(positions)
         for epoch, shard in {*zip(epochs.tolist(), shards.tolist())}:
-            text = f"{self.seed}/{epoch}/{shard}".encode()
+            text = f"{self.cfg.seed}/{epoch}/{shard}".encode()
             key = np.frombuffer(hashlib.blake2b(text, digest_size=64).digest(), "<u8")
             here = (epochs == epoch) & (shards == shard)
             inside[here] = permute(inside[here], self.counts[shard], key)
         return list(zip(shards.tolist(), inside.tolist()))
 
+    def inside(self, positions):
+        """Return (shards, windows in them), arrays, of positions among the windows of all shards."""
+        shards = np.searchsorted(self.ends, positions, "right")
+        return shards, positions - (self.ends - self.counts)[shards]
+
     def batch(self, first, n, device):
-        """training samples first ... first + n - 1 as (inputs, targets), each (n, T) int64"""
+        """Return training samples first ... first + n - 1 as (inputs, targets), each (n, T) int64."""
         return self.tensor(self.places(range(first, first + n)), device)
 
+    def micro_batch(self, step, micro, device):
+        """Return the (inputs, targets) of this rank's micro-step, or None if its tokens are not written yet.
+        The micro-step after the last one is the first of the next step."""
+        size = self.cfg.batch_size
+        first = (step * self.cfg.accumulation * distributed.WORLD + micro_number(micro)) * size
+        return self.batch(first, size, device) if self.has(first + size - 1) else None
+
     def fixed(self, tokens, batch_size, device):
-        """yield batches (inputs, targets) of at most `tokens` tokens (0 = all), always the same: spread
-        evenly, or the first ones where the split may still grow"""
+        """Yield batches (inputs, targets) of at most `tokens` tokens (0 = all), always the same: spread
+        evenly, or the first ones if the split may still grow."""
         n = min(self.ready, max(1, tokens // self.seq_len)) if tokens else self.ready
-        spread = np.arange(n) if self.cfg.tokenize_on_fly else np.arange(n) * self.ready // n
-        shards = np.searchsorted(self.ends, spread, "right")
-        places = list(zip(shards.tolist(), (spread - (self.ends - self.counts)[shards]).tolist()))
+        positions = np.arange(n)
+        if not self.cfg.tokenize_on_fly:
+            positions = positions * self.ready // n
+        shards, inside = self.inside(positions)
+        places = list(zip(shards.tolist(), inside.tolist()))
         for j in range(0, n, batch_size):
             yield self.tensor(places[j : j + batch_size], device)

@@ -1,6 +1,4 @@
-"""
-The meta.json of a prepared data set: it must agree with a schema, and with itself.
-"""
+"""The meta.json of a prepared data set: it must agree with a schema, and with itself."""
 
 import hashlib
 import json
@@ -11,11 +9,11 @@ from nanobit.terminal import printable
 
 
 class Damaged(Exception):
-    """Stand for a data set that is not what its meta.json says, or that cannot be read now, in one line."""
+    """The error of a data set that is not what its meta.json says, or that cannot be read now: one line."""
 
 
 # The schema of meta.json. A rule is (what is expected, test), the {field: rule} of an object, or the
-# {pattern: rule} of an object whose fields all match it. A field with ? may be missing; others may be there.
+# {pattern: rule} of an object whose fields all match it. A field with ? may be missing; others may exist.
 
 
 def whole(least, most):
@@ -30,12 +28,15 @@ def matching(expected, pattern):
     return expected, lambda v: type(v) is str and re.fullmatch(pattern, v) is not None
 
 
-COUNT, ID = whole(0, 2**50), whole(0, 2**24 - 1)
+COUNT = whole(0, 2**50)
+ID = whole(0, 2**24 - 1)
 YES_NO = "true or false", lambda v: type(v) is bool
 TEXT = "a text that is not empty", lambda v: type(v) is str and v != ""
 SHA256 = matching("64 hexadecimal digits", r"[0-9a-f]{64}")
 FILE = matching("the name of a file in this folder", r"[\w-][\w.-]*")
-SPLIT, SHARD, ANY = re.compile(r"\w+"), re.compile(r"\w+_\d{5}\.bin"), re.compile(r"(?s).*")
+SPLIT = re.compile(r"\w+")
+SHARD = re.compile(r"\w+_\d{5}\.bin")
+ANY = re.compile(r"(?s).*")
 META = {
     "complete": YES_NO,
     "dtype": one_of("uint16", "uint32"),
@@ -69,15 +70,13 @@ def fault(value, rule, name):
             fields = list(value)
             if strange := [field for field in fields if not key.fullmatch(field)]:
                 return f"{name} has the entry {shown(strange[0])}"
-        elif key.rstrip("?") in value:
-            fields = [key.rstrip("?")]
-        elif key.endswith("?"):
-            fields = []
-        else:
+        elif key not in value and not key.endswith("?"):
             return f"{prefix}{key} is missing"
+        else:
+            fields = [field for field in (key.rstrip("?"),) if field in value]
         for field in fields:
-            if wrong := fault(value[field], part, prefix + printable(field)):
-                return wrong
+            if text := fault(value[field], part, prefix + printable(field)):
+                return text
     return ""
 
 
@@ -89,7 +88,8 @@ def shown(value):
 
 def contradiction(meta):
     """Return where the fields of a meta.json, each of them right alone, disagree, or ''."""
-    spec, ids = meta["tokenizer"], meta["vocab_size"]
+    spec = meta["tokenizer"]
+    ids = meta["vocab_size"]
     for key in ("eot", "bos"):
         if meta.get(key, 0) >= ids:
             return f"{key} = {meta[key]}, but vocab_size = {ids}"
@@ -99,19 +99,20 @@ def contradiction(meta):
         chars = spec["chars"].encode(errors="surrogatepass")
         if len(spec["chars"]) != ids or hashlib.sha256(chars).hexdigest() != spec["sha256"]:
             n = len(spec["chars"])
-            return f"tokenizer.chars are {n}, but vocab_size = {ids}, or their sha256 is another"
+            return f"tokenizer.chars are {n}, but vocab_size = {ids}, or their sha256 is another one"
     for split in sorted({name.rpartition("_")[0] for name in meta["shards"]}):
         names = sorted(name for name in meta["shards"] if name.rpartition("_")[0] == split)
-        held, wanted = sum(meta["shards"][name]["tokens"] for name in names), meta["tokens"].get(split, 0)
-        if held > wanted or (held < wanted and meta["complete"]):
-            return f"tokens.{split} = {wanted}, but its shards have {held}"
+        held = sum(meta["shards"][name]["tokens"] for name in names)
+        expected = meta["tokens"].get(split, 0)
+        if held > expected or (held < expected and meta["complete"]):
+            return f"tokens.{split} = {expected}, but its shards have {held}"
         if names != [f"{split}_{i:05d}.bin" for i in range(len(names))]:
             return f"shards has {names[-1]}, but not all before it"
     return ""
 
 
 def unreadable(path, error):
-    """Return the line on a file that exists and cannot be read now (an OSError): it may be whole."""
+    """Return the line for a file that exists and cannot be read now (an OSError): it may be whole."""
     return f"{path} cannot be read now ({error.strerror}); repair that and run the same command again"
 
 
@@ -131,8 +132,8 @@ def read_meta(folder):
     if type(meta) is dict and "examples" in meta:
         how = f"evaluate.py --dataset={os.path.basename(folder)} scores a model on it"
         raise Damaged(f"data set {folder} is a task of text, with no tokens to train on; {how}")
-    wrong = fault(meta, META, "")
-    wrong = wrong or fault(meta["tokenizer"], TOKENIZER[meta["tokenizer"]["kind"]], "tokenizer")
-    if wrong := wrong or contradiction(meta):
-        raise Damaged(f"{path} is damaged: {wrong}; {again}")
+    text = fault(meta, META, "")
+    text = text or fault(meta["tokenizer"], TOKENIZER[meta["tokenizer"]["kind"]], "tokenizer")
+    if text := text or contradiction(meta):
+        raise Damaged(f"{path} is damaged: {text}; {again}")
     return meta

@@ -17,13 +17,14 @@ warned = set()  # the features whose lack was reported already
 
 
 def warn_once(feature, text):
+    """Print a warning on stderr, once for each feature."""
     if feature not in warned:
         warned.add(feature)
         print(f"warning: {text}", file=sys.stderr)
 
 
 def write_bytes(path, content):
-    """content as a file; an OSError (a full disk) leaves what was there before and no partial"""
+    """Write content as a file. An OSError (a full disk) leaves what was there before, and no partial."""
     partial = f"{path}.tmp-{os.getpid()}"
     try:
         with open(partial, "wb") as file:
@@ -38,7 +39,7 @@ def write_bytes(path, content):
 
 
 def write_json(path, value):
-    """value as indented JSON"""
+    """Write a value as indented JSON, as write_bytes."""
     write_bytes(path, json.dumps(value, indent=1).encode())
 
 
@@ -50,11 +51,8 @@ def sync_folder(path):
     try:
         os.fsync(handle)
     except OSError as error:
-        warn_once(
-            "fsync",
-            f"the file system of {path} cannot flush a folder ({error.strerror}); a power cut may undo the "
-            "last rename",
-        )
+        text = f"the file system of {path} cannot flush a folder ({error.strerror})"
+        warn_once("fsync", f"{text}; a power cut may undo the last rename")
     finally:
         os.close(handle)
 
@@ -62,26 +60,26 @@ def sync_folder(path):
 def lock(path, timeout=0.3):
     """Lock the file at path for this process, until release() or the end of the process; return the lock.
 
-    If the file system has no locks, a file with the process and its host stands in; one that a dead process
-    of this host left is taken over. Raises BlockingIOError, with the holder as its text, if
-    another process still has the lock after `timeout` seconds (is_locked takes it for a moment only), and
-    OSError if the file cannot be written.
+    If the file system has no locks, a file with the process and its host is used instead; one that a dead
+    process of this host left is taken over. Raises BlockingIOError, with the holder as its text, if another
+    process still has the lock after `timeout` seconds (is_locked takes it for a moment only), and OSError if
+    the file cannot be written.
     """
-    with warnings.catch_warnings(action="ignore"):  # without fcntl it warns of what is said below
+    with warnings.catch_warnings(action="ignore"):  # without fcntl it warns of what is reported below
         import filelock
 
     def report(name):
-        warn_once("lock", f"the file system of {path} has no locks; the file {name} stands in for one")
+        warn_once("lock", f"the file system of {path} has no locks; the file {name} is used instead")
 
-    def acquired(kind, name):
-        found = kind(name)
+    def acquired(lock_type, name):
+        lock = lock_type(name)
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
-            found.acquire(timeout=timeout)
+            lock.acquire(timeout=timeout)
         if notes:  # newer versions of filelock take such a file themselves after ENOSYS
             report(name)
-        atexit.register(found.release)  # a file that stands in for a lock does not go with the process
-        return found
+        atexit.register(lock.release)  # the file that is used instead of a lock outlives the process
+        return lock
 
     try:
         try:

@@ -23,7 +23,7 @@ from nanobit.files import write_json
 
 MAX_OPEN = 8  # shards of a split that are open at a time
 SAVE_SECONDS = 60.0  # between two saves of .checked.json while a large data set is read
-LARGE = 2**30  # bytes to read that are worth a line
+LARGE = 2**30  # bytes to read that are announced in a line
 remembered = {}  # {folder: {shard: entry}} of this process, for a .checked.json that cannot be written
 
 
@@ -33,19 +33,21 @@ def check_shards(folder, meta, split="", verify=False):
     cache = os.path.join(folder, ".checked.json")
     host = host_of(folder)
     seen = read_checked(cache).get(host, {}) | remembered.get(folder, {})
-    known, to_read, dtype = {}, {}, np.dtype(meta["dtype"]).newbyteorder("<")
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    known, to_read = {}, {}
     for name, shard in meta["shards"].items():
-        path, want = os.path.join(folder, name), shard["tokens"] * dtype.itemsize
+        path = os.path.join(folder, name)
+        size = shard["tokens"] * dtype.itemsize
         try:
             stat = os.stat(path)
         except FileNotFoundError:
-            raise Damaged(bad_shard(folder, name, f"is missing, meta.json says {want:,} bytes")) from None
+            raise Damaged(bad_shard(folder, name, f"is missing, meta.json says {size:,} bytes")) from None
         except OSError as error:
             raise Damaged(unreadable(path, error)) from None
-        if stat.st_size != want:
-            state = f"has {stat.st_size:,} bytes, meta.json says {want:,}"
+        if stat.st_size != size:
+            state = f"has {stat.st_size:,} bytes, meta.json says {size:,}"
             raise Damaged(bad_shard(folder, name, state))
-        entry = [want, stat.st_mtime_ns, shard["sha256"], meta["vocab_size"]]
+        entry = [size, stat.st_mtime_ns, shard["sha256"], meta["vocab_size"]]
         if seen.get(name) == entry:
             known[name] = entry
         if name.startswith(split) and (verify or name not in known):
@@ -55,15 +57,8 @@ def check_shards(folder, meta, split="", verify=False):
     size = sum(entry[0] for entry in to_read.values())
     if size >= LARGE:
         say(f"{folder}: checking {len(to_read)} shards, {size / 1e9:.1f} GB, once on each machine")
-    bar = tqdm(
-        total=size,
-        desc=f"checking {folder}",
-        unit="B",
-        unit_scale=True,
-        delay=1,  # seconds, after which it appears
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
+    options = dict(delay=1, leave=False, disable=None)  # on a terminal, after a second
+    bar = tqdm(total=size, desc=f"checking {folder}", unit="B", unit_scale=True, **options)
     saved = time.monotonic()
     try:
         for name, entry in to_read.items():
@@ -87,7 +82,9 @@ def check_shards(folder, meta, split="", verify=False):
 def check_shard(folder, name, meta, dtype, progress):
     """Read a shard once. Raises Damaged if an id is over the vocabulary or the sha256 is not meta.json's."""
     path = os.path.join(folder, name)
-    sha256, largest, buffer = hashlib.sha256(), 0, memoryview(bytearray(2**22))
+    sha256 = hashlib.sha256()
+    largest = 0
+    buffer = memoryview(bytearray(2**22))
     try:
         with open(path, "rb") as file:
             while n := file.readinto(buffer):
@@ -105,7 +102,7 @@ def check_shard(folder, name, meta, dtype, progress):
 
 
 def bad_shard(folder, name, state):
-    """Return the line on a shard that is damaged: its state and the remedy."""
+    """Return the line for a shard that is damaged: its state and the remedy."""
     path = os.path.join(folder, name)
     return f"shard {path} {state}; copy it again from where it came, or delete {folder} and prepare it again"
 
@@ -120,11 +117,12 @@ def read_checked(path):
     written before it held hosts is empty."""
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+            hosts = json.load(file)
     except (OSError, ValueError, RecursionError):
         return {}
-    hosts = found.items() if type(found) is dict else ()
-    return {host: shards for host, shards in hosts if type(shards) is dict}
+    if type(hosts) is not dict:
+        return {}
+    return {host: shards for host, shards in hosts.items() if type(shards) is dict}
 
 
 def write_checked(path, host, shards):
@@ -132,8 +130,8 @@ def write_checked(path, host, shards):
     try:
         write_json(path, read_checked(path) | {host: shards})
     except OSError as error:
-        why = error.strerror or error
-        say(f"warning: {path} cannot be written ({why}); the next start reads these shards again")
+        text = f"{path} cannot be written ({error.strerror or error})"
+        say(f"warning: {text}; the next start reads these shards again")
 
 
 class Shards:
@@ -141,12 +139,16 @@ class Shards:
     open outlives its name. One that is cut or cannot be read ends the program with 1, after on_damage()."""
 
     def __init__(self, folder):
-        self.folder, self.names, self.n_finished, self.on_damage = folder, [], 0, lambda: None
+        self.folder = folder
+        self.names = []
+        self.n_finished = 0  # those from here on are still being written
+        self.on_damage = lambda: None
         self.files = {}  # {shard: file}, the most recently used last
 
     def update(self, names, n_finished):
-        """Take in the shards by name; those from n_finished on are still being written."""
-        self.names, self.n_finished = names, n_finished
+        """Take in the shards by name, of which the first n_finished will not change."""
+        self.names = names
+        self.n_finished = n_finished
         for shard in range(min(len(names), MAX_OPEN)):
             self.file(shard)
 
@@ -171,19 +173,19 @@ class Shards:
             self.end(unreadable(path, error))
 
     def read(self, shard, start, size):
-        """Return the bytes of a shard from a place on."""
+        """Return `size` bytes of a shard from byte `start` on."""
         file = self.file(shard)
         try:
             file.seek(start)
-            found = file.read(size)
+            content = file.read(size)
         except OSError as error:
             self.end(unreadable(os.path.join(self.folder, self.names[shard]), error))
-        if len(found) < size:
+        if len(content) < size:
             self.stop(shard, "has become shorter since it was checked")
-        return found
+        return content
 
     def stop(self, shard, state):
-        """End the program, since a shard is damaged: in this state."""
+        """End the program because a shard is in a damaged state."""
         self.end(bad_shard(self.folder, self.names[shard], state))
 
     def end(self, line):
@@ -193,4 +195,5 @@ class Shards:
 
 
 def say(text):
+    """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -4,9 +4,13 @@ Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE.
 A tokenizer is described by a spec, the `tokenizer` entry of meta.json: {kind, sha256, ...}. Those of
 SentencePiece and tiktoken live in a file beside the token files; a checkpoint holds the file's content too,
 so that using a model needs nothing else and no network. The id `eot` ends a text and `bos` begins one;
-without `bos` the end-of-text token does both. All have encode(text) -> ids, decode(ids) -> text and size,
-the number of ids; decode(encode(text)) == text, but for U+2581, which SentencePiece takes for a space.
-decode leaves out ids that stand for nothing: a model's vocab_size may be larger than its tokenizer's.
+without `bos` the end-of-text token does both. All have size, the number of ids, and
+
+    encode(text)       the ids of a text; decode(encode(text)) == text, except for U+2581, which SentencePiece
+                       takes for a space
+    encode_on(text)    the ids of text that continues earlier text
+    decode(ids)        the text, without ids that stand for nothing: a model's vocab_size may be larger than
+                       its tokenizer's
 """
 
 import base64
@@ -18,21 +22,21 @@ from nanobit.terminal import printable
 
 
 class CharTokenizer:
-    """one token per character, in the order of spec["chars"]"""
+    """One token per character, in the order of spec["chars"]."""
 
     def __init__(self, spec):
         self.chars = spec["chars"]
-        # a NUL is not text, but the place of the token that ends one (prepare/vocab.py)
+        # a NUL is not text: its id is that of the end-of-text token (prepare/vocab.py)
         self.ids = {char: i for i, char in enumerate(self.chars) if char != "\0"}
         self.size = len(self.chars)
 
     def encode(self, text):
-        """token ids of text; ValueError for a character that the training text did not have"""
+        """Return the ids of text. ValueError for a character that the training text did not have."""
         try:
             return [self.ids[char] for char in text]
         except KeyError as error:
-            shown = "".join(self.ids)
-            shown = shown if len(shown) < 200 else shown[:200] + "..."
+            chars = "".join(self.ids)
+            shown = chars[:200] + "..." * (len(chars) > 200)
             raise ValueError(f"the tokenizer has no character {error.args[0]!r}; it has {shown!r}") from None
 
     encode_on = encode
@@ -57,8 +61,10 @@ def sentencepiece_model(content, path):
 
 def marks_of(model):
     """Return {"eot": id}, and "bos" if a SentencePiece model begins a text with another token."""
-    bos, eot = model.bos_id(), model.eos_id()
-    return {"eot": eot} | ({} if bos in (-1, eot) else {"bos": bos})
+    marks = {"eot": model.eos_id(), "bos": model.bos_id()}
+    if marks["bos"] in (-1, marks["eot"]):
+        del marks["bos"]
+    return marks
 
 
 class SentencePieceTokenizer:
@@ -73,17 +79,19 @@ class SentencePieceTokenizer:
         return self.model.encode(text)
 
     def encode_on(self, text):
-        """ids of text that goes on from earlier text: without the space that SentencePiece puts before a
-        text"""
-        ids, n = self.model.encode("\n" + text), len(self.newline)
-        return ids[n:] if self.keeps_lines and ids[:n] == self.newline else self.model.encode(text)
+        """Return the ids of text without the space that SentencePiece puts before a text."""
+        ids = self.model.encode("\n" + text)
+        n = len(self.newline)
+        if self.keeps_lines and ids[:n] == self.newline:
+            return ids[n:]
+        return self.model.encode(text)
 
     def decode(self, ids):
-        return self.model.decode([i for i in ids if i < self.model.vocab_size()])
+        return self.model.decode([i for i in ids if i < self.size])
 
 
 def ranks_of(spec):
-    """{bytes: rank} of a tiktoken tokenizer"""
+    """Return {bytes: rank} of a tiktoken tokenizer."""
     lines = (line.split() for line in spec["content"].splitlines() if line)
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
@@ -101,7 +109,7 @@ class TiktokenTokenizer:
         self.size = self.model.n_vocab
 
     def encode(self, text):
-        """ids of text, in which the names of special tokens are ordinary text"""
+        """Return the ids of text, in which the names of special tokens are ordinary text."""
         return self.model.encode_ordinary(text)
 
     encode_on = encode
@@ -131,7 +139,8 @@ def make_tokenizer(spec):
 
 
 def with_content(spec, folder):
-    """spec and the content (bytes) of the file it names in folder, checked against its sha256"""
+    """Return a spec with the content (bytes) of the file that it names, if it does, in folder. Exits with 2
+    if that is missing or has another sha256."""
     if "file" not in spec:
         return spec
     path = os.path.join(folder, spec["file"])
@@ -155,8 +164,8 @@ def encode_prompt(tokenizer, bos, text):
 
 
 def continuation(tokenizer, prompt, new):
-    """the text that the ids `new` add to a prompt (ids as of encode_prompt): decoded together, because a
-    SentencePiece text decoded alone loses its leading space"""
+    """Return the text that the ids `new` add to a prompt (ids of encode_prompt). They are decoded together,
+    because a SentencePiece text that is decoded alone loses its leading space."""
     return tokenizer.decode(prompt[1:] + new)[len(tokenizer.decode(prompt[1:])) :]
 
 
@@ -169,7 +178,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, before):
-        self.decode, self.window = tokenizer.decode, list(before[-8:])
+        self.decode = tokenizer.decode
+        self.window = list(before[-8:])
         self.shown = len(self.decode(self.window))  # characters of the window's text
 
     def add(self, token):

@@ -78,18 +78,20 @@ DAMAGES = [
 
 @pytest.mark.parametrize("change, says", DAMAGES, ids=[says for _, says in DAMAGES])
 def test_a_damaged_meta_is_one_line(data_dir, change, says):
-    """bug guarded: a traceback, or a value that is taken as it is"""
+    """Every damage of meta.json is one line that names the field, never a traceback or a wrong value."""
     meta = read_meta(place(data_dir))
     write_meta(data_dir, change(meta))
     with pytest.raises(Damaged) as found:
         read_meta(place(data_dir))
     text = str(found.value)
-    assert says in text and "meta.json is damaged" in text and "prepare it again" in text, text
+    assert says in text, text
+    assert "meta.json is damaged" in text, text
+    assert "prepare it again" in text, text
     assert text.isprintable(), "what a file holds reaches the terminal escaped"
 
 
 def test_a_changed_byte_of_meta_is_noticed_or_harmless(data_dir):
-    """bug guarded: other tokens, or another model, because of one byte"""
+    """No changed byte of meta.json leads to other tokens or another model."""
     whole, rng, noticed = read_meta(place(data_dir)), random.Random(0), 0
     with open(os.path.join(place(data_dir), "meta.json"), "rb") as file:
         content = file.read()
@@ -112,7 +114,7 @@ def test_a_changed_byte_of_meta_is_noticed_or_harmless(data_dir):
 
 
 def test_a_growing_and_an_older_meta_are_read(data_dir):
-    """bug guarded: a check that refuses a set under way, or one that lacks or has other fields"""
+    """The meta.json of a set that grows, of an earlier version, or with more fields is valid."""
     meta = read_meta(place(data_dir))
     shards = {"train_00000.bin": meta["shards"]["train_00000.bin"]}
     for changes in (
@@ -127,30 +129,33 @@ def test_a_growing_and_an_older_meta_are_read(data_dir):
 
 
 def test_the_vocabulary_is_that_of_the_tokenizer(capsys):
-    """bug guarded: 275 GB of embedding that a number in a file asks for"""
+    """vocab_size in meta.json must be that of the tokenizer, or it could ask for 275 GB of embedding."""
     tokenizer = make_tokenizer(tiktoken())
     data.check_vocabulary(settings(), dict(vocab_size=266), tokenizer)
     with pytest.raises(SystemExit) as stop:
         data.check_vocabulary(settings(), dict(vocab_size=2**24), tokenizer)
-    assert stop.value.code == 2 and "its tokenizer has 266 ids" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "its tokenizer has 266 ids" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [dict(pattern="("), dict(content=b"a b c"), dict(special=3)])
 def test_a_tokenizer_that_cannot_be_made_is_one_line(capsys, changes):
-    """bug guarded: the traceback of a library"""
+    """A damaged tokenizer is one line, not the traceback of its library."""
     with pytest.raises(SystemExit) as stop:
         make_tokenizer(tiktoken() | changes)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "tokenizer is damaged" in error and error.count("\n") == 1
+    assert stop.value.code == 2
+    assert "tokenizer is damaged" in error
+    assert error.count("\n") == 1
 
 
 def test_a_task_of_text_is_no_data_to_train_on(data_dir):
-    """bug guarded: a fault of a field that a task of text need not have"""
+    """A task of text is named as such, with the command that uses it."""
     write_meta(data_dir, dict(task="lambada", examples=3, complete=True))
     with pytest.raises(Damaged, match="evaluate.py --dataset=tiny"):
         read_meta(place(data_dir))
 
 
 def test_large_vocabularies_have_large_ids(tmp_path):
-    """bug guarded: a bound that a real tokenizer does not fit in"""
+    """A vocabulary of 300,000 ids is stored as uint32."""
     assert read_meta(place(write_data(tmp_path, vocab_size=300_000)))["dtype"] == "uint32"

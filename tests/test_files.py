@@ -59,7 +59,7 @@ def locked_by_a_child(path, kill):
 
 
 def test_a_lock_excludes_until_its_process_ends(tmp_path):
-    """rule: two live processes exclude each other, a killed one leaves no lock"""
+    """Two live processes exclude each other, a killed one leaves no lock."""
     path = tmp_path / ".lock"
     child = locked_by_a_child(path, kill=False)
     assert files.is_locked(path)
@@ -72,7 +72,7 @@ def test_a_lock_excludes_until_its_process_ends(tmp_path):
 
 
 def test_without_locks_a_file_stands_in(tmp_path, no_locks, capsys):
-    """rule: two live processes exclude each other, with one warning, and the holder is named"""
+    """Two live processes exclude each other, with one warning, and the holder is named."""
     path = str(tmp_path / ".lock")
     lock = files.lock(path)
     assert capsys.readouterr().err.count("has no locks") == 1
@@ -80,13 +80,15 @@ def test_without_locks_a_file_stands_in(tmp_path, no_locks, capsys):
         files.lock(path)
     if os.path.exists(path) and no_locks:  # as on another host, which has only this file
         os.remove(path)
-    assert files.is_locked(path) and "has no locks" not in capsys.readouterr().err
+    assert files.is_locked(path)
+    assert "has no locks" not in capsys.readouterr().err
     lock.release()
-    assert not files.is_locked(path) and not os.path.exists(path + no_locks)
+    assert not files.is_locked(path)
+    assert not os.path.exists(path + no_locks)
 
 
 def test_a_system_without_fcntl_costs_no_foreign_warning(tmp_path, monkeypatch):
-    """rule: what filelock itself warns of when it is imported is not printed"""
+    """What filelock itself warns of when it is imported is not printed."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "filelock"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fcntl", None)
@@ -96,7 +98,7 @@ def test_a_system_without_fcntl_costs_no_foreign_warning(tmp_path, monkeypatch):
 
 
 def test_the_file_of_a_dead_process_is_taken_over(tmp_path, no_locks):
-    """rule: a killed process of this host blocks nobody"""
+    """A killed process of this host blocks nobody."""
     path = str(tmp_path / ".lock")
     holder = filelock.SoftFileLock(path + no_locks)
     holder.acquire()
@@ -111,7 +113,7 @@ def test_the_file_of_a_dead_process_is_taken_over(tmp_path, no_locks):
 
 
 def test_the_file_of_another_host_is_named(tmp_path, no_locks):
-    """rule: whether a process of another host lives cannot be known; the file to delete is named"""
+    """Whether a process of another host lives cannot be known; the file to delete is named."""
     path = str(tmp_path / ".lock")
     with open(path + no_locks, "w", encoding="utf-8") as file:
         file.write("42\nelsewhere\n")
@@ -121,8 +123,8 @@ def test_the_file_of_another_host_is_named(tmp_path, no_locks):
 
 
 def test_a_lock_that_may_only_be_read(tmp_path, monkeypatch):
-    """rule: other errors than a lack of locks are not hidden, and of a lock that only others may take it is
-    known whether a process holds it"""
+    """Other errors than a lack of locks are not hidden, and of a lock that only others may take it is known
+    whether a process holds it."""
     path = tmp_path / ".lock"
     child = locked_by_a_child(path, kill=False)
 
@@ -139,7 +141,7 @@ def test_a_lock_that_may_only_be_read(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_flushed_costs_a_warning(tmp_path, monkeypatch, capsys):
-    """rule: one warning, no error, and no handle is left open"""
+    """One warning, no error, and no handle is left open."""
     real = os.fsync
 
     def fsync(handle):
@@ -160,7 +162,7 @@ def test_a_folder_that_cannot_be_flushed_costs_a_warning(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("patch", [NO_FOLDER_FSYNC, NO_LOCKS.format(code="ENOLCK")])
 def test_training_survives_a_poor_file_system(data_dir, out_dir, patch):
-    """rule: without fsync of folders, and without locks, a run saves, resumes and ends complete"""
+    """Without fsync of folders, and without locks, a run saves, resumes and ends complete."""
     changes = dict(max_steps=4, eval_every=0, sample_every=0, save_every=2)
     _, err = train(data_dir, out_dir, "poor", patch=patch, **changes | dict(max_steps=2))
     assert err.count("warning: the file system") == 1

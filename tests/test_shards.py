@@ -49,7 +49,7 @@ def change(place, name="train_00000.bin", keep_time=False, new=None):
 
 
 def test_a_changed_token_is_noticed_at_first_use(place):
-    """bug guarded: a sum in meta.json that nobody compares"""
+    """The sha256 in meta.json is compared when a machine first uses a shard."""
     change(place)
     with pytest.raises(Damaged, match="train_00000.bin has changed: its sha256 .* copy it again"):
         check(place)
@@ -57,7 +57,7 @@ def test_a_changed_token_is_noticed_at_first_use(place):
 
 
 def test_a_token_changed_later_is_noticed(place, monkeypatch):
-    """bug guarded: a shard that is known for good; one that is not known after a change of another"""
+    """A shard is read again when its time has changed, and it alone."""
     check(place)
     change(place, "val_00000.bin")
     read = read_by(monkeypatch)
@@ -68,7 +68,7 @@ def test_a_token_changed_later_is_noticed(place, monkeypatch):
 
 
 def test_verify_finds_what_kept_size_and_time(place, capsys):
-    """bugs guarded: --verify_data that trusts the cache, or leaves it saying that all is well"""
+    """--verify_data reads all shards again, and the cache forgets those that are damaged."""
     check(place)
     check(place, verify=True)
     assert "2 shards read again" in capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_verify_finds_what_kept_size_and_time(place, capsys):
 
 
 def test_what_is_known_survives_an_interrupted_check(tmp_path, monkeypatch):
-    """rule: a check that is interrupted forgets nothing; only a shard whose check fails is read again"""
+    """A check that is interrupted forgets nothing; only a shard whose check fails is read again."""
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 100)
     place, real, read = os.path.join(write_data(tmp_path), "tiny"), shards.check_shard, []
 
@@ -114,14 +114,14 @@ def deny(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["meta.json", "train_00000.bin"])
 def test_nothing_is_deleted_for_what_cannot_be_read_now(place, monkeypatch, name):
-    """rule: for a file that exists and cannot be read, the remedy is to repair that, not to delete it"""
+    """For a file that exists and cannot be read, the remedy is to repair that, not to delete it."""
     deny(monkeypatch, name)
     with pytest.raises(Damaged, match=f"{name} cannot be read now .* run the same command again$"):
         check(place)
 
 
 def test_a_run_whose_shard_cannot_be_read_now_saves_and_ends(data_dir, monkeypatch, capsys):
-    """rule: the same during a run, which saves before it ends"""
+    """The same during a run, which saves before it ends."""
     w, saved = windows(data_dir), []
     w.shards.files.clear()
     w.shards.on_damage = lambda: saved.append(True)
@@ -129,13 +129,14 @@ def test_a_run_whose_shard_cannot_be_read_now_saves_and_ends(data_dir, monkeypat
     with pytest.raises(SystemExit) as stop:
         w.batch(0, 31, CPU)
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and saved == [True]
-    assert "cannot be read now (Input/output error)" in error and "delete" not in error
+    assert stop.value.code == 1
+    assert saved == [True]
+    assert "cannot be read now (Input/output error)" in error
+    assert "delete" not in error
 
 
 def test_each_machine_reads_each_byte_once(place, monkeypatch):
-    """bugs guarded: 200 GB read at every start; the check of another machine, whose disk or network is not
-    this one's, taken for one's own; its entries lost"""
+    """Each machine reads each shard once, and keeps the entries of other machines in the cache."""
     read = read_by(monkeypatch)
     for host, want in (("one", 2), ("one", 2), ("two", 4), ("two", 4), ("one", 4)):
         monkeypatch.setattr(shards.platform, "node", lambda host=host: host)
@@ -149,7 +150,7 @@ def test_each_machine_reads_each_byte_once(place, monkeypatch):
 
 
 def test_only_the_split_in_use_is_read(place, monkeypatch):
-    """bug guarded: evaluate.py that reads all the training tokens first; entries of the other split lost"""
+    """A check of one split reads that split only, and keeps the entries of the others."""
     read = read_by(monkeypatch)
     check(place, split="val")
     assert read == ["val_00000.bin"]
@@ -162,7 +163,7 @@ def test_only_the_split_in_use_is_read(place, monkeypatch):
 
 
 def test_only_new_shards_of_a_growing_set_are_read(tmp_path, monkeypatch):
-    """bug guarded: all shards read again for each that is finished"""
+    """Of a growing set, only the shards that are new are read."""
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 100)
     place, read = os.path.join(write_data(tmp_path), "tiny"), read_by(monkeypatch)
     meta = read_meta(place)
@@ -178,7 +179,7 @@ def test_only_new_shards_of_a_growing_set_are_read(tmp_path, monkeypatch):
     + [f'{{HOST: {{"train_00000.bin": {entry}}}}}' for entry in ("5", "null", '["a"]', "{}")],
 )
 def test_a_damaged_cache_is_none(place, content):
-    """bug guarded: a traceback because of a file that is only a cache, or one of an earlier version"""
+    """A damaged cache, or that of an earlier version, counts as empty."""
     path = os.path.join(place, ".checked.json")
     with open(path, "w", encoding="utf-8") as file:
         file.write(content.replace("HOST", json.dumps(shards.host_of(place))))
@@ -187,8 +188,7 @@ def test_a_damaged_cache_is_none(place, content):
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(place, monkeypatch, capsys):
-    """bugs guarded: no training because 100 bytes of cache do not fit on the disk; all read every second
-    while the set grows"""
+    """A cache that cannot be written costs a warning; this process still reads each shard once."""
 
     def full(path, value):
         raise OSError(28, "No space left on device")
@@ -199,11 +199,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(place, monkeypatch, capsys):
     check(place)
     assert len(read) == 2
     error = capsys.readouterr().err
-    assert error.startswith("warning: ") and "No space left on device" in error and error.count("\n") == 1
+    assert error.startswith("warning: ")
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
 
 
 def test_a_long_check_says_what_it_does(place, monkeypatch, capsys):
-    """bug guarded: minutes of silence at the first start"""
+    """A check of many bytes is announced."""
     monkeypatch.setattr(shards, "LARGE", 1000)
     check(place)
     assert "tiny: checking 2 shards, 0.0 GB, once on each machine" in capsys.readouterr().err
@@ -215,7 +217,8 @@ def windows(data_dir, split="train", **changes):
 
 
 def test_few_files_are_open(tmp_path, monkeypatch):
-    """bugs guarded: "Too many open files" with many shards; the tokens of another shard"""
+    """However many shards are read in turn, few files are open, and the tokens are those of the right
+    shard."""
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 20)
     w = windows(write_data(tmp_path, n_train=1000))
     files, real = [], w.shards.open
@@ -232,7 +235,7 @@ def test_few_files_are_open(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows does not delete an open file")
 def test_shards_in_use_outlive_their_names(data_dir):
-    """bug guarded: a run that ends because its data set was deleted"""
+    """A run does not end because its data set is deleted."""
     w = windows(data_dir)
     for name in os.listdir(os.path.join(data_dir, "tiny")):
         os.remove(os.path.join(data_dir, "tiny", name))
@@ -247,28 +250,31 @@ def test_shards_in_use_outlive_their_names(data_dir):
     ],
 )
 def test_damage_behind_the_check_is_one_line(data_dir, capsys, damage, says):
-    """bug guarded: an IndexError in the embedding, a failed assertion of a GPU, a batch of other sizes"""
+    """Damage after the check ends the run with one line, after it has saved."""
     w, saved = windows(data_dir), []
     w.shards.on_damage = lambda: saved.append(True)
     damage(os.path.join(data_dir, "tiny", "train_00000.bin"))
     with pytest.raises(SystemExit) as stop:
         w.batch(0, 31, CPU)
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and saved == [True]
-    assert "train_00000.bin " + says in error and error.count("\n") == 1, error
+    assert stop.value.code == 1
+    assert saved == [True]
+    assert "train_00000.bin " + says in error, error
+    assert error.count("\n") == 1, error
 
 
 def test_train_verifies_its_data_if_asked(data_dir, out_dir):
-    """bug guarded: a flag that is checked and then forgotten"""
+    """train.py passes --verify_data on."""
     place = os.path.join(data_dir, "tiny")
     check(place)
     change(place, keep_time=True)
     _, err = train(data_dir, out_dir, "r", code=2, verify_data=True)
-    assert err.startswith("error: shard ") and err.count("\n") == 1, err
+    assert err.startswith("error: shard "), err
+    assert err.count("\n") == 1, err
 
 
 def test_a_copy_of_a_data_set_is_read_again(data_dir, tmp_path):
-    """rule: a copied cache does not vouch for copied shards, although their sizes and times are the same"""
+    """A copied cache does not vouch for copied shards, although their sizes and times are the same."""
     data.meta(settings(data_dir=data_dir))
     shutil.copytree(data_dir, tmp_path / "copy")
     path = tmp_path / "copy" / "tiny" / "train_00000.bin"
