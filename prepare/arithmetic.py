@@ -16,14 +16,13 @@ import random
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import nanobit.cli  # noqa: F401 -- first: it explains a missing package
+from nanobit import cli  # first: it explains a missing package
 
 # isort: split
 import numpy as np
 from tqdm import tqdm
 
 import config
-from nanobit import cli
 from nanobit.prepare import token_files
 
 FLAGS = {
@@ -42,51 +41,49 @@ RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "x": lambda a, b: a 
 CHARS = "\n+-x=0123456789"  # ids 0 to 14; the end of a line is the end of a text
 
 
-def derive(cfg):
-    """Return the fault of --ops, if any."""
-    if not cfg.ops or set(cfg.ops) - set(RESULT):
-        return [f"ops = {cfg.ops!r}: each must be one of {' '.join(RESULT)}"]
-    return []
-
-
 def is_held_out(a, op, b):
-    """whether a op b belongs to the val split: by a hash, the same for both orders of the operands. Never
-    where both have one digit: those are the facts that all else follows from."""
+    """Return whether a op b belongs to the val split: by a hash, the same for both orders of the operands.
+    Never if both have one digit: those are the facts that all else follows from."""
     low, high = sorted((a, b))
     return high > 9 and hashlib.sha256(f"{low}{op}{high}".encode()).digest()[0] < 33  # of 256: 12.9 %
 
 
 def draw(rng, ops, digits):
-    """one problem: the operation evenly, but a product half as often as the others where there are any (it is
-    longer, and the harder to learn); the length d of the longer range with weight d * d (short problems
-    are few, so each of them comes more often than each long one), both operands evenly below 10^d"""
+    """Return a problem (a, operation, b). All operations come equally often, but a product half as often as
+    the others, if there are any: it is longer, and harder to learn. The longer operand has d digits with
+    weight d * d: short problems are few, so each of them comes more often than each long one."""
     d = rng.choices(range(1, digits + 1), [n * n for n in range(1, digits + 1)])[0]
     often = ops + ops.replace("x", "") if "x" in ops else ops
     return rng.randrange(10**d), rng.choice(often), rng.randrange(10**d)
 
 
-def line(a, op, b):
-    return f"{a}{op}{b}={RESULT[op](a, b)}\n"
-
-
 def problems(rng, ops, digits, n, held_out, distinct):
-    """n problem lines, held out or not; where distinct, each at most once, and fewer where so many do not
-    turn up"""
-    found, seen, misses = [], set(), 0
-    with tqdm(
-        total=n, desc="val" if held_out else "train", unit="line", disable=not sys.stderr.isatty()
-    ) as bar:
-        while len(found) < n and misses < 100_000:
+    """Return n problem lines, held out or not. If distinct, each comes once, and fewer than n are returned
+    if so many do not turn up."""
+    lines = []
+    seen = set()
+    misses = 0  # in a row
+    split = "val" if held_out else "train"
+    with tqdm(total=n, desc=split, unit="line", disable=None) as bar:
+        while len(lines) < n and misses < 100_000:
             problem = draw(rng, ops, digits)
-            if is_held_out(*problem) == held_out and problem not in seen:
-                found.append(line(*problem))
-                misses = 0
-                bar.update()
-                if distinct:
-                    seen.add(problem)
-            else:
+            if is_held_out(*problem) != held_out or problem in seen:
                 misses += 1
-    return found
+                continue
+            a, op, b = problem
+            lines.append(f"{a}{op}{b}={RESULT[op](a, b)}\n")
+            misses = 0
+            bar.update()
+            if distinct:
+                seen.add(problem)
+    return lines
+
+
+def derive(cfg):
+    """Return the fault of --ops, if any."""
+    if not cfg.ops or set(cfg.ops) - set(RESULT):
+        return [f"ops = {cfg.ops!r}: each must be one of {' '.join(RESULT)}"]
+    return []
 
 
 if __name__ == "__main__":
@@ -103,16 +100,12 @@ if __name__ == "__main__":
     folder = token_files.open_data_set(cfg.data_dir, cfg.name, source)
     ids = np.zeros(256, np.uint16)
     ids[list(CHARS.encode())] = range(len(CHARS))
-    shards, splits = {}, {}
-    for split, found in lines.items():
-        text = "".join(["\n", *found]).encode()
+    shards, sizes = {}, {}
+    for split, rows in lines.items():
+        text = "".join(["\n", *rows]).encode()
         shards |= token_files.write_split(folder, split, ids[np.frombuffer(text, np.uint8)], len(CHARS))
-        splits[split] = (len(text), len(text))
+        sizes[split] = len(text)
+        print(f"{folder}: {split}: {len(rows):,} problems, {len(text):,} tokens, as {rows[0].strip()}")
     token_files.write_file(os.path.join(folder, "problems.txt"), "".join(lines["val"]).encode())
-    token_files.write_meta(
-        folder, token_files.char_tokenizer(CHARS), 0, len(CHARS), splits, shards, source, task="arithmetic"
-    )
-    for split, found in lines.items():
-        print(
-            f"{folder}: {split}: {len(found):,} problems, {splits[split][0]:,} tokens, as {found[0].strip()}"
-        )
+    made = dict(tokenizer=token_files.char_tokenizer(CHARS), eot=0, vocab_size=len(CHARS), source=source)
+    token_files.write_meta(folder, **made, tokens=sizes, bytes=sizes, shards=shards, task="arithmetic")

@@ -15,13 +15,9 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config  # first: it explains a missing package
-
-# isort: split
-from tqdm import tqdm
-
+import config
 from nanobit import cli
-from nanobit.prepare import examples, sources
+from nanobit.prepare import examples
 
 FLAGS = {
     "repo": cli.Flag("nyu-mll/blimp", "data set on the hub, or a folder like one", not_with="files"),
@@ -33,25 +29,7 @@ FLAGS = {
 }
 COLUMNS = ("sentence_good", "sentence_bad", "UID", "linguistics_term")
 
-
-def config_names(cfg):
-    """the configurations of the hub's data set that are asked for"""
-    if cfg.config:
-        return [cfg.config]
-    datasets = cli.library("datasets")
-    try:
-        return datasets.get_dataset_config_names(cfg.repo, revision=cfg.revision or None)
-    except Exception as error:  # the hub's, in many types
-        sources.explain(cfg, cfg.config, cfg.split, error)
-
-
 if __name__ == "__main__":
     cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
-    if cfg.files:
-        found = examples.file_rows(cfg.files)
-    else:
-        bar = tqdm(config_names(cfg), desc="paradigms", disable=not sys.stderr.isatty())
-        found = [row for name in bar for row in examples.rows(cfg, name)]
-    examples.write_task(
-        cfg, "blimp", [{key: examples.text(where, row, key) for key in COLUMNS} for where, row in found]
-    )
+    rows = [{key: examples.text(where, row, key) for key in COLUMNS} for where, row in examples.read(cfg)]
+    examples.write_task(cfg, "blimp", rows)

@@ -16,7 +16,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config  # first: it explains a missing package
+import config
 from nanobit import cli
 from nanobit.prepare import examples
 
@@ -35,14 +35,13 @@ FLAGS = {
 
 
 def passage(where, row):
-    """{"text": ...}: at least two words, of which the last is the one to guess"""
-    found = examples.text(where, row, "text")
-    if " " not in found:
-        cli.fail(f"{where}: {found!r} is one word; the last word needs a context before it")
-    return {"text": found}
+    """Return {"text": ...} of a row: at least two words, of which the last is the one to guess."""
+    text = examples.text(where, row, "text")
+    if " " not in text:
+        cli.fail(f"{where}: {text!r} is one word; the last word needs a context before it")
+    return {"text": text}
 
 
 if __name__ == "__main__":
     cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
-    found = examples.file_rows(cfg.files) if cfg.files else examples.rows(cfg, cfg.config)
-    examples.write_task(cfg, "lambada", [passage(where, row) for where, row in found])
+    examples.write_task(cfg, "lambada", [passage(where, row) for where, row in examples.read(cfg)])

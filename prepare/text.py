@@ -27,7 +27,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config  # first: it explains a missing package
+import config
 from nanobit.cli import Flag
 from nanobit.prepare import sources, stream
 
@@ -42,7 +42,7 @@ FLAGS = {
         False, 'a table was written without quoting: a line is a row, " is a character of it'
     ),
 }
-FLAGS |= {name: Flag(*row) for name, row in stream.FLAGS.items()}
+FLAGS |= stream.FLAGS
 FLAGS["name"] = Flag("text", "name of the data set")
 FLAGS["tokenizer"] = FLAGS["tokenizer"]._replace(default="sentencepiece")
 FLAGS["max_documents"] = Flag(0, "documents to read at most; 0 = all")

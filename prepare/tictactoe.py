@@ -13,14 +13,13 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import nanobit.cli  # noqa: F401 -- first: it explains a missing package
+from nanobit import cli  # first: it explains a missing package
 
 # isort: split
 import numpy as np
 from tqdm import tqdm
 
 import config
-from nanobit import cli
 from nanobit.prepare import token_files
 from nanobit.tasks.game import CHARS, LINES, RESULTS
 
@@ -32,20 +31,23 @@ FLAGS = {
 }
 WON = np.zeros(512, bool)  # by the set of a side's squares, a bit each
 for line in LINES:
-    WON |= np.bitwise_and(np.arange(512), sum(1 << square for square in line)) == sum(1 << s for s in line)
+    squares = sum(1 << square for square in line)
+    WON |= np.bitwise_and(np.arange(512), squares) == squares
 
 
 def random_games(rng, n):
-    """n games as characters (n, 11) uint8, 0 beyond a game's end: result, moves, newline; and a hash (n,)
-    of the moves. A random order of all squares, cut where the game ends, is random play."""
+    """Return n games as characters (n, 11) uint8, 0 beyond a game's end: result, moves, newline; and a hash
+    (n,) of the moves. A random order of all squares, cut where the game ends, is random play."""
     order = rng.random((n, 9), dtype=np.float32).argsort(1)  # (n, 9): the square of each ply
     taken = np.zeros((2, n), np.int64)
-    length, winner = np.full(n, 9), np.full(n, ord("D"), np.uint8)
+    length = np.full(n, 9)
+    winner = np.full(n, ord("D"), np.uint8)
     for ply in range(9):
         side = ply % 2
         taken[side] |= 1 << order[:, ply]
         ends = WON[taken[side]] & (length == 9) & (winner == ord("D"))
-        length[ends], winner[ends] = ply + 1, ord(RESULTS[side])
+        length[ends] = ply + 1
+        winner[ends] = ord(RESULTS[side])
     chars = np.zeros((n, 11), np.uint8)
     chars[:, 0] = winner
     plies = np.arange(9) < length[:, None]
@@ -59,24 +61,25 @@ if __name__ == "__main__":
     cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
     source = f"prepare/tictactoe.py --games={cfg.games} --val_fraction={cfg.val_fraction} --seed={cfg.seed}"
     folder = token_files.open_data_set(cfg.data_dir, cfg.name, source)
-    rng, parts = np.random.default_rng(cfg.seed), {"train": [], "val": []}
+    rng = np.random.default_rng(cfg.seed)
     ids = np.zeros(256, np.uint16)
     ids[list(CHARS.encode())] = range(len(CHARS))
-    with tqdm(total=cfg.games, unit="game", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    end = ids[[ord("\n")]]  # of a game; one precedes the first
+    parts = {"train": [end], "val": [end]}
+    with tqdm(total=cfg.games, unit="game", unit_scale=True, disable=None) as bar:
         for start in range(0, cfg.games, 100_000):
             chars, hashed = random_games(rng, min(100_000, cfg.games - start))
             held_out = hashed < cfg.val_fraction * 2**20
             for split, rows in (("train", chars[~held_out]), ("val", chars[held_out])):
                 parts[split].append(ids[rows[rows > 0]])
             bar.update(len(chars))
-    if not sum(map(len, parts["val"])):
+    if sum(map(len, parts["val"])) == 1:
         cli.fail(f"val_fraction = {cfg.val_fraction}: no game was held out; raise it, or games")
-    shards, splits = {}, {}
-    for split, found in parts.items():
-        found = np.concatenate([ids[[ord("\n")]], *found])
-        shards |= token_files.write_split(folder, split, found, len(CHARS))
-        splits[split] = (found.size, found.size)
-        print(f"{folder}: {split}: {int((found == 0).sum()) - 1:,} games, {found.size:,} tokens")
-    token_files.write_meta(
-        folder, token_files.char_tokenizer(CHARS), 0, len(CHARS), splits, shards, source, task="tictactoe"
-    )
+    shards, sizes = {}, {}
+    for split, rows in parts.items():
+        tokens = np.concatenate(rows)
+        shards |= token_files.write_split(folder, split, tokens, len(CHARS))
+        sizes[split] = tokens.size
+        print(f"{folder}: {split}: {int((tokens == 0).sum()) - 1:,} games, {tokens.size:,} tokens")
+    made = dict(tokenizer=token_files.char_tokenizer(CHARS), eot=0, vocab_size=len(CHARS), source=source)
+    token_files.write_meta(folder, **made, tokens=sizes, bytes=sizes, shards=shards, task="tictactoe")

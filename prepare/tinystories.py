@@ -13,7 +13,6 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import nanobit.cli  # noqa: F401 -- first: it explains a missing package
 from nanobit.prepare import stream
 
 DEFAULTS = {
@@ -24,4 +23,4 @@ DEFAULTS = {
 }
 
 if __name__ == "__main__":
-    stream.prepare_hub(sys.argv[1:], __doc__, "prepare/tinystories.py", DEFAULTS)
+    stream.prepare_hub(__doc__, "prepare/tinystories.py", DEFAULTS)

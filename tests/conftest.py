@@ -46,15 +46,14 @@ def write_data(folder, name="tiny", n_train=500, n_val=200, vocab_size=28, top=N
     8 steps"""
     rng = np.random.default_rng(0)
     target = token_files.open_data_set(str(folder), name, "random ids")
-    shards, splits = {}, {}
+    shards, sizes = {}, {}
     for split, n in (("train", n_train), ("val", n_val)):
         ids = rng.integers(0, top or vocab_size, n)
         shards |= token_files.write_split(target, split, ids, vocab_size)
-        splits[split] = (n, n)
+        sizes[split] = n
     chars = CHARS + "".join(chr(0x10000 + i) for i in range(vocab_size - len(CHARS)))
-    token_files.write_meta(
-        target, token_files.char_tokenizer(chars), 0, vocab_size, splits, shards, "random ids"
-    )
+    made = dict(tokenizer=token_files.char_tokenizer(chars), eot=0, vocab_size=vocab_size)
+    token_files.write_meta(target, **made, tokens=sizes, bytes=sizes, shards=shards, source="random ids")
     return str(folder)
 
 

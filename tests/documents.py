@@ -1,14 +1,24 @@
-"""Documents for the tests of preparations, and what became of them."""
+"""Documents for the tests of preparations, how these are run, and what they wrote."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
+import shutil
+import signal
+import sys
 import time
+from unittest import mock
 
+import faults
 import numpy as np
-from conftest import start
+import tiktoken
+from conftest import ROOT, start
+from fork import Script
 
 from nanobit import data
-from nanobit.prepare import stream
+from nanobit.prepare import chunks, formats, stream, token_files, workers
 from nanobit.tokenizer import bos_of, make_tokenizer, with_content
 
 WORDS = (
@@ -17,19 +27,6 @@ WORDS = (
     )
 )
 SPACES = [" ", " ", " ", "\n", "\n\n", "  "]
-PATCH = (
-    "from nanobit.prepare import stream, token_files\n"
-    "stream.SAVE_SECONDS = 0; stream.CHUNK_CHARS = 2000; token_files.SHARD_TOKENS = 4096\n"
-)
-SLOW = "import time; from nanobit.prepare import token_files as tokens; real = tokens.Split.write\n"
-SLOW += "def write(self, ids): time.sleep(0.05); real(self, ids)\ntokens.Split.write = write\n"
-TIKTOKEN = """
-import tiktoken
-ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" a": 258}
-special = {"<|endoftext|>": 259}
-small = tiktoken.Encoding("gpt2", pat_str=r" ?\\S+|\\s+", mergeable_ranks=ranks, special_tokens=special)
-tiktoken.get_encoding = lambda name: small
-"""
 
 
 def texts(n=300, seed=0):
@@ -81,23 +78,100 @@ def documents_of(folder):
     return found
 
 
-def stopped(flags, place, tokens_written=3000):
-    """a preparation killed when so many tokens were known to be written"""
-    child, deadline = start("prepare/text.py", *flags, patch=PATCH + SLOW), time.time() + 60
-    while (
-        sum((progress := stream.read_json(place / "progress.json")).get("tokens", {}).values())
-        < tokens_written
-    ):
-        assert child.poll() is None and time.time() < deadline, child.communicate()
+def prepare(*flags, calls=(), code=0, script="text"):
+    """Run prepare/<script>.py, which must end with this exit code, in this process, tokenizing here too;
+    return (stdout, stderr). calls: of faults.py, undone afterwards."""
+    out, err = io.StringIO(), io.StringIO()
+    handler, path = signal.getsignal(signal.SIGINT), sys.path[:]
+    chunks.show_once.cache_clear()
+    with contextlib.ExitStack() as stack:
+        for owner, name in PATCHED:
+            stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))
+        exec(faults.inject("tokenize_here()", *calls), {})
+        stack.enter_context(mock.patch.object(sys, "argv", [f"{script}.py", *map(str, flags)]))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        ended = 0
+        try:
+            runpy.run_path(os.path.join(ROOT, "prepare", f"{script}.py"), run_name="__main__")
+        except SystemExit as end:
+            ended = end.code
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            sys.path[:] = path
+    assert ended == code, f"exit code {ended}, expected {code}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
+
+
+PATCHED = [
+    (chunks, "CHUNK_CHARS"),
+    (formats, "LONGEST"),
+    (stream, "SAVE_SECONDS"),
+    (stream, "with_content"),
+    (token_files, "SHARD_TOKENS"),
+    (token_files, "write_bytes"),
+    (token_files.Split, "write"),
+    (workers, "encoded"),
+    (os, "fsync"),
+    (shutil, "disk_usage"),
+    (tiktoken, "get_encoding"),
+]
+
+
+class Preparation:
+    """A preparation in a process of its own, with worker processes or, which starts sooner, without."""
+
+    def __init__(self, flags, place, *calls, script="text", has_workers=False):
+        self.place = place
+        script = f"prepare/{script}.py"
+        if has_workers:
+            self.child = start(script, *flags, patch=faults.inject("small()", *calls))
+        else:
+            patch = faults.inject("small()", "tokenize_here()", *calls)
+            self.child = Script(os.path.join(ROOT, script), flags, ROOT, patch)
+
+    def ended(self):
+        if isinstance(self.child, Script):
+            return self.child.ended()
+        return self.child.poll() is not None
+
+    def wait(self, timeout=60):
+        """Return (exit code, stdout, stderr)."""
+        if isinstance(self.child, Script):
+            return self.child.wait(timeout)
+        out, err = self.child.communicate(timeout=timeout)
+        return self.child.returncode, out, err
+
+    def until(self, condition):
+        """Wait for a condition, which must come before the process ends."""
+        deadline = time.time() + 100
+        while not condition():
+            assert not self.ended() and time.time() < deadline, self.wait(0)
+            time.sleep(0.01)
+
+    def written(self):
+        """Return the number of tokens that progress.json counts."""
+        return sum(stream.read_json(self.place / "progress.json").get("tokens", {}).values())
+
+    def kill(self, how=signal.SIGKILL):
+        if isinstance(self.child, Script):
+            self.child.kill(how)
+        else:
+            self.child.send_signal(how)
+        return self.wait()
+
+
+def stopped(flags, place, tokens_written=3000, **options):
+    """Return the progress of a preparation that was killed when about so many tokens were written.
+    It holds there until it is killed, however busy the machine is."""
+    child = Preparation(flags, place, f"hold_at({tokens_written + 2000})", **options)
+    child.until(lambda: child.written() > max(0, tokens_written - 1000))
     child.kill()
-    child.communicate()
-    return progress
+    return stream.read_json(place / "progress.json")
 
 
-def started(flags, place, patch=SLOW):
-    """a preparation that holds its lock"""
-    child, deadline = start("prepare/text.py", *flags, patch=PATCH + patch), time.time() + 60
-    while not data.is_being_written(place):
-        assert child.poll() is None and time.time() < deadline, child.communicate()
-        time.sleep(0.01)
+def started(flags, place, *calls, **options):
+    """Return a preparation that holds its lock."""
+    child = Preparation(flags, place, *(calls or ["slow_writes()"]), **options)
+    child.until(lambda: data.is_being_written(place))
     return child

@@ -1,12 +1,14 @@
-"""data.py and prepare/: the order of batches, and files that are not what they should be."""
+"""nanobit/data.py: the order of batches, and files that are damaged. And prepare/arithmetic.py."""
 
+import hashlib
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHARS, run, settings, write_data
+from conftest import CHARS, settings, write_data
+from documents import prepare
 
 from nanobit import data, files
 from nanobit.tokenizer import make_tokenizer
@@ -17,11 +19,13 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 31, 64, 1000, 4097])
 def test_permute_is_a_permutation(n):
-    """bug guarded: windows drawn with replacement, or a walk that leaves the range"""
+    """permute maps range(n) onto itself, in another order for each key, and leaves few neighbours
+    together."""
     a, b = (data.permute(np.arange(n), n, np.arange(start, start + 8, dtype=np.uint64)) for start in (1, 2))
     assert sorted(a.tolist()) == sorted(b.tolist()) == list(range(n))
     if n >= 31:
-        assert a.tolist() != b.tolist() and a.tolist() != list(range(n))
+        assert a.tolist() != b.tolist()
+        assert a.tolist() != list(range(n))
     if n >= 1000:  # neighbours that stay neighbours: 2 / n by chance
         assert (np.abs(np.diff(a.astype(np.int64))) == 1).mean() < 6 / n
 
@@ -32,30 +36,32 @@ def windows(data_dir, split="train", **changes):
 
 
 def test_every_window_comes_once_an_epoch_and_in_another_order_the_next(data_dir):
-    """bugs guarded: replacement, a lost last window, the same order each epoch, epochs that begin at a
-    batch"""
+    """An epoch reads each window once; the next epoch, and another seed, read them in another order."""
     w = windows(data_dir)
     assert w.total == (500 - 1) // 16 == 31
     first, second = ([place for place in w.places(range(e * 31, e * 31 + 31))] for e in (0, 1))
-    assert sorted(first) == sorted(second) == [(0, i) for i in range(31)] and first != second
+    assert sorted(first) == sorted(second) == [(0, i) for i in range(31)]
+    assert first != second
     assert windows(data_dir, seed=2).places(range(31)) != first
 
 
 def test_a_shard_gives_all_the_windows_it_holds(tmp_path):
-    """bug guarded: the last window, whose last target is the last token, lost or read past the end"""
+    """The last target of the last window may be the last token of a shard."""
     for n, want in ((512, 31), (513, 32), (514, 32)):
         w = windows(write_data(tmp_path / str(n), n_train=n))
-        assert w.total == want and w.batch(0, want, CPU)[1].shape == (want, 16)
+        assert w.total == want
+        assert w.batch(0, want, CPU)[1].shape == (want, 16)
 
 
 def test_shards_are_permuted_apart_and_well(tmp_path, monkeypatch):
-    """bugs guarded: the same order in every shard; too few rounds, which leave neighbours together"""
+    """Each shard has its own order, and neighbours stay together no more often than at random."""
     from nanobit.prepare import token_files
 
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 257)
     w = windows(write_data(tmp_path / "d", n_train=514))
     order = [i for _, i in w.places(range(32))]
-    assert w.counts == [16, 16] and order[:16] != order[16:]
+    assert w.counts == [16, 16]
+    assert order[:16] != order[16:]
     rng, near = np.random.default_rng(0), []
     for _ in range(300):
         key = rng.integers(0, 2**63, 8).astype(np.uint64)
@@ -64,32 +70,34 @@ def test_shards_are_permuted_apart_and_well(tmp_path, monkeypatch):
 
 
 def test_large_ids_are_read_as_they_were_written(tmp_path):
-    """bug guarded: ids above 65,535 cut to 16 bits"""
+    """Ids above 65,535 are not cut to 16 bits."""
     data_dir = write_data(tmp_path / "d", vocab_size=100_000)
     w = windows(data_dir, vocab_size=100_000)
     want = np.random.default_rng(0).integers(0, 100_000, 500)
-    assert w.read(0, 3).tolist() == want[48:65].tolist() and want.max() > 65_535
+    assert w.read(0, 3).tolist() == want[48:65].tolist()
+    assert want.max() > 65_535
 
 
 def test_a_batch_depends_on_its_numbers_alone(data_dir):
-    """bugs guarded: hidden state in the loader; other tokens with another batch_size or number of devices"""
+    """A batch has no hidden state: any split into smaller batches reads the same tokens."""
     w = windows(data_dir)
     x, y = w.batch(28, 8, CPU)  # across the end of the epoch
     parts = [windows(data_dir).batch(28 + i, 2, CPU) for i in (0, 2, 4, 6)]
-    assert torch.equal(x, torch.cat([p[0] for p in parts])) and torch.equal(
-        y, torch.cat([p[1] for p in parts])
-    )
-    assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == (8, 16)
+    assert torch.equal(x, torch.cat([p[0] for p in parts]))
+    assert torch.equal(y, torch.cat([p[1] for p in parts]))
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert x.shape == (8, 16)
 
 
 def test_shards_come_in_order_and_hold_their_windows(tmp_path, monkeypatch):
-    """bugs guarded: a window across two shards, shards that are skipped, a permutation over all shards"""
+    """No window lies across two shards, and shards come one after the other."""
     from nanobit.prepare import token_files
 
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 200)
     data_dir = write_data(tmp_path / "d")  # shards of 200, 200, 100 tokens: 12, 12, 6 windows
     w = windows(data_dir)
-    assert w.counts == [12, 12, 6] and w.total == 30
+    assert w.counts == [12, 12, 6]
+    assert w.total == 30
     places = w.places(range(30))
     assert [shard for shard, _ in places] == [0] * 12 + [1] * 12 + [2] * 6
     ids = np.fromfile(os.path.join(data_dir, "tiny", "train_00001.bin"), "<u2")
@@ -100,10 +108,11 @@ def test_shards_come_in_order_and_hold_their_windows(tmp_path, monkeypatch):
 
 
 def test_validation_is_fixed_and_spread(data_dir):
-    """bug guarded: fresh random validation batches, or only the beginning of the split"""
+    """Validation reads the same windows each time, spread over the split."""
     w = windows(data_dir, "val")
     a, b = ([x.tolist() for x, _ in w.fixed(64, 3, CPU)] for _ in range(2))
-    assert a == b and [len(batch) for batch in a] == [3, 1]
+    assert a == b
+    assert [len(batch) for batch in a] == [3, 1]
     assert sum(len(x) for x, _ in w.fixed(0, 5, CPU)) == w.total == 12
     assert w.read(0, 9).tolist()[:16] == a[1][0], "4 of 12 windows: 0, 3, 6, 9"
 
@@ -135,13 +144,14 @@ def meta_with(**changes):
     ],
 )
 def test_damaged_data_is_refused(data_dir, capsys, name, change, says):
-    """bug guarded: an id over the vocabulary ends in a CUDA assert, a short file in garbage"""
+    """A damaged data set is one error line with the file and the fault, not a failed assertion of a GPU."""
     windows(data_dir)  # scans and caches what is right
     damage(data_dir, name, change)
     with pytest.raises(SystemExit) as stop:
         windows(data_dir)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and all(text in error for text in says), error
+    assert stop.value.code == 2, error
+    assert all(text in error for text in says), error
 
 
 def growing(folder, monkeypatch):
@@ -160,15 +170,17 @@ def growing(folder, monkeypatch):
 
 
 def test_a_data_set_that_nothing_writes_is_used_up_and_then_told(tmp_path, monkeypatch):
-    """bugs guarded: training that waits for ever for a dead preparation, or ends before it has used what is
-    there; a preparation taken for dead that ends between two looks; a position taken modulo the shards of the
-    moment"""
+    """Of a data set whose preparation has died, all tokens are used; then one line names the command that
+    continues it. A preparation that ends between two looks is not taken for dead."""
     data_dir, whole = growing(tmp_path / "d", monkeypatch)
     cfg = settings(data_dir=data_dir, tokenize_on_fly=True)
     meta, told = data.meta(cfg), []
     w = data.Windows(cfg, meta, "train")
-    assert (w.total, w.ready) == (None, 24) and w.has(23) and not w.has(24)
-    assert w.wait_for(23, say=told.append) == "" and "python go on" in w.wait_for(24, say=told.append)
+    assert (w.total, w.ready) == (None, 24)
+    assert w.has(23)
+    assert not w.has(24)
+    assert w.wait_for(23, say=told.append) == ""
+    assert "python go on" in w.wait_for(24, say=told.append)
     with pytest.raises(AssertionError):
         w.batch(20, 5, CPU)
     batches = [w.batch(8 * i, 8, CPU) for i in range(3)]
@@ -179,7 +191,9 @@ def test_a_data_set_that_nothing_writes_is_used_up_and_then_told(tmp_path, monke
         return False
 
     monkeypatch.setattr(data, "is_being_written", ends_now)
-    assert w.wait_for(24, say=told.append) == "" and w.total == 30 and not told
+    assert w.wait_for(24, say=told.append) == ""
+    assert w.total == 30
+    assert not told
     assert meta["complete"], "train.py saves its digest"
     for i, batch in enumerate(batches):
         assert torch.equal(batch[0], windows(data_dir).batch(8 * i, 8, CPU)[0])
@@ -187,8 +201,7 @@ def test_a_data_set_that_nothing_writes_is_used_up_and_then_told(tmp_path, monke
 
 
 def test_a_wait_ends_with_a_signal_or_with_the_data(tmp_path, monkeypatch):
-    """bug guarded: a wait that cannot be interrupted, that takes the tokens for lost while they come, or
-    that says so every second"""
+    """A wait for tokens ends with stop() or with the tokens, and is reported once."""
     data_dir, whole = growing(tmp_path / "d", monkeypatch)
     w, told, slept = windows(data_dir, tokenize_on_fly=True), [], []
     lock = files.lock(str(tmp_path / "d" / "tiny" / ".lock"))
@@ -201,10 +214,16 @@ def test_a_wait_ends_with_a_signal_or_with_the_data(tmp_path, monkeypatch):
             lock.release()
 
     monkeypatch.setattr(data.time, "sleep", sleep)
-    assert w.wait_for(24, stop=lambda: len(slept) == 2, say=told.append) == "" and not w.has(24)
-    assert len(told) == 1 and "waiting" in told[0]
-    assert w.wait_for(24, say=told.append) == "" and w.has(24) and len(slept) == 5
-    assert len(told) == 3 and "going on" in told[2] and max(slept) <= 1
+    assert w.wait_for(24, stop=lambda: len(slept) == 2, say=told.append) == ""
+    assert not w.has(24)
+    assert len(told) == 1
+    assert "waiting" in told[0]
+    assert w.wait_for(24, say=told.append) == ""
+    assert w.has(24)
+    assert len(slept) == 5
+    assert len(told) == 3
+    assert "continuing" in told[2]
+    assert max(slept) <= 1
 
 
 @pytest.mark.parametrize(
@@ -215,7 +234,8 @@ def test_a_wait_ends_with_a_signal_or_with_the_data(tmp_path, monkeypatch):
     ],
 )
 def test_a_shard_that_comes_damaged_ends_the_wait(tmp_path, monkeypatch, name, change, says):
-    """bug guarded: a run that trains on it, or that is lost, on some ranks, because it exits in the wait"""
+    """A shard that is damaged when it arrives ends the wait with a line, on all ranks: the caller saves
+    first."""
     data_dir, whole = growing(tmp_path / "d", monkeypatch)
     w = windows(data_dir, tokenize_on_fly=True)
     damage(data_dir, "meta.json", lambda _: json.dumps(whole).encode())
@@ -225,7 +245,8 @@ def test_a_shard_that_comes_damaged_ends_the_wait(tmp_path, monkeypatch, name, c
 
 
 def test_validation_on_the_fly_is_the_same_before_and_after(tmp_path, monkeypatch, capsys):
-    """bug guarded: another validation set once the split has grown; all of it asked of a set that grows"""
+    """The validation set is the same while the split grows and afterwards; all of it cannot be asked of a set
+    that grows."""
     data_dir, whole = growing(tmp_path / "d", monkeypatch)
 
     def found():
@@ -235,11 +256,13 @@ def test_validation_on_the_fly_is_the_same_before_and_after(tmp_path, monkeypatc
     before = found()
     with pytest.raises(SystemExit) as stop:  # 10 windows, of which 9 are there
         windows(data_dir, "val", tokenize_on_fly=True, eval_tokens=160)
-    assert stop.value.code == 1 and "nothing writes it" in capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "nothing writes it" in capsys.readouterr().err
     os.rename(tmp_path / "d/tiny/val_00000.bin.partial", tmp_path / "d/tiny/val_00000.bin")
     assert found() == before, "renamed after meta.json was read"
     damage(data_dir, "meta.json", lambda _: json.dumps(whole).encode())
-    assert found() == before and sum(map(len, before)) == 4
+    assert found() == before
+    assert sum(map(len, before)) == 4
     ids = np.fromfile(tmp_path / "d/tiny/val_00000.bin", "<u2")
     assert sum(before, []) == ids[:64].reshape(4, 16).tolist()
     with pytest.raises(SystemExit):
@@ -249,7 +272,7 @@ def test_validation_on_the_fly_is_the_same_before_and_after(tmp_path, monkeypatc
 
 
 def test_the_same_tokens_are_known_while_shards_are_added():
-    """bug guarded: a run that cannot be resumed once its data set has grown, or that goes on with others"""
+    """Digests agree if the one data set can be an earlier state of the other."""
 
     def digest(hashes, complete):
         shards = {f"train_{i:05d}.bin": dict(tokens=9, sha256=each) for i, each in enumerate(hashes)}
@@ -270,6 +293,7 @@ def test_the_same_tokens_are_known_while_shards_are_added():
 
 
 def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):
+    """Missing or too short data are one line with the remedy."""
     for changes, says in (
         (dict(dataset="arithmetic", data_dir=str(tmp_path)), "python prepare/arithmetic.py"),
         (dict(prepare="python prepare/x.py --y", dataset="x"), "make it: python prepare/x.py --y"),
@@ -289,7 +313,7 @@ def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):
 
 
 def test_a_text_that_is_read_many_times_is_worth_a_line(data_dir):
-    """rule: a warning for more than ten epochs of a text, but not of problems and games"""
+    """A warning for more than ten epochs of a text, but not of problems and games."""
     rows = windows(data_dir)
     epoch = rows.total * rows.seq_len
     assert not rows.repetition(12 * epoch)
@@ -301,7 +325,7 @@ def test_a_text_that_is_read_many_times_is_worth_a_line(data_dir):
 
 
 def test_tokenizer_names_the_character_it_does_not_have():
-    """bug guarded: a KeyError for a prompt with another character"""
+    """A character that the tokenizer lacks is named in a ValueError."""
     t = make_tokenizer({"kind": "char", "chars": CHARS})
     assert t.decode(t.encode("to be\n")) == "to be\n"
     with pytest.raises(ValueError, match="'É'"):
@@ -317,51 +341,107 @@ def read_lines(folder, split):
     return make_tokenizer(meta["tokenizer"]).decode(ids.tolist()).split("\n")
 
 
-@pytest.mark.parametrize("flags", [[], ["--ops=+-x", "--digits=3", "--train_problems=30000"]])
-def test_held_out_problems_never_appear_in_training(tmp_path, flags):
-    """bug guarded: a score on problems that were trained on, in this order or with the operands exchanged"""
-    run("prepare/arithmetic.py", f"--data_dir={tmp_path}", "--name=sums", *flags)
-    folder = str(tmp_path / "sums")
-    trained, held = (set(read_lines(folder, split)) - {""} for split in ("train", "val"))
-    for text in trained | held:
+THREE_DIGITS = ["--ops=+-x", "--digits=3", "--train_problems=30000"]
+
+
+@pytest.fixture(scope="module", params=[["--train_problems=50000"], THREE_DIGITS])
+def sums(request, tmp_path_factory):
+    """(the folder of problems, {split: problems}, whether they are sums of two digits, as by default)"""
+    folder = tmp_path_factory.mktemp("data")
+    prepare(f"--data_dir={folder}", "--name=sums", *request.param, script="arithmetic")
+    lines = {split: set(read_lines(folder / "sums", split)) - {""} for split in ("train", "val")}
+    return folder / "sums", lines, len(request.param) == 1
+
+
+def test_problems_are_right(sums):
+    for text in sums[1]["train"] | sums[1]["val"]:
         question, _, answer = text.partition("=")
         assert str(eval(question.replace("x", "*"))) == answer
-    questions = {text.partition("=")[0] for text in trained}
-    for text in held:
+
+
+def test_held_out_problems_never_appear_in_training(sums):
+    """A problem that is scored was trained on neither in this order nor with its operands exchanged."""
+    _, lines, _ = sums
+    questions = {text.partition("=")[0] for text in lines["train"]}
+    for text in lines["val"]:
         question = text.partition("=")[0]
         op = next(char for char in question if not char.isdigit())
         a, _, b = question.partition(op)
         assert not {question, f"{b}{op}{a}"} & questions
-    assert held == set(open(tmp_path / "sums" / "problems.txt", encoding="utf-8").read().split("\n")) - {""}
-    two_digits = [text for text in held if len(text.split("=")[0]) == 5]
-    assert flags or len(two_digits) >= 1000 and len(held) < 0.15 * 10_000
-    assert all(
-        arithmetic.is_held_out(b, "+", a) == arithmetic.is_held_out(a, "+", b) for a, b in ((3, 14), (27, 8))
-    )
 
 
-def test_preparation_is_repeatable_and_refuses_nonsense(tmp_path):
-    """bug guarded: another data set at every call, half a data set that looks whole"""
+def test_problems_txt_holds_the_held_out_problems(sums):
+    folder, lines, is_default = sums
+    assert lines["val"] == set((folder / "problems.txt").read_text(encoding="utf-8").split("\n")) - {""}
+    if is_default:
+        assert len([text for text in lines["val"] if len(text.split("=")[0]) == 5]) >= 1000
+        assert len(lines["val"]) < 0.15 * 10_000
+
+
+@pytest.mark.parametrize("a, b", [(3, 14), (27, 8)])
+def test_both_orders_of_a_sum_are_held_out_together(a, b):
+    assert arithmetic.is_held_out(b, "+", a) == arithmetic.is_held_out(a, "+", b)
+
+
+def arithmetic_problems(folder, *flags, **options):
+    return prepare(f"--data_dir={folder}", *flags, script="arithmetic", **options)
+
+
+def test_preparation_is_repeatable(tmp_path):
+    """Two calls with the same flags write the same data set."""
     for name in ("a", "b"):
-        run(
-            "prepare/arithmetic.py",
-            f"--data_dir={tmp_path}",
-            f"--name={name}",
-            "--train_problems=100",
-            "--val_problems=9",
-        )
-    shards = [
-        json.load(open(tmp_path / name / "meta.json", encoding="utf-8"))["shards"] for name in ("a", "b")
-    ]
+        arithmetic_problems(tmp_path, f"--name={name}", "--train_problems=100", "--val_problems=9")
+    shards = [json.loads((tmp_path / name / "meta.json").read_text())["shards"] for name in ("a", "b")]
     assert shards[0] == shards[1]
-    for flag in ("--ops=/", "--digits=0", "--train_problems=0", "--op=+"):
-        _, err = run("prepare/arithmetic.py", f"--data_dir={tmp_path}", flag, code=2)
-        assert err.startswith("error: ")
-    # a refusal, or another data set under this name, leaves what is there
-    _, err = run("prepare/arithmetic.py", f"--data_dir={tmp_path}", "--name=a", "--digits=1", code=2)
+
+
+@pytest.mark.parametrize("flag", ["--ops=/", "--digits=0", "--train_problems=0", "--op=+"])
+def test_flags_of_arithmetic_are_checked(tmp_path, flag):
+    _, err = arithmetic_problems(tmp_path, flag, code=2)
+    assert err.startswith("error: ")
+
+
+def test_a_refusal_leaves_the_data_set(tmp_path):
+    """Neither a refusal nor another data set under its name removes a data set."""
+    flags = ["--name=a", "--train_problems=100", "--val_problems=9"]
+    arithmetic_problems(tmp_path, *flags)
+    _, err = arithmetic_problems(tmp_path, *flags, "--digits=1", code=2)
     assert "too few problems" in err
-    _, err = run("prepare/arithmetic.py", f"--data_dir={tmp_path}", "--name=a", "--train_problems=99", code=2)
-    assert "holds another data set" in err and (tmp_path / "a" / "meta.json").exists()
+    _, err = arithmetic_problems(tmp_path, *flags, "--train_problems=99", code=2)
+    assert "holds another data set" in err
+    assert (tmp_path / "a" / "meta.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    _, err = run("prepare/arithmetic.py", f"--data_dir={tmp_path}/file", code=2)
+    _, err = arithmetic_problems(tmp_path / "file", "--train_problems=100", "--val_problems=9", code=2)
     assert "cannot write" in err
+
+
+@pytest.mark.parametrize("world, rank", [(1, 0), (2, 0), (2, 1)])
+def test_a_micro_step_has_its_share_of_the_batch(data_dir, monkeypatch, world, rank):
+    """Micro-step m of rank r reads the samples, and has the seed, of micro-step m * world + r of one rank."""
+    alone, cfg = windows(data_dir, batch_size=2, total_batch_size=4 * 2 * 16), settings(seed=0)
+    assert alone.cfg.accumulation == 4
+    monkeypatch.setattr(data.distributed, "WORLD", world)
+    monkeypatch.setattr(data.distributed, "RANK", rank)
+    w = windows(data_dir, batch_size=2)
+    w.cfg.accumulation = 4 // world
+    for step in (0, 3):
+        for micro in range(4 // world):
+            number = micro * world + rank
+            assert torch.equal(
+                w.micro_batch(step, micro, CPU)[0], alone.batch(step * 8 + number * 2, 2, CPU)[0]
+            )
+            text = f"{cfg.seed}/{step}/{number}".encode()
+            want = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+            assert data.seed(cfg, step, micro) == want
+    beyond = w.micro_batch(0, 4 // world, CPU)[0]
+    assert torch.equal(beyond, w.micro_batch(1, 0, CPU)[0]), "the next step's first"
+
+
+def test_a_micro_step_whose_tokens_are_not_written_is_none(tmp_path, monkeypatch):
+    data_dir, _ = growing(tmp_path / "d", monkeypatch)
+    w = windows(data_dir, tokenize_on_fly=True, batch_size=8)
+    assert w.micro_batch(2, 0, CPU) is not None
+    assert w.micro_batch(3, 0, CPU) is None

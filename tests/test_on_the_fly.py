@@ -9,19 +9,10 @@ from documents import started, stopped, text_flags
 
 from nanobit import checkpoint, data
 
-HOLD = """
-import os, time; from nanobit.prepare import token_files as tokens
-real = tokens.Split.write
-def write(self, ids):
-    while not os.path.exists({!r}): time.sleep(0.01)
-    real(self, ids)
-tokens.Split.write = write
-"""
-
 
 def test_batches_read_while_the_preparation_writes(corpus, tmp_path, monkeypatch):
-    """bug guarded: other batches beside a preparation that writes, is killed and goes on, than after it; a
-    shard listed before it is whole, or taken back"""
+    """The batches beside a preparation that writes, is killed and continues are those of the complete set; a
+    shard is never listed before it is whole, nor taken back."""
     real = time.sleep
     monkeypatch.setattr(data.time, "sleep", lambda seconds: real(seconds / 50))
     flags, place = text_flags(corpus[0], tmp_path), tmp_path / "text"
@@ -35,16 +26,19 @@ def test_batches_read_while_the_preparation_writes(corpus, tmp_path, monkeypatch
     kill = True
     while w.total is None or len(batches) * 40 < w.total + 40:
         if fault := w.wait_for(len(batches) * 40 + 39, say=told.append):
-            assert not kill and child.wait() == -signal.SIGKILL and "prepare/text.py --files" in fault
+            assert not kill
+            assert "prepare/text.py --files" in fault
             child = started(flags, place)
             continue
         batches.append(w.batch(len(batches) * 40, 40, cpu))
         seen.append(w.ready)
         if kill and w.ready > 4 * 63:
-            child.kill()
-            child.wait()
+            assert child.kill()[0] == -signal.SIGKILL
             kill = False
-    assert child.wait(60) == 0 and not kill and "waiting" in told[0] and len({*seen}) > 4
+    assert child.wait()[0] == 0
+    assert not kill
+    assert "waiting" in told[0]
+    assert len({*seen}) > 4
     cfg.tokenize_on_fly = False
     after = data.Windows(cfg, data.meta(cfg), "train")
     for i, batch in enumerate(batches):
@@ -56,16 +50,18 @@ def test_batches_read_while_the_preparation_writes(corpus, tmp_path, monkeypatch
 
 
 def test_train_beside_a_preparation_that_dies_and_goes_on(corpus, tmp_path):
-    """bugs guarded: a run on the fly that ends with other weights, or that has lost its steps where the
-    preparation died; ranks that do not wait together; Ctrl-C that waits for tokens"""
+    """A run on the fly whose preparation dies saves its steps, and ends, continued, with the weights of a run
+    on the complete set; its ranks wait together, and Ctrl-C does not wait for tokens."""
     flags, place = text_flags(corpus[0], tmp_path), tmp_path / "text"
     of = dict(dataset="text", vocab_size=0, batch_size=30, max_steps=12, eval_every=4, tokenize_on_fly=True)
     of |= dict(save_every=0, sample_every=0, total_batch_size=960)
     stopped(flags, place, 10_000)  # two shards
     _, err = train(tmp_path, tmp_path / "runs", "fly", code=1, **of)
-    assert "error:" in err and "prepare/text.py --files" in err and "train.py --resume=" in err
+    assert "error:" in err
+    assert "prepare/text.py --files" in err
+    assert "train.py --resume=" in err
     assert checkpoint.steps(tmp_path / "runs" / "fly")[0] > 0, "what was trained is saved"
-    child = started(flags, place, HOLD.format(str(tmp_path / "go")))
+    child = started(flags, place, f"hold_writes({str(tmp_path / 'go')!r})")
     more = dict(data_dir=tmp_path, out_dir=tmp_path / "runs", run_id="fly", resume="auto")
     for is_last in (False, True):
         first, second = start_ranks(2, **RUN | of | more)
@@ -75,10 +71,14 @@ def test_train_beside_a_preparation_that_dies_and_goes_on(corpus, tmp_path):
         if not is_last:
             second.kill(signal.SIGINT)
             code, _, err = first.wait(60)
-            assert code == second.wait(60)[0] == 130 and "stopped by signal 2, saved step" in err, err
+            assert code == second.wait(60)[0] == 130, err
+            assert "stopped by signal 2, saved step" in err, err
     (tmp_path / "go").touch()
     code, _, err = first.wait(60)
-    assert code == 0 and "going on" in err and second.wait(60) == (0, "", "") and child.wait(60) == 0, err
+    assert code == 0, err
+    assert "continuing" in err, err
+    assert second.wait(60) == (0, "", ""), err
+    assert child.wait()[0] == 0, err
     train(tmp_path, tmp_path / "runs", "after", **of)
     fly, after = (final(tmp_path / "runs" / name, 12) for name in ("fly", "after"))
     assert all(torch.equal(fly[0][key], after[0][key]) for key in after[0])

@@ -1,4 +1,4 @@
-"""prepare/sources.py: documents of files and of the hub, and wrong input."""
+"""nanobit/prepare: documents of files (sources.py, formats.py) and of the hub (hub.py), and wrong input."""
 
 import csv
 import gzip
@@ -10,49 +10,50 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import run
-from documents import TIKTOKEN, documents_of, text_flags
+from documents import documents_of, prepare, text_flags
 
-from nanobit.prepare import formats, sources, stream
+from nanobit.prepare import chunks, formats, hub, sources, stream
 
 
 @pytest.mark.parametrize("name", ["docs.txt", "part*.txt", "separated.txt", "docs.parquet", "*.jsonl"])
 def test_every_kind_of_file(corpus, tmp_path, name):
-    """bug guarded: a reader that loses the last document, or the text around the border of what is held
-    out"""
+    """All documents of a file come back, whatever its format, also around the border of what is held out."""
     folder, documents = corpus
     flags = text_flags(folder, tmp_path, name, column="body" if "json" in name else "text")
     flags += ["--separator=<|end|>"] if name == "separated.txt" else []
-    run("prepare/text.py", *flags, patch="from nanobit.prepare import formats; formats.LONGEST = 1000")
+    prepare(*flags, calls=["small(longest=1000)"])
     found = documents_of(tmp_path / "text")
     whole = "".join(documents)
     if name == "part*.txt":
-        assert "".join(found["train"] + found["val"]) == whole and len(found["train"]) == 3
+        assert "".join(found["train"] + found["val"]) == whole
+        assert len(found["train"]) == 3
         assert 0.04 < len(found["val"][0].encode()) / len(whole.encode()) < 0.06
     elif name == "docs.txt":
-        assert found["train"][0] + found["val"][0] == whole and found["train"][0].endswith("\n")
+        assert found["train"][0] + found["val"][0] == whole
+        assert found["train"][0].endswith("\n")
         assert 0.04 < len(found["val"][0].encode()) / len(whole.encode()) < 0.06
     else:
         assert sorted(found["train"] + found["val"]) == sorted(documents)
 
 
 def test_hub_folder(corpus, tmp_path):
-    """bug guarded: the hub's own val split mixed with training text, max_documents of the wrong split"""
+    """A val_split is held out whole, apart from the training text; max_documents counts for each split."""
     folder, documents = corpus
     flags = [f"--repo={folder / 'hub'}", f"--data_dir={tmp_path}", "--workers=1", "--tokenizer=char"]
-    run("prepare/tinystories.py", *flags, "--max_documents=170")
+    prepare(*flags, "--max_documents=170", script="tinystories")
     found = documents_of(tmp_path / "tinystories")
     assert found == {"train": documents[:170], "val": documents[:20]}
-    run("prepare/fineweb_edu.py", *flags, "--config=", "--val_fraction=0.2", "--name=hashed")
+    prepare(*flags, "--config=", "--val_fraction=0.2", "--name=hashed", script="fineweb_edu")
     found = documents_of(tmp_path / "hashed")
-    assert sorted(found["train"] + found["val"]) == sorted(documents) and 30 < len(found["val"]) < 90
-    assert found["val"] == [text for text in documents if stream.split_of(text, 0.2) == "val"]
+    assert sorted(found["train"] + found["val"]) == sorted(documents)
+    assert 30 < len(found["val"]) < 90
+    assert found["val"] == [text for text in documents if chunks.split_of(text, 0.2) == "val"]
 
 
 BAD = {
     "latin1.txt": (b"good line\n" * 300 + b"caf\xe9\n", [], "byte 3,003 (0xe9) is not UTF-8"),
     "empty.txt": (b"", [], "no text in 1 file"),
-    "list.jsonl": (b'{"body": "a"}\n[1]\n', [], "line 2 has no 'body'"),
+    "list.jsonl": (b'{"body": "a"}\n[1]\n', [], "line 2 has no column 'body'"),
     "torn.jsonl": (b'{"body": "a"}\n{"body": "b', [], "line 2 is not JSON"),
     "number.jsonl": (b'{"body": 3}\n', [], "is int, not text"),
     "half.jsonl": (b'{"body": "\\ud800"}\n', [], "surrogate"),
@@ -62,7 +63,7 @@ BAD = {
     "tokenizer.txt": (b"abc\n" * 50, ["--tokenizer=gpt-2"], "tokenizer = 'gpt-2' is unknown"),
     "model.txt": (b"abc\n" * 50, ["--tokenizer={path}"], "is not a SentencePiece model"),
     "binary.txt": (b"\x80" * 3000, ["--val_fraction=0.5"], "is not UTF-8"),
-    "trained.jsonl": (b'{"body": "a"}\n[1]\n', ["--tokenizer=sentencepiece"], "line 2 has no 'body'"),
+    "trained.jsonl": (b'{"body": "a"}\n[1]\n', ["--tokenizer=sentencepiece"], "line 2 has no column 'body'"),
     "utf16.txt": ("text\n".encode("utf-16"), [], "iconv -f UTF-16"),
     "plain16.txt": ("text\n".encode("utf-16-le"), [], "is not text: byte 1 is NUL"),
     "archive.zip": (b"PK\x03\x04\x14\x00\x00\x00", [], "is a Word, Excel or .zip file, not text"),
@@ -80,21 +81,21 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(tmp_path, name):
-    """bug guarded: a traceback, or half a data set left in place, for text that cannot be used"""
+    """Text that cannot be used is one error line, and no file of a data set stays."""
     content, more, expected = BAD[name]
     (tmp_path / name).write_bytes(content)
     more = [flag.format(path=tmp_path / name) for flag in more]
-    _, err = run("prepare/text.py", *text_flags(tmp_path, tmp_path / "data", name), *more, code=2)
-    assert expected in err and err.count("error:") == 1
+    _, err = prepare(*text_flags(tmp_path, tmp_path / "data", name), *more, code=2)
+    assert expected in err
+    assert err.count("error:") == 1
     assert not os.path.exists(tmp_path / "data" / "text")
 
 
 def test_a_start_that_fails_leaves_nothing(tmp_path):
-    """bug guarded: a meta.json without tokens, which training waits for, where the first document is no
-    text"""
+    """A first document that is not text leaves no meta.json, for which a training would wait."""
     (tmp_path / "latin1.txt").write_bytes(BAD["latin1.txt"][0])
     flags = text_flags(tmp_path, tmp_path / "data", "latin1.txt", "gpt2")
-    run("prepare/text.py", *flags, patch=TIKTOKEN, code=2)
+    prepare(*flags, calls=["small_tiktoken()"], code=2)
     assert not os.path.exists(tmp_path / "data" / "text")
 
 
@@ -108,34 +109,36 @@ def test_a_start_that_fails_leaves_nothing(tmp_path):
     ],
 )
 def test_bad_hub_options(corpus, tmp_path, flag, expected):
-    """bug guarded: a traceback of the datasets library for a mistyped name"""
+    """A mistyped name is one line, not a traceback of datasets."""
     flags = [f"--repo={corpus[0] / 'hub'}", f"--data_dir={tmp_path}", "--tokenizer=char", "--config="]
-    offline = "import os; os.environ['HF_HUB_OFFLINE'] = '1'"
-    _, err = run("prepare/fineweb_edu.py", *flags, flag, patch=offline, code=2)
-    assert err.startswith("error:") and err.count("\n") == 1 and expected in err
+    _, err = prepare(*flags, flag, script="fineweb_edu", code=2)
+    assert err.startswith("error:")
+    assert err.count("\n") == 1
+    assert expected in err
     assert not os.path.exists(tmp_path / "fineweb_edu")
 
 
 def test_the_network_is_not_the_users_mistake():
-    """bug guarded: a dead hub told as a file that is not there"""
+    """A hub that cannot be reached is told apart from a file that does not exist."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    assert sources.is_network(LocalEntryNotFoundError("offline"))
-    assert sources.is_network(ConnectionError("refused"))
-    assert not sources.is_network(FileNotFoundError("x")) and not sources.is_network(ValueError("http"))
+    assert hub.is_network(LocalEntryNotFoundError("offline"))
+    assert hub.is_network(ConnectionError("refused"))
+    assert not hub.is_network(FileNotFoundError("x"))
+    assert not hub.is_network(ValueError("http"))
 
 
-def test_a_hub_that_fails_once_is_asked_again(monkeypatch):
-    """bug guarded: a preparation that ends because one answer was 503, or that waits for what is not there"""
+class HfHubHTTPError(OSError):  # as huggingface_hub names and derives them
+    pass
 
-    class HfHubHTTPError(OSError):  # as huggingface_hub names and derives them
-        pass
 
-    class RepositoryNotFoundError(HfHubHTTPError):
-        pass
+class RepositoryNotFoundError(HfHubHTTPError):
+    pass
 
+
+def asked(monkeypatch, answers):
+    """Return what hub.ask makes of these answers, the first first; those that are errors are raised."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    answers = [HfHubHTTPError("503"), "found"]
 
     def call():
         answer = answers.pop(0)
@@ -143,15 +146,32 @@ def test_a_hub_that_fails_once_is_asked_again(monkeypatch):
             raise answer
         return answer
 
-    assert sources.patiently(call) == "found"
-    answers[:] = [RepositoryNotFoundError("404, private or gated"), "asked again"]
-    with pytest.raises(RepositoryNotFoundError):
-        sources.patiently(call)
+    return hub.ask(call, "repo = 'x'")
+
+
+def test_a_hub_that_fails_once_is_asked_again(monkeypatch):
+    """An answer such as 503 does not end a preparation."""
+    assert asked(monkeypatch, [HfHubHTTPError("503"), "found"]) == "found"
+
+
+def test_a_hub_is_not_asked_again_for_what_does_not_exist(monkeypatch, capsys):
+    answers = [RepositoryNotFoundError("404, private or gated"), "asked again"]
+    with pytest.raises(SystemExit) as stop:
+        asked(monkeypatch, answers)
+    assert stop.value.code == 2
+    assert "is neither a folder nor on the hub" in capsys.readouterr().err
     assert answers == ["asked again"]
 
 
+def test_a_hub_that_cannot_be_reached_is_exit_code_1(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        asked(monkeypatch, [ConnectionError("refused")])
+    assert stop.value.code == 1
+    assert "repo = 'x': the hub cannot be reached" in capsys.readouterr().err
+
+
 def test_endless_line_in_a_file(tmp_path, capsys):
-    """bug guarded: a file of one line is read into memory as a whole, or torn inside a character"""
+    """A file of one line is read in parts, and never cut inside a character."""
     path = str(tmp_path / "endless.txt")
     with open(path, "w", encoding="utf-8") as file:
         file.write("a" + "\u65e5" * 1_500_000)
@@ -159,7 +179,7 @@ def test_endless_line_in_a_file(tmp_path, capsys):
     assert "".join(text for _, text, _, _ in pieces) == "a" + "\u65e5" * 1_500_000
     assert max(len(text.encode()) for _, text, _, _ in pieces) <= formats.LONGEST
     assert [(first, last) for _, _, first, last in pieces][0] == (True, False)
-    assert capsys.readouterr().out.count("warning") == 1
+    assert capsys.readouterr().err.count("warning") == 1
 
 
 def of_files(paths, state=None, **options):
@@ -201,7 +221,7 @@ CONTENTS = {
 
 @pytest.mark.parametrize("name", CONTENTS)
 def test_every_file_continues_from_each_of_its_states(tmp_path, monkeypatch, name):
-    """rule: what is read from a state on is what would have been read without a stop, of all formats"""
+    """What is read from a state on is what would have been read without a stop, of all formats."""
     monkeypatch.setattr(formats, "LONGEST", 16)
     path = written(tmp_path / name, CONTENTS[name].encode())
     options = dict(separator="\\n\\n" if name.startswith("parts") else "")
@@ -213,7 +233,7 @@ def test_every_file_continues_from_each_of_its_states(tmp_path, monkeypatch, nam
 
 @pytest.mark.parametrize("name", CONTENTS)
 def test_line_ends_become_newlines(tmp_path, monkeypatch, name):
-    """rule: a text with the line ends of Windows or old Macs is the same text, unless they are kept"""
+    """A text with the line ends of Windows or old Macs is the same text, unless they are kept."""
     path = written(tmp_path / name, CONTENTS[name].encode())
     separator = "\\n\\n" if name.startswith("parts") else ""
 
@@ -232,7 +252,7 @@ def test_line_ends_become_newlines(tmp_path, monkeypatch, name):
 
 
 def test_a_separator_of_line_ends_matches_them_all(tmp_path, monkeypatch):
-    """rule: '\\n\\n' ends a document in a text of any line ends, wherever blocks of the file are cut"""
+    """'\\n\\n' ends a document in a text of any line ends, wherever blocks of the file are cut."""
     monkeypatch.setattr(formats, "LONGEST", 5)
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -244,7 +264,7 @@ def test_a_separator_of_line_ends_matches_them_all(tmp_path, monkeypatch):
 
 
 def test_rows_without_text_are_said_with_file_and_line(tmp_path):
-    """rule: a null, a NaN, an empty text and half a surrogate pair are no documents, in any format"""
+    """A null, a NaN, an empty text and half a surrogate pair are no documents, in any format."""
     path = written(tmp_path / "rows.jsonl", OBJECTS.encode())
     bad = {place.split()[1]: why for split, why, place, _ in of_files([path])[0] if split is None}
     assert bad == {"2": "empty", "5": "empty", "7": "empty"} | {
@@ -264,20 +284,21 @@ UNQUOTED = 'id\ttext\n1\t"Hello, he said\n2\tplain two\n3\tplain three\n4\t{}\n'
     "last", ['the "end" of', 'the "end"', 'ends with a quote"', "no other quote", '"a" b']
 )
 def test_a_quote_without_its_other_half_joins_no_rows(tmp_path, capsys, last):
-    """rule: a .tsv file whose quotes are characters is refused in a line that names --plain_quotes, with
-    which each line is a row"""
+    """A .tsv file whose quotes are characters is refused in a line that names --plain_quotes, with which each
+    line is a row."""
     path = written(tmp_path / "a.tsv", UNQUOTED.format(last).encode())
     with pytest.raises(SystemExit):
         of_files([path])
     err = capsys.readouterr().err
-    assert "a.tsv: the row at line 2 cannot be read" in err and "--plain_quotes" in err
+    assert "a.tsv: the row at line 2 cannot be read" in err
+    assert "--plain_quotes" in err
     texts = [text for _, text, _, _ in of_files([path], plain_quotes=True)[0]]
     assert texts == ['"Hello, he said', "plain two", "plain three", last]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
 def test_a_table_of_pandas_is_read_with_its_quotes(tmp_path, name):
-    """rule: quoted cells, of several lines and with delimiters too, are the texts that were written"""
+    """Quoted cells, of several lines and with delimiters too, are the texts that were written."""
     texts = ['"Hello", he said', "one\ntwo", 'a\tb, "c"\nd', "plain", "x\ty"]
     table = io.StringIO(newline="")
     rows = [("id", "text", "more"), *((n, text, "z") for n, text in enumerate(texts))]
@@ -299,29 +320,30 @@ def not_utf8(path):
 
 
 def test_a_text_that_is_not_utf8_in_parquet(tmp_path):
-    """bug guarded: the UnicodeDecodeError of pyarrow, for files and for the hub"""
+    """A text that is not UTF-8 is skipped in files and on the hub, and the rows after it are read."""
     not_utf8(tmp_path / "train-00000-of-00001.parquet")
     pieces, _ = of_files([tmp_path / "train-00000-of-00001.parquet"])
     assert [text for _, text, _, _ in pieces] == ["first", "not UTF-8", "third"]
     cfg = dict(repo=str(tmp_path), config="", column="text", revision="", max_documents=0)
-    hub = sources.Hub(SimpleNamespace(**cfg), "train", "")
-    found = [(piece, hub.state()) for piece in hub.pieces(None)]
+    source = hub.Hub(SimpleNamespace(**cfg), "train", "")
+    found = [(piece, source.state()) for piece in source.pieces(None)]
     assert [text for (_, text, _, _), _ in found] == ["first", "not UTF-8", "third"]
-    assert [piece for piece, _ in found][1:] == list(hub.pieces(found[0][1]))
+    assert [piece for piece, _ in found][1:] == list(source.pieces(found[0][1]))
 
 
 def test_a_hub_file_that_cannot_be_read_is_a_line(tmp_path, capsys):
-    """bug guarded: a traceback of pyarrow for half a surrogate pair in a .jsonl file of the hub"""
+    """A file of the hub that datasets cannot read is one line with the way to read it."""
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
     cfg = dict(repo=str(tmp_path), config="", column="text", revision="", max_documents=0)
     with pytest.raises(SystemExit):
-        list(sources.Hub(SimpleNamespace(**cfg), "train", "").pieces(None))
+        list(hub.Hub(SimpleNamespace(**cfg), "train", "").pieces(None))
     line = capsys.readouterr().err.splitlines()[-1]  # datasets logs one before it
-    assert line.startswith("error: repo =") and "prepare/text.py --files= reads its files" in line
+    assert line.startswith("error: repo =")
+    assert "prepare/text.py --files= reads its files" in line
 
 
 def test_a_file_is_named_literally_before_it_is_a_pattern(tmp_path):
-    """rule: an existing file, or one in an existing folder, is found whatever characters its name has"""
+    """An existing file, or one in an existing folder, is found whatever characters its name has."""
     (tmp_path / "a[1]").mkdir()
     for name in ("a1.txt", "a[1].txt", "a[1]/b.txt"):
         (tmp_path / name).write_text("text")
@@ -336,7 +358,7 @@ def test_a_file_is_named_literally_before_it_is_a_pattern(tmp_path):
 
 @pytest.mark.parametrize("text", ["one line without an end", "first\nlast", "\u65e5" * 40])
 def test_the_end_of_one_line_is_held_out(tmp_path, text):
-    """rule: a text of few lines has a validation part, of whole words or characters"""
+    """A text of few lines has a validation part, of whole words or characters."""
     path = written(tmp_path / "a.txt", text.encode())
     pieces, _ = of_files([path], val_fraction=0.3)
     assert [split for split, _, _, _ in pieces] == ["train", "val"]
@@ -345,7 +367,7 @@ def test_the_end_of_one_line_is_held_out(tmp_path, text):
 
 
 def test_a_separator_that_never_occurs_is_reported(tmp_path, monkeypatch, capsys):
-    """rule: a warning, which no text gets that has the separator, even over the edge of a block"""
+    """A warning, which no text gets that has the separator, even over the edge of a block."""
     monkeypatch.setattr(formats, "LONGEST", 5)
     path = str(written(tmp_path / "a.txt", b"abc\r\n\r\nd"))
     sources.warn_of_separator([path], "\\n\\n", False)
@@ -355,7 +377,7 @@ def test_a_separator_that_never_occurs_is_reported(tmp_path, monkeypatch, capsys
 
 
 def test_a_damaged_archive_is_told_in_a_line(tmp_path, capsys):
-    """bug guarded: EOFError of a .gz file that was not downloaded whole"""
+    """A .gz file that was not downloaded whole is one line."""
     path = written(tmp_path / "a.jsonl.gz", OBJECTS.encode())
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(SystemExit):
@@ -364,8 +386,8 @@ def test_a_damaged_archive_is_told_in_a_line(tmp_path, capsys):
 
 
 def test_content_decides_whether_files_have_changed(tmp_path, capsys):
-    """rule: a touched file is the same, an edited one is not, and a data set that an earlier version made
-    (with the hash of sizes and times) is recognised"""
+    """A touched file is the same, an edited one is not, and a data set that an earlier version made (with the
+    hash of sizes and times) is recognised."""
     path, folder = str(written(tmp_path / "a.txt", b"text")), str(tmp_path)
     source, stamp = stream.source_now(folder, "options", [path])
     for known in (dict(source=source, stamp=stamp), dict(source=f"options {stamp}")):
@@ -382,7 +404,7 @@ def test_content_decides_whether_files_have_changed(tmp_path, capsys):
 
 
 def test_newer_flags_leave_the_source_as_it_was():
-    """rule: a data set made before a flag existed is the same data set while the flag has its default"""
+    """A data set made before a flag existed is the same data set while the flag has its default."""
     flags = dict(files=("", ""), name=("", ""), max_bad_rows=(9, ""), keep_crlf=(False, ""))
     flags |= dict(plain_quotes=(False, ""))
     cfg = SimpleNamespace(files="a.txt", name="x", max_bad_rows=3, keep_crlf=False, plain_quotes=False)

@@ -1,4 +1,4 @@
-"""prepare/stream.py: from documents to token files and back, killed, interrupted and continued."""
+"""nanobit/prepare/stream.py: from documents to token files and back, killed, interrupted and continued."""
 
 import hashlib
 import json
@@ -8,68 +8,87 @@ import time
 
 import numpy as np
 import pytest
-from conftest import run, start
-from documents import PATCH, SLOW, TIKTOKEN, documents_of, read, stopped, text_flags
+from conftest import run
+from documents import Preparation, documents_of, prepare, read, stopped, text_flags
+from faults import inject
 from parts import sentencepiece
 
 import config
-from nanobit.prepare import sources, stream, token_files, vocab
+from nanobit.prepare import chunks, sources, stream, token_files, vocab, workers
 from nanobit.tokenizer import make_tokenizer, with_content
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "sentencepiece", "gpt2"])
-def test_text_comes_back(corpus, tmp_path, tokenizer):
-    """bugs guarded: spaces, line ends or rare characters that a tokenizer's settings change or drop; a byte
-    that is no longer what it was before some tokenizers had a bos"""
-    folder, documents = corpus
-    flags = text_flags(folder, tmp_path, tokenizer=tokenizer, vocab_size=330)
-    out, _ = run("prepare/text.py", *flags, patch=TIKTOKEN)
-    found = documents_of(tmp_path / "text")
-    assert sorted(found["train"] + found["val"]) == sorted(documents)
+@pytest.fixture(scope="module", params=["char", "sentencepiece", "gpt2"])
+def prepared(request, corpus, tmp_path_factory):
+    """(the folder of a data set made with one of the tokenizers, stdout)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    flags = text_flags(corpus[0], folder, tokenizer=request.param, vocab_size=330)
+    return folder / "text", prepare(*flags, calls=["small_tiktoken()"])[0]
+
+
+def test_text_comes_back(corpus, prepared):
+    """The decoded documents are the texts that were read, whatever line ends, spaces and rare characters."""
+    folder, out = prepared
+    found = documents_of(folder)
+    assert sorted(found["train"] + found["val"]) == sorted(corpus[1])
     assert 0 < len(found["val"]) < 60
-    ids, meta, ours = read(tmp_path / "text")
+    assert "tokens per byte" in out
+    assert f"{len(found['train'])} documents" in out
+
+
+def test_meta_json_stays_as_it_was(prepared):
+    """A data set without bos has the fields, and the end-of-text token before and after each text, as when
+    no tokenizer had a bos."""
+    ids, meta, tokenizer = read(prepared[0])
     known = "dataset dtype vocab_size tokens bytes shards tokenizer eot source complete documents seconds"
     known += " revision stamp skipped"
-    assert list(meta) == known.split(), "no bos: as before there was one"
-    for split, row in ids.items():
-        assert row == sum([[*ours.encode(text), meta["eot"]] for text in found[split]], [meta["eot"]])
-    assert read(tmp_path / "text")[2].decode([60_000, 5, 60_000]) == read(tmp_path / "text")[2].decode([5])
-    assert "tokens per byte" in out and f"{len(found['train'])} documents" in out
-    if tokenizer != "char":
-        spec = json.loads((tmp_path / "text" / "meta.json").read_text())["tokenizer"]
-        with open(tmp_path / "text" / spec["file"], "ab") as file:
-            file.write(b"x")
-        with pytest.raises(SystemExit):  # another tokenizer under the same name would mean other text
-            with_content(spec, str(tmp_path / "text"))
+    assert list(meta) == known.split()
+    for split, texts in documents_of(prepared[0]).items():
+        rows = [[*tokenizer.encode(text), meta["eot"]] for text in texts]
+        assert ids[split] == sum(rows, [meta["eot"]])
+
+
+def test_ids_beyond_the_vocabulary_stand_for_nothing(prepared):
+    tokenizer = read(prepared[0])[2]
+    assert tokenizer.decode([60_000, 5, 60_000]) == tokenizer.decode([5])
+
+
+@pytest.mark.parametrize("prepared", ["sentencepiece", "gpt2"], indirect=True)
+def test_another_tokenizer_under_the_same_name_is_refused(prepared, tmp_path):
+    """The tokenizer's file is compared with the sha256 in meta.json: another one would mean other text."""
+    spec = read(prepared[0])[1]["tokenizer"]
+    (tmp_path / spec["file"]).write_bytes((prepared[0] / spec["file"]).read_bytes() + b"x")
+    with pytest.raises(SystemExit):
+        with_content(spec, str(tmp_path))
 
 
 def test_a_tokenizer_file_with_bos_begins_each_text_with_it(corpus, tmp_path):
-    """bugs guarded: texts that begin with a token which the tokenizer's own model never saw there; bos twice
-    or missing where a killed preparation continues"""
+    """Each text begins with bos, once, also where a killed preparation continues."""
     os.makedirs(tmp_path / "llama")
     (tmp_path / "llama" / "tokenizer.model").write_bytes(sentencepiece()["content"])
     flags = text_flags(corpus[0], tmp_path, tokenizer=tmp_path / "llama", max_documents=60)
     stopped(flags, tmp_path / "text", 1000)
-    run("prepare/text.py", *flags, patch=PATCH)
+    prepare(*flags, calls=["small()"])
     found, meta = documents_of(tmp_path / "text"), read(tmp_path / "text")[1]
     assert (meta["bos"], meta["eot"]) == (1, 2)
     assert sorted(found["train"] + found["val"]) == sorted(corpus[1][:60])
 
 
 def test_bos_is_before_the_first_piece_of_a_text_only(monkeypatch):
-    """bug guarded: a long text, which is tokenized in pieces, with bos in its middle"""
+    """A long text that is tokenized in pieces has bos at its beginning only."""
     ours = make_tokenizer(sentencepiece())
-    monkeypatch.setattr(stream, "PIECE_CHARS", 8)
-    monkeypatch.setattr(stream, "worker", (ours, {"eot": 2, "bos": 1}, np.dtype("<u2")), raising=False)
+    monkeypatch.setattr(workers, "PIECE_CHARS", 8)
+    monkeypatch.setattr(workers, "worker", (ours, {"eot": 2, "bos": 1}, np.dtype("<u2")), raising=False)
     pieces = [("train", "the cat\nsat on", True, False), ("train", " the mat", False, True)]
-    ids = stream.encode_chunk(pieces)["train"][0].tolist()
-    assert (ids[0], ids[-1]) == (1, 2) and not {1, 2} & {*ids[1:-1]}
+    ids = workers.encode_chunk(pieces)["train"][0].tolist()
+    assert (ids[0], ids[-1]) == (1, 2)
+    assert not {1, 2} & {*ids[1:-1]}
     assert ours.decode(ids[1:-1]) == "the cat\nsat on the mat"
 
 
 def test_a_tokenizer_trained_here_keeps_its_layout(tmp_path):
-    """bug guarded: a second data set by the tokenizer of a first one, or of an export, whose texts begin with
-    another token than the first one's"""
+    """A second data set by the tokenizer of a first one, or of an export, begins its texts with the same
+    token."""
     content = sentencepiece()["content"]
     sha256, path = hashlib.sha256(content).hexdigest(), tmp_path / "tokenizer.model"
     path.write_bytes(content)
@@ -92,57 +111,60 @@ def test_a_tokenizer_trained_here_keeps_its_layout(tmp_path):
 
 
 def test_a_folder_without_a_sentencepiece_model(corpus, tmp_path):
-    """bug guarded: a folder that is taken for a hub repository; a tokenizer.json, as of Llama 3, refused with
-    words that do not say so"""
+    """A folder without a tokenizer.model is not taken for a hub repository, and a tokenizer.json is named as
+    not supported."""
     folder = tmp_path / "llama3"
     os.makedirs(folder)
     flags = text_flags(corpus[0], tmp_path, tokenizer=folder)
-    assert "the folder has no tokenizer.model; expected one" in run("prepare/text.py", *flags, code=2)[1]
+    assert "the folder has no tokenizer.model; expected one" in prepare(*flags, code=2)[1]
     (folder / "tokenizer.json").write_text("{}")
     for name in (folder, folder / "tokenizer.json"):
-        _, err = run("prepare/text.py", *text_flags(corpus[0], tmp_path, tokenizer=name), code=2)
-        assert "tokenizer.json, as of Llama 3, is not supported" in err and err.count("\n") == 1
+        _, err = prepare(*text_flags(corpus[0], tmp_path, tokenizer=name), code=2)
+        assert "tokenizer.json, as of Llama 3, is not supported" in err
+        assert err.count("\n") == 1
+
+
+def same_shards(one, other):
+    """Check that two data sets have the same token files; return their names."""
+    names = sorted(name for name in os.listdir(one) if name.endswith(".bin"))
+    assert names == sorted(name for name in os.listdir(other) if name.endswith(".bin"))
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    return names
 
 
 @pytest.mark.parametrize(
-    "name, more", [("docs.jsonl", []), ("docs.parquet", ["--column=text"]), ("docs.txt", [])]
+    "name, has_workers", [("docs.jsonl", True), ("docs.parquet", False), ("docs.txt", False)]
 )
-def test_killed_and_continued(corpus, tmp_path, name, more):
-    """bug guarded: a document lost or repeated where a preparation was killed, and a shard that is counted
-    twice"""
+def test_killed_and_continued(corpus, tmp_path, name, has_workers):
+    """A preparation that is killed again and again writes the same bytes as one that is not."""
     folder, _ = corpus
-    patch = PATCH + "from nanobit.prepare import formats; formats.LONGEST = 1000\n"
-    run("prepare/text.py", *text_flags(folder, tmp_path / "whole", name), *more, patch=patch)
-    flags = [*text_flags(folder, tmp_path / "killed", name), *more]
-    place, progress, kills = tmp_path / "killed" / "text", {}, 0
-    while kills < 3:
-        child = start("prepare/text.py", *flags, patch=patch + SLOW)
-        before, deadline = sum(progress.get("tokens", {}).values()), time.time() + 60
-        while sum(progress.get("tokens", {}).values()) < before + 5000:
-            assert child.poll() is None and time.time() < deadline, child.communicate()
-            progress = stream.read_json(place / "progress.json")
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        kills += 1
+    more = dict(files=name, column="text" if "parquet" in name else "body")
+    calls = ["small(longest=1000)"]
+    prepare(*text_flags(folder, tmp_path / "whole", **more), calls=calls)
+    flags = text_flags(folder, tmp_path / "killed", **more)
+    place, whole = tmp_path / "killed" / "text", tmp_path / "whole" / "text"
+    written = 0
+    for _ in range(3):
+        child = Preparation(flags, place, *calls, f"hold_at({written + 7000})", has_workers=has_workers)
+        child.until(lambda: child.written() >= written + 3000)  # noqa: B023
+        child.kill()
+        written = child.written()
         assert stream.read_json(place / "meta.json")["complete"] is False
-    out, _ = run("prepare/text.py", *flags, patch=patch)
+    out, _ = prepare(*flags, calls=calls)
     assert "continuing after" in out
-    whole = tmp_path / "whole" / "text"
     assert sorted(os.listdir(place)) == sorted(os.listdir(whole))
-    for file in os.listdir(whole):
-        if file.endswith(".bin"):
-            assert (place / file).read_bytes() == (whole / file).read_bytes(), file
-    assert len([file for file in os.listdir(whole) if file.startswith("train")]) > 3
+    assert len([file for file in same_shards(place, whole) if file.startswith("train")]) > 3
     if name == "docs.txt":  # the parts of one document, joined without a space between
         found = documents_of(whole)
         assert found["train"][0] + found["val"][0] == "".join(corpus[1])
-    assert "is complete" in run("prepare/text.py", *flags)[0]
+    assert "is complete" in prepare(*flags)[0]
 
 
 def test_what_an_earlier_version_began_keeps_its_line_ends(tmp_path):
-    """rule: a data set has one kind of line ends, that of the version that began it, and says so if it is
-    another than today's"""
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\r\\nb"}\n' * 20_000, encoding="utf-8")
+    """A data set has one kind of line ends, that of the version that began it, and reports it if it is
+    another than today's."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\r\\nb"}\n' * 10_000, encoding="utf-8")
     flags = text_flags(tmp_path, tmp_path, "a.jsonl", column="text", val_fraction=0)
     place = tmp_path / "text"
     before = sum(stopped([*flags, "--keep_crlf"], place, 1000)["tokens"].values())
@@ -154,78 +176,67 @@ def test_what_an_earlier_version_began_keeps_its_line_ends(tmp_path):
         del found["stamp"]
         (place / name).write_text(json.dumps(found))
     stopped(flags, place, before + 5000)
-    run("prepare/text.py", *flags, patch=PATCH)
-    assert documents_of(place) == {"train": ["a\r\nb"] * 20_000}
-    assert "is complete (an earlier version made it, with the line ends" in run("prepare/text.py", *flags)[0]
+    prepare(*flags, calls=["small()"])
+    assert documents_of(place) == {"train": ["a\r\nb"] * 10_000}
+    assert "is complete (an earlier version made it, with the line ends" in prepare(*flags)[0]
 
 
 def test_hub_killed_and_continued(corpus, tmp_path):
-    """bug guarded: a stream of the hub that goes on at another document than the one after the last
-    written"""
+    """A stream of the hub continues at the document after the last one written."""
     folder, documents = corpus
     flags = [f"--repo={folder / 'hub'}", f"--data_dir={tmp_path}", "--workers=1", "--tokenizer=char"]
-    child = start("prepare/tinystories.py", *flags, patch=PATCH + SLOW)
-    deadline = time.time() + 60
-    while (
-        stream.read_json(tmp_path / "tinystories" / "progress.json").get("tokens", {}).get("train", 0) < 9000
-    ):
-        assert child.poll() is None and time.time() < deadline, child.communicate()
+    child = Preparation(flags, tmp_path / "tinystories", "hold_at(12_000)", script="tinystories")
+    child.until(lambda: child.written() >= 13_000)
     child.kill()
-    child.communicate()
-    run("prepare/tinystories.py", *flags, patch=PATCH)
+    prepare(*flags, script="tinystories", calls=["small()"])
     assert documents_of(tmp_path / "tinystories") == {"train": documents, "val": documents[:20]}
 
 
-def test_interrupt_says_how_to_go_on(corpus, tmp_path):
-    """bug guarded: Ctrl-C that ends in a traceback, or hangs on its workers"""
-    child = start("prepare/text.py", *text_flags(corpus[0], tmp_path), patch=PATCH + SLOW)
-    while not stream.read_json(tmp_path / "text" / "progress.json").get("tokens"):
-        assert child.poll() is None, child.communicate()
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=20)
-    assert child.returncode == 130 and "same command continues" in err
-    assert "Traceback" not in err and "leaked" not in err, err
-
-
-FULL = """
-from nanobit.prepare import token_files
-real_write, count = token_files.Split.write, [0]
-def write(self, ids):
-    count[0] += 1
-    if count[0] > 30:
-        real_write(self, ids[:7])
-        raise OSError(28, "No space left on device")
-    real_write(self, ids)
-token_files.Split.write = write
-"""
+def test_interrupt_reports_how_to_continue(corpus, tmp_path):
+    """Ctrl-C ends a preparation and its workers with exit code 130 and without a traceback."""
+    flags = text_flags(corpus[0], tmp_path)
+    child = Preparation(flags, tmp_path / "text", "slow_writes()", has_workers=True)
+    child.until(child.written)
+    code, _, err = child.kill(signal.SIGINT)
+    assert code == 130
+    assert "same command continues" in err
+    assert "Traceback" not in err
+    assert "leaked" not in err, err
 
 
 def test_full_disk_loses_nothing(corpus, tmp_path):
-    """bug guarded: a disk that fills during a preparation leaves a torn file behind, or costs what was
-    written"""
+    """A disk that fills leaves no torn file, and costs nothing that was written."""
     folder, _ = corpus
-    run("prepare/text.py", *text_flags(folder, tmp_path / "whole"), patch=PATCH)
+    prepare(*text_flags(folder, tmp_path / "whole"), calls=["small()"])
     flags = text_flags(folder, tmp_path / "full")
-    _, err = run("prepare/text.py", *flags, patch=PATCH + FULL, code=1)
-    assert "No space left" in err and "continues" in err and err.count("\n") == 1
+    _, err = prepare(*flags, calls=["small()", "full_disk(after=30)"], code=1)
+    assert "No space left" in err
+    assert "continues" in err
+    assert err.count("\n") == 1
     assert not [name for name in os.listdir(tmp_path / "full" / "text") if ".tmp" in name]
-    run("prepare/text.py", *flags, patch=PATCH)
-    for name in os.listdir(tmp_path / "whole" / "text"):
-        if name.endswith(".bin"):
-            whole = (tmp_path / "whole" / "text" / name).read_bytes()
-            assert (tmp_path / "full" / "text" / name).read_bytes() == whole
+    prepare(*flags, calls=["small()"])
+    same_shards(tmp_path / "whole" / "text", tmp_path / "full" / "text")
+
+
+def test_a_full_disk_ends_the_workers(corpus, tmp_path):
+    """With worker processes, too, a full disk is one line, and the program ends."""
+    flags = text_flags(corpus[0], tmp_path, workers=2)
+    _, err = run("prepare/text.py", *flags, code=1, patch=inject("small()", "full_disk(after=3)"))
+    assert "No space left" in err
+    assert err.count("\n") == 1
 
 
 def test_disk_too_small(corpus, tmp_path):
-    """bug guarded: hours of work before it turns out that the tokens do not fit"""
-    patch = "import shutil; shutil.disk_usage = lambda path: type('', (), {'free': 1000})"
-    _, err = run("prepare/text.py", *text_flags(corpus[0], tmp_path), patch=patch, code=1)
-    assert err.startswith("error:") and "MB free" in err and not os.path.exists(tmp_path / "text")
+    """A disk on which the tokens do not fit is reported before the work."""
+    _, err = prepare(*text_flags(corpus[0], tmp_path), calls=["free_bytes(1000)"], code=1)
+    assert err.startswith("error:")
+    assert "MB free" in err
+    assert not os.path.exists(tmp_path / "text")
 
 
 def test_a_kill_after_a_shard_is_renamed(tmp_path, monkeypatch):
-    """bug guarded: the beginning of a shard lost because it had got its name before progress.json knew of
-    it; a longer file of an earlier try left behind it"""
+    """A shard that was renamed before progress.json counted it is continued from what is counted; longer
+    files of an earlier try are removed."""
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 8)
     split = token_files.Split(str(tmp_path), "train", np.dtype("<u2"), 0)
     split.write(np.arange(21, dtype="<u2"))
@@ -237,104 +248,101 @@ def test_a_kill_after_a_shard_is_renamed(tmp_path, monkeypatch):
     split.write(np.arange(5, 19, dtype="<u2"))
     split.finish()
     found = [np.fromfile(tmp_path / name, "<u2") for name in sorted(split.shards({}))]
-    assert np.concatenate(found).tolist() == list(range(19)) and [part.size for part in found] == [8, 8, 3]
+    assert np.concatenate(found).tolist() == list(range(19))
+    assert [part.size for part in found] == [8, 8, 3]
 
 
 def test_tokens_reach_the_disk_before_the_progress_that_counts_them(corpus, tmp_path):
-    """bug guarded: progress.json that survives a power cut which the tokens do not; tokens in meta.json, for
-    a training to read, that a continued preparation would write again"""
-    patch = (
-        PATCH
-        + """
-import json; from nanobit import files
-import os
-real_fsync, real_write, synced = os.fsync, stream.write_bytes, set()
-def fsync(fd): synced.add(os.readlink(f'/proc/self/fd/{fd}').split('/')[-1]); real_fsync(fd)
-def write(path, content):
-    names = {f'{s}_{n // 4096:05d}.bin.partial' for s, n in json.loads(content)['tokens'].items()}
-    assert names <= synced, (names, synced)
-    synced.clear()
-    real_write(path, content)
-os.fsync, stream.write_bytes = fsync, write
-real_file = token_files.write_file
-def write_file(path, content):
-    meta, progress = json.loads(content), stream.read_json(os.path.dirname(path) + "/progress.json")
-    if path.endswith("meta.json") and not meta["complete"]:
-        assert (meta["tokens"], meta["shards"]) == (progress["tokens"], progress["shards"])
-    real_file(path, content)
-token_files.write_file = write_file
-"""
-    )
-    run("prepare/text.py", *text_flags(corpus[0], tmp_path), patch=patch)
+    """Tokens are flushed before progress.json counts them, and meta.json, which a training may read, lists
+    only what is counted there: a continued preparation never takes it back."""
+    _, err = prepare(*text_flags(corpus[0], tmp_path), calls=["small()", "check_order_on_disk()"])
+    assert err.count("checked") > 10
 
 
-def test_a_mistake_costs_nothing_that_is_written(corpus, tmp_path):
-    """bug guarded: a preparation of hours deleted because its files were not mounted when it was continued;
-    token 0 in place of tokens that were lost; room asked for what is already there"""
-    texts = tmp_path / "texts"
-    os.makedirs(texts)
-    (texts / "docs.jsonl").write_bytes((corpus[0] / "docs.jsonl").read_bytes())
-    flags, place = text_flags(texts, tmp_path), tmp_path / "text"
-    stopped(flags, place)
-    os.rename(texts / "docs.jsonl", texts / "away")
-    run("prepare/text.py", *flags, code=2)
+@pytest.fixture
+def half(corpus, tmp_path):
+    """(flags, folder) of a preparation that was killed; its text is in tmp_path/texts"""
+    os.makedirs(tmp_path / "texts")
+    (tmp_path / "texts" / "docs.jsonl").write_bytes((corpus[0] / "docs.jsonl").read_bytes())
+    flags = text_flags(tmp_path / "texts", tmp_path)
+    stopped(flags, tmp_path / "text")
+    return flags, tmp_path / "text"
+
+
+def test_missing_files_cost_nothing_that_is_written(half, tmp_path):
+    """A preparation whose files are missing (not mounted) when it continues keeps what it has written."""
+    flags, place = half
+    os.rename(tmp_path / "texts" / "docs.jsonl", tmp_path / "texts" / "away")
+    prepare(*flags, code=2)
     assert stream.read_json(place / "progress.json")["tokens"]
-    os.rename(texts / "away", texts / "docs.jsonl")
-    broken = "from nanobit import tokenizer; tokenizer.make_tokenizer = None\n"
-    broken += "from nanobit.prepare import stream; stream.with_content = lambda *a: stream.fail('no')"
-    _, err = run("prepare/text.py", *flags, patch=broken, code=2)
-    assert "keeps what is written" in err and stream.read_json(place / "progress.json")["tokens"]
-    small = "import shutil; shutil.disk_usage = lambda path: type('', (), {'free': 250_000})\n"
-    run("prepare/text.py", *flags, patch=PATCH + small)
+
+
+def test_a_mistake_costs_nothing_that_is_written(half):
+    """An error with exit code 2 keeps what is written, and says so."""
+    flags, place = half
+    _, err = prepare(*flags, calls=["no_tokenizer()"], code=2)
+    assert "keeps what is written" in err
+    assert stream.read_json(place / "progress.json")["tokens"]
+
+
+def test_a_continued_preparation_needs_room_for_the_rest_only(half):
+    flags, place = half
+    prepare(*flags, calls=["small()", "free_bytes(250_000)"])
     documents_of(place)
-    stopped([*flags, "--name=short"], tmp_path / "short")
-    partial = sorted(name for name in os.listdir(tmp_path / "short") if name.endswith("partial"))[0]
-    os.truncate(tmp_path / "short" / partial, 2)
-    _, err = run("prepare/text.py", *flags, "--name=short", code=2)
+
+
+def test_lost_tokens_are_reported(half):
+    """Tokens that progress.json counts and that are missing are not replaced by token 0."""
+    flags, place = half
+    partial = sorted(name for name in os.listdir(place) if name.endswith("partial"))[0]
+    os.truncate(place / partial, 2)
+    _, err = prepare(*flags, code=2)
     assert "has lost tokens" in err
 
 
 def test_the_users_own_files_stay(corpus, tmp_path):
-    """bug guarded: a failed preparation that removes what it has not made"""
+    """A failed preparation removes only what it has made."""
     (tmp_path / "text").mkdir()
     for name in ("tokenizer.model", "train_notes.md", "val_00000.bin"):
         (tmp_path / "text" / name).write_text("mine")
-    run("prepare/text.py", *text_flags(corpus[0], tmp_path, column="absent"), code=2)
+    prepare(*text_flags(corpus[0], tmp_path, column="absent"), code=2)
     assert sorted(os.listdir(tmp_path / "text")) == ["tokenizer.model", "train_notes.md", "val_00000.bin"]
 
 
 def test_one_process_at_a_time(corpus, tmp_path):
-    """bug guarded: the same command given twice, two processes that cut each other's files"""
+    """The same command given twice is refused while the first one runs, which is not disturbed."""
     flags, place = text_flags(corpus[0], tmp_path), tmp_path / "text"
-    child = start("prepare/text.py", *flags, patch=PATCH + SLOW)
-    while not stream.read_json(place / "progress.json").get("tokens"):
-        assert child.poll() is None, child.communicate()
-    _, err = run("prepare/text.py", *flags, code=2)
-    assert "by another process" in err and not stream.read_json(place / "meta.json")["complete"]
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
+    go = tmp_path / "go"
+    child = Preparation(flags, place, f"hold_writes({str(go)!r})", has_workers=True)
+    child.until((place / "progress.json").exists)
+    _, err = prepare(*flags, code=2)
+    assert "by another process" in err
+    assert not stream.read_json(place / "meta.json").get("complete")
+    go.touch()
+    code, _, err = child.wait()
+    assert code == 0, err
     documents_of(place)
 
 
 def test_few_documents_make_a_data_set(tmp_path):
-    """bug guarded: a first try with few documents that ends in an error after the work"""
+    """Few documents make a data set without a val split, with a warning."""
     (tmp_path / "one.jsonl").write_text('{"body": "abc"}\n' * 3)
-    out, _ = run("prepare/text.py", *text_flags(tmp_path, tmp_path, "one.jsonl"))
+    out, _ = prepare(*text_flags(tmp_path, tmp_path, "one.jsonl"))
     assert "no document was held out" in out
     assert documents_of(tmp_path / "text") == {"train": ["abc"] * 3}
 
 
 def test_no_two_sources_in_one_folder(corpus, tmp_path):
-    """bug guarded: another preparation's tokens overwritten, or continued with other text"""
+    """A folder is neither overwritten nor continued with other text."""
     flags = text_flags(corpus[0], tmp_path)
-    run("prepare/text.py", *flags)
-    _, err = run("prepare/text.py", *flags, "--val_fraction=0.1", code=2)
+    prepare(*flags)
+    _, err = prepare(*flags, "--val_fraction=0.1", code=2)
     assert "holds another data set" in err
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"source": 3}', '{"complete": true}'])
 def test_a_meta_json_without_a_source_is_reported(tmp_path, capsys, content):
-    """rule: a meta.json of something else is left in its place, and is one error line"""
+    """A meta.json of something else is left in its place, and is one error line."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "meta.json").write_text(content)
     for anew in (True, False):
@@ -342,27 +350,28 @@ def test_a_meta_json_without_a_source_is_reported(tmp_path, capsys, content):
             stream.source_now(str(tmp_path / "text"), "options", ())
             token_files.open_data_set(str(tmp_path), "text", "options", anew)
         err = capsys.readouterr().err
-        assert "holds another data set (its meta.json names no source)" in err and err.count("\n") == 1
+        assert "holds another data set (its meta.json names no source)" in err
+        assert err.count("\n") == 1
     assert (tmp_path / "text" / "meta.json").read_text() == content
 
 
 def test_skipped_rows_survive_a_kill(tmp_path, monkeypatch, capsys):
-    """rule: from each mark on, the rows without text are counted to the same sums, and only the first of a
-    kind are shown"""
-    monkeypatch.setattr(stream, "CHUNK_CHARS", 10)
+    """From each mark on, the rows without text are counted to the same sums, and only the first of a kind are
+    shown."""
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 10)
     rows = ['{"text": "abcdef"}', '{"text": null}', '{"text": ""}'] * 9 + ['{"text": NaN}'] * 3
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     cfg = config.SimpleNamespace(val_fraction=0.0, max_bad_rows=24)
     streams = [sources.Files([str(tmp_path / "a.jsonl")], "text", "", 0.0)] * 2
 
     def marks(start):
-        return [mark for _, mark, _ in stream.chunks(cfg, streams, start)]
+        return [mark for _, mark, _ in chunks.chunks(cfg, streams, start)]
 
-    whole = json.loads(json.dumps(marks(stream.START)))
+    whole = json.loads(json.dumps(marks(chunks.START)))
     assert whole[-1]["skipped"] == {"null": 24, "empty": 18}
     for n, mark in enumerate(whole, 1):
         assert marks(mark) == whole[n:]
-    assert capsys.readouterr().err.count("(null)") == stream.SHOWN
+    assert capsys.readouterr().err.count("(null)") == chunks.SHOWN
     cfg.max_bad_rows = 23
     with pytest.raises(SystemExit):
         marks(whole[5])
@@ -370,7 +379,7 @@ def test_skipped_rows_survive_a_kill(tmp_path, monkeypatch, capsys):
 
 
 def test_a_small_text_gets_a_small_vocabulary(capsys):
-    """rule: what is suggested is not warned of, and what is warned of is not suggested"""
+    """What is suggested is not warned of, and what is warned of is not suggested."""
     assert [vocab.suited(size) for size in (0, 50_000, 110_000, 10**7)] == [
         "--tokenizer=char",
         "--tokenizer=char",
@@ -384,7 +393,7 @@ def test_a_small_text_gets_a_small_vocabulary(capsys):
 
 
 def test_a_nul_in_a_prompt_is_not_the_end_of_a_text():
-    """bug guarded: the place of the end-of-text token among the characters read as a character"""
+    """A NUL is not a character, although its place in the characters is that of the end-of-text token."""
     tokenizer = make_tokenizer(token_files.char_tokenizer("\0ab"))
     assert tokenizer.encode("ba") == [2, 1]
     with pytest.raises(ValueError, match="it has 'ab'"):
@@ -413,23 +422,24 @@ class Flaky:
 
 @pytest.mark.parametrize("reader", ["chunks", "texts"])
 def test_a_lost_connection_is_taken_up_again(monkeypatch, reader):
-    """bug guarded: documents lost or repeated where the hub fell away and came back"""
+    """No document is lost or repeated when the hub is lost and comes back."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(stream, "CHUNK_CHARS", 1000)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 1000)
     cfg, mark = (
         config.SimpleNamespace(max_documents=0, val_fraction=0.0),
         dict(stream=0, state=None, documents=0),
     )
     if reader == "texts":  # which a tokenizer is trained on
-        found = list(stream.texts(config.SimpleNamespace(**vars(cfg), tokenizer="char"), [Flaky()]))
+        found = list(chunks.texts(config.SimpleNamespace(**vars(cfg), tokenizer="char"), [Flaky()]))
     else:
-        found = [piece[1] for pieces, _, _ in stream.chunks(cfg, [Flaky()], mark) for piece in pieces]
+        found = [piece[1] for pieces, _, _ in chunks.chunks(cfg, [Flaky()], mark) for piece in pieces]
     assert found == [f"document {i}" * 20 for i in range(1, 41)]
 
 
 @pytest.mark.parametrize("text", ["a" * 700_000, "ab " * 200_000, "\u65e5\u672c" * 150_000, "x\n" * 150_000])
 def test_an_endless_line(tmp_path, text):
-    """bug guarded: a text without line ends that takes a tokenizer for ever, or changes where it is cut"""
+    """A text without line ends is tokenized in a time that grows with its length, and comes back
+    unchanged."""
     from types import SimpleNamespace
 
     import sentencepiece
@@ -439,8 +449,10 @@ def test_an_endless_line(tmp_path, text):
         content = vocab.train(cfg, sentencepiece, [file.read()])
     (tmp_path / "tokenizer.model").write_bytes(content)
     spec = dict(kind="sentencepiece", content=content)
-    stream.start_worker.__globals__["worker"] = make_tokenizer(spec), {"eot": 2}, np.dtype("<u2")
+    workers.load(spec, {"eot": 2}, "<u2")
     began = time.time()
-    ids, documents, size = stream.encode_chunk([("train", text, True, True)])["train"]
-    assert make_tokenizer(spec).decode(ids[:-1].tolist()) == text and ids[-1] == 2
-    assert (documents, size) == (1, len(text.encode())) and time.time() - began < 20
+    ids, documents, size = workers.encode_chunk([("train", text, True, True)])["train"]
+    assert make_tokenizer(spec).decode(ids[:-1].tolist()) == text
+    assert ids[-1] == 2
+    assert (documents, size) == (1, len(text.encode()))
+    assert time.time() - began < 20

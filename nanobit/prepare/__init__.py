@@ -1,0 +1,1 @@
+import nanobit.cli  # noqa: F401 -- before any other package: it explains one that is missing

@@ -4,45 +4,61 @@ example a line, for each model's own tokenizer."""
 import json
 import os
 
-from nanobit import cli
-from nanobit.prepare import sources, token_files
+from tqdm import tqdm
+
+from nanobit.cli import fail, library
+from nanobit.prepare import hub, sources, token_files
+
+
+def read(cfg):
+    """Return [(where it stands, row)] of local jsonl files, or of the hub's data set."""
+    if cfg.files:
+        return file_rows(cfg.files)
+    names = tqdm(config_names(cfg), desc="downloading", disable=None)
+    return [row for name in names for row in rows(cfg, name)]
+
+
+def config_names(cfg):
+    """Return the configurations of the hub's data set that are asked for: all if none is named."""
+    if cfg.config:
+        return [cfg.config]
+    names = library("datasets").get_dataset_config_names
+    return hub.ask(lambda: names(cfg.repo, revision=cfg.revision or None), hub.named(cfg))
+
+
+def rows(cfg, config_name):
+    """Return [("repo config/split, row 3", row)] of one configuration of the hub's data set."""
+    place = f"{cfg.repo} {config_name}/{cfg.split}"
+    split = hub.ask(lambda: list(hub.open_split(cfg, config_name, cfg.split)), place)
+    return [(f"{place}, row {i}", row) for i, row in enumerate(split)]
 
 
 def file_rows(pattern):
-    """[("file, line 3", row)] of local jsonl files, in the order of their names"""
-    rows = []
+    """Return [("file, line 3", row)] of local jsonl files, in the order of their names."""
+    found = []
     for path in sources.find(pattern):
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    rows.append((f"{path}, line {number}", json.loads(line)))
-                except ValueError as error:  # also where it is not UTF-8
-                    cli.fail(f"{path}, line {number}: not JSON ({error}); expected one object a line")
-    return rows
-
-
-def rows(cfg, config_name):
-    """[("repo config/split, row 3", row)] of one configuration of the hub's data set"""
-    found = sources.open_hub(cfg, config_name, cfg.split)
-    try:
-        return [(f"{cfg.repo} {config_name}/{cfg.split}, row {i}", row) for i, row in enumerate(found)]
-    except Exception as error:  # streamed: what reading the first row raises is the hub's too
-        sources.explain(cfg, config_name, cfg.split, error)
+                    found.append((f"{path}, line {number}", json.loads(line)))
+                except ValueError as error:  # also if it is not UTF-8
+                    fail(f"{path}, line {number}: not JSON ({error}); expected one object a line")
+    return found
 
 
 def text(where, row, column):
-    """the text in a column of a row, without white space around it. Exits with 2 where there is none."""
-    found = row.get(column) if isinstance(row, dict) else None
-    if not isinstance(found, str) or not found.strip():
-        has = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it is {row!r}"
-        cli.fail(f"{where}: no text in column {column!r}; {has}")
-    return found.strip()
+    """Return the text in a column of a row, without white space around it. Exits with 2 if it has none."""
+    value = row.get(column) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        content = f"has {', '.join(row)}" if isinstance(row, dict) else f"is {row!r}"
+        fail(f"{where}: no text in column {column!r}; it {content}")
+    return value.strip()
 
 
 def write_task(cfg, task, examples):
-    """data_dir/name/: task.jsonl, one example (dict) a line, then meta.json"""
+    """Write data_dir/name/: task.jsonl, one example (dict) a line, then meta.json."""
     if not examples:
-        cli.fail(f"{cfg.files or cfg.repo} holds no rows")
+        fail(f"{cfg.files or cfg.repo} holds no rows")
     given = ("files",) if cfg.files else ("repo", "config", "split", "revision")
     source = f"prepare/{task}.py " + " ".join(f"--{key}={getattr(cfg, key)}" for key in given)
     folder = token_files.open_data_set(cfg.data_dir, cfg.name, source)

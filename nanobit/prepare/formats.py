@@ -1,9 +1,10 @@
 """
 Formats of text files: how the documents of a file are found in its bytes.
 
-A reader yields (offset, line, value) for each document: where the file continues after it, as a byte of the
-unpacked content, the number of its line or row, and the value that should be its text. It can start from any
-such offset and line. It exits with 2 and one line if the file does not have its format.
+A reader (READERS) yields (offset, line, value) for each document: where the file continues after it, as a
+byte of the unpacked content, the number of its line or row, and the value that should be its text. It can
+continue at any such offset and line; start is the byte at which the text of the file starts. options has
+column, separator and plain_quotes. A reader exits with 2 and one line if the file does not have its format.
 """
 
 import codecs
@@ -24,14 +25,10 @@ LARGEST = 2**26  # bytes of a document in a file of several: it is held in memor
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 KINDS |= {".csv": "csv", ".tsv": "tsv"}
 PACKINGS = (".gz", ".zst")
-EXPECTED = (
-    "expected UTF-8 text, .jsonl, .csv, .tsv or .parquet; of these all but .parquet also as .gz or .zst"
-)
-BINARY = {"PDF": b"%PDF", "Word, Excel or .zip": b"PK\x03\x04"}  # their first bytes
-MARKS = {
-    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
-}  # before UTF-16, whose mark begins one of these
-MARKS |= {"UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+EXPECTED = "expected UTF-8 text, .jsonl, .csv, .tsv or .parquet; all but .parquet also as .gz or .zst"
+FOREIGN = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}  # by their first bytes
+FOREIGN |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}  # which begin one of UTF-32
+FOREIGN |= {b"%PDF": "PDF", b"PK\x03\x04": "Word, Excel or .zip"}
 LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
@@ -42,34 +39,43 @@ def kind_of(path):
     return KINDS.get(os.path.splitext(stem)[1] if packing else ending, "txt"), packing
 
 
-class Zst(io.RawIOBase):
-    """The content of a .zst file of one or more frames. EOFError if it ends within a frame."""
+def unpacked(raw):
+    """Yield the content of a .zst file of one or more frames. EOFError if it ends within a frame."""
+    zstandard = library("zstandard")
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    packed = b""
+    frame = None
+    try:
+        while packed := packed or raw.read(2**17):
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(packed)
+            packed = b""
+            if frame.eof:
+                packed, frame = frame.unused_data, None
+    except zstandard.ZstdError as error:
+        raise zlib.error(str(error)) from None
+    if frame:
+        raise EOFError("it ends within a frame")
 
-    def __init__(self, raw):
-        self.zstandard, self.raw = library("zstandard"), raw
-        self.frame, self.packed, self.ready = None, b"", b""
+
+class Blocks(io.RawIOBase):
+    """A file whose content comes in blocks."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+        self.ready = b""
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
         while not self.ready:
-            self.packed = self.packed or self.raw.read(2**17)
-            if not self.packed:
-                if self.frame:
-                    raise EOFError("it ends within a frame")
+            self.ready = next(self.blocks, None)
+            if self.ready is None:
                 return 0
-            try:
-                self.frame = (
-                    self.frame or self.zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                )
-                self.ready = self.frame.decompress(self.packed)
-            except self.zstandard.ZstdError as error:
-                raise zlib.error(str(error)) from None
-            self.packed = self.frame.unused_data if self.frame.eof else b""
-            self.frame = None if self.frame.eof else self.frame
         n = min(len(buffer), len(self.ready))
-        buffer[:n], self.ready = self.ready[:n], self.ready[n:]
+        buffer[:n] = self.ready[:n]
+        self.ready = self.ready[n:]
         return n
 
 
@@ -82,18 +88,21 @@ def opened(path):
         with open(path, "rb") as raw:
             if packing == ".gz":
                 yield gzip.GzipFile(fileobj=raw), raw
+            elif packing == ".zst":
+                yield io.BufferedReader(Blocks(unpacked(raw)), LONGEST), raw
             else:
-                yield io.BufferedReader(Zst(raw), LONGEST) if packing else raw, raw
+                yield raw, raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         fail(f"{printable(path)} is damaged, or not a {packing} file: {error}; make or download it again")
 
 
-def go_to(file, offset, place=0):
-    """Move from byte `place` of an unpacked file to a later one; what cannot seek is read up to there."""
+def go_to(file, offset, current=0):
+    """Move from byte `current` of an unpacked file to a later one; what cannot seek is read up to there."""
     if file.seekable():
         file.seek(offset)
-    while not file.seekable() and place < offset and (part := file.read(min(LONGEST, offset - place))):
-        place += len(part)
+        return
+    while current < offset and (part := file.read(min(LONGEST, offset - current))):
+        current += len(part)
 
 
 def text_start(path):
@@ -107,12 +116,11 @@ def text_start(path):
         return 0
     with opened(path) as (file, _):
         head = file.read(8000)
-    for charset, marks in MARKS.items():
-        if head.startswith(marks):
-            fail(f"{shown} is {charset}; convert it: iconv -f {charset} -t UTF-8 {shown} > utf8.txt")
-    for program, mark in BINARY.items():
+    for mark, name in FOREIGN.items():
+        if head.startswith(mark) and name.startswith("UTF"):
+            fail(f"{shown} is {name}; convert it: iconv -f {name} -t UTF-8 {shown} > utf8.txt")
         if head.startswith(mark):
-            fail(f"{shown} is a {program} file, not text; save its text as a .txt file first; {EXPECTED}")
+            fail(f"{shown} is a {name} file, not text; save its text as a .txt file first; {EXPECTED}")
     if b"\0" in head:
         fail(f"{shown} is not text: byte {head.index(0):,} is NUL; {EXPECTED}")
     return 3 if head.startswith(codecs.BOM_UTF8) else 0
@@ -139,9 +147,8 @@ def decode(path, part, offset):
 def separator_pattern(separator, any_line_end):
     """Return a regular expression (bytes) for a separator. any_line_end: a line end in it matches each of
     \\n, \\r\\n and \\r, but never half of one."""
-    line_end = rb"(?:\r\n|\r(?!\n)|\n)"
     parts = re.split(r"\r\n|\r|\n", separator) if any_line_end else [separator]
-    return re.compile(line_end.join(re.escape(part.encode()) for part in parts))
+    return re.compile(rb"(?:\r\n|\r(?!\n)|\n)".join(re.escape(part.encode()) for part in parts))
 
 
 def next_block(file):
@@ -152,24 +159,30 @@ def next_block(file):
     return block
 
 
-def separated(file, path, offset, separator):
-    """Yield the documents of a text that end at a separator (a pattern of separator_pattern) or the end of
-    the file; those of white space alone are left out."""
-    longest = 2 * len(separator.pattern)  # no match is longer
-    rest, begin, searched = b"", 0, 0  # a document begins at rest[begin]
+def separated(file, path, start, offset, line, options):
+    """Yield the documents of a text that end at options.separator (of separator_pattern) or at the end of the
+    file; those of white space alone are left out."""
+    go_to(file, offset)
+    longest = 2 * len(options.separator.pattern)  # no match is longer
+    rest = b""
+    begin = searched = 0  # a document begins at rest[begin]
     while True:
-        found = separator.search(rest, searched)
-        if not found:
-            rest, block = rest[begin:], next_block(file)
-            begin, searched = 0, max(0, len(rest) - longest)
+        match = options.separator.search(rest, searched)
+        if match:
+            end, after = match.span()
+        else:
+            rest = rest[begin:]
+            begin = 0
+            searched = max(0, len(rest) - longest)
+            block = next_block(file)
             rest += block
             if len(rest) > LARGEST:
                 fail(f"{printable(path)}: no separator within {LARGEST:,} bytes")
             if block:
                 continue
+            end = after = len(rest)
         if begin == len(rest):
             return
-        end, after = found.span() if found else (len(rest), len(rest))
         text = decode(path, rest[begin:end], offset)
         offset += after - begin
         begin = searched = after
@@ -186,54 +199,65 @@ def whole_lines(file, path, line):
         yield line, raw
 
 
-def json_lines(file, path, offset, line, column):
+def no_column(what, column, fields):
+    """Exit with 2, since the column of the texts is missing in a file or a line."""
+    fail(f"{what} has no column {column!r}, but {printable(fields)}; name the text with --column=")
+
+
+def json_lines(file, path, start, offset, line, options):
     """Yield the documents of a file of JSON objects, one a line. The first one must have the column; if a
     later one does not, its value is None."""
-    is_first, path = line == 0, printable(path)
+    go_to(file, offset)
+    column = options.column
+    is_first = line == 0
     for number, raw in whole_lines(file, path, line):
         offset += len(raw)
         if not raw.strip():
             continue
+        what = f"{printable(path)}: line {number}"
         try:
             row = json.loads(raw)
         except (ValueError, RecursionError) as error:  # also if it is not UTF-8
-            fail(f"{path}: line {number} is not JSON ({error}); expected one object a line")
-        if not isinstance(row, dict) or is_first and column not in row:
-            has = printable(", ".join(row)) if isinstance(row, dict) else type(row).__name__
-            fail(f"{path}: line {number} has no {column!r}, but {has}; name the text with --column=")
+            fail(f"{what} is not JSON ({error}); expected one object a line")
+        if not isinstance(row, dict):
+            no_column(what, column, type(row).__name__)
+        if is_first and column not in row:
+            no_column(what, column, ", ".join(row))
         is_first = False
         yield offset, number, row.get(column)
 
 
-def table_rows(file, path, start, offset, line, column, delimiter, plain_quotes=False):
+def table_rows(file, path, start, offset, line, options):
     """Yield the documents of a table in text, whose first row, at byte `start`, names the columns. A row may
     have several lines, if a cell is quoted; with plain_quotes quotes are characters as all others.
 
     Exits with 2 if a cell has quotes that do not fit its beginning and end, or if quotes join lines of a .tsv
     file that are whole rows without them: the writer of such a file does not quote cells."""
+    go_to(file, start)
     csv.field_size_limit(LARGEST)
-    quoting = csv.QUOTE_NONE if plain_quotes else csv.QUOTE_MINIMAL
-    shown, place = printable(path), start  # place: the byte after the lines that were read
-    number, tabs = line, []  # the last line of the last row; the tabs of each line read since
+    delimiter = "\t" if kind_of(path)[0] == "tsv" else ","
+    quoting = csv.QUOTE_NONE if options.plain_quotes else csv.QUOTE_MINIMAL
+    current = start  # the byte after the lines that were read
+    number = line  # the last line of the last row
+    tabs = []  # those of each line read since
 
     def lines():
-        nonlocal place
+        nonlocal current
         for _, raw in whole_lines(file, path, 0):
-            place += len(raw)
+            current += len(raw)
             tabs.append(raw.count(b"\t"))
-            yield decode(path, raw, place - len(raw))
+            yield decode(path, raw, current - len(raw))
 
     rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         names = next(rows, [])
-        if column not in names:
-            has = printable(", ".join(names))
-            fail(f"{shown} has no column {column!r}, but {has}; name the text with --column=")
-        before = rows.line_num
-        if offset:
-            go_to(file, offset, place)
-            place = offset
-        number = max(line, before)
+        if options.column not in names:
+            no_column(printable(path), options.column, ", ".join(names))
+        at = names.index(options.column)
+        number = max(line, rows.line_num)
+        if offset > start:
+            go_to(file, offset, current)
+            current = offset
         tabs.clear()
         for row in rows:
             if delimiter == "\t" and len(tabs) > 1 and {*tabs} == {len(names) - 1} != {0}:
@@ -241,36 +265,42 @@ def table_rows(file, path, start, offset, line, column, delimiter, plain_quotes=
             number += len(tabs)
             tabs.clear()
             if row:
-                at = names.index(column)
-                yield place, number, row[at] if at < len(row) else None
+                yield current, number, row[at] if at < len(row) else None
     except csv.Error as error:
-        how = "" if plain_quotes else '; if its " are characters of the text, set --plain_quotes'
-        fail(f"{shown}: the row at line {number + 1} cannot be read: {error}{how}")
+        how = "" if options.plain_quotes else '; if its " are characters of the text, set --plain_quotes'
+        fail(f"{printable(path)}: the row at line {number + 1} cannot be read: {error}{how}")
 
 
-def parquet_rows(path, done, column):
-    """Yield the documents of a .parquet file after its first `done` rows; offset is a row's
-    share of the bytes."""
+def parquet_rows(file, path, start, offset, line, options):
+    """Yield the documents of a .parquet file after its row `line`; offset is a row's share of the bytes."""
+    column = options.column
     parquet = library("pyarrow.parquet", "pyarrow")
-    shown, size = printable(path), os.path.getsize(path)
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow's own error is one
-        fail(f"{shown} is not a parquet file: {error}")
-    names, n = file.schema_arrow.names, file.metadata.num_rows
-    if column not in names:
-        has = printable(", ".join(names))
-        fail(f"{shown} has no column {column!r}, but {has}; name the text with --column=")
+        fail(f"{printable(path)} is not a parquet file: {error}")
+    if column not in file.schema_arrow.names:
+        no_column(printable(path), column, ", ".join(file.schema_arrow.names))
+    size = os.path.getsize(path)
     row = 0
     for group in range(file.num_row_groups):
         in_group = file.metadata.row_group(group).num_rows
-        if row + in_group <= done:
+        if row + in_group <= line:
             row += in_group
             continue
         for value in arrow_values(file.read_row_group(group, [column])[column]):
             row += 1
-            if row > done:
-                yield size * row // n, row, value
+            if row > line:
+                yield size * row // file.metadata.num_rows, row, value
+
+
+READERS = {
+    "txt": separated,
+    "jsonl": json_lines,
+    "csv": table_rows,
+    "tsv": table_rows,
+    "parquet": parquet_rows,
+}
 
 
 def arrow_values(column):
@@ -281,8 +311,9 @@ def arrow_values(column):
         return column.cast("binary").to_pylist()
 
 
-def text_of(value):
-    """Return (text, '') of a value, or ('', why it has none). TypeError if it is something else than text."""
+def text_of(value, column, place):
+    """Return (text, '') of a value, or ('', why it has none). Exits with 2 if it is something else than text;
+    `column` and `place` say where it stands."""
     if value is None or value != value:  # NaN is how tables of numbers write a missing text
         return "", "null"
     if isinstance(value, bytes):
@@ -291,9 +322,11 @@ def text_of(value):
         except UnicodeDecodeError:
             return "", "not UTF-8"
     if not isinstance(value, str):
-        raise TypeError(type(value).__name__)
+        fail(f"{column!r} in {place} is {type(value).__name__}, not text; name the text with --column=")
     try:
         value.encode()
     except UnicodeEncodeError:
         return "", "half a surrogate pair"
-    return (value, "") if value.strip() else ("", "empty")
+    if not value.strip():
+        return "", "empty"
+    return value, ""

@@ -4,38 +4,45 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import time
 
 import numpy as np
 
 from nanobit.cli import fail
 from nanobit.files import write_bytes
+from nanobit.terminal import command_line
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
+# the fields of a meta.json, in this order
+META = "vocab_size tokens bytes shards tokenizer eot source complete task command".split()
+META += "documents seconds revision bos stamp skipped".split()
 
 
 def char_tokenizer(chars):
-    """meta.json's entry of a tokenizer with one token per character, in this order"""
+    """Return meta.json's entry of a tokenizer with one token per character, in this order."""
     return {"kind": "char", "chars": chars, "sha256": hashlib.sha256(chars.encode()).hexdigest()}
 
 
 def open_data_set(data_dir, name, source, anew=True):
-    """make data_dir/name; to be written anew, its meta.json goes, so that no training starts on half a data
-    set. Exits with 2 where the folder cannot be written, or holds tokens from another source."""
+    """Make the folder data_dir/name and return its path. If it is written anew, its meta.json is removed, so
+    that no training starts on half a data set. Exits with 2 if the folder cannot be written, or holds tokens
+    from another source."""
     if not name:
         fail("name = '' is not the name of a folder")
     folder = os.path.join(data_dir, name)
-    meta = os.path.join(folder, "meta.json")
+    path = os.path.join(folder, "meta.json")
     try:
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(meta):
-            with open(meta, encoding="utf-8") as file:
-                found = source_in(json.load(file))
-            if found != source:
-                fail(f"{folder} holds another data set ({found}); choose another --name=, or delete it")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                former = source_in(json.load(file))
+            if former != source:
+                fail(f"{folder} holds another data set ({former}); choose another --name=, or delete it")
             if anew:
-                os.remove(meta)
+                os.remove(path)
     except (ValueError, RecursionError):
-        os.remove(meta)  # damaged: nothing to lose
+        os.remove(path)  # damaged: nothing to lose
     except OSError as error:
         fail(f"data_dir = {data_dir!r}: cannot write {folder} ({error.strerror}); choose another --data_dir=")
     return folder
@@ -44,25 +51,26 @@ def open_data_set(data_dir, name, source, anew=True):
 def source_in(meta):
     """Return the source that the content of a meta.json or progress.json names; of another file, that it
     names none."""
-    source = meta.get("source") if isinstance(meta, dict) else None
-    return source if isinstance(source, str) else "its meta.json names no source"
+    if isinstance(meta, dict) and isinstance(meta.get("source"), str):
+        return meta["source"]
+    return "its meta.json names no source"
 
 
 def dtype_of(vocab_size):
-    """the dtype of token ids below vocab_size"""
+    """Return the dtype of token ids below vocab_size."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def write_split(folder, split, ids, vocab_size):
-    """write the ids (array) of a split as shards, each under a temporary name first; returns {file: {tokens,
-    sha256}}"""
-    dtype = dtype_of(vocab_size)
+    """Write the ids (array) of a split as shards, each under a temporary name first; return {file: {tokens,
+    sha256}}. Exits if the disk has no room for them."""
+    ids = ids.astype(dtype_of(vocab_size))
     free = shutil.disk_usage(folder).free
-    if ids.size * dtype.itemsize > free:
-        fail(f"{folder}: {split} needs {ids.size * dtype.itemsize:,} bytes, the disk has {free:,} free")
+    if ids.nbytes > free:
+        fail(f"{folder}: {split} needs {ids.nbytes:,} bytes, the disk has {free:,} free")
     shards = {}
     for number, start in enumerate(range(0, ids.size, SHARD_TOKENS)):
-        part = ids[start : start + SHARD_TOKENS].astype(dtype)
+        part = ids[start : start + SHARD_TOKENS]
         name = f"{split}_{number:05d}.bin"
         write_file(os.path.join(folder, name), part.tobytes())
         shards[name] = {"tokens": part.size, "sha256": hashlib.sha256(part.tobytes()).hexdigest()}
@@ -70,46 +78,40 @@ def write_split(folder, split, ids, vocab_size):
 
 
 def write_file(path, content):
-    """content (bytes) under a temporary name, renamed when whole. Exits with 1 where the disk has no room."""
+    """Write content (bytes) under a temporary name and rename it. Exits with 1 if the disk has no room."""
     try:
         write_bytes(path, content)
     except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; nothing half-written was left in place", code=1)
+        fail(f"cannot write {path}: {error.strerror}; nothing half-written was kept", code=1)
 
 
-def write_meta(folder, tokenizer, eot, vocab_size, splits, shards, source, **extra):
-    """meta.json, of a data set that is complete unless extra says complete=False; splits is {split: (tokens,
-    bytes of text)}"""
-    meta = {
-        "dataset": os.path.basename(folder),
-        "dtype": dtype_of(vocab_size).name,
-        "vocab_size": vocab_size,
-        "tokens": {split: tokens for split, (tokens, _) in splits.items()},
-        "bytes": {split: size for split, (_, size) in splits.items()},
-        "shards": shards,
-        "tokenizer": tokenizer,
-        "eot": eot,
-        "source": source,
-        "complete": True,
-    }
-    write_file(os.path.join(folder, "meta.json"), json.dumps(meta | extra, indent=1).encode())
+def write_meta(folder, **fields):
+    """Write meta.json of those of the fields that are META, of a data set that is complete unless they have
+    complete=False. tokens, bytes: {split: tokens, bytes of its text}."""
+    meta = {"dataset": os.path.basename(folder), "dtype": dtype_of(fields["vocab_size"]).name}
+    fields = {"complete": True} | fields
+    meta |= {key: fields[key] for key in META if key in fields}
+    write_file(os.path.join(folder, "meta.json"), json.dumps(meta, indent=1).encode())
 
 
 class Split:
-    """the token files of one split, of which n tokens are known to be on the disk: what is beyond them is
-    dropped"""
+    """The token files of one split, of which n tokens are known to be on the disk: what is beyond them is
+    dropped. A shard is train_00000.bin.partial until it is full."""
 
     def __init__(self, folder, split, dtype, n):
-        self.folder, self.split, self.dtype, self.n, self.file = folder, split, dtype, n, None
+        self.folder = folder
+        self.split = split
+        self.dtype = dtype
+        self.n = n
         number, rest = divmod(n, SHARD_TOKENS)
-        for beyond in sorted(os.listdir(folder)):
-            if beyond.startswith(split + "_") and beyond[len(split) + 1 :][:5] > f"{number:05d}":
-                os.remove(os.path.join(folder, beyond))
+        for name in os.listdir(folder):
+            if name.startswith(split + "_") and name[len(split) + 1 :][:5] > f"{number:05d}":
+                os.remove(os.path.join(folder, name))
         if os.path.exists(self.path(number)):  # killed after the renaming: not yet known to be whole
             os.rename(self.path(number), self.path(number) + ".partial")
         self.open(number)
         if os.path.getsize(self.file.name) < rest * dtype.itemsize:
-            fail(f"{self.file.name} has lost tokens that progress.json counts; delete {folder} to begin anew")
+            fail(f"{self.file.name} has lost tokens that progress.json counts; delete {folder} to start over")
         self.file.truncate(rest * dtype.itemsize)
         self.file.seek(rest * dtype.itemsize)
 
@@ -121,7 +123,7 @@ class Split:
         self.file = open(path, "r+b" if os.path.exists(path) else "w+b")
 
     def write(self, ids):
-        """append ids (array), beginning a new shard where one is full"""
+        """Append ids (array); start a new shard when one is full."""
         while ids.size:
             room = SHARD_TOKENS - self.n % SHARD_TOKENS
             self.file.write(ids[:room].tobytes())
@@ -136,7 +138,7 @@ class Split:
         os.fsync(self.file.fileno())
 
     def finish(self):
-        """give the shard under way its name; an empty one goes"""
+        """Rename the shard under way to its final name, or remove it if it is empty."""
         self.sync()
         partial = self.file.name
         self.file.close()
@@ -146,15 +148,77 @@ class Split:
             os.remove(partial)
 
     def shards(self, known):
-        """{file: {tokens, sha256}} of the shards that have their name; those in `known` are not read again"""
-        found = {}
+        """Return {file: {tokens, sha256}} of the finished shards; those in `known` are not read again."""
+        entries = {}
         for start in range(0, self.n, SHARD_TOKENS):
             path = self.path(start // SHARD_TOKENS)
             name = os.path.basename(path)
             if name in known:
-                found[name] = known[name]
+                entries[name] = known[name]
             elif os.path.exists(path):
                 with open(path, "rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                found[name] = {"tokens": min(SHARD_TOKENS, self.n - start), "sha256": digest}
-        return found
+                entries[name] = {"tokens": min(SHARD_TOKENS, self.n - start), "sha256": digest}
+        return entries
+
+
+class Writer:
+    """The token files of a data set, and progress.json, which counts what of them is on the disk.
+
+    progress: {tokenizer, eot, bos, vocab_size, source, tokens, bytes, documents, shards, mark, seconds, ...}.
+    After progress.json, never before it, a meta.json is written that is not complete: what it lists is never
+    taken back, so that training may read it (data.py).
+    """
+
+    def __init__(self, folder, progress):
+        self.folder = folder
+        self.progress = progress
+        self.dtype = dtype_of(progress["vocab_size"])
+        self.splits = {name: Split(folder, name, self.dtype, n) for name, n in progress["tokens"].items()}
+        self.began = time.perf_counter() - progress["seconds"]
+
+    def n(self):
+        """Return the number of tokens of all splits."""
+        return sum(split.n for split in self.splits.values())
+
+    def add(self, name, ids, documents, size):
+        """Append the ids (array) of so many documents, from so many bytes of text, to a split."""
+        if name not in self.splits:
+            self.splits[name] = Split(self.folder, name, self.dtype, 0)
+            if "bos" not in self.progress:  # the end of a text precedes the first document, too
+                self.splits[name].write(np.array([self.progress["eot"]], self.dtype))
+        self.splits[name].write(ids)
+        for key, more in (("documents", documents), ("bytes", size)):
+            self.progress[key][name] = self.progress[key].get(name, 0) + more
+
+    def save(self):
+        """Flush the tokens to the disk, then write progress.json and meta.json."""
+        for split in self.splits.values():
+            split.sync()
+        self.count()
+        write_bytes(os.path.join(self.folder, "progress.json"), json.dumps(self.progress).encode())
+        self.write_meta(complete=False, command=command_line(["python", *sys.argv]))
+
+    def count(self):
+        """Bring the counts of `progress` up to date. Finished shards that it has are not read again."""
+        known = self.progress.get("shards", {})
+        self.progress["tokens"] = {name: split.n for name, split in self.splits.items()}
+        self.progress["shards"] = {}
+        for split in self.splits.values():
+            self.progress["shards"] |= split.shards(known)
+        self.progress["seconds"] = time.perf_counter() - self.began
+
+    def finish(self):
+        self.save()
+        for split in self.splits.values():
+            split.finish()
+        self.count()
+
+    def close(self):
+        for split in self.splits.values():
+            split.file.close()
+
+    def write_meta(self, **fields):
+        """Write the meta.json of what is counted."""
+        skipped = self.progress["mark"].get("skipped", {})
+        write_meta(self.folder, **self.progress, skipped=skipped, **fields)

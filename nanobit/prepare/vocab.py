@@ -1,5 +1,4 @@
-"""The tokenizer of a data set: characters, an encoding of tiktoken, a SentencePiece model found or
-trained."""
+"""The tokenizer of a data set: characters, an encoding of tiktoken, or a SentencePiece model."""
 
 import base64
 import difflib
@@ -9,12 +8,11 @@ import json
 import math
 import os
 import re
-import sys
 
 from tqdm import tqdm
 
 from nanobit.cli import fail, library
-from nanobit.prepare import sources, token_files
+from nanobit.prepare import hub, token_files
 from nanobit.tokenizer import marks_of, sentencepiece_model
 
 TRAIN_CHARS = 50_000_000  # characters of text that a new SentencePiece model is trained on
@@ -43,13 +41,13 @@ def pick(cfg, folder, texts):
 
 
 def characters(texts):
-    """the set of all characters of the texts"""
-    found = set().union(*map(set, watched("characters", texts)))
-    if "\0" in found:
+    """Return the set of all characters of the texts."""
+    chars = set().union(*map(set, watched("characters", texts)))
+    if "\0" in chars:
         fail("the text holds a NUL character, which the char tokenizer needs for itself: is it text?")
-    if not found:
+    if not chars:
         fail("there is no text to make a tokenizer of")
-    return found
+    return chars
 
 
 def sentencepiece(cfg, path, texts):
@@ -61,7 +59,7 @@ def sentencepiece(cfg, path, texts):
     else:
         if os.path.isdir(wanted) and not os.path.isfile(path):
             fail(no_model(wanted))
-        with open(path if os.path.isfile(path) else sources.hub_file(wanted, MODEL), "rb") as file:
+        with open(path if os.path.isfile(path) else hub.model_file(wanted, MODEL), "rb") as file:
             content = file.read()
     model = sentencepiece_model(content, wanted)
     probe = "two  spaces,\na line"
@@ -88,8 +86,8 @@ def entry_beside(path, content):
     for name in ("meta.json", "config.json"):
         try:
             with open(os.path.join(os.path.dirname(path), name), encoding="utf-8") as file:
-                found = json.load(file)
-            spec = found["tokenizer"] | found if name == "meta.json" else found["nanobit"]["tokenizer"]
+                beside = json.load(file)
+            spec = beside["tokenizer"] | beside if name == "meta.json" else beside["nanobit"]["tokenizer"]
             if spec["sha256"] == hashlib.sha256(content).hexdigest() and spec["eot"] >= 0:
                 return spec
         except (OSError, ValueError, LookupError, TypeError):  # another program's file
@@ -98,10 +96,10 @@ def entry_beside(path, content):
 
 
 def train(cfg, spm, texts):
-    """a new SentencePiece model of the first TRAIN_CHARS of the text, in the manner of LLaMA's: BPE with
-    bytes for what has no piece, digits apart, nothing normalised, so that decoding gives the text back"""
-
-    failed, left = [], TRAIN_CHARS
+    """Return a new SentencePiece model of the first TRAIN_CHARS of the text, like LLaMA's: BPE with bytes for
+    what has no piece, each digit alone, nothing normalised, so that decoding gives the text back."""
+    failures = []
+    left = TRAIN_CHARS
 
     def lines():
         nonlocal left
@@ -113,8 +111,8 @@ def train(cfg, spm, texts):
                 left -= len(text)
                 if left < 0:
                     return
-        except BaseException as error:  # the library would tell of it as its own
-            failed.append(error)
+        except BaseException as error:  # the library would report it as its own
+            failures.append(error)
 
     out = io.BytesIO()
     try:
@@ -129,24 +127,26 @@ def train(cfg, spm, texts):
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=2**20,  # bytes: a longer line would be left out without a word
+            max_sentence_length=2**20,  # bytes: a longer line would silently be left out
             num_threads=1,  # the same model each time
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:  # a vocabulary too large or too small for the text
-        if failed:
-            raise failed[0] from None
-        text = " ".join(str(error).split())
-        if found := re.search(r"value <= (\d+)|required_chars\. \d+ vs (\d+)", text):
-            if found[2]:
-                fail(f"vocab_size = {cfg.vocab_size} is too small; at least {found[2]}, or --tokenizer=char")
-            n = TRAIN_CHARS - left
-            how = f"{suited(n)} suits it; the largest possible is {found[1]}"
-            fail(f"vocab_size = {cfg.vocab_size} is too large for a text of {n:,} characters; {how}")
-        fail(f"vocab_size = {cfg.vocab_size}: sentencepiece cannot train on this text: {text[-200:]}")
-    if failed:
-        raise failed[0]
+        if not failures:
+            explain(cfg.vocab_size, " ".join(str(error).split()), TRAIN_CHARS - left)
+    if failures:
+        raise failures[0]
     return out.getvalue()
+
+
+def explain(vocab_size, error, n_chars):
+    """Exit with one line for an error of sentencepiece that was given a text of n_chars characters."""
+    if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        fail(f"vocab_size = {vocab_size} is too small; at least {match[1]}, or --tokenizer=char")
+    if match := re.search(r"value <= (\d+)", error):
+        how = f"{suited(n_chars)} suits it; the largest possible is {match[1]}"
+        fail(f"vocab_size = {vocab_size} is too large for a text of {n_chars:,} characters; {how}")
+    fail(f"vocab_size = {vocab_size}: sentencepiece cannot train on this text: {error[-200:]}")
 
 
 def suited(size):
@@ -159,16 +159,15 @@ def suited(size):
 def warn_if_large(vocab_size, n_tokens, size):
     """Print a warning if a tokenizer trained here has too little text (tokens, bytes) for its vocabulary."""
     if n_tokens < 50 * vocab_size and suited(size) != f"--vocab_size={vocab_size}":
-        each = f"{n_tokens / vocab_size:.1f} times on average"
-        print(
-            f"warning: vocab_size = {vocab_size:,} is large for {n_tokens:,} tokens of text: a model sees "
-            f"each {each}; {suited(size)} suits so little text (under another --name=)"
-        )
+        often = f"{n_tokens / vocab_size:.1f} times on average"
+        what = f"vocab_size = {vocab_size:,} is large for {n_tokens:,} tokens of text"
+        how = f"{suited(size)} suits so little text (under another --name=)"
+        print(f"warning: {what}: a model sees each {often}; {how}")
 
 
 def watched(desc, texts):
-    """texts, their characters counted by a bar on a terminal"""
-    with tqdm(desc=desc, unit="char", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    """Yield the texts, and count their characters on a bar if stderr is a terminal."""
+    with tqdm(desc=desc, unit="char", unit_scale=True, disable=None) as bar:
         for text in texts:
             yield text
             bar.update(len(text))
@@ -181,19 +180,17 @@ def tiktoken(name):
     if name not in lib.list_encoding_names():
         if os.path.isdir(name):
             fail(no_model(name))
-        known = ", ".join(lib.list_encoding_names())
-        how = "expected sentencepiece, char, a file, a hub repository (org/name) or one of"
-        near = difflib.get_close_matches(name, ["char", "sentencepiece", *lib.list_encoding_names()], n=1)
-        fail(
-            f"tokenizer = {name!r} is unknown"
-            + (f"; did you mean {near[0]}?" if near else f"; {how} {known}")
-        )
+        known = ["char", "sentencepiece", *lib.list_encoding_names()]
+        how = f"expected a file, a hub repository (org/name) or one of {', '.join(known)}"
+        if near := difflib.get_close_matches(name, known, n=1):
+            how = f"did you mean {near[0]}?"
+        fail(f"tokenizer = {name!r} is unknown; {how}")
     try:
-        found = lib.get_encoding(name)
+        encoding = lib.get_encoding(name)
     except OSError as error:  # what its HTTP library raises is one
         fail(f"tokenizer = {name!r} cannot be downloaded ({type(error).__name__}); try again", code=1)
-    ranks = sorted(found._mergeable_ranks.items(), key=lambda item: item[1])
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     content = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
     spec = {"kind": "tiktoken", "name": name, "file": "tokenizer.tiktoken"}
-    spec |= {"pattern": found._pat_str, "special": found._special_tokens}
-    return spec, content, {"eot": found.eot_token}, found.n_vocab
+    spec |= {"pattern": encoding._pat_str, "special": encoding._special_tokens}
+    return spec, content, {"eot": encoding.eot_token}, encoding.n_vocab

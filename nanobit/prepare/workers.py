@@ -1,0 +1,106 @@
+"""Worker processes that tokenize chunks of documents, on all cores, and give the tokens back in order."""
+
+import collections
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+
+from nanobit.cli import fail
+from nanobit.tokenizer import make_tokenizer
+
+PIECE_CHARS = 2**17  # characters of a document that are tokenized at a time, cut at a line end
+
+
+def encoded(chunks, workers, spec, marks, dtype):
+    """Yield (what encode_chunk returns, mark, share) of chunks (pieces, mark, share), in their order.
+
+    spec: the tokenizer, with its content. marks: {eot, bos}. Exits with 1 if a worker is killed. Close the
+    generator (contextlib.closing) to end the workers early.
+    """
+    context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(workers, context, start_worker, (spec, marks, dtype.str))
+    waiting = collections.deque()
+    try:
+        for pieces, mark, share in chunks:
+            waiting.append((submit(pool, pieces), mark, share))
+            if len(waiting) > 2 * workers + 2:
+                future, *rest = waiting.popleft()
+                yield future.result(), *rest
+        for future, *rest in waiting:
+            yield future.result(), *rest
+    except BrokenProcessPool:
+        fail("a worker process was killed, perhaps for lack of memory; the same command continues", code=1)
+    except BaseException:  # nobody needs the other chunks any more
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.kill()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def submit(pool, pieces):
+    """Return the future of encode_chunk(pieces). Ctrl-C waits meanwhile: a worker that starts here inherits
+    that, and would print a traceback if it came before start_worker."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return pool.submit(encode_chunk, pieces)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(encode_chunk, pieces)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_worker(spec, marks, dtype):
+    """Prepare a worker process: make its tokenizer, and let it end as soon as its parent has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    load(spec, marks, dtype)
+
+
+def load(spec, marks, dtype):
+    """Make the tokenizer of this process."""
+    global worker
+    worker = make_tokenizer(spec), marks, np.dtype(dtype)
+
+
+def encode_chunk(pieces):
+    """Return {split: (ids, documents, bytes of text)} of pieces (split, text, first, last): each document
+    ends with the end-of-text token and, if the marks {eot, bos} have one, begins with bos."""
+    tokenizer, marks, dtype = worker
+    ids = collections.defaultdict(list)
+    documents = collections.Counter()
+    size = collections.Counter()
+    for split, text, first, last in pieces:
+        if first and "bos" in marks:
+            ids[split].append(np.array([marks["bos"]], dtype))
+        for part, start in parts_of(text):
+            is_begin = first and start == 0
+            encode = tokenizer.encode if is_begin else tokenizer.encode_on
+            ids[split].append(np.array(encode(part), dtype))
+        if last:
+            ids[split].append(np.array([marks["eot"]], dtype))
+        documents[split] += last
+        size[split] += len(text.encode())
+    return {split: (np.concatenate(ids[split]), documents[split], size[split]) for split in ids}
+
+
+def parts_of(text):
+    """Yield (part, its place in text) of at most PIECE_CHARS characters, cut after a line end, or before a
+    space: a tokenizer's time and memory for a text without an end grow faster than the text."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        end = text.rfind("\n", start + 1, start + PIECE_CHARS) + 1
+        end = end or text.rfind(" ", start + 1, start + PIECE_CHARS)
+        if end <= start:
+            end = start + PIECE_CHARS
+        yield text[start:end], start
+        start = end
+    yield text[start:], start
