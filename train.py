@@ -53,7 +53,7 @@ tokenizer = make_tokenizer(tokenizer_spec)
 data.check_vocabulary(cfg, meta, tokenizer)
 train_data = data.Windows(cfg, meta, "train")
 val_data = data.Windows(cfg, meta, "val") if cfg.eval_every else None
-prompts = generate.encode(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg.sample_every else []
+prompts = generate.encode_prompts(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg.sample_every else []
 
 # model and optimizers, and the state that the run begins with
 

@@ -9,58 +9,66 @@ from nanobit.tokenizer import continuation, encode_prompt
 
 
 class KVCache:
-    """keys and values of the tokens seen so far, per attention layer, for at most `size` tokens"""
+    """Keys and values (B, K, size, D) of the tokens read so far, in a dict by attention layer."""
 
     def __init__(self, size):
-        self.size, self.length, self.store = size, 0, {}
+        self.size = size
+        self.length = 0
+        self.k_cache = {}
+        self.v_cache = {}
 
-    def at(self, n):
-        """the positions of n new tokens"""
+    def positions(self, n):
+        """Return the positions of the next n tokens, as an index of the tables of rotary angles."""
         return slice(self.length, self.length + n)
 
-    def append(self, layer, k, v):
-        """store k, v (B, K, T, D) of the new tokens; return all of them (B, K, length + T, D) and the mask
-        that T new tokens need (None for one token, or where the cache was empty: plain causal attention)"""
+    def update(self, layer, k, v):
+        """Store k, v (B, K, T, D) of the next T tokens. Return those of all tokens (B, K, length + T, D), and
+        their mask (T, length + T), None if causal attention needs none: for one token or the first ones."""
         B, K, T, D = k.shape
-        start, end = self.length, self.length + T
-        if layer not in self.store:
-            self.store[layer] = k.new_empty(B, K, self.size, D), v.new_empty(B, K, self.size, D)
-        both = self.store[layer]
-        for kept, new in zip(both, (k, v)):
-            kept.narrow(2, start, T).copy_(new)
+        if layer not in self.k_cache:
+            self.k_cache[layer] = k.new_zeros(B, K, self.size, D)  # finite, though StaticCache masks it
+            self.v_cache[layer] = v.new_zeros(B, K, self.size, D)
+        k_cache = self.k_cache[layer]
+        v_cache = self.v_cache[layer]
+        k_cache.narrow(2, self.length, T).copy_(k)
+        v_cache.narrow(2, self.length, T).copy_(v)
+        end = self.length + T
         mask = None
-        if start > 0 and T > 1:
-            mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(start)
-        return *(kept.narrow(2, 0, end) for kept in both), mask
+        if self.length > 0 and T > 1:
+            mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(self.length)
+        return k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end), mask
+
+    def advance(self, n):
+        """Count n tokens, which every layer has stored."""
+        self.length += n
 
 
 class StaticCache(KVCache):
-    """a cache that gives a new token tensors of the same shapes and places at every position, so that a CUDA
-    graph can be replayed: all that is stored, and a mask of what is not there yet"""
+    """A cache that gives each token after the prompt tensors of the same shape and address, so that a CUDA
+    graph can be replayed: the whole store, and a mask of the part that is filled. The caller adds 1 to
+    `position`, a tensor, after each of these tokens."""
 
-    def at(self, n):
-        return self.position if self.length else super().at(n)
+    def positions(self, n):
+        return self.position if self.length else super().positions(n)
 
-    def append(self, layer, k, v):
+    def update(self, layer, k, v):
         if not self.length:
             self.position = torch.tensor([k.shape[2]], device=k.device)  # of the next token
-            found = super().append(layer, k, v)
-            for kept in self.store[layer]:  # what a mask hides has to be finite all the same
-                kept.narrow(2, k.shape[2], self.size - k.shape[2]).zero_()
-            return found
-        both = self.store[layer]
-        for kept, new in zip(both, (k, v)):
-            kept.index_copy_(2, self.position, new)
-        return *both, (torch.arange(self.size, device=k.device) <= self.position)[None]
+            return super().update(layer, k, v)
+        self.k_cache[layer].index_copy_(2, self.position, k)
+        self.v_cache[layer].index_copy_(2, self.position, v)
+        mask = (torch.arange(self.size, device=k.device) <= self.position)[None]
+        return self.k_cache[layer], self.v_cache[layer], mask
 
 
-def replayed(model, cache, fresh):
-    """a function fresh (B, 1) -> logits (B, 1, V) that goes on after a StaticCache by one CUDA graph: one
-    launch in place of hundreds"""
-    token, length = fresh.clone(), cache.length
+def replayed(model, cache, new):
+    """Return a function new (B, 1) -> logits (B, 1, V) that continues after a StaticCache by one CUDA graph:
+    one launch instead of hundreds."""
+    token = new.clone()
+    length = cache.length
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles what is to be compiled, and writes what the replay writes again
+    with torch.cuda.stream(side):  # compiles kernels, and writes what the replay writes again
         for _ in range(2):
             model(token, cache=cache)
     torch.cuda.current_stream().wait_stream(side)
@@ -69,31 +77,32 @@ def replayed(model, cache, fresh):
         logits = model(token, cache=cache)
     cache.length = length
 
-    def step(fresh):
-        token.copy_(fresh)
+    def step(new):
+        token.copy_(new)
         graph.replay()
-        cache.length += 1
+        cache.advance(1)
         cache.position += 1
         return logits
 
     return step
 
 
-def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """one token id (B, 1) from logits (B, V): greedy at temperature 0, else drawn from the top_k (0 = all)
-    likeliest and from the least set of them whose chances reach top_p (nucleus, arXiv 1904.09751), by a
-    generator of the CPU"""
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Return a token id (B, 1) for logits (B, V): the most probable at temperature 0, else one drawn by a
+    generator of the CPU, from the top_k most probable (0 = all), and of these from the smallest set whose
+    total probability reaches top_p (nucleus, arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    device, logits = logits.device, logits.float().cpu() / temperature  # CUDA's cumsum is not deterministic
+    device = logits.device
+    logits = logits.float().cpu() / temperature  # CUDA's cumsum is not deterministic
     if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        smallest = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
     if top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
-        chance = ordered.softmax(-1)
-        beyond = chance.cumsum(-1) - chance >= top_p  # the token that crosses top_p stays in
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
+        probs = ordered.softmax(-1)
+        excluded = probs.cumsum(-1) - probs >= top_p  # the token that crosses top_p stays in
+        logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).to(device)
 
 
@@ -101,25 +110,29 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def generate(
     model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, cuda_graph=False
 ):
-    """yield the next tokens (B, 1), one at a time, after the prompts idx (B, T). Where the context is full,
-    the later half of it is read again and generation goes on with that. cuda_graph: see replayed."""
-    size, Cache = model.cfg.seq_len, StaticCache if cuda_graph else KVCache
-    idx = idx[:, -size:]
-    cache, fresh, step = Cache(size), idx, None
+    """Yield the tokens (B, 1) that follow the prompts idx (B, T), one at a time. When the context is full,
+    its later half is read again and generation continues after that. cuda_graph: see replayed."""
+    size = model.cfg.seq_len
+    Cache = StaticCache if cuda_graph else KVCache
+    cache = Cache(size)
+    idx = new = idx[:, -size:]
+    step = None
     for _ in range(max_new_tokens):
-        if cache.length + fresh.shape[1] > size:
-            cache, fresh, step = Cache(size), idx[:, -(size // 2) :], None
+        if cache.length + new.shape[1] > size:
+            cache = Cache(size)
+            new = idx[:, -(size // 2) :]
+            step = None
         if cuda_graph and cache.length:
-            step = step or replayed(model, cache, fresh)
-            logits = step(fresh)
+            step = step or replayed(model, cache, new)
+            logits = step(new)
         else:
-            logits = model(fresh, cache=cache)
-        fresh = pick(logits[:, -1], temperature, top_k, top_p, generator)
-        idx = torch.cat((idx, fresh), 1)[:, -size:]
-        yield fresh
+            logits = model(new, cache=cache)
+        new = sample_token(logits[:, -1], temperature, top_k, top_p, generator)
+        idx = torch.cat((idx, new), 1)[:, -size:]
+        yield new
 
 
-# samples of a run: each prompt greedy, top-k and nucleus, by the same seed
+# The samples of a run: each prompt greedy, top-k and nucleus, with the same seed.
 
 MODES = {
     "greedy": dict(temperature=0.0),
@@ -128,8 +141,8 @@ MODES = {
 }
 
 
-def encode(cfg, tokenizer, bos):
-    """[(prompt, its ids)] of cfg.sample_prompts. Exits with 2 where the tokenizer lacks a character."""
+def encode_prompts(cfg, tokenizer, bos):
+    """Return [(prompt, ids)] of cfg.sample_prompts. Exits with 2 if the tokenizer lacks a character."""
     try:
         return [(text, encode_prompt(tokenizer, bos, text)) for text in cfg.sample_prompts]
     except ValueError as error:
@@ -137,20 +150,21 @@ def encode(cfg, tokenizer, bos):
 
 
 def samples(cfg, model, tokenizer, prompts, device, stop):
-    """yield a line of samples.jsonl for each mode and prompt, until stop() is true, asked after each token"""
+    """Yield a row of samples.jsonl for each mode and prompt, until stop() is true, asked after each token."""
     generator = torch.Generator().manual_seed(cfg.seed)
     for mode, options in MODES.items():
-        for text, ids in prompts:
-            new, prompt = [], torch.tensor([ids], device=device)
-            for token in generate(model, prompt, cfg.sample_tokens, generator=generator, **options):
+        for prompt, ids in prompts:
+            idx = torch.tensor([ids], device=device)
+            new = []
+            for token in generate(model, idx, cfg.sample_tokens, generator=generator, **options):
                 new.append(token.item())
                 if stop():
                     return
-            text_made = continuation(tokenizer, ids, new)
-            yield dict(mode=mode, prompt=text, generated_text=text_made, repetition=repetition(new))
+            text = continuation(tokenizer, ids, new)
+            yield dict(mode=mode, prompt=prompt, generated_text=text, repetition=repetition(new))
 
 
 def repetition(ids):
-    """share of the 4-grams of a text that it has had before; 0 for text that never repeats itself"""
+    """Return the fraction of 4-grams that occurred before in the same text: 0 if it never repeats itself."""
     grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

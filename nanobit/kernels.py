@@ -2,13 +2,30 @@
 
 import torch
 
-HAS_VNNI = torch.cpu._is_vnni_supported()  # where torch._int_mm uses int8 units, for one row too
+HAS_VNNI = torch.cpu._is_vnni_supported()  # torch._int_mm then uses int8 units, for a single row too
 # whether oneDNN has int8 products for this CPU
 HAS_INT8 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability()[:3] == "AVX"
 
 
+def exact_matmul(x_int, codes):
+    """Return x_int (N, in) @ codes (out, in)^T as fp32 (N, out), exact.
+
+    x_int holds whole floats in [-128, 127]; codes are floats or int8. AssertionError if in is so large that
+    a sum could reach 2^24, beyond which fp32 is not exact.
+    """
+    n_out, n_in = codes.shape
+    assert n_in * 127 < 2**24, "sums of this width are not exact in fp32"
+    if not int_matmul_pays(x_int.device, x_int.shape[0], n_in, n_out):
+        return x_int.float() @ codes.float().t()
+    x_int = x_int.to(torch.int8)
+    codes = codes.to(torch.int8)
+    if x_int.is_cuda or HAS_VNNI:
+        return torch._int_mm(x_int, codes.t()).float()
+    return int8_matmul(x_int, codes)
+
+
 def int_matmul_pays(device, rows, n_in, n_out):
-    """whether the int8 product of these sizes is faster than the fp32 one"""
+    """Return whether the int8 product of these sizes is faster than the fp32 one."""
     if device.type == "cuda":  # cuBLAS: more than 16 rows, both widths multiples of 8
         return rows > 16 and n_in % 8 == 0 and n_out % 8 == 0
     # oneDNN reorders the weights first: 256 rows of 768 x 3072 earn that back, 1,024 of 256 x 256
@@ -17,25 +34,16 @@ def int_matmul_pays(device, rows, n_in, n_out):
 
 
 @torch.library.custom_op("nanobit::int8_matmul", mutates_args=())
-def int8_matmul(q: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """q (N, in) @ t (out, in)^T by oneDNN, int8 on the CPU, as fp32 (N, out). AVX2 adds products in pairs in
-    16 bits, which saturate with any int8, but not with codes: 2 * 255 * 1 < 2^15."""
-    scale, zero = torch.ones(len(t)), torch.zeros(len(t), dtype=torch.int64)
-    weight = torch.ops.onednn.qlinear_prepack(t, None)
-    how = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, no scale, nothing after it
-    return torch.ops.onednn.qlinear_pointwise(q, 1.0, 0, weight, scale, zero, *how)
+def int8_matmul(x_int: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Return x_int (N, in) @ codes (out, in)^T, int8 on the CPU, as fp32 (N, out), by oneDNN. AVX2 adds
+    products in pairs in 16 bits, which saturate with any int8, but not with codes: 2 * 255 * 1 < 2^15."""
+    scale = torch.ones(len(codes))
+    zero = torch.zeros(len(codes), dtype=torch.int64)
+    weight = torch.ops.onednn.qlinear_prepack(codes, None)
+    unscaled = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, and nothing after the product
+    return torch.ops.onednn.qlinear_pointwise(x_int, 1.0, 0, weight, scale, zero, *unscaled)
 
 
 @int8_matmul.register_fake
-def _(q, t):
-    return q.new_empty(len(q), len(t), dtype=torch.float32)
-
-
-def exact_matmul(q, t):
-    """the integer product q (N, in) @ t (out, in)^T as fp32 (N, out); q holds whole floats in [-128, 127], t
-    codes as floats or int8"""
-    assert t.shape[1] * 127 < 2**24, "sums of this width are not exact in fp32"
-    if not int_matmul_pays(q.device, q.shape[0], t.shape[1], t.shape[0]):
-        return q.float() @ t.float().t()
-    q, t = q.to(torch.int8), t.to(torch.int8)
-    return torch._int_mm(q, t.t()).float() if q.is_cuda or HAS_VNNI else int8_matmul(q, t)
+def _(x_int, codes):
+    return x_int.new_empty(len(x_int), len(codes), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A trained model as a dict: the part of a checkpoint.pt, or what a folder for transformers holds instead."""
+"""A trained model as a dict: the part of a checkpoint.pt, or what an exported folder holds instead of it."""
 
 import os
 import sys
@@ -10,46 +10,51 @@ import config
 from model import Transformer
 from nanobit import checkpoint, distributed, parts
 from nanobit.cli import fail
-from nanobit.export import hf, llama
 from nanobit.terminal import printable
 
 HF = ", or an export for transformers"
 
 
 def initial(path):
-    """Return the part of a checkpoint.pt that init_from stands for; a Hugging Face folder is one too"""
+    """Return the part that init_from stands for, of a checkpoint or a Hugging Face folder."""
+    from nanobit.export import llama  # here, so that training loads nothing of export without need
+
     if llama.is_folder(path):
-        return checked_export(path, to_train=True)
-    return checkpoint.load(
-        distributed.from_main(lambda: checkpoint.locate(path, setting="init_from", also=HF))
-    )
+        return read_export(path, to_train=True)
+    folder = distributed.from_main(lambda: checkpoint.locate(path, setting="init_from", also=HF))
+    return checkpoint.load(folder)
 
 
 def trained(path):
-    """Return (part of a checkpoint.pt, where it was found) of a trained model: that of a checkpoint, see
-    locate, or of a folder that export.py has written. Prints on stderr which step that is, and how to use
-    the best."""
+    """Return (part, folder) of a trained model: a checkpoint, see locate, or a folder that export.py wrote.
+    Print on stderr which step is used, and how to use the best one."""
+    from nanobit.export import llama
+
     if llama.is_folder(path):
-        part = checked_export(path)
+        part = read_export(path)
         print(f"using {path}, step {part['step']}", file=sys.stderr)
-        settings = config.assignments(config.DEFAULT) | config.with_ratios(part["config"])
-        return part | dict(config=settings), path
+        part["config"] = config.assignments(config.DEFAULT) | config.with_ratios(part["config"])
+        return part, path
     folder = checkpoint.locate(path, also=HF)
-    part, run_dir = checkpoint.load(folder), os.path.normpath(os.path.join(folder, "..", ".."))
+    part = checkpoint.load(folder)
     with torch.device("meta"):
         needed = Transformer(SimpleNamespace(**part["config"])).state_dict()
     parts.check_shapes(folder, part["model"], needed)
+    run_dir = os.path.normpath(os.path.join(folder, "..", ".."))
     with checkpoint.reading():
-        best, hint = checkpoint.best_step(run_dir), ""
+        best = checkpoint.best_step(run_dir)
+    hint = ""
     if best not in (None, part["step"]):
         hint = f"; its best evaluation was at step {best}: --ckpt={os.path.join(run_dir, 'best')}"
     print(f"using run {printable(part['config']['run_id'])}, step {part['step']}{hint}", file=sys.stderr)
     return part, folder
 
 
-def checked_export(path, to_train=False):
+def read_export(path, to_train=False):
     """Return the part that an exported folder stands for, see hf.read. Exits with 2 if a weight is not
     finite."""
+    from nanobit.export import hf
+
     part = hf.read(path, to_train)
     try:
         parts.check_finite(part["model"])

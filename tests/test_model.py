@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import settings
 
 from model import Transformer
-from nanobit.generate import KVCache, generate, pick
+from nanobit.generate import KVCache, generate, sample_token
 from nanobit.infer.restore import restore
 from nanobit.metrics import mean_loss
 
@@ -152,13 +152,16 @@ def test_generation_goes_on_past_the_context():
         assert new[0, 1] == model(text[:, -8:])[0, -1].argmax()
 
 
-def test_pick_draws_from_the_right_set():
+def test_sample_token_draws_from_the_right_set():
     """bugs guarded: top_p that drops the token which crosses it, top_k off by one, temperature 0 dividing
     by zero"""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
 
+    def draw(seed=0, **options):
+        return sample_token(logits, generator=torch.Generator().manual_seed(seed), **options)
+
     def drawn(**options):
-        return set(pick(logits, generator=torch.Generator().manual_seed(0), **options).flatten().tolist())
+        return set(draw(**options).flatten().tolist())
 
     assert drawn(temperature=0) == {0}
     assert drawn() == {0, 1, 2, 3}
@@ -166,12 +169,10 @@ def test_pick_draws_from_the_right_set():
     assert drawn(top_p=0.5) == {0} and drawn(top_p=0.6) == {0, 1} and drawn(top_p=0.9) == {0, 1, 2}
     assert drawn(top_k=100, top_p=1.0, temperature=2.0) == {0, 1, 2, 3}
     assert drawn(temperature=0.05) == {0}, "a low temperature is nearly greedy"
-    logits = logits[:, [3, 0, 2, 1]]  # the likeliest are not the first
+    logits = logits[:, [3, 0, 2, 1]]  # the most probable are not the first
     assert drawn(top_p=0.6) == {1, 3} and drawn(top_k=1) == {1}
-    one, two = (pick(logits, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
-    assert torch.equal(one, pick(logits, generator=torch.Generator().manual_seed(1))) and not torch.equal(
-        one, two
-    )
+    assert torch.equal(draw(seed=1), draw(seed=1))
+    assert not torch.equal(draw(seed=1), draw(seed=2))
 
 
 def test_dropout_is_everywhere_and_only_in_training():

@@ -111,8 +111,8 @@ def test_token_by_token(how, changes):
         for part in idx.split([7, *[1] * 12, 1], 1):
             logits = [m(part, cache=cache) for m, cache in zip((model, integers), caches)]
             assert torch.equal(*logits) and logits[0].std() > 0.1
-        for left, right in zip(caches[0].store.values(), caches[1].store.values()):
-            assert torch.equal(left[0][:, :, :20], right[0][:, :, :20])
+        for left, right in zip(caches[0].k_cache.values(), caches[1].k_cache.values()):
+            assert torch.equal(left[:, :, :20], right[:, :, :20])
         # one token without a cache, or with one of constant shapes
         assert torch.equal(*(m(idx[:, :1]) for m in (model, integers)))
         caches = StaticCache(32), StaticCache(32)
@@ -338,4 +338,4 @@ def test_the_triton_kernel(monkeypatch):
         for x in (torch.randn(shape[0]), torch.zeros(shape[0]), torch.randint(-254, 255, shape[:1]) / 2):
             x[:1] = 127.0 * x.any()
             with torch.no_grad():
-                assert torch.equal(packed_cuda.packed_linear(layer.packed, x, layer.matrix.s), bit(x))
+                assert torch.equal(packed_cuda.packed_linear(layer.packed, x, layer.matrix.scale), bit(x))

@@ -1,8 +1,8 @@
 /* Ternary matrices packed to two bits times one token, or a few: the inner loop of packed.py.
 
-   Every step here is one that IEEE arithmetic rounds in one way, in the order of quant.py and model.py, so that
-   results are theirs to the last bit. What torch sums in an order of its own (means, attention, logits) stays
-   with torch. To be compiled without contraction into fused multiply-adds. */
+   Every step here has one correct rounding in IEEE arithmetic, and the order is that of quant.py and model.py, so
+   the results are theirs to the last bit. What torch sums in its own order (means, attention, logits) is left to
+   torch. Compile without contraction into fused multiply-adds. */
 
 #include <math.h>
 #include <stdint.h>
@@ -15,7 +15,7 @@
 typedef struct {
   const uint8_t *codes; /* (n_out / 4, n_in): byte row r holds t + 1 of rows r, r + R, r + 2R, r + 3R, R = n_out / 4 */
   int64_t n_out;
-  float s;
+  float scale;
 } matrix;
 
 /* sum[k] = the product of q with the k-th codes + 1 of n bytes */
@@ -61,18 +61,18 @@ static int32_t quantize(const float *x, int64_t n, int8_t *q, float *a) {
   }
   float max;
   memcpy(&max, &most, 4);
-  *a = max < INFINITY ? 1.0f / fmaxf(max, 1e-5f) * 127.0f : NAN; /* torch's 127.0 / max: its reciprocal first */
+  *a = max < INFINITY ? 1.0f / fmaxf(max, 1e-5f) * 127.0f : NAN; /* as torch computes 127.0 / max */
   for (int64_t i = 0; i < n; i++) {
-    q[i] = max < INFINITY ? (int8_t)rintf(x[i] * *a) : 0; /* a says that y is not a number */
+    q[i] = max < INFINITY ? (int8_t)rintf(x[i] * *a) : 0; /* a makes y NaN */
     total += q[i];
   }
   return total;
 }
 
-/* y (n_rows, sum of n_out) = x (n_rows, n_in) through n_matrices BitLinears, side by side. Where they are given:
-   x is first normalised (mean of its squares, weight norm, eps) and multiplied by times, plus is added to y. */
+/* y (n_rows, sum of n_out) = x (n_rows, n_in) through n_matrices BitLinears, side by side. What may be NULL: x is
+   first normalized (mean of its squares, weight norm, eps), then multiplied by factor; residual is added to y. */
 void packed_linear(const matrix *matrices, int64_t n_matrices, int64_t n_rows, int64_t n_in, const float *x,
-                   const float *mean, const float *norm, float eps, const float *times, const float *plus,
+                   const float *mean, const float *norm, float eps, const float *factor, const float *residual,
                    float *y) {
   int8_t *q = malloc(n_rows * n_in * sizeof *q);
   float *z = malloc(n_in * sizeof *z), *a = malloc(n_rows * sizeof *a);
@@ -80,7 +80,7 @@ void packed_linear(const matrix *matrices, int64_t n_matrices, int64_t n_rows, i
   for (int64_t n = 0; n < n_rows; n++) {
     const float r = norm ? 1.0f / sqrtf(mean[n] + eps) : 1.0f;
     for (int64_t i = 0; i < n_in; i++) z[i] = norm ? x[n * n_in + i] * r * norm[i] : x[n * n_in + i];
-    for (int64_t i = 0; times && i < n_in; i++) z[i] *= times[n * n_in + i];
+    for (int64_t i = 0; factor && i < n_in; i++) z[i] *= factor[n * n_in + i];
     total[n] = quantize(z, n_in, q + n * n_in, a + n);
   }
   int64_t n_bytes = 0;
@@ -97,8 +97,8 @@ void packed_linear(const matrix *matrices, int64_t n_matrices, int64_t n_rows, i
       products(codes, q + n * n_in, n_in, sum);
       for (int k = 0; k < 4; k++) {
         const int64_t at = n * 4 * n_bytes + first + k * R + r;
-        const float product = (float)(sum[k] - total[n]) / (m->s * a[n]);
-        y[at] = plus ? plus[at] + product : product;
+        const float product = (float)(sum[k] - total[n]) / (m->scale * a[n]);
+        y[at] = residual ? residual[at] + product : product;
       }
     }
   }

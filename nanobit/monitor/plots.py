@@ -126,6 +126,7 @@ def plot_codes(run_dir, matrix, path):
 
     import quant
     from nanobit import checkpoint
+    from nanobit.experts import bit_layers
     from nanobit.infer import restore
 
     whole = {}
@@ -144,7 +145,7 @@ def plot_codes(run_dir, matrix, path):
         part = checkpoint.load(whole[steps[0]])
         if not part["config"]["ternary"]:
             fail(f"{run_dir} is a float run (ternary = False), its weights have no codes; choose another")
-        names = list(quant.bit_layers(restore.restore(part, "cpu")))
+        names = list(bit_layers(restore.restore(part, "cpu")))
         if matrix not in names:
             near = difflib.get_close_matches(matrix, names, n=3, cutoff=0.3) or names[:3]
             fail(f"matrix = {matrix!r} is not in {run_dir}; near it are {', '.join(near)}")
