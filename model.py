@@ -68,8 +68,7 @@ class Transformer(nn.Module):
         """
         T = idx.shape[1]
         positions = slice(T) if cache is None else cache.positions(T)
-        cos = self.cos[positions]
-        sin = self.sin[positions]
+        cos, sin = self.cos[positions], self.sin[positions]
         x = self.dropout(self.embed(idx))  # (B, T, C)
         routers = []
         for block in self.blocks:
@@ -150,8 +149,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self, k, v)

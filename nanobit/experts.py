@@ -79,20 +79,6 @@ def router_loss(cfg, router):
     return cfg.router_balance * router[:, 0].mean() + cfg.router_z * router[:, 1].mean()
 
 
-class BitExperts(nn.Module):
-    """One ternary matrix per expert, each with its own scale: BitLinear for rows sorted by expert."""
-
-    def __init__(self, n_expert, in_features, out_features):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
-
-    def forward(self, x, sizes):
-        """Return y (N, out) for x (N, in), whose first sizes[0] rows belong to expert 0, and so on."""
-        dtype = output_dtype(x)
-        parts = zip(x.split(sizes), self.weight.unbind())
-        return torch.cat([TernaryLinear.apply(rows, w, dtype) for rows, w in parts])
-
-
 class FloatExperts(nn.Module):
     """One float matrix per expert: nn.Linear for rows sorted by expert."""
 
@@ -107,6 +93,16 @@ class FloatExperts(nn.Module):
             w = self.weight.bfloat16().transpose(-2, -1)
             return F.grouped_mm(x.bfloat16(), w, offs=sizes)
         return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), self.weight.unbind())])
+
+
+class BitExperts(FloatExperts):
+    """FloatExperts whose products are ternary, as BitLinear's; each matrix has its own scale."""
+
+    def forward(self, x, sizes):
+        """Return y (N, out) for x (N, in), whose first sizes[0] rows belong to expert 0, and so on."""
+        dtype = output_dtype(x)
+        parts = zip(x.split(sizes), self.weight.unbind())
+        return torch.cat([TernaryLinear.apply(rows, w, dtype) for rows, w in parts])
 
 
 def grouped_mm_pays(x, weight):

@@ -17,8 +17,7 @@ def exact_matmul(x_int, codes):
     assert n_in * 127 < 2**24, "sums of this width are not exact in fp32"
     if not int_matmul_pays(x_int.device, x_int.shape[0], n_in, n_out):
         return x_int.float() @ codes.float().t()
-    x_int = x_int.to(torch.int8)
-    codes = codes.to(torch.int8)
+    x_int, codes = x_int.to(torch.int8), codes.to(torch.int8)
     if x_int.is_cuda or HAS_VNNI:
         return torch._int_mm(x_int, codes.t()).float()
     return int8_matmul(x_int, codes)

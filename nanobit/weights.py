@@ -17,10 +17,8 @@ HF = ", or an export for transformers"
 
 def initial(path):
     """Return the part that init_from stands for, of a checkpoint or a Hugging Face folder."""
-    from nanobit.export import llama  # here, so that training loads nothing of export without need
-
-    if llama.is_folder(path):
-        return read_export(path, to_train=True)
+    if part := exported(path, to_train=True):
+        return part
     folder = distributed.from_main(lambda: checkpoint.locate(path, setting="init_from", also=HF))
     return checkpoint.load(folder)
 
@@ -28,10 +26,7 @@ def initial(path):
 def trained(path):
     """Return (part, folder) of a trained model: a checkpoint, see locate, or a folder that export.py wrote.
     Print on stderr which step is used, and how to use the best one."""
-    from nanobit.export import llama
-
-    if llama.is_folder(path):
-        part = read_export(path)
+    if part := exported(path):
         print(f"using {path}, step {part['step']}", file=sys.stderr)
         part["config"] = config.assignments(config.DEFAULT) | config.with_ratios(part["config"])
         return part, path
@@ -50,11 +45,13 @@ def trained(path):
     return part, folder
 
 
-def read_export(path, to_train=False):
-    """Return the part that an exported folder stands for, see hf.read. Exits with 2 if a weight is not
-    finite."""
-    from nanobit.export import hf
+def exported(path, to_train=False):
+    """Return the part that an exported folder stands for, see hf.read, or None for another path. Exits with 2
+    if a weight is not finite."""
+    from nanobit.export import hf, llama  # here, so that training loads nothing of export without need
 
+    if not llama.is_folder(path):
+        return None
     part = hf.read(path, to_train)
     try:
         parts.check_finite(part["model"])

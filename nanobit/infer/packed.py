@@ -66,13 +66,11 @@ def build(compiler, flags, folder):
         last_line = " ".join(result.stderr.strip().splitlines()[-1:])
         raise OSError(last_line or f"exit code {result.returncode}")
     lib = ctypes.CDLL(path)
-    pointer = ctypes.c_void_p
-    number = ctypes.c_int64
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
     lib.packed_linear.argtypes = [pointer, number, number, number, pointer, pointer, pointer]
     lib.packed_linear.argtypes += [ctypes.c_float, pointer, pointer, pointer]
-    lib.packed_linear.restype = None
     lib.rotate.argtypes = [pointer, number, number, pointer, pointer]
-    lib.rotate.restype = None
+    lib.packed_linear.restype = lib.rotate.restype = None
     return lib
 
 
@@ -106,12 +104,10 @@ class Matrices:
         """Return y (..., n_out) for x (..., in), fp32 and contiguous. x is first normalized by norm, an
         RMSNorm, then multiplied by factor; residual is added to y."""
         y = x.new_empty(*x.shape[:-1], self.n_out)
-        mean = weight = None
-        eps = 0.0
+        mean, weight, eps = None, None, 0.0
         if norm is not None:
             mean = x.pow(2).mean(-1, keepdim=True)  # torch sums in an order that C does not repeat
-            weight = norm.weight
-            eps = norm.eps
+            weight, eps = norm.weight, norm.eps
         inputs = (address(x), address(mean), address(weight), eps, address(factor), address(residual))
         sizes = (len(self.array), x.shape[:-1].numel(), x.shape[-1])
         library().packed_linear(ctypes.addressof(self.array), *sizes, *inputs, address(y))
@@ -184,15 +180,14 @@ class PackedBlock(nn.Module):
     """
 
     def __init__(self, block):
-        """ValueError or KeyError if the block has other layers, widths or parameters than forward assumes: C
-        would read and write beyond their ends."""
+        """Take over a block. ValueError or KeyError if it has other layers, widths or parameters than forward
+        assumes: C would read and write beyond their ends."""
         super().__init__()
         layers = packed_layers(block)
         shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
         shapes |= {name: tuple(p.shape) for name, p in block.state_dict().items()}
         C, n_q = shapes["attn.q_proj"]
-        _, n_kv = shapes["attn.k_proj"]
-        _, n_ffn = shapes["ffn.gate_proj"]
+        n_kv, n_ffn = shapes["attn.k_proj"][1], shapes["ffn.gate_proj"][1]
         known = [(C, n_q), (C, n_kv), (C, n_kv), (n_q, C), (C, n_ffn), (C, n_ffn), (n_ffn, C), (C,), (C,)]
         if type(block) is not Block or shapes != dict(zip(NAMES, known)):
             raise ValueError(f"{type(block).__name__} has the layers and parameters {shapes}")
@@ -243,11 +238,9 @@ def difference(ours, theirs):
 
 @torch.no_grad()
 def pack_layers(model):
-    """Give the ternary layers of a model integer weights: the same function, which cannot be trained.
-
-    A packed layer repeats BitLinear.forward (quant.py). One layer of each shape is compared with it, on a few
-    random rows. If the two differ, nothing is packed, and a line on stderr reports that.
-    """
+    """Give the ternary layers of a model integer weights: the same function, which cannot be trained. A packed
+    layer repeats BitLinear.forward (quant.py); one layer of each shape is compared with it, on a few random
+    rows. If the two differ, nothing is packed, and a line on stderr reports that."""
     packed = {}
     compared = set()
     for name, layer in bit_layers(model).items():
@@ -255,11 +248,8 @@ def pack_layers(model):
         if layer.weight.shape in compared:
             continue
         compared.add(layer.weight.shape)
-        n_rows = 4
-        sizes = ()
-        if isinstance(layer, BitExperts):
-            n_rows = len(layer.weight)
-            sizes = ([1] * n_rows,)
+        n_rows = model.cfg.n_expert or 4
+        sizes = [[1] * n_rows] if isinstance(layer, BitExperts) else []
         x = torch.randn(n_rows, layer.weight.shape[-1], generator=torch.Generator().manual_seed(0))
         x = x.to(layer.weight.device)
         if off := difference(packed[name](x, *sizes), layer(x, *sizes)):
