@@ -238,9 +238,9 @@ def difference(ours, theirs):
 
 @torch.no_grad()
 def pack_layers(model):
-    """Give the ternary layers of a model integer weights: the same function, which cannot be trained. A packed
-    layer repeats BitLinear.forward (quant.py); one layer of each shape is compared with it, on a few random
-    rows. If the two differ, nothing is packed, and a line on stderr reports that."""
+    """Give the ternary layers of a model integer weights: the same function, which cannot be trained. A
+    packed layer repeats BitLinear.forward (quant.py); one layer of each shape is compared with it, on a few
+    random rows. If the two differ, nothing is packed, and a line on stderr reports that."""
     packed = {}
     compared = set()
     for name, layer in bit_layers(model).items():
