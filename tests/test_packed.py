@@ -1,4 +1,4 @@
-"""packed.py: integer weights are the same function, in every way that they compute it."""
+"""nanobit/infer/packed.py: integer weights are the same function, in every way that they compute it."""
 
 import inspect
 import os
@@ -20,111 +20,168 @@ from quant import BitLinear, ternarize
 
 
 def test_pack_has_the_layout_of_transformers():
-    """bug guarded: packing along the inputs or neighbouring rows, which loads as garbage"""
-    t = torch.tensor(
-        [[-1], [0], [1], [1], [0], [-1], [1], [0]], dtype=torch.int8
-    )  # R = 2: rows 0 2 4 6 share a byte
-    assert packed.pack(t).tolist() == [[0 | 2 << 2 | 1 << 4 | 2 << 6], [1 | 2 << 2 | 0 << 4 | 1 << 6]]
-    t = ternarize(torch.randn(128, 40))[0]
-    assert packed.pack(t).shape == (32, 40) and packed.pack(t).dtype == torch.uint8
-    assert torch.equal(packed.unpack(packed.pack(t)), t.to(torch.int8))
+    """A byte holds codes + 1 of rows r, r + R, r + 2R, r + 3R, lowest bits first."""
+    codes = torch.tensor([[-1], [0], [1], [1], [0], [-1], [1], [0]], dtype=torch.int8)  # R = 2
+    assert packed.pack(codes).tolist() == [[0 | 2 << 2 | 1 << 4 | 2 << 6], [1 | 2 << 2 | 0 << 4 | 1 << 6]]
+
+
+def test_unpack_is_the_inverse_of_pack():
+    """Packed codes come back, from a quarter of their rows."""
+    codes = ternarize(torch.randn(128, 40))[0]
+    assert packed.pack(codes).shape == (32, 40)
+    assert packed.pack(codes).dtype == torch.uint8
+    assert torch.equal(packed.unpack(packed.pack(codes)), codes.to(torch.int8))
+
+
+def test_rows_that_do_not_fill_a_byte_are_refused():
+    """pack needs a multiple of 4 rows, and reports that."""
     with pytest.raises(ValueError, match="multiple of 4"):
-        packed.pack(t[:6])
+        packed.pack(torch.zeros(6, 40))
 
 
 @pytest.fixture(params=["C", "int8"])
-def how(request, monkeypatch, capfd):
-    """with the C functions, and on a machine without a compiler"""
-    packed.library.cache_clear()
+def form(request, monkeypatch):
+    """The form of computing: with the C functions, compiled once for all tests, or without a compiler."""
     if request.param == "int8":
-        monkeypatch.setattr(packed.shutil, "which", lambda name: None)
-    elif not any(map(packed.shutil.which, packed.COMPILERS)):
+        monkeypatch.setattr(packed, "library", lambda: None)
+    elif not packed.library():
         pytest.skip("needs a C compiler")
-    assert bool(packed.library()) == (request.param == "C")
-    assert ("no C compiler" in capfd.readouterr().err) == (request.param == "int8")
-    yield request.param
+    return request.param
+
+
+def test_a_missing_compiler_is_reported(monkeypatch, capfd):
+    """Without a C compiler, one line on stderr reports that everything is slower."""
+    monkeypatch.setattr(packed.shutil, "which", lambda name: None)
     packed.library.cache_clear()
+    assert packed.library() is None
+    packed.library.cache_clear()
+    err = capfd.readouterr().err
+    assert "no C compiler" in err
+    assert "slower" in err
 
 
-def test_widths_that_are_no_multiple_of_4(how):
-    """bug guarded: rows of padding that are cut off and leave strided values, of which the next function
-    rounds others"""
-    for ffn_dim in (6, 7, 50):
-        cfg = settings(n_embd=32, ffn_dim=ffn_dim)
-        for seed in range(4):
-            torch.manual_seed(seed)
-            weights = Transformer(cfg).state_dict()
-            part, x = dict(config=vars(cfg), model=weights), torch.randint(cfg.vocab_size, (4, cfg.seq_len))
-            with torch.no_grad():
-                assert torch.equal(restore(part, "cpu")(x), restore(part, "cpu", packed=True)(x))
+def test_a_compiler_that_works_is_silent(capfd):
+    """With a C compiler, packed.c is compiled without a line on stderr."""
+    if not any(map(packed.shutil.which, packed.COMPILERS)):
+        pytest.skip("needs a C compiler")
+    packed.library.cache_clear()
+    assert packed.library()
+    assert not capfd.readouterr().err
 
 
+@pytest.mark.parametrize("ffn_dim", [6, 7, 50])
+def test_widths_that_are_not_multiples_of_4(form, ffn_dim):
+    """Any width gives the logits of training. Guards against rows of padding that are cut off and leave
+    strided values, of which the next function rounds others."""
+    cfg = settings(n_embd=32, ffn_dim=ffn_dim)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        part = dict(config=vars(cfg), model=Transformer(cfg).state_dict())
+        x = torch.randint(cfg.vocab_size, (4, cfg.seq_len))
+        with torch.no_grad():
+            assert torch.equal(restore(part, "cpu")(x), restore(part, "cpu", packed=True)(x))
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, packed.FEW, packed.FEW + 1])
 @pytest.mark.parametrize("shape", [(80, 48), (17, 5), (768, 256), (300, 258)])
-def test_integer_weights_give_the_same_bits(how, shape):
-    """bugs guarded: rows of another order, a scale or a rounding of another order of operations, ties not to
-    even, threads that share a sum; many rows, which are computed otherwise"""
+def test_integer_weights_give_the_same_bits(form, shape, n_rows):
+    """A packed layer equals BitLinear to the last bit, for few rows and many, ties, strided inputs, autocast
+    and infinity. Guards against rows, scales or roundings in another order, and sums that threads share."""
     torch.manual_seed(0)
     bit = BitLinear(*shape)
     layer = packed.packed_linear(bit.weight)
     assert layer.packed.numel() == -(-shape[1] // 4) * shape[0]
+    x = torch.randn(n_rows, shape[0]) * 10 ** torch.randn(n_rows, 1)
+    x[0] = 0
     with torch.no_grad():
-        for n_rows in (1, 3, packed.FEW, packed.FEW + 1):
-            x = torch.randn(n_rows, shape[0]) * 10 ** torch.randn(n_rows, 1)
-            x[0] = 0
+        assert torch.equal(layer(x), bit(x))
+        x[0] = torch.randint(-254, 255, (shape[0],)) / 2  # its largest is 127: halves are ties
+        x[0, 0] = 127
+        assert torch.equal(layer(x), bit(x))
+        x = x.t().contiguous().t().view(n_rows, 1, -1)  # not contiguous
+        assert torch.equal(layer(x), bit(x))
+        assert layer(x).shape == (n_rows, 1, shape[1])
+        with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(layer(x), bit(x))
-            x[0] = torch.randint(-254, 255, (shape[0],)) / 2  # its largest is 127: halves are ties
-            x[0, 0] = 127
-            assert torch.equal(layer(x), bit(x))
-            x = x.t().contiguous().t().view(n_rows, 1, -1)  # not contiguous
-            assert torch.equal(layer(x), bit(x)) and layer(x).shape == (n_rows, 1, shape[1])
-            with torch.autocast("cpu", torch.bfloat16):
-                assert torch.equal(layer(x), bit(x)) and layer(x).dtype == torch.bfloat16
-            x[0, 0, 0] = float("inf")
-            assert layer(x)[0].isnan().all() and not layer(x)[1:].isnan().any()
+            assert layer(x).dtype == torch.bfloat16
+        x[0, 0, 0] = float("inf")
+        assert layer(x)[0].isnan().all()
+        assert not layer(x)[1:].isnan().any()
 
 
 SHAPE = dict(n_layer=2, n_embd=64, n_head=4, n_kv_head=2, ffn_dim=96, seq_len=32)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(n_kv_head=4, rope_theta=500.0, norm_eps=1e-2, tie_embeddings=False),
-        dict(n_embd=36, n_head=6, n_kv_head=3, ffn_dim=50),  # 50 rows are no multiple of 4
-        dict(n_expert=4),
-    ],
-)
-def test_token_by_token(how, changes):
-    """bugs guarded: a token that takes another way through a packed block and comes out otherwise: a norm
-    without its weight, positions that turn the wrong way, keys that the cache does not get"""
-    torch.manual_seed(1)
+def random_model(**changes):
+    """Return a model whose weights all matter, norms too."""
     model = Transformer(settings(**SHAPE | changes)).eval()
     for p in model.parameters():
         nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
-    integers = restore(dict(config=vars(model.cfg), model=model.state_dict()), "cpu", packed=True)
+    return model
+
+
+def part_of(model):
+    return dict(config=vars(model.cfg), model=model.state_dict())
+
+
+@pytest.fixture(
+    params=[
+        {},
+        dict(n_kv_head=4, rope_theta=500.0, norm_eps=1e-2, tie_embeddings=False),
+        dict(n_embd=36, n_head=6, n_kv_head=3, ffn_dim=50),  # 50 rows are not a multiple of 4
+        dict(n_expert=4),
+    ]
+)
+def pair(request, form):
+    """A model of master weights, and the same one packed."""
+    torch.manual_seed(1)
+    model = random_model(**request.param)
+    integers = restore(part_of(model), "cpu", packed=True)
     is_quick = isinstance(integers.blocks[0], packed.PackedBlock)
-    assert is_quick == (how == "C" and not changes.keys() & {"ffn_dim", "n_expert"})
+    assert is_quick == (form == "C" and not request.param.keys() & {"ffn_dim", "n_expert"})
     assert not any(name.endswith("_proj.weight") for name in integers.state_dict())
-    idx, caches = torch.randint(28, (1, 20)), (KVCache(32), KVCache(32))
-    with torch.no_grad():
-        for part in idx.split([7, *[1] * 12, 1], 1):
-            logits = [m(part, cache=cache) for m, cache in zip((model, integers), caches)]
-            assert torch.equal(*logits) and logits[0].std() > 0.1
-        for left, right in zip(caches[0].k_cache.values(), caches[1].k_cache.values()):
+    return model, integers
+
+
+@torch.no_grad()
+def test_token_by_token(pair):
+    """Single tokens after a prompt have the same logits, keys and values. Guards against a norm without its
+    weight, positions that turn the wrong way, and keys that the cache does not get."""
+    idx = torch.randint(28, (1, 20))
+    caches = KVCache(32), KVCache(32)
+    for part in idx.split([7, *[1] * 12, 1], 1):
+        logits, packed_logits = (model(part, cache=cache) for model, cache in zip(pair, caches))
+        assert torch.equal(logits, packed_logits)
+        assert logits.std() > 0.1
+    for name in ("k_cache", "v_cache"):
+        for left, right in zip(*(getattr(cache, name).values() for cache in caches)):
             assert torch.equal(left[:, :, :20], right[:, :, :20])
-        # one token without a cache, or with one of constant shapes
-        assert torch.equal(*(m(idx[:, :1]) for m in (model, integers)))
-        caches = StaticCache(32), StaticCache(32)
-        for part in idx[:, :9].split([6, 1, 1, 1], 1):
-            assert torch.equal(*(m(part, cache=cache) for m, cache in zip((model, integers), caches)))
-            for cache in caches:
-                cache.position += cache.length > 6
-        # several texts, and bfloat16, take the usual way
-        both = torch.randint(28, (2, 1))
-        assert torch.equal(*(m(both, cache=KVCache(32)) for m in (model, integers)))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(*(m(idx[:, :1], cache=KVCache(32)) for m in (model, integers)))
+
+
+@torch.no_grad()
+def test_a_token_without_a_cache(pair):
+    """A single token without a cache has the same logits."""
+    idx = torch.randint(28, (1, 1))
+    assert torch.equal(*(model(idx) for model in pair))
+
+
+@torch.no_grad()
+def test_a_token_with_a_static_cache(pair):
+    """Single tokens with a cache of constant shapes have the same logits."""
+    caches = StaticCache(32), StaticCache(32)
+    for part in torch.randint(28, (1, 9)).split([6, 1, 1, 1], 1):
+        assert torch.equal(*(model(part, cache=cache) for model, cache in zip(pair, caches)))
+        for cache in caches:
+            cache.position += cache.length > 6
+
+
+@torch.no_grad()
+def test_several_texts_and_bfloat16_take_the_usual_way(pair):
+    """What the fast path does not cover has the same logits."""
+    two_texts = torch.randint(28, (2, 1))
+    assert torch.equal(*(model(two_texts, cache=KVCache(32)) for model in pair))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(*(model(two_texts[:1], cache=KVCache(32)) for model in pair))
 
 
 # changes of model.py and quant.py that a student tries first: {name: (owner, attribute, its new value)}
@@ -188,52 +245,51 @@ HACKS = dict(
 
 
 def written(model):
-    """24 tokens after a prompt of three"""
+    """Return 24 tokens after a prompt of three."""
     generator = torch.Generator().manual_seed(3)
     return [token.item() for token in generate(model, torch.tensor([[1, 2, 3]]), 24, generator=generator)]
 
 
 @pytest.mark.parametrize("name", HACKS)
 def test_a_change_of_the_model_is_honoured(name, monkeypatch, capfd):
-    """rule: whoever changes model.py or quant.py gets what they wrote, and is shown why it is slower"""
+    """Whoever changes model.py or quant.py gets what they wrote, and one line says why it is slower."""
     for owner, attribute, value in HACKS[name]:
         monkeypatch.setattr(owner, attribute, value)
     torch.manual_seed(5)
-    hacked = Transformer(settings(**SHAPE)).eval()
-    for p in hacked.parameters():
-        nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
-    part = dict(config=vars(hacked.cfg), model=hacked.state_dict())
+    hacked = random_model()
+    part = part_of(hacked)
     assert written(restore(part, "cpu", packed=True)) == written(restore(part, "cpu")) == written(hacked)
     err = capfd.readouterr().err
     if packed.library() or name == "four_bits":  # without a C compiler no Block has a fast path
-        assert err.count("does not compute what") == 1 and "slower" in err
+        assert err.count("does not compute what") == 1
+        assert "slower" in err
 
 
 def test_other_positions_reach_a_restored_model(monkeypatch):
-    """rule: a restored model has the rotary angles of model.py, which no checkpoint holds"""
+    """A restored model has the rotary angles of model.py, which no checkpoint holds."""
     monkeypatch.setattr(plain, "rope_tables", other_tables)
     torch.manual_seed(5)
     model = Transformer(settings(**SHAPE)).eval()
-    part = dict(config=vars(model.cfg), model=model.state_dict())
-    assert torch.equal(restore(part, "cpu").cos, model.cos)
-    assert torch.equal(restore(part, "cpu").sin, model.sin)
+    assert torch.equal(restore(part_of(model), "cpu").cos, model.cos)
+    assert torch.equal(restore(part_of(model), "cpu").sin, model.sin)
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 5, 19])
 def test_the_fast_path_is_compared_in_any_context(seq_len, capfd):
-    """rule: the comparison fits the context, leaves torch's random numbers as they are, and takes NaN on
-    both sides for the same"""
+    """The comparison fits the context, leaves torch's random numbers as they are, and takes NaN on both sides
+    for the same."""
     torch.manual_seed(5)
     model = Transformer(settings(**SHAPE | dict(seq_len=seq_len, vocab_size=3))).eval()
     nn.init.constant_(model.norm.weight, float("nan"))
     before = torch.get_rng_state()
-    found = restore(dict(config=vars(model.cfg), model=model.state_dict()), "cpu", packed=True)
-    assert type(found.blocks[0]) is (packed.PackedBlock if packed.library() else plain.Block)
-    assert torch.equal(torch.get_rng_state(), before) and not capfd.readouterr().err
+    restored = restore(part_of(model), "cpu", packed=True)
+    assert type(restored.blocks[0]) is (packed.PackedBlock if packed.library() else plain.Block)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not capfd.readouterr().err
 
 
 def test_sample_writes_with_a_changed_model(tmp_path):
-    """rule: what sample.py writes does not depend on --packed, whatever a student did to model.py"""
+    """What sample.py writes does not depend on --packed, whatever a student did to model.py."""
     ckpt = save(tmp_path / "run", token_files.char_tokenizer(CHARS))
     flags = [ckpt, "--prompt=abc", "--max_new_tokens=30", "--device=cpu"]
     patch = (
@@ -244,24 +300,38 @@ def test_sample_writes_with_a_changed_model(tmp_path):
     assert ("PackedBlock (packed.py) does not compute what Block" in err) == bool(packed.library())
 
 
-def test_a_packed_layer_stays(how):
-    """bugs guarded: an address in C that is no longer the tensor's; an input of another width, which C would
-    read beyond its end; weights that do not lie row by row; experts without a token"""
-    bit = BitLinear(80, 48)
-    bit.weight.data = bit.weight.data.t().contiguous().t()
-    layer, x = packed.packed_linear(bit.weight), torch.randn(3, 80)
-    with torch.no_grad():
-        assert torch.equal(layer(x), bit(x)) and layer(x[:0]).shape == (0, 48)
+def test_a_packed_layer_stays_on_its_device(form):
+    """Moving a packed layer is an error: C would have an address that is no longer the tensor's."""
+    layer = packed.packed_linear(torch.randn(48, 80))
     for move in (lambda: layer.to("meta"), layer.share_memory, layer.double):
         with pytest.raises(RuntimeError, match="stays on the device"):
             move()
+
+
+def test_an_input_of_another_width_is_refused(form):
+    """C would read beyond the end of the codes."""
     with pytest.raises(AssertionError):
-        layer(torch.randn(1, 160))
+        packed.packed_linear(torch.randn(48, 80))(torch.randn(1, 160))
+
+
+@torch.no_grad()
+def test_weights_that_do_not_lie_row_by_row(form):
+    """Strided master weights are packed in the right order."""
+    bit = BitLinear(80, 48)
+    bit.weight.data = bit.weight.data.t().contiguous().t()
+    x = torch.randn(3, 80)
+    assert torch.equal(packed.packed_linear(bit.weight)(x), bit(x))
+
+
+@torch.no_grad()
+def test_no_rows_give_no_rows(form):
+    """An expert without tokens returns an empty result."""
+    assert packed.packed_linear(torch.randn(48, 80))(torch.randn(0, 80)).shape == (0, 48)
 
 
 @pytest.mark.parametrize("makes", ["junk", "nothing", "an error", "only without -fopenmp"])
 def test_compilers_that_fail(makes, tmp_path, monkeypatch, capfd):
-    """bug guarded: a traceback where the compiler is broken, or makes what this machine cannot load"""
+    """A compiler that is broken, or whose library cannot be loaded, is one line, and int8 is used."""
     body = {
         "junk": "while [ $# -gt 0 ]; do [ $1 = -o ] && echo junk >$2; shift; done",
         "nothing": "exit 0",
@@ -280,9 +350,9 @@ def test_compilers_that_fail(makes, tmp_path, monkeypatch, capfd):
     packed.library.cache_clear()
 
 
-def test_the_ends_of_the_range(how):
-    """bugs guarded: sums of 16 bits that overflow where all codes and inputs have one sign; the least scale
-    of a token; a number that is none"""
+def test_the_ends_of_the_range(form):
+    """The largest sums, the least scale of a token, and NaN give what BitLinear gives. Guards against sums of
+    16 bits that overflow if all codes and inputs have one sign."""
     bit = BitLinear(5000, 4)
     for sign in (1, -1):
         nn.init.constant_(bit.weight, sign * 0.5)
@@ -295,20 +365,22 @@ def test_the_ends_of_the_range(how):
 
 
 def test_a_lighter_head_leaves_the_embedding():
-    """bug guarded: a tied embedding that is rounded with the head"""
+    """lighten_head rounds the head to bf16, and not the embedding that is tied to it."""
     model = Transformer(settings(**SHAPE)).eval()
-    idx, embed = torch.randint(28, (1, 8)), model.embed.weight.clone()
+    idx = torch.randint(28, (1, 8))
+    embed = model.embed.weight.clone()
     with torch.no_grad():
         before = model(idx)
         lighten_head(model)
         after = model(idx)
-    assert torch.equal(model.embed.weight, embed) and after.dtype == torch.float32
+    assert torch.equal(model.embed.weight, embed)
+    assert after.dtype == torch.float32
     assert 0 < (after - before).abs().max() < 0.02 * before.abs().max()
 
 
 def test_the_triton_kernel(monkeypatch):
-    """bugs guarded: what its compiler does to a rounding cannot be seen here, but rows and codes that it
-    mistakes can, where Triton is installed: it runs on the CPU then"""
+    """Triton's interpreter computes what BitLinear does. It shows rows and codes that are mistaken, not what
+    the compiler does to a rounding."""
     if torch.cuda.is_available():
         pytest.skip("test_gpu.py runs it on the device")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
