@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; all of it is skipped without one."""
+"""What only a CUDA device can show; skipped without one."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 MIXTURE = dict(n_expert=4, ternary=False, optimizer="muon", total_batch_size=128)
-KINDS = {
+RUNS = {
     "ternary": dict(dtype="bfloat16", dropout=0.1),
     "compiled": dict(dtype="bfloat16", compile=True),
     "float16": dict(dtype="float16", ternary=False, dropout=0.1, patience=3),
@@ -24,14 +24,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_resumes_bit_for_bit(data_dir, out_dir, kind):
-    """bugs guarded: what a CPU does not notice: a tensor left on it, an operation without a deterministic
-    form, a state of the device's random numbers that nobody seeds"""
-    how = KINDS[kind] | dict(device="cuda", keep_last=0)
-    train(data_dir, out_dir, "whole", **how)
-    train(data_dir, out_dir, "resumed", resume=f"{out_dir}/whole/checkpoints/step_000015", **how)
-    for left, right in zip(*(final(f"{out_dir}/{name}") for name in ("whole", "resumed"))):
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_resumes_bit_for_bit(data_dir, out_dir, name):
+    """A resumed run repeats the unbroken one bit for bit. Guards against what a CPU does not notice: a tensor
+    left on it, an operation without a deterministic form, random numbers of the device that nobody seeds."""
+    changes = RUNS[name] | dict(device="cuda", keep_last=0)
+    train(data_dir, out_dir, "whole", **changes)
+    train(data_dir, out_dir, "resumed", resume=f"{out_dir}/whole/checkpoints/step_000015", **changes)
+    for left, right in zip(*(final(f"{out_dir}/{run_id}") for run_id in ("whole", "resumed"))):
         torch.testing.assert_close(left, right, rtol=0, atol=0)
     after = [row for row in rows(f"{out_dir}/whole") if row["step"] > 15]
     assert after == [row for row in rows(f"{out_dir}/resumed") if row["step"] > 15]
@@ -39,7 +39,7 @@ def test_a_run_resumes_bit_for_bit(data_dir, out_dir, kind):
 
 
 def test_one_grouped_product_is_the_loop(monkeypatch):
-    """bug guarded: rows given to the wrong expert by their ends"""
+    """One grouped product gives the outputs and gradients of the loop, also for an expert without tokens."""
     cfg = settings(**TINY, n_expert=4, ternary=False)
     torch.manual_seed(0)
     layer = experts.Experts(cfg, torch.nn.Linear).cuda()
@@ -49,34 +49,36 @@ def test_one_grouped_product_is_the_loop(monkeypatch):
     layer.router.weight.data[:3, 0] += 100  # with the first activation of each token, no token for the last
     x = torch.randn(4, 16, 32, device="cuda", dtype=torch.bfloat16)
     x[..., 0] = 5
-    found = []
+    results = []
     for pays in (True, False):
         monkeypatch.setattr(experts, "grouped_mm_pays", lambda *a, pays=pays: pays)
         layer.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             y, router = layer(x)
         (y.float().square().mean() + router.sum()).backward()
-        found.append([y, router, *(p.grad for p in layer.parameters())])
-        assert not router[-1] and not layer.up_proj.weight.grad[3].any()
-    for left, right in zip(*found):
+        results.append([y, router, *(p.grad for p in layer.parameters())])
+        assert not router[-1]
+        assert not layer.up_proj.weight.grad[3].any()
+    for left, right in zip(*results):
         torch.testing.assert_close(left, right, rtol=0, atol=2e-2 * right.abs().max().item())
 
 
 @pytest.mark.parametrize("shape", [(80, 48), (768, 256), (3072, 768)])
 def test_the_triton_kernel_is_its_twin_in_torch(shape):
-    """bugs guarded: a multiply-add that rounds once, a division that is approximate"""
+    """The kernel equals BitLinear. Guards against fused multiply-adds and approximate division."""
     torch.manual_seed(0)
     bit = quant.BitLinear(*shape).cuda()
     layer = packed.packed_linear(bit.weight)
     for _ in range(200):
         x = torch.randn(1, shape[0], device="cuda") * 10 ** torch.randn(1, 1, device="cuda")
         with torch.no_grad():
-            assert torch.equal(layer(x), bit(x)) and torch.equal(layer(x.repeat(2, 1))[:1], bit(x))
+            assert torch.equal(layer(x), bit(x))
+            assert torch.equal(layer(x.repeat(2, 1))[:1], bit(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_replayed_token_is_an_eager_one(dtype):
-    """bug guarded: a graph that reads a place which has been given to another tensor"""
+    """A replayed graph gives the logits of eager calls, token by token, and text past the context."""
     torch.manual_seed(0)
     transformer = model.Transformer(settings(**TINY)).cuda().eval()
     packed.pack_layers(transformer)
@@ -91,4 +93,5 @@ def test_a_replayed_token_is_an_eager_one(dtype):
             caches[1].position += 1
             assert torch.equal(step(idx[:, i : i + 1]), right), i
         text = list(generate.generate(transformer, idx, 30, 0.0, cuda_graph=True))  # past the context
-        assert len(text) == 30 and all(0 <= token.item() < 28 for token in text)
+        assert len(text) == 30
+        assert all(0 <= token.item() < 28 for token in text)
