@@ -228,9 +228,11 @@ def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=Fals
 def take_shape(cfg):
     """Give shape settings at their defaults the values of the Llama whose folder init_from names; the others
     are compared when its weights are read. Returns faults."""
-    from nanobit.export import llama  # which imports this module
+    if not cfg.init_from:
+        return []
+    from nanobit.export import llama  # only for this: train.py needs no other part of an export
 
-    if not cfg.init_from or not llama.is_folder(cfg.init_from):
+    if not llama.is_folder(cfg.init_from):
         return []
     shape, positions = llama.shape(cfg.init_from)
     source = f"init_from {cfg.init_from}"

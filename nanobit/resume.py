@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 import config
-from nanobit import checkpoint, data, distributed, parts, record, schedule, weights
+from nanobit import checkpoint, data, distributed, parts, record, schedule
 from nanobit.cli import fail
 from nanobit.run_dir import opening, step_dir, step_folders, steps
 from nanobit.tokenizer import bos_of
@@ -221,6 +221,8 @@ def load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler):
         if origin.is_own:
             exit_if_finished(cfg, run, state.step, former.patience)
     elif cfg.init_from:
+        from nanobit import weights  # only here: it may read an exported folder
+
         part = weights.initial(cfg.init_from)
         must_agree(cfg, part, tokenizer_spec, SHAPE, f"init_from {cfg.init_from}")
         parts.check_shapes(cfg.init_from, part["model"], model.state_dict())
