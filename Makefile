@@ -1,11 +1,11 @@
-# make demo: everything from nothing to a ternary model that adds.  make test ARGS="-k quant": some of the tests.
+# make demo: from nothing to a ternary model that adds.  make test ARGS="-k quant": some of the tests.
 PYTHON ?= python3
 BIN = .venv/bin
 SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 .PHONY: setup demo test lint
 
-# a .venv of an unsupported Python, or of one that was removed since, is made again
+# a .venv whose Python is unsupported, or was removed since, is rebuilt
 ifneq ($(shell $(BIN)/python -c '$(SUPPORTED)' 2>/dev/null && echo usable),usable)
 .PHONY: .venv/ready
 endif
@@ -15,10 +15,10 @@ setup: .venv/ready
 .venv/ready: requirements.txt
 	@$(BIN)/python -c '$(SUPPORTED)' 2>/dev/null || $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
 	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing); Python 3.11 to 3.13 is" \
-	    "needed: install it and name it, as in: make setup PYTHON=python3.12" >&2; exit 1; }
+	    "needed: install it and name it, for example: make setup PYTHON=python3.12" >&2; exit 1; }
 	@$(BIN)/python -c '$(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
-	@echo "installing requirements.txt into .venv: 1.5 GB of disk, several more with the CUDA build of torch"
+	@echo "installing requirements.txt into .venv: 1.5 GB of disk, several GB more with the CUDA build of torch"
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
@@ -34,10 +34,10 @@ demo: setup
 	@for sum in 12+34= 7+58= 99+99=; do \
 	  $(BIN)/python sample.py --ckpt=runs/demo --prompt=$$sum --temperature=0 2>/dev/null; done
 	@echo
-	@echo "that was a ternary model. its loss stays near 1.08 even if every answer is right:"
-	@echo "the operands of a problem cannot be guessed, only its answer can. next:"
-	@echo "  $(BIN)/python sample.py --ckpt=runs/demo --prompt=45+27= --temperature=0   ask it another"
-	@echo "  $(BIN)/python train.py --help                                              every setting"
+	@echo "These are answers of a ternary model. Its loss stays near 1.08 even if all answers are right:"
+	@echo "the operands of a problem cannot be predicted, only its answer can. Next:"
+	@echo "  $(BIN)/python sample.py --ckpt=runs/demo --prompt=45+27= --temperature=0   another question"
+	@echo "  $(BIN)/python train.py --help                                              all settings"
 	@echo "  README.md                                                                how to change an experiment"
 
 test: .venv/dev
