@@ -24,8 +24,8 @@ SMALL = {  # what makes a command small enough for a test, without changing what
     "prepare/tinystories.py": HUB,
     "prepare/fineweb_edu.py": [*HUB, "--config=", "--tokenizer=sentencepiece", "--val_fraction=0.2"],
     "prepare/text.py": ["--files={hub}/*.jsonl", "--vocab_size=330", "--workers=1", "--val_fraction=0.2"],
-    "prepare/lambada.py": ["--files={hub}/*.jsonl"],
-    "prepare/blimp.py": ["--files={hub}/*.jsonl"],
+    "prepare/lambada.py": ["--files={tasks}/*.jsonl"],
+    "prepare/blimp.py": ["--files={tasks}/*.jsonl"],
     "train.py": [
         "--max_steps=2",
         "--eval_tokens=640",
@@ -147,14 +147,14 @@ class Session:
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     """Return a Session, and make the texts that its preparations read."""
-    folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("runs", "data", "hub", "out")}
+    folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("runs", "data", "hub", "tasks", "out")}
     pair = dict(
         sentence_good="a dog sat", sentence_bad="a dog sit", UID="agreement", linguistics_term="verbs"
     )
     rows = [pair | dict(text=f"a story of a dog,\na cat and the bird number {i}") for i in range(300)]
-    for split in ("train", "validation"):
-        with open(os.path.join(folders["hub"], f"{split}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    for folder, split, n in (("hub", "train", 300), ("hub", "validation", 300), ("tasks", "test", 10)):
+        with open(os.path.join(folders[folder], f"{split}.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows[:n])
     return Session(folders)
 
 
