@@ -1,12 +1,12 @@
-# one megabyte of your own text, six minutes on two CPU cores: 0.9M parameters.
-# data: python prepare/text.py --files=input.txt --vocab_size=1024 --name=shakespeare
+# One megabyte of your own text, about six minutes on two CPU cores: 0.9M parameters.
+# Data: python prepare/text.py --files=input.txt --vocab_size=1024 --name=shakespeare
 
 dataset = "shakespeare"
 prepare = "python prepare/text.py --files=input.txt --vocab_size=1024 --name=shakespeare"
 seq_len = 128  # about 300 characters
 batch_size = 8
-total_batch_size = 1024  # tokens = 8 x 128
-max_steps = 2200  # 2.3M tokens: the text five times
+total_batch_size = 1024  # tokens: 8 x 128
+max_steps = 2200  # 2.3M tokens: a megabyte of text five times
 
 n_layer = 4
 n_head = 4
@@ -14,15 +14,14 @@ n_kv_head = 2
 n_embd = 128
 ffn_dim = 384
 
-optimizer = "muon"
-learning_rate = 8e-3  # small ternary models learn fast with Muon: docs/results.md
+optimizer = "muon"  # trains small ternary models best: docs/results.md
+learning_rate = 8e-3
 warmup_steps = 50
 
-compile = False  # compiling takes longer than it saves in a run this short
+compile = False  # in a run this short, compiling takes longer than it saves
 
 log_every = 50
 eval_every = 200
 eval_tokens = 0  # all of the held-out text
 sample_every = 550
-sample_tokens = 64
 save_every = 550
