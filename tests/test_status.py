@@ -10,7 +10,8 @@ import pytest
 from conftest import run
 from histories import noisy, write_run
 
-from nanobit.monitor import status
+from nanobit import run_files
+from nanobit.monitor import status, trends
 
 DEAD = 2**22 + 1  # above the largest pid of Linux
 LATE = dict(lr=1e-4)
@@ -173,15 +174,15 @@ def test_a_plateau_before_the_decay_is_to_wait_for(tmp_path):
 def test_trend_knows_its_noise():
     """bug guarded: noise taken for a trend, or a trend that hides itself by inflating its own noise"""
     rng = np.random.default_rng(1)
-    told = [status.trend(rng.normal(0, 1, 50).tolist(), 50) for _ in range(400)]
+    told = [trends.trend(rng.normal(0, 1, 50).tolist(), 50) for _ in range(400)]
     assert np.mean([found["word"] != "flat" for found in told]) == pytest.approx(0.046, abs=0.035)
     assert np.std([found["change"] for found in told]) == pytest.approx(
         np.mean([found["error"] for found in told]), rel=0.15
     )
-    steep = status.trend([10 - 0.1 * i for i in range(50)], 50)
+    steep = trends.trend([10 - 0.1 * i for i in range(50)], 50)
     assert steep["word"] == "falling" and steep["change"] == pytest.approx(-2.5)
     assert steep["error"] == pytest.approx(0.1 / 25**0.5)
-    assert status.trend([1.0] * 50, 50)["word"] == "flat" and status.trend([1.0] * 5, 50) is None
+    assert trends.trend([1.0] * 50, 50)["word"] == "flat" and trends.trend([1.0] * 5, 50) is None
 
 
 def test_time_to_go_leaves_out_warming_up(tmp_path):
@@ -197,8 +198,8 @@ def test_time_to_go_leaves_out_warming_up(tmp_path):
     # a process that began 25 s ago has written three lines, the first of them slow
     resume = dict(event="resume", step=570, time=time.time() - 25)
     path = write_run(tmp_path / "w", losses=noisy(0.01, n=60), events=[resume])
-    run_lines = status.read_run(path)
-    assert [row["step"] for row in run_lines["rows"] if row not in status.steady(run_lines)] == [10, 580]
+    run_lines = run_files.read_run(path)
+    assert [row["step"] for row in run_lines["rows"] if row not in trends.steady(run_lines)] == [10, 580]
 
 
 def test_anomalies_are_counted_once(tmp_path):
@@ -217,18 +218,18 @@ def test_anomalies_are_counted_once(tmp_path):
 def test_a_loss_that_has_jumped_is_not_falling():
     """bug guarded: a run that jumped from 4.0 to 5.0 called falling, since its newer half lies lower"""
     losses = noisy(0.05, n=50, start=6.5) + noisy(0, n=6, start=5.0)
-    found = status.trend(losses, 50)
+    found = trends.trend(losses, 50)
     assert found["change"] < 0 and found["word"] == "rising" and found["jump"] == pytest.approx(0.9, abs=0.2)
-    assert status.moves(found).startswith("rising: the last 5 lines average 0.")
-    assert status.trend(losses[:50], 50)["jump"] == 0
+    assert trends.moves(found).startswith("rising: the last 5 lines average 0.")
+    assert trends.trend(losses[:50], 50)["jump"] == 0
 
 
 def test_noise_is_no_jump():
     """bug guarded: a flat run called rising by its noise"""
     rng = np.random.default_rng(2)
-    jumps = [status.trend(rng.normal(2, 0.1, 50).tolist(), 50)["jump"] for _ in range(300)]
+    jumps = [trends.trend(rng.normal(2, 0.1, 50).tolist(), 50)["jump"] for _ in range(300)]
     assert sum(map(bool, jumps)) <= 2
-    assert status.trend([1.0] * 25 + [1.001] * 25, 50)["jump"] == 0, "without noise, less than 1 %"
+    assert trends.trend([1.0] * 25 + [1.001] * 25, 50)["jump"] == 0, "without noise, less than 1 %"
 
 
 def test_the_beginning_of_a_short_run_is_left_out(tmp_path):

@@ -10,9 +10,9 @@ import datetime
 import math
 from types import SimpleNamespace
 
-from nanobit import checkpoint, record, schedule
+from nanobit import checkpoint, run_files, schedule
+from nanobit import run_dir as record
 from nanobit.cli import fail
-from nanobit.monitor import status
 
 # L(N, D) = E + A / N^a + B / D^b for N parameters and D tokens (Hoffmann et al., arXiv 2203.15556, section
 # 3.3) with the constants of Besiroglu et al., "Chinchilla scaling: a replication attempt" (arXiv 2404.10102)
@@ -52,7 +52,7 @@ def calibration(run_dir):
     try:
         end = record.last(run_dir, record.EVENTS, "result")["result"]
         epochs = record.last(run_dir, record.SCALARS, "epoch")["epoch"]
-        run = status.read_config(run_dir)
+        run = run_files.read_config(run_dir)
         ternary, params = run["settings"]["ternary"], run["params"]["active"]
         data_tokens = end["tokens"] / epochs if epochs else 0
         offset = end["val_loss"] - expected_loss(params, end["tokens"], data_tokens, ternary)

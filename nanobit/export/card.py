@@ -6,9 +6,9 @@ import re
 import shlex
 
 import config
-from nanobit import record
+from nanobit import run_dir as record
+from nanobit import run_files
 from nanobit.export import hf
-from nanobit.monitor import status
 from nanobit.terminal import printable
 
 LIMIT = 10  # rows of the curve
@@ -16,12 +16,12 @@ LIMIT = 10  # rows of the curve
 
 def settings_of(run_dir):
     """{name: value} of a run's config.json, {} where it cannot be read"""
-    return status.read_config(run_dir)["settings"]
+    return run_files.read_config(run_dir)["settings"]
 
 
 def evaluations(run_dir):
     """{step: validation loss} of a run"""
-    return {row["step"]: row["val_loss"] for row in status.read_run(run_dir)["evals"]}
+    return {row["step"]: row["val_loss"] for row in run_files.read_run(run_dir)["evals"]}
 
 
 def twin_of(run_dir, settings):
