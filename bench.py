@@ -138,9 +138,7 @@ def main(cfg):
         counts = Transformer(cfg).counts()
     facts = dict(params=counts["total"], params_active=counts["active"], params_ternary=counts["ternary"])
     print(f"{counts['total']:,} parameters, {counts['active']:,} active, {counts['ternary']:,} ternary")
-    cfg.offset = 0.0
-    if cfg.calibrate:
-        cfg.offset = planner.calibration(cfg.calibrate)
+    cfg.offset = planner.calibration(cfg.calibrate) if cfg.calibrate else 0.0
     step_ms = cfg.step_ms
     if cfg.tokens_per_sec and not step_ms:
         step_ms = 1e3 * cfg.total_batch_size / cfg.tokens_per_sec
@@ -157,10 +155,8 @@ def main(cfg):
         facts |= dict(device=machine.describe(device), dtype=machine.name(dtype), compile=False)
         facts |= measure(cfg, device, dtype)
     if cfg.plan:
-        if device:
-            once = timing.once_seconds(cfg, device, dtype)
-        else:
-            once = assumed_seconds(cfg, counts, step_ms)
+        is_timed = device is not None
+        once = timing.once_seconds(cfg, device, dtype) if is_timed else assumed_seconds(cfg, counts, step_ms)
         facts |= report.print_plan(cfg, counts, facts["step_ms"], once, device)
     if cfg.json or not sys.stdout.isatty():
         print(to_json(facts))

@@ -44,10 +44,8 @@ def known(*parts):
 
 def step_of(now, separator, form):
     """Return the step of a run and, if it is known, its last one, with a separator between them."""
-    step = form.format(now["step"])
-    if not now["max_steps"]:
-        return step
-    return f"{step}{separator}{form.format(now['max_steps'])}"
+    steps = (now["step"], now["max_steps"])
+    return separator.join(form.format(step) for step in steps[: 2 if now["max_steps"] else 1])
 
 
 def screen(now, width):
@@ -65,13 +63,10 @@ def screen_rows(now):
     state = now["state"]
     if now["why"] and state != "failed":  # that is a whole sentence, and among the warnings
         state += f" ({now['why']})"
-    age = ""
-    if now["last_line_age"] is not None:
-        age = f", last line {clock(now['last_line_age'])} ago"
-    yield "state", state + age
-    to_go = None
-    if now["eta_seconds"] and now["state"] not in ("finished", "failed"):
-        to_go = clock(now["eta_seconds"])
+    age = now["last_line_age"]
+    yield "state", state if age is None else f"{state}, last line {clock(age)} ago"
+    has_eta = now["eta_seconds"] and now["state"] not in ("finished", "failed")
+    to_go = clock(now["eta_seconds"]) if has_eta else None
     progress = ((now["progress"], "{:.1%}"), (now["epoch"], "epoch {:.2f}"), (to_go, "{} to go"))
     yield "step", known((step_of(now, " of ", "{:,}"), "{}"), *progress)
     trend = now["loss_trend"] and moves(now["loss_trend"])
@@ -94,10 +89,8 @@ def screen_rows(now):
         if now["n_expert"]:
             forms["entropy"] += f" (even {math.log(now['n_expert']):.2f})"
         yield "routers", known(*((now["router"].get(key), form) for key, form in forms.items()))
-    saved = "none"
-    if now["checkpoint"]:
-        saved = f"step {now['checkpoint']['step']:,}, {clock(now['checkpoint']['age'])} old"
-    yield "checkpoint", saved
+    saved = now["checkpoint"]
+    yield "checkpoint", f"step {saved['step']:,}, {clock(saved['age'])} old" if saved else "none"
     need = (now["disk_need_gb"] or None, "{:.3g} GB of checkpoints to come")
     yield "disk", known((now["disk_free_gb"], "{:.3g} GB free"), need)
     odd_steps = now["anomalies"]

@@ -14,9 +14,7 @@ from nanobit import run_dir as record
 
 def number(value):
     """Return value if it is a finite number, else None."""
-    if record.is_number(value):
-        return value
-    return None
+    return value if record.is_number(value) else None
 
 
 def column(rows, key):

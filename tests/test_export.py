@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 
+import faults
 import pytest
 import torch
 from conftest import lines, run, train, write_data
@@ -56,89 +58,119 @@ def test_the_command(runs, tmp_path):
     assert oct(os.stat(out / "model.safetensors").st_mode) == oct(os.stat(out / "config.json").st_mode)
 
 
-def test_what_is_there_stays(runs, tmp_path):
-    """bugs guarded: an export that replaces the user's folder or file, or what somebody puts in its place
-    meanwhile; a full disk, Ctrl-C, or a rename that fails, that costs an earlier export or leaves remains"""
-    ckpt, out = f"--ckpt={runs[1]}/r", tmp_path / "packed"
-    run("export.py", ckpt, "--format=hf", f"--out={out}")
-    _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", code=2)
-    assert "is there already" in err and "--force" in err
-    (out / "notes.txt").write_text("mine")
-    _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", code=2)
-    assert "no earlier export" in err and (out / "notes.txt").exists()
-    os.remove(out / "notes.txt")
-    # what somebody puts there while the export is written, too
-    diary = tmp_path / "mine" / "diary.txt"
-    slow = f"""
-import os; from nanobit.export import hf
-real = hf.write
-def write(*args):
-    real(*args)
-    os.makedirs({str(diary.parent)!r}, exist_ok=True)
-    open({str(diary)!r}, "w").close()
-hf.write = write
-"""
-    for more in ([], ["--force"], ["--force"]):
-        _, err = run("export.py", ckpt, "--format=hf", f"--out={diary.parent}", *more, code=2, patch=slow)
-        assert "no earlier export" in err and diary.exists()
-        assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
-    (tmp_path / "mine.gguf").write_text("mine")
-    _, err = run("export.py", ckpt, "--format=gguf", f"--out={tmp_path}/mine.gguf", "--force", code=2)
-    assert "no earlier export" in err and (tmp_path / "mine.gguf").read_text() == "mine"
-    # a rename that fails takes no earlier export away
-    stuck = f"""
-import os
-real = os.replace
-def replace(a, b):
-    if b == {str(out)!r}: raise OSError("stuck")
-    real(a, b)
-os.replace = replace
-"""
-    _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", code=1, patch=stuck)
-    assert "cannot be written: stuck" in err and hf.is_ours(str(out))
-    for module in ("hf", "gguf_file"):
-        stop = f"import os, signal, {module} as writer\nreal = writer.write\n"
-        stop += "def write(*args): real(*args); os.kill(os.getpid(), signal.SIGINT)\nwriter.write = write"
-        place = f"{tmp_path}/new.gguf" if module == "gguf_file" else out
-        flags = [f"--format={module.removesuffix('_file')}", f"--out={place}", "--force"]
-        run("export.py", ckpt, *flags, code=130, patch=stop)
-    assert not [name for name in os.listdir(tmp_path) if "tmp" in name or "new" in name]
-    # a full disk leaves what was there, and nothing of its own
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"
-    for more in (
-        ["--format=hf", f"--out={out}"],
-        ["--format=gguf", f"--out={tmp_path}/full.gguf", "--type=f16"],
-    ):
-        _, err = run("export.py", ckpt, *more, "--force", code=1, patch=full)
-        assert "cannot be written" in err
-    assert not [name for name in os.listdir(tmp_path) if "tmp" in name or "full" in name]
-    assert hf.is_ours(str(out))
-    assert "quantization_config" in (out / "config.json").read_text()
-    run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", "--latent")
-    assert "quantization_config" not in (out / "config.json").read_text()
-    assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+@pytest.fixture(scope="module")
+def earlier(runs, tmp_path_factory):
+    """an export of the ternary run, which each test copies"""
+    out = tmp_path_factory.mktemp("earlier") / "packed"
+    run("export.py", f"--ckpt={runs[1]}/r", "--format=hf", f"--out={out}")
+    return out
+
+
+@pytest.fixture
+def packed(earlier, tmp_path):
+    """the folder of an earlier export, alone in tmp_path"""
+    return shutil.copytree(earlier, tmp_path / "packed")
+
+
+def test_an_earlier_export_is_replaced_with_force_only(runs, packed):
+    """An earlier export stays unless --force is given; with it, another one takes its place."""
+    flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={packed}"]
+    _, err = run("export.py", *flags, code=2)
+    assert "exists already" in err
+    assert "--force" in err
+    assert "quantization_config" in (packed / "config.json").read_text()
+    run("export.py", *flags, "--force", "--latent")
+    assert "quantization_config" not in (packed / "config.json").read_text()
+    assert os.listdir(packed.parent) == ["packed"]
+
+
+def test_a_folder_with_a_file_of_the_user_stays(runs, packed):
+    """--force replaces no folder that holds anything else than an export."""
+    (packed / "notes.txt").write_text("mine")
+    flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={packed}", "--force"]
+    _, err = run("export.py", *flags, code=2)
+    assert "not an earlier export" in err
+    assert (packed / "notes.txt").exists()
+
+
+def test_a_file_of_the_user_stays(runs, tmp_path):
+    """--force replaces no file that is not an export."""
+    path = tmp_path / "mine.gguf"
+    path.write_text("mine")
+    _, err = run("export.py", f"--ckpt={runs[1]}/r", "--format=gguf", f"--out={path}", "--force", code=2)
+    assert "not an earlier export" in err
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("more", [[], ["--force"]])
+def test_what_appears_while_an_export_is_written_stays(more, runs, tmp_path):
+    """A folder that somebody makes at `out` meanwhile is not replaced, and nothing temporary remains."""
+    folder = tmp_path / "mine"
+    flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={folder}", *more]
+    _, err = run("export.py", *flags, code=2, patch=faults.folder_meanwhile(str(folder)))
+    assert "not an earlier export" in err
+    assert os.listdir(folder) == ["diary.txt"]
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_what_was_there_before_stays_too(runs, tmp_path):
+    """The same with --force holds for a folder that was there from the beginning."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "diary.txt").write_text("")
+    _, err = run("export.py", f"--ckpt={runs[1]}/r", "--format=hf", f"--out={folder}", "--force", code=2)
+    assert "not an earlier export" in err
+    assert os.listdir(folder) == ["diary.txt"]
+
+
+def test_a_rename_that_fails_costs_no_earlier_export(runs, packed):
+    """If the new export cannot be renamed, the earlier one is put back."""
+    flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={packed}", "--force"]
+    _, err = run("export.py", *flags, code=1, patch=faults.stuck_rename(str(packed)))
+    assert "cannot be written: stuck" in err
+    assert hf.is_ours(str(packed))
+    assert os.listdir(packed.parent) == ["packed"]
+
+
+@pytest.mark.parametrize("format, module", [("hf", "hf"), ("gguf", "gguf_file")])
+def test_ctrl_c_leaves_what_was_there(format, module, runs, packed):
+    """Ctrl-C while an export is written keeps the earlier one and leaves no part of the new one."""
+    out = {"hf": packed, "gguf": packed.parent / "new.gguf"}[format]
+    flags = [f"--ckpt={runs[1]}/r", f"--format={format}", f"--out={out}", "--force"]
+    run("export.py", *flags, code=130, patch=faults.ctrl_c_after_write(module))
+    assert os.listdir(packed.parent) == ["packed"]
+    assert hf.is_ours(str(packed))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--format=hf", "--out=packed"], ["--format=gguf", "--out=x.gguf", "--type=f16"]]
+)
+def test_a_full_disk_leaves_what_was_there(flags, runs, packed):
+    """A disk that fills up keeps the earlier export and leaves no part of the new one."""
+    flags = [flag.replace("--out=", f"--out={packed.parent}/") for flag in flags]
+    _, err = run("export.py", f"--ckpt={runs[1]}/r", *flags, "--force", code=1, patch=faults.FULL_DISK)
+    assert "cannot be written" in err
+    assert os.listdir(packed.parent) == ["packed"]
+    assert hf.is_ours(str(packed))
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf"])
 def test_ctrl_c_after_the_rename_is_too_late(format, runs, tmp_path):
-    """bug guarded: an export that is whole, whose command ends as if it were not, and then wants --force"""
+    """Ctrl-C after the export is renamed changes nothing: the command reports it and ends with 0."""
     out = f"{tmp_path}/x.gguf" if format == "gguf" else f"{tmp_path}/x"
-    late = f"""
-import os, signal
-real = os.rename
-def rename(a, b):
-    real(a, b)
-    if b == {out!r}: os.kill(os.getpid(), signal.SIGINT)
-os.rename = rename
-"""
-    text, _ = run("export.py", f"--ckpt={runs[1]}/r", f"--format={format}", f"--out={out}", patch=late)
+    text, _ = run(
+        "export.py",
+        f"--ckpt={runs[1]}/r",
+        f"--format={format}",
+        f"--out={out}",
+        patch=faults.ctrl_c_after_rename(out),
+    )
     assert text.startswith(f"wrote {out}")
 
 
 def test_all_missing_packages_are_named_at_one_time(runs, tmp_path):
     """bug guarded: pip install, the same command, the next package"""
-    gone = "import sys\n"
-    gone += "for name in ('safetensors', 'tokenizers', 'gguf', 'transformers'): sys.modules[name] = None"
+    gone = faults.without("safetensors", "tokenizers", "gguf", "transformers")
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={tmp_path}/x"]
     _, err = run("export.py", *flags, "--verify", code=2, patch=gone)
     assert "pip install safetensors tokenizers transformers, or" in err and '".[export,verify]"' in err
@@ -234,9 +266,4 @@ def test_the_verdict(runs, tmp_path):
         verify.compare(part, [], part, 0.0, "reader", model, lambda text: tokenize(text)[1:], go_on)
     assert end.value.code == 1
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={tmp_path}/y", "--verify"]
-    run(
-        "export.py",
-        *flags,
-        code=1,
-        patch="from nanobit.export import verify\nverify.hf = lambda *args: dict(good=False)",
-    )
+    run("export.py", *flags, code=1, patch=faults.BAD_VERDICT)

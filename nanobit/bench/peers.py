@@ -62,7 +62,7 @@ def training(cfg, device, dtype):
 def writers(cfg, device, prompt, n_new):
     """Return {name: function that yields n_new tokens after prompt (1, T)}: the experiment's model with the
     other head, its twin, and on a CPU llama.cpp."""
-    other_head = {"float32": "bfloat16", "bfloat16": "float32"}[cfg.head]
+    other_head = "float32" if cfg.head == "bfloat16" else "bfloat16"
     choices = [(cfg.ternary, other_head), (not cfg.ternary, cfg.head)]
     ours = dict(timing.writer(cfg, ternary, head, device, prompt, n_new) for ternary, head in choices)
     if device.type != "cpu":
@@ -71,12 +71,9 @@ def writers(cfg, device, prompt, n_new):
     model = timing.build(cfg, cfg.ternary, device)
     tokenizer = dict(kind="char", sha256="", eot=0, chars="\0")
     part = dict(config=vars(cfg), tokenizer=tokenizer, model=model.state_dict(), step=0)
-    dtype = gguf_file.smallest(part)
-    if dtype == "q2_0":  # which fits more widths, but is too new for the binding
-        dtype = "f16"
-    embed = "q8_0"
-    if cfg.n_embd % gguf_file.BLOCK_SIZE[embed]:
-        embed = "f16"
+    # q2_0, which fits more widths, is too new for the binding
+    dtype = "tq2_0" if gguf_file.smallest(part) == "tq2_0" else "f16"
+    embed = "f16" if cfg.n_embd % gguf_file.BLOCK_SIZE["q8_0"] else "q8_0"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = os.path.join(folder, "model.gguf")
         gguf_file.write(part, path, dtype, embed)

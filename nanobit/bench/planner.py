@@ -42,10 +42,8 @@ def ternary_gap(params):
 
 def expected_loss(params, tokens, dataset_tokens=0, ternary=False, offset=0.0):
     """Return the validation loss in nats per token by the law, plus `offset` (see calibration)."""
-    loss = E + A / params**A_EXPONENT + B / worth(tokens, dataset_tokens) ** B_EXPONENT + offset
-    if ternary:
-        loss += ternary_gap(params)
-    return loss
+    loss = E + A / params**A_EXPONENT + B / worth(tokens, dataset_tokens) ** B_EXPONENT
+    return loss + (ternary_gap(params) if ternary else 0.0) + offset
 
 
 def calibration(run_dir):
@@ -68,9 +66,7 @@ def calibration(run_dir):
 def times(steps, every):
     """Return how often something happens in a run that does it each `every` steps (0 = never) and at the
     end."""
-    if not every:
-        return 0
-    return -(-steps // every)
+    return -(-steps // every) if every else 0
 
 
 def memory_gb(cfg, counts, batch_size, dtype_bytes):
@@ -115,11 +111,7 @@ def largest_batch_size(cfg, counts, gpu_memory_gb, dtype_bytes):
 
 def log_bytes(cfg, steps):
     """Return the disk that the lines of the record will take, as measured on small runs."""
-    per_line = 420
-    if cfg.ternary:
-        per_line += 190 * 7 * cfg.n_layer
-    if cfg.n_expert:
-        per_line += 200 * cfg.n_layer
+    per_line = 420 + cfg.n_layer * (190 * 7 * bool(cfg.ternary) + 200 * bool(cfg.n_expert))
     per_sample = 200 + 5 * cfg.sample_tokens
     samples = times(steps, cfg.sample_every) * 3 * len(cfg.sample_prompts)
     return times(steps, cfg.log_every) * per_line + samples * per_sample
@@ -160,32 +152,24 @@ def row(cfg, counts, steps, cost):
         + saves(cfg, steps) * cost["save_seconds"]
     )
     total = training + extra / 3600
-    plan = dict(
+    loss = expected_loss(counts["active"], tokens, cost["dataset_tokens"], cfg.ternary, cost["offset"])
+    # a loss over ln(V), that of guessing, is far outside of what the law was fitted to
+    has_loss = counts["active"] >= SMALLEST and loss < math.log(cfg.vocab_size)
+    return dict(
         steps=steps,
         tokens=tokens,
         tokens_per_param=tokens / counts["total"],
         tokens_per_active_param=tokens / counts["active"],
-        epochs=None,
+        epochs=tokens / cost["dataset_tokens"] if cost["dataset_tokens"] else None,
         hours=training,
         hours_total=total,
         finish=finish(cost["now"], total),
         checkpoint_gb=checkpoint.kept_bytes(cfg, counts["total"], steps) / 1e9,
         log_gb=log_bytes(cfg, steps) / 1e9,
-        price=None,
-        spare_hours=None,
-        expected_loss=None,
+        price=total * cost["per_hour"] if cost["per_hour"] else None,
+        spare_hours=cost["budget_hours"] - total if cost["budget_hours"] else None,
+        expected_loss=loss if has_loss else None,
     )
-    if cost["dataset_tokens"]:
-        plan["epochs"] = tokens / cost["dataset_tokens"]
-    if cost["per_hour"]:
-        plan["price"] = total * cost["per_hour"]
-    if cost["budget_hours"]:
-        plan["spare_hours"] = cost["budget_hours"] - total
-    loss = expected_loss(counts["active"], tokens, cost["dataset_tokens"], cfg.ternary, cost["offset"])
-    # a loss over ln(V), that of guessing, is far outside of what the law was fitted to
-    if counts["active"] >= SMALLEST and loss < math.log(cfg.vocab_size):
-        plan["expected_loss"] = loss
-    return plan
 
 
 def milestones(cfg, counts, steps, cost, every=50_000):

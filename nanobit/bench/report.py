@@ -14,9 +14,7 @@ SLACK = 0.02  # numbers of a plan that differ by less agree
 
 def hours(value):
     """Return hours in words: 0.05, 77.2, 1,234.0."""
-    if value >= 1:
-        return f"{value:,.1f}"
-    return f"{value:.2g}"
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def count(tokens):
@@ -30,9 +28,7 @@ def count(tokens):
 
 def size(gb):
     """Return a size of so many 1e9 bytes in words: 22.2 GB, 35 MB."""
-    if gb >= 1:
-        return f"{gb:.1f} GB"
-    return f"{1e3 * gb:.0f} MB"
+    return f"{gb:.1f} GB" if gb >= 1 else f"{1e3 * gb:.0f} MB"
 
 
 def contradictions(cfg, claim, rows):
@@ -78,14 +74,11 @@ def cautions(cfg, counts, rows, cost):
     for plan in rows:
         epochs = plan["epochs"] or 0
         if epochs > GOOD_EPOCHS:
-            effect = "repetition begins to cost"
-            if epochs > BAD_EPOCHS:
-                effect = "most of it is wasted"
+            effect = "most of it is wasted" if epochs > BAD_EPOCHS else "repetition begins to cost"
             worth = f"they teach as {planner.worth(epochs, 1) / epochs:.0%} of new ones"
             yield f"{plan['steps']:,} steps see the data {epochs:.1f} times: {effect} ({worth})"
         if cfg.warmup_steps > 0.1 * plan["steps"]:
-            warmup = f"warmup_steps = {cfg.warmup_steps} are more than a tenth of them"
-            yield f"{plan['steps']:,} steps: {warmup}"
+            yield f"{plan['steps']:,} steps: warmup_steps = {cfg.warmup_steps} are more than a tenth of them"
     if counts["active"] < SMALLEST:
         yield f"expected_loss: the scaling law does not hold for so small a model ({counts['active']:,})"
         return
@@ -215,11 +208,10 @@ def print_plan(cfg, counts, step_ms, once, device):
     if not device:
         extra += " (assumed)"
     print(f"in all: with {extra}; disk: checkpoints and logs")
-    calibrated = "uncalibrated, +-0.3"
-    if cfg.calibrate:
-        calibrated = f"shifted by {cfg.offset:+.2f} to {cfg.calibrate}"
-    law = f"in nats per token by a scaling law, {calibrated}"
-    print(f"loss: {law}; its differences are worth more than its values")
+    shift = f"shifted by {cfg.offset:+.2f} to {cfg.calibrate}" if cfg.calibrate else "uncalibrated, +-0.3"
+    print(
+        f"loss: in nats per token by a scaling law, {shift}; its differences are worth more than its values"
+    )
     memory, largest, warnings = print_memory(cfg, counts, device)
     claim = dict(
         step_ms=cfg.step_ms,

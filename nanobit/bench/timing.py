@@ -118,7 +118,7 @@ def ours(cfg, ternary, windows, device, dtype):
         value, router = compiled(x, y)
         return value + router_loss(cfg, router)
 
-    name = {True: "ternary", False: "float"}[ternary]
+    name = "ternary" if ternary else "float"
     return Contestant(cfg, name, model, loss, optimizers, windows, device, dtype), is_compiled
 
 
@@ -191,9 +191,7 @@ def training(cfg, device, dtype, twin=True, peer=None):
     reached = matmul_flops(device, dtype)
     peak = machine.peak_flops(device, dtype)
     mfu = peak and flops / peak
-    known = ""
-    if peak:
-        known = f"{mfu:.1%} of the known peak of {peak / 1e12:.0f}, "
+    known = f"{mfu:.1%} of the known peak of {peak / 1e12:.0f}, " if peak else ""
     print(f"MFU: {known}{flops / reached:.1%} of the {reached / 1e12:.3g} TFLOP/s of a large product here")
     planned = planner.memory_gb(first.model.cfg, first.model.counts(), cfg.batch_size, dtype.itemsize)
     print(
@@ -220,12 +218,10 @@ def writer(cfg, ternary, head, device, prompt, n_new):
     if cfg.cuda_graph:
         machine.check_cuda_graph(device, cfg.n_expert)
     model = build(cfg, ternary, device).eval()
-    name = "float"
+    name = "ternary, master weights" if ternary else "float"
     if ternary and cfg.packed:
         name = "ternary"
         pack(model)
-    elif ternary:
-        name = "ternary, master weights"
     if head == "bfloat16":
         name += ", bfloat16 head"
         lighten_head(model)
@@ -296,9 +292,7 @@ def once_seconds(cfg, device, dtype):
         per_token = (time.perf_counter() - began) / 8
     evaluation = per_batch * (cfg.eval_tokens or cfg.val_tokens) / x.numel()
     samples = per_token * 3 * len(cfg.sample_prompts) * cfg.sample_tokens
-    out_dir = None
-    if os.path.isdir(cfg.out_dir):
-        out_dir = cfg.out_dir
+    out_dir = cfg.out_dir if os.path.isdir(cfg.out_dir) else None
     with tempfile.TemporaryDirectory(dir=out_dir) as folder:
         weights = model.state_dict()
         moments = [{name: w.clone() for name, w in weights.items()} for _ in range(2)]

@@ -139,9 +139,7 @@ def write(part, out, run_dir, latent=False):
     former, branched = former_settings(run_dir, step)
     losses = evaluations(run_dir)
     texts = dict.fromkeys(("init", "warning", "command", "twin", "speed", "branch"), "")
-    texts["weights"] = "float"
-    if cfg["ternary"]:
-        texts["weights"] = "ternary (BitNet b1.58)"
+    texts["weights"] = "ternary (BitNet b1.58)" if cfg["ternary"] else "float"
     if cfg["init_from"]:
         texts["init"] = " It began with the weights of another."
     if latent and cfg["ternary"]:
@@ -154,7 +152,7 @@ def write(part, out, run_dir, latent=False):
     twin = twin_of(run_dir)
     twin_loss = twin and evaluations(twin).get(step)
     if twin_loss is not None and step in losses:
-        weights = {True: "float", False: "ternary"}[bool(cfg["ternary"])]
+        weights = "float" if cfg["ternary"] else "ternary"
         name = f"{code(os.path.basename(twin))} ({weights}, the same data in the same order)"
         gap = f"this one is {losses[step] - twin_loss:+.4f} from it"
         texts["twin"] = f"Its twin {name} has {twin_loss:.4f}: {gap}.\n\n"

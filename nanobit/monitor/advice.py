@@ -32,20 +32,16 @@ def warnings(run, now, limit, window):
 
 def process(run, now, limit):
     """Return what to do about a process that has ended, or seems to have, or None."""
-    silent = "nothing was written"
-    if now["last_line_age"] is not None:
-        silent = f"nothing written for {clock(now['last_line_age'])}"
-    resume = "repeat the command with --resume=auto, it starts over, as no step is saved"
-    if now["checkpoint"]:
-        step = now["checkpoint"]["step"]
-        resume = f"repeat the command with --resume=auto, it continues from step {step:,}"
+    age = now["last_line_age"]
+    saved = now["checkpoint"]
+    silent = "nothing was written" if age is None else f"nothing written for {clock(age)}"
+    start = f"continues from step {saved['step']:,}" if saved else "starts over, as no step is saved"
+    resume = f"repeat the command with --resume=auto, it {start}"
     if now["state"] == "dead process":
         end = f"process {now['pid']} was killed, by a person, a lack of memory or the end of the machine"
         return f"dead process: {silent}, and {end}; {resume}"
     if now["state"] == "stopped writing":
-        whereabouts = "may be on another machine"
-        if now["pid_alive"]:
-            whereabouts = "still exists"
+        whereabouts = "still exists" if now["pid_alive"] else "may be on another machine"
         return (
             f"stopped writing: {silent}, {clock(limit)} is long for it; process {now['pid']} {whereabouts}: "
             f"if it does not compute (top, nvidia-smi), end it and {resume}"
@@ -67,9 +63,7 @@ def process(run, now, limit):
 
 def steps(run, now, window):
     """Yield what to do about skipped steps and failed saves of the last `window` lines, and a full disk."""
-    horizon = 0
-    if len(run["rows"]) >= window:
-        horizon = run["rows"][-window]["step"]
+    horizon = run["rows"][-window]["step"] if len(run["rows"]) >= window else 0
     recent = [row for row in anomalies(run) if row["step"] > horizon]
     skips = [row for row in recent if (row.get("what") or "").startswith("not finite")]
     skipped = sum(row.get("steps") or 1 for row in skips)
@@ -149,9 +143,7 @@ def fractions(health):
     zero = health.get("zero")
     near = health.get("near_threshold")
     if zero is not None and not 0.25 <= zero <= 0.55:
-        remedy = "lower learning_rate, or look at the initial weights"
-        if zero > 0.5:
-            remedy = "lower weight_decay"
+        remedy = "lower weight_decay" if zero > 0.5 else "lower learning_rate, or look at the initial weights"
         yield f"ternary: {zero:.1%} of the codes are 0, 30 to 45 % is usual; {remedy}"
     if near is not None and near > 0.15:
         yield f"ternary: {near:.1%} of the weights are near a threshold, usual is 6 %; lower lr"
@@ -166,7 +158,5 @@ def flips(run, now, window):
     word = trend(rates, window)["word"]
     if word == "falling" or (word == "flat" and not is_late(run, now)):
         return None
-    name = "learning_rate"
-    if is_late(run, now):
-        name = "min_lr_ratio"
+    name = "min_lr_ratio" if is_late(run, now) else "learning_rate"
     return f"ternary: the flip rate, {rate:.4f} a line, is {word} and should fall with the rate; lower {name}"
