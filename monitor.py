@@ -44,8 +44,8 @@ def known(*parts):
 
 def step_of(now, separator, form):
     """Return the step of a run and, if it is known, its last one, with a separator between them."""
-    steps = (now["step"], now["max_steps"])
-    return separator.join(form.format(step) for step in steps[: 2 if now["max_steps"] else 1])
+    step = form.format(now["step"])
+    return f"{step}{separator}{form.format(now['max_steps'])}" if now["max_steps"] else step
 
 
 def screen(now, width):

@@ -207,7 +207,7 @@ def test_memory_by_hand(changes, per_token):
 def test_planned_memory_is_what_autograd_keeps(ternary, dtype):
     """bug guarded: a formula for activations that nobody compared with a model"""
     torch._dynamo.reset()
-    cfg = settings(n_layer=2, n_embd=128, n_head=4, n_kv_head=2, ffn_dim=384, vocab_size=256, seq_len=32)
+    cfg = settings(n_layer=1, n_embd=128, n_head=4, n_kv_head=2, ffn_dim=384, vocab_size=256, seq_len=32)
     cfg.ternary, cfg.dropout = ternary, 0.0
     model = Transformer(cfg)
     ours, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}

@@ -30,46 +30,66 @@ def runs(tmp_path_factory):
     return data_dir, out_dir
 
 
-def test_the_command(runs, tmp_path):
-    """bugs guarded: a card without the run's losses; an export that computes something else than its run"""
-    data_dir, out_dir = runs
-    ckpt, out = f"--ckpt={out_dir}/r", tmp_path / "packed"
-    where = f"--data_dir={data_dir}"
-    text, _ = run("export.py", ckpt, "--format=hf", f"--out={out}", "--verify", where, "--eval_tokens=64")
-    found = json.loads(text.strip().split("\n")[-1])
-    assert found["max_difference"] == 0.0 and found["same"] == found["tokens"]
-    assert found["val_loss"] == found["reader_val_loss"] and found["val_tokens"] == 64
-    scored = run("evaluate.py", ckpt, where, "--eval_tokens=64")[0].strip().split("\n")[-1]
-    assert json.loads(scored)["val_loss"] == pytest.approx(found["val_loss"], abs=1e-5)
-    card = open(out / "README.md", encoding="utf-8").read()
-    losses = [row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row]
-    twin = [row["val_loss"] for row in lines(f"{out_dir}/f", SCALARS) if "val_loss" in row]
-    assert f"this one is {losses[-1] - twin[-1]:+.4f} from it" in card
-    assert (
-        f"| 6 | {losses[-1]:.4f} |" in card
-        and "twin `f`" in card
-        and "max_steps = 6" in card
-        and os.path.dirname(out_dir) not in card
-    )
-    flags = ["--prompt=a", "--temperature=0", "--max_new_tokens=8"]
-    assert run("sample.py", f"--ckpt={out}", *flags)[0] == run("sample.py", ckpt, *flags)[0]
-    scores = [run("evaluate.py", each, f"--data_dir={data_dir}")[0] for each in (f"--ckpt={out}", ckpt)]
-    assert len({text.strip().split("\n")[-1] for text in scores}) == 1, scores
-    assert oct(os.stat(out / "model.safetensors").st_mode) == oct(os.stat(out / "config.json").st_mode)
-
-
 @pytest.fixture(scope="module")
-def earlier(runs, tmp_path_factory):
-    """an export of the ternary run, which each test copies"""
-    out = tmp_path_factory.mktemp("earlier") / "packed"
-    run("export.py", f"--ckpt={runs[1]}/r", "--format=hf", f"--out={out}")
-    return out
+def verified(runs, tmp_path_factory):
+    """(the folder of an export of `r`, what --verify prints as JSON)"""
+    data_dir, out_dir = runs
+    out = tmp_path_factory.mktemp("verified") / "packed"
+    flags = ["--format=hf", f"--out={out}", "--verify", f"--data_dir={data_dir}", "--eval_tokens=64"]
+    text, _ = run("export.py", f"--ckpt={out_dir}/r", *flags)
+    return out, json.loads(text.strip().split("\n")[-1])
+
+
+def test_verify_finds_no_difference(verified):
+    """transformers computes the logits, the greedy tokens and the loss of the run to the last bit."""
+    _, found = verified
+    assert found["max_difference"] == 0.0
+    assert found["same"] == found["tokens"]
+    assert found["val_loss"] == found["reader_val_loss"]
+    assert found["val_tokens"] == 64
+
+
+def test_an_export_has_the_score_of_its_run(runs, verified):
+    """evaluate.py gives an export and its run one score, which is the loss of --verify."""
+    out, found = verified
+    flags = [f"--data_dir={runs[0]}", "--eval_tokens=64"]
+    texts = [run("evaluate.py", f"--ckpt={ckpt}", *flags)[0] for ckpt in (out, f"{runs[1]}/r")]
+    scores = [text.strip().split("\n")[-1] for text in texts]
+    assert scores[0] == scores[1]
+    assert json.loads(scores[0])["val_loss"] == pytest.approx(found["val_loss"], abs=1e-5)
+
+
+def test_an_export_writes_the_text_of_its_run(runs, verified):
+    """sample.py writes the same text from an export and from its run."""
+    flags = ["--prompt=a", "--temperature=0", "--max_new_tokens=8"]
+    texts = [run("sample.py", f"--ckpt={ckpt}", *flags)[0] for ckpt in (verified[0], f"{runs[1]}/r")]
+    assert texts[0] == texts[1]
+
+
+def test_the_card_has_the_losses_of_the_run_and_its_twin(runs, verified):
+    """The model card shows the curve, the settings and the distance to the float twin, and no path."""
+    out_dir = runs[1]
+    card = open(verified[0] / "README.md", encoding="utf-8").read()
+    losses, twin = (
+        [row["val_loss"] for row in lines(f"{out_dir}/{name}", SCALARS) if "val_loss" in row] for name in "rf"
+    )
+    assert f"| 6 | {losses[-1]:.4f} |" in card
+    assert "twin `f`" in card
+    assert f"this one is {losses[-1] - twin[-1]:+.4f} from it" in card
+    assert "max_steps = 6" in card
+    assert os.path.dirname(out_dir) not in card
+
+
+def test_weights_are_as_readable_as_the_rest(verified):
+    """model.safetensors has the permissions of the other files."""
+    out, _ = verified
+    assert os.stat(out / "model.safetensors").st_mode == os.stat(out / "config.json").st_mode
 
 
 @pytest.fixture
-def packed(earlier, tmp_path):
+def packed(verified, tmp_path):
     """the folder of an earlier export, alone in tmp_path"""
-    return shutil.copytree(earlier, tmp_path / "packed")
+    return shutil.copytree(verified[0], tmp_path / "packed")
 
 
 def test_an_earlier_export_is_replaced_with_force_only(runs, packed):
@@ -191,30 +211,38 @@ def test_latent_weights_come_back(runs, tmp_path):
     train(data_dir, str(tmp_path), "again", **HOW | dict(max_steps=1), init_from=out)
 
 
-def test_types_and_flags(runs, tmp_path):
-    """bugs guarded: a type that cannot hold the model; a flag of the other format that is ignored"""
-    out_dir, ckpt = runs[1], f"--ckpt={runs[1]}/r"
-    # a file for llama.cpp: the smallest type that fits
-    text, _ = run("export.py", ckpt, "--format=gguf", f"--out={tmp_path}/x.gguf")
-    assert "q2_0, embedding q8_0" in text and "needs a llama.cpp of 2026" in text
-    _, err = run("export.py", ckpt, "--format=gguf", f"--out={tmp_path}/y.gguf", "--type=tq2_0", code=2)
-    assert "blocks of 256" in err and "--type=q2_0" in err and not os.path.exists(tmp_path / "y.gguf")
-    _, err = run(
-        "export.py", f"--ckpt={out_dir}/f", "--format=gguf", f"--out={tmp_path}/y.gguf", "--type=q2_0", code=2
-    )
+def test_a_gguf_file_has_the_smallest_type_that_fits(runs, tmp_path):
+    """Without --type the smallest one that holds the model is taken, with a note on what reads it."""
+    text, _ = run("export.py", f"--ckpt={runs[1]}/r", "--format=gguf", f"--out={tmp_path}/x.gguf")
+    assert "q2_0, embedding q8_0" in text
+    assert "needs a llama.cpp of 2026" in text
+
+
+def test_a_type_that_cannot_hold_the_model_is_refused(runs, tmp_path):
+    """A type whose blocks do not fit, or with codes for a float model, is an error that writes nothing."""
+    flags = ["--format=gguf", f"--out={tmp_path}/y.gguf"]
+    _, err = run("export.py", f"--ckpt={runs[1]}/r", *flags, "--type=tq2_0", code=2)
+    assert "blocks of 256" in err
+    assert "--type=q2_0" in err
+    _, err = run("export.py", f"--ckpt={runs[1]}/f", *flags, "--type=q2_0", code=2)
     assert "this is a float model" in err
-    for flags, says in (
-        (["--format=onnx", f"--out={tmp_path}/z"], "format = 'onnx' is unknown"),
-        (
-            ["--format=hf", f"--out={tmp_path}/z", "--type=f16"],
-            "--type only applies together with --format=gguf",
-        ),
-        (["--format=hf", f"--out={tmp_path}/no/z"], "make it first"),
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--format=onnx", "--out=z"], "format = 'onnx' is unknown"),
+        (["--format=hf", "--out=z", "--type=f16"], "--type only applies together with --format=gguf"),
+        (["--format=hf", "--out=no/z"], "make it first"),
         (["--format=hf"], "--out=... is missing"),
         (["--format=hf", "--out="], "is not a name"),
-        (["--format=gguf", f"--out={tmp_path}/x"], "must end in .gguf"),
-    ):
-        assert says in run("export.py", ckpt, *flags, code=2)[1]
+        (["--format=gguf", "--out=x"], "must end in .gguf"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(flags, says, runs, tmp_path):
+    """A flag of the other format, and a path that cannot be written, is an error."""
+    assert says in run("export.py", f"--ckpt={runs[1]}/r", *flags, code=2, cwd=tmp_path)[1]
 
 
 def test_only_what_export_wrote_is_replaced(tmp_path, capsys):
@@ -242,28 +270,51 @@ def test_only_what_export_wrote_is_replaced(tmp_path, capsys):
     assert "trained further, or damaged" in capsys.readouterr().out
 
 
-def test_the_verdict(runs, tmp_path):
-    """bugs guarded: BAD that is told as good: by a bit of the weights, by the loss alone, by the tokenizer,
-    by the exit code"""
+def test_a_bit_of_a_scale_is_bad(tmp_path):
+    """An export whose weights differ in the last bit of one scale is not good."""
     from safetensors.torch import load_file, save_file
 
-    part, path = part_of(), tmp_path / "x"
-    part["config"]["sample_prompts"] = ["a cat"]
-    hf.write(part, str(path))
-    weights = load_file(path / "model.safetensors")
+    part = part_of()
+    hf.write(part, str(tmp_path / "x"))
+    path = tmp_path / "x" / "model.safetensors"
+    tensors = load_file(path)
     name = "model.layers.0.mlp.up_proj.weight_scale"
-    save_file(weights | {name: weights[name].nextafter(torch.tensor(9.0))}, path / "model.safetensors")
-    assert not verify.hf(part, str(path))["good"]
+    save_file(tensors | {name: tensors[name].nextafter(torch.tensor(9.0))}, path)
+    assert not verify.hf(part, str(tmp_path / "x"))["good"]
 
-    model, tokenizer = restore(part, "cpu"), make_tokenizer(part["tokenizer"])
-    tokenize, go_on = lambda text: encode_prompt(tokenizer, 0, text), lambda ids, n: [0] * n
+
+@pytest.fixture
+def reader():
+    """(a part, logits, tokenize, write) of a reader that computes as we do, but writes other text"""
+    part = part_of()
+    part["config"]["sample_prompts"] = ["a cat"]
+    tokenizer = make_tokenizer(part["tokenizer"])
+    return part, restore(part, "cpu"), lambda text: encode_prompt(tokenizer, 0, text), lambda ids, n: [0] * n
+
+
+@pytest.mark.parametrize("factor, good", [(1.0, True), (1.1, False)])
+def test_a_loss_alone_can_be_bad(factor, good, reader):
+    """A reader whose logits agree on the probe, and whose loss does not, is not good."""
+    part, model, tokenize, write = reader
     x = torch.arange(12)[None]
-    for other, good in ((1.0, True), (1.1, False)):
-        logits = lambda ids: model(ids) * (1.0 if len(ids) == 2 else other)  # noqa: E731, B023
-        found = verify.compare(part, [(x, x)], part, 0.0, "reader", logits, tokenize, go_on)
-        assert found["max_difference"] == 0 and found["good"] == good
+
+    def logits(ids):
+        return model(ids) * (1.0 if len(ids) == 2 else factor)
+
+    found = verify.compare(part, [(x, x)], part, 0.0, "reader", logits, tokenize, write)
+    assert found["max_difference"] == 0
+    assert found["good"] == good
+
+
+def test_another_tokenizer_ends_the_comparison(reader):
+    """A reader that makes other ids of a text is an error with exit code 1."""
+    part, model, tokenize, write = reader
     with pytest.raises(SystemExit) as end:
-        verify.compare(part, [], part, 0.0, "reader", model, lambda text: tokenize(text)[1:], go_on)
+        verify.compare(part, [], part, 0.0, "reader", model, lambda text: tokenize(text)[1:], write)
     assert end.value.code == 1
+
+
+def test_the_verdict_is_the_exit_code(runs, tmp_path):
+    """export.py --verify exits with 1 if the export is not good."""
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={tmp_path}/y", "--verify"]
     run("export.py", *flags, code=1, patch=faults.BAD_VERDICT)
