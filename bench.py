@@ -132,7 +132,7 @@ def main(cfg):
     from model import Transformer
     from nanobit import machine
     from nanobit.bench import planner, report, timing
-    from nanobit.run_dir import to_json
+    from nanobit.record import to_json
 
     with torch.device("meta"):
         counts = Transformer(cfg).counts()

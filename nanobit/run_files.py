@@ -9,7 +9,8 @@ import json
 import os
 
 import config
-from nanobit import run_dir as record
+from nanobit import record
+from nanobit.run_dir import step_dir, steps
 
 
 def number(value):
@@ -57,7 +58,7 @@ def read_config(run_dir):
 
 def checkpoints(run_dir):
     """Return {step: folder} of the checkpoints that have a manifest, oldest first."""
-    return {step: record.step_dir(run_dir, step) for step in reversed(record.steps(run_dir))}
+    return {step: step_dir(run_dir, step) for step in reversed(steps(run_dir))}
 
 
 def read_run(run_dir):

@@ -10,8 +10,7 @@ import datetime
 import math
 from types import SimpleNamespace
 
-from nanobit import checkpoint, run_files, schedule
-from nanobit import run_dir as record
+from nanobit import checkpoint, record, run_files, schedule
 from nanobit.cli import fail
 
 # L(N, D) = E + A / N^a + B / D^b for N parameters and D tokens (Hoffmann et al., arXiv 2203.15556, section

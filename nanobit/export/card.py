@@ -6,8 +6,7 @@ import re
 import shlex
 import statistics
 
-from nanobit import run_dir as record
-from nanobit import run_files
+from nanobit import record, run_files
 from nanobit.export import hf
 from nanobit.terminal import printable
 

@@ -18,7 +18,7 @@ import torch
 import config
 import quant
 from model import Transformer
-from nanobit import checkpoint
+from nanobit import parts
 from nanobit.cli import fail, library
 from nanobit.export import llama, tokenizer_files
 from nanobit.files import write_json
@@ -282,7 +282,7 @@ def check_shapes(folder, settings, weights, is_packed):
     for name, w in weights.items():
         if (w.dtype == torch.uint8) != (f"{name}_scale" in needed):
             fail(f"{folder}: {name} is {w.dtype}, which config.json does not ask for; export again")
-    checkpoint.check_shapes(folder, weights, needed, "copy or export it again")
+    parts.check_shapes(folder, weights, needed, "copy or export it again")
 
 
 def tokenizer_of(folder):

@@ -9,7 +9,7 @@ import time
 
 from nanobit.monitor.advice import warnings
 from nanobit.monitor.trends import anomalies, newest, repetition, steady, trend
-from nanobit.run_dir import plain
+from nanobit.record import plain
 from nanobit.run_files import column, number, read_run
 
 LOGGED = (  # what status() takes from the newest training line
