@@ -14,7 +14,6 @@ as in train.py, on random tokens; the first steps, which compile, are counted ap
 nothing is built and nothing timed. The last line of stdout is a JSON object, on a terminal only with --json.
 """
 
-import datetime
 import os
 import sys
 
@@ -105,129 +104,47 @@ def derive(cfg):
     return faults
 
 
-if __name__ == "__main__":
-    cfg = config.load(doc=__doc__, flags=FLAGS, derive=derive)  # before torch is imported
-
-import torch
-
-from model import Transformer
-from nanobit import machine, record
-from nanobit.bench import planner, timing
-from nanobit.bench.planner import count, hours, size
-
-# the plan
-
-
 def assumed_seconds(cfg, counts, step_ms):
-    """the same where nothing is timed: a forward is a third of a step, the rest is assumed"""
+    """Return the seconds of one evaluation, one round of samples and one checkpoint if nothing is timed: a
+    forward is a third of a step, the rest is assumed."""
     evaluation = (cfg.eval_tokens or cfg.val_tokens) / cfg.total_batch_size * step_ms / 3e3
     samples = 3 * len(cfg.sample_prompts) * cfg.sample_tokens / DECODE_TOKENS_PER_SEC
     return evaluation, samples, 12 * counts["total"] / 1e9 / DISK_GB_PER_SEC
 
 
-def plan(cfg, counts, step_ms, once, device):
-    """print the plan; its part of the JSON line. once: see timing.once_seconds"""
-    cost = dict(
-        step_ms=step_ms,
-        dataset_tokens=cfg.dataset_tokens,
-        per_hour=cfg.price_per_hour + cfg.watts / 1e3 * cfg.price_per_kwh,
-        budget_hours=cfg.budget_hours,
-        offset=cfg.offset,
-        now=datetime.datetime.now(),
-        **dict(zip(("eval_seconds", "sample_seconds", "save_seconds"), once)),
-    )
-    steps = cfg.steps or planner.candidates(cfg, step_ms, cfg.budget_hours)
-    rows = [planner.row(cfg, counts, n, cost) for n in steps]
-    by = ", by step_ms" if cfg.step_ms and cfg.tokens_per_sec else ""
-    print(f"\n{step_ms:,.1f} ms a step, {1e3 * cfg.total_batch_size / step_ms:,.0f} tokens/s{by}")
-    print(
-        f"{'steps':>10} {'tokens':>8} {'T/P':>6} {'epochs':>6} {'hours':>8} {'in all':>8}  {'finish':16} "
-        f"{'disk':>8} {'loss':>5}" + (f" {'price':>8}" if cost["per_hour"] else "")
-    )
-    for each in rows:
-        epochs = "-" if each["epochs"] is None else f"{each['epochs']:.2f}"
-        price = f" {each['price']:8,.2f}" if cost["per_hour"] else ""
-        loss = "    -" if each["expected_loss"] is None else f"{each['expected_loss']:5.2f}"
-        print(
-            f"{each['steps']:10,} {count(each['tokens']):>8} {each['tokens_per_param']:6.1f} {epochs:>6} "
-            f"{hours(each['hours']):>8} {hours(each['hours_total']):>8}  {each['finish']:16} "
-            f"{size(each['checkpoint_gb'] + each['log_gb']):>8} {loss}{price}"
-        )
-    print(
-        f"in all: with {once[0]:,.1f} s an evaluation, {once[1]:,.1f} s a round of samples, {once[2]:,.1f} s "
-        f"a checkpoint{' (assumed)' if cfg.step_ms or cfg.tokens_per_sec else ''}; disk: checkpoints and logs"
-    )
-    calibrated = (
-        f"shifted by {cfg.offset:+.2f} to {cfg.calibrate}" if cfg.calibrate else "uncalibrated, +-0.3"
-    )
-    print(f"loss: in nats per token by a scaling law, {calibrated}; its differences say more than itself")
+def measure(cfg, device, dtype):
+    """Time and print what the flags ask for; return what the JSON line needs."""
+    from nanobit.bench import peers, timing
 
-    wanted = 4 if cfg.dtype == "float32" else 2  # of a device that is not here
-    dtype_bytes = machine.pick_dtype(cfg.dtype, device).itemsize if device else wanted
-    gpu_memory_gb = cfg.gpu_memory_gb
-    if not gpu_memory_gb and device is not None and device.type == "cuda":
-        gpu_memory_gb = torch.cuda.get_device_properties(device).total_memory / 1e9
-    memory = planner.memory_gb(cfg, counts, cfg.batch_size, dtype_bytes)
-    print(
-        f"memory: about {size(memory)} with batch_size = {cfg.batch_size}, {8 * dtype_bytes}-bit"
-        f"{', compiled' if cfg.compile else '; without compile up to twice the activations'}"
-    )
-    warnings, largest = [], None
-    if gpu_memory_gb:
-        largest = planner.largest_batch_size(cfg, counts, gpu_memory_gb, dtype_bytes)
-        whole = f"of the {cfg.total_batch_size // cfg.seq_len} sequences of a step"
-        print(f"largest batch_size that fits in {gpu_memory_gb:g} GB: {largest}, {whole}")
-        if largest < cfg.batch_size:
-            warnings.append(
-                f"batch_size = {cfg.batch_size} takes about {size(memory)} and gpu_memory_gb = "
-                f"{gpu_memory_gb:g}; use {largest or 'a smaller model'}"
-            )
-
-    claim = dict(
-        step_ms=cfg.step_ms,
-        tokens_per_sec=cfg.tokens_per_sec,
-        tokens=cfg.claimed_tokens,
-        steps=cfg.steps[-1] if cfg.steps else cfg.max_steps,
-        budget_hours=cfg.budget_hours,
-    )
-    warnings += planner.contradictions(cfg, claim, rows) + planner.cautions(cfg, counts, rows, cost)
-    if cfg.eval_every and not cfg.eval_tokens and not cfg.val_tokens:
-        warnings.append(
-            "eval_tokens = 0 is all of a validation set that is not here: its time is not counted"
-        )
-    chosen, sentence = planner.recommendation(rows, cfg.max_steps)
-    stones = planner.milestones(cfg, counts, (chosen or rows[-1])["steps"], cost)
-    print(f"\nmilestones of {stones[-1]['steps']:,} steps:")
-    for i, each in enumerate(stones):
-        if each["what"] or i % (1 + len(stones) // 20) == 0:
-            behind = f"{count(each['tokens']):>8} {hours(each['hours_total']):>8} h  {each['finish']}"
-            print(f"{each['steps']:10,} {behind}  {each['what']}".rstrip())
-    for text in warnings:
-        print(f"warning: {text}")
-    print(f"\nrecommended: {sentence}")
-    return dict(
-        rows=rows,
-        milestones=stones,
-        memory_gb=memory,
-        largest_batch_size=largest,
-        is_calibrated=bool(cfg.calibrate),
-        warnings=warnings,
-        recommendation=sentence,
-    )
+    if cfg.sample and cfg.compare:
+        return timing.sampling(cfg, device, dtype, peers.writers)
+    if cfg.sample:
+        return timing.sampling(cfg, device, dtype)
+    if cfg.compare:
+        return peers.training(cfg, device, dtype)
+    facts, _, _ = timing.training(cfg, device, dtype, twin=not cfg.plan)
+    return facts
 
 
 def main(cfg):
+    import torch  # which takes seconds: only once the flags are right
+
+    from model import Transformer
+    from nanobit import machine
+    from nanobit.bench import planner, report, timing
+    from nanobit.record import to_json
+
     with torch.device("meta"):
         counts = Transformer(cfg).counts()
     facts = dict(params=counts["total"], params_active=counts["active"], params_ternary=counts["ternary"])
     print(f"{counts['total']:,} parameters, {counts['active']:,} active, {counts['ternary']:,} ternary")
     cfg.offset = planner.calibration(cfg.calibrate) if cfg.calibrate else 0.0
-    step_ms, device, once = cfg.step_ms, None, None
+    step_ms = cfg.step_ms
     if cfg.tokens_per_sec and not step_ms:
         step_ms = 1e3 * cfg.total_batch_size / cfg.tokens_per_sec
     if step_ms:
-        found = dict(step_ms=step_ms, tokens_per_sec=1e3 * cfg.total_batch_size / step_ms)
-        once = assumed_seconds(cfg, counts, step_ms)
+        device = None
+        facts |= dict(step_ms=step_ms, tokens_per_sec=1e3 * cfg.total_batch_size / step_ms)
     else:
         device = machine.pick(cfg.device)
         dtype = machine.pick_dtype(cfg.dtype, device)
@@ -236,17 +153,14 @@ def main(cfg):
             machine.make_deterministic()
         print(f"{machine.describe(device)}, {machine.name(dtype)}", flush=True)
         facts |= dict(device=machine.describe(device), dtype=machine.name(dtype), compile=False)
-        if cfg.sample:
-            found = timing.sampling(cfg, device, dtype)
-        else:
-            found = timing.training(cfg, device, dtype, alone=cfg.plan)
-        if cfg.plan:
-            once = timing.once_seconds(cfg, device, dtype)
+        facts |= measure(cfg, device, dtype)
     if cfg.plan:
-        found |= plan(cfg, counts, found["step_ms"], once, device)
+        is_timed = device is not None
+        once = timing.once_seconds(cfg, device, dtype) if is_timed else assumed_seconds(cfg, counts, step_ms)
+        facts |= report.print_plan(cfg, counts, facts["step_ms"], once, device)
     if cfg.json or not sys.stdout.isatty():
-        print(record.to_json(facts | found))
+        print(to_json(facts))
 
 
 if __name__ == "__main__":
-    main(cfg)
+    main(config.load(doc=__doc__, flags=FLAGS, derive=derive))

@@ -63,90 +63,98 @@ torch.set_grad_enabled(False)
 
 
 def make_room():
-    """exit with 2 where `out` is there and may not be replaced"""
+    """Exit with 2 if `out` exists and may not be replaced, or its folder is missing."""
+    writer = {"hf": hf, "gguf": gguf_file}[cfg.format]
     if not os.path.exists(cfg.out):
         if not os.path.isdir(os.path.dirname(cfg.out) or "."):
-            fail(f"out = {cfg.out!r}: there is no folder {os.path.dirname(cfg.out)}; make it first")
-        return
-    if not (hf if cfg.format == "hf" else gguf_file).is_ours(cfg.out):
-        fail(f"out = {cfg.out!r} is there and no earlier export, so it is not replaced; choose another")
-    if not cfg.force:
-        fail(f"out = {cfg.out!r} is there already; choose another, or replace it with --force")
+            fail(f"out = {cfg.out!r}: the folder {os.path.dirname(cfg.out)} does not exist; make it first")
+    elif not writer.is_ours(cfg.out):
+        fail(f"out = {cfg.out!r} exists and is not an earlier export, so it is not replaced; choose another")
+    elif not cfg.force:
+        fail(f"out = {cfg.out!r} exists already; choose another, or replace it with --force")
 
 
 def validation(part):
-    """windows (inputs, targets), each (1, T), of the validation set of a run, none where it is not here"""
+    """Return windows (inputs, targets), each (1, T), of the validation set of a run, if it is here."""
     data_dir = part["config"]["data_dir"] if cfg.origin["data_dir"] == "default" else cfg.data_dir
-    place = os.path.join(data_dir, part["config"]["dataset"])
-    if not cfg.eval_tokens or not os.path.exists(os.path.join(place, "meta.json")):
-        print(f"no loss is compared: {'eval_tokens = 0' if not cfg.eval_tokens else f'{place} is not here'}")
+    folder = os.path.join(data_dir, part["config"]["dataset"])
+    if not cfg.eval_tokens:
+        print("no loss is compared: eval_tokens = 0")
+        return []
+    if not os.path.exists(os.path.join(folder, "meta.json")):
+        print(f"no loss is compared: {folder} is not here")
         return []
     _, val_windows = data.of_trained(part, "val", data_dir=data_dir)
     return list(val_windows.fixed(cfg.eval_tokens, 1, torch.device("cpu")))
 
 
-def compared(size):
-    """the size of an export beside that of the weights it was made from"""
-    tensors = {w.data_ptr(): w for w in part["model"].values()}.values()
-    return f" ({size / sum(w.nbytes for w in tensors):.0%} of the float32 weights)"
+def write(part, run_dir, kind):
+    """Write the export under a temporary name and rename it; what was there stays if that fails."""
+    partial = f"{cfg.out}.tmp-{os.getpid()}"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if cfg.format == "gguf":
+            gguf_file.write(part, partial, kind, cfg.embed)
+        else:
+            hf.write(part, partial, cfg.latent)
+            card.write(part, partial, run_dir, cfg.latent)
+        make_room()  # again: that took a while
+        # from here on Ctrl-C waits until the line that the export is written
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if os.path.isdir(cfg.out):  # a file is replaced in one step
+            os.rename(cfg.out, f"{partial}.old")
+        os.replace(partial, cfg.out)
+    except OSError as error:
+        fail(f"out = {cfg.out!r} cannot be written: {error}; is there room, and may you write there?", code=1)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        if os.path.exists(f"{partial}.old") and not os.path.exists(cfg.out):
+            os.rename(f"{partial}.old", cfg.out)
+        for path in (partial, f"{partial}.old"):
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif os.path.exists(path):
+                os.remove(path)
+
+
+def report(part, kind):
+    """Print what was written, and its size beside that of the float32 weights."""
+    paths = [entry.path for entry in os.scandir(cfg.out)] if cfg.format == "hf" else [cfg.out]
+    size = sum(map(os.path.getsize, paths))
+    whole = sum(w.nbytes for w in {w.data_ptr(): w for w in part["model"].values()}.values())
+    types = f", {kind}, embedding {cfg.embed}" if cfg.format == "gguf" else ""
+    share = f"{size / whole:.0%} of the float32 weights"
+    print(f"wrote {cfg.out}: {size:,} bytes ({share}){types}, step {part['step']:,}")
+    if cfg.format == "gguf" and kind == "q2_0":
+        print("q2_0 needs a llama.cpp of 2026 (type 42); --type=f16 is for all, and larger")
+    if cfg.format == "hf" and part["config"]["n_expert"] and part["config"]["ternary"] and not cfg.latent:
+        print(f"written as {hf.DEQUANTISED}")
+    sys.stdout.flush()
 
 
 make_room()
-needed = ["safetensors", "tokenizers"] if cfg.format == "hf" else ["gguf"]
+needed = {"hf": ["safetensors", "tokenizers"], "gguf": ["gguf"]}[cfg.format]
 if cfg.verify:
-    needed += ["transformers", "accelerate"] if cfg.format == "hf" else ["cyllama"]
+    needed += {"hf": ["transformers", "accelerate"], "gguf": ["cyllama"]}[cfg.format]
 cli.need_packages(needed, "export,verify" if cfg.verify else "export")
 if llama.is_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is a folder for transformers already; give a run, as the one it was made from")
 part, folder = weights.trained(cfg.ckpt)
 run_dir = os.path.dirname(os.path.dirname(os.path.abspath(folder)))
 if os.path.abspath(folder) != checkpoint.step_dir(run_dir, part["step"]):
-    run_dir = ""  # one that was set aside or copied: its run's curve is of others
+    run_dir = folder  # renamed or copied: the record of the run that is above it is of other checkpoints
 windows = validation(part) if cfg.verify else []
-kind, partial = cfg.type or gguf_file.smallest(part), f"{cfg.out}.tmp-{os.getpid()}"
+kind = cfg.type or gguf_file.smallest(part)
 if cfg.latent and part["config"]["ternary"]:
     print("latent: float weights for training; they are ternary only in nanoBit's forward", file=sys.stderr)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-try:
-    if cfg.format == "gguf":
-        gguf_file.write(part, partial, kind, cfg.embed)
-    else:
-        hf.write(part, partial, cfg.latent)
-        card.write(part, partial, run_dir, cfg.latent)
-    make_room()  # again: that took a while
-    # from here on Ctrl-C waits until it is said that the export is written
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.path.isdir(cfg.out):  # a file is replaced in one step
-        os.rename(cfg.out, f"{partial}.old")
-    os.replace(partial, cfg.out)
-except OSError as error:
-    fail(f"out = {cfg.out!r} cannot be written: {error}; is there room, and may you write there?", code=1)
-except KeyboardInterrupt:
-    raise SystemExit(128 + signal.SIGINT) from None
-finally:
-    if os.path.exists(f"{partial}.old") and not os.path.exists(cfg.out):
-        os.rename(f"{partial}.old", cfg.out)
-    for path in (partial, f"{partial}.old"):
-        if os.path.isdir(path):
-            shutil.rmtree(path, ignore_errors=True)
-        elif os.path.exists(path):
-            os.remove(path)
-if cfg.format == "gguf":
-    size, types = os.path.getsize(cfg.out), f"{kind}, embedding {cfg.embed}"
-    print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}, {types}, step {part['step']:,}")
-    if kind == "q2_0":
-        print("q2_0 needs a llama.cpp of 2026 (type 42); --type=f16 is for all, and larger")
-else:
-    size = sum(entry.stat().st_size for entry in os.scandir(cfg.out))
-    print(f"wrote {cfg.out}: {size:,} bytes{compared(size)}, step {part['step']:,}")
-    if part["config"]["n_expert"] and part["config"]["ternary"] and not cfg.latent:
-        print(f"written as {hf.DEQUANTISED}")
-sys.stdout.flush()
+write(part, run_dir, kind)
+report(part, kind)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if cfg.verify:
     if cfg.format == "gguf":
-        found = verify.gguf(part, cfg.out, kind, cfg.embed, windows)
+        result = verify.gguf(part, cfg.out, kind, cfg.embed, windows)
     else:
-        found = verify.hf(part, cfg.out, cfg.latent, windows)
-    print(record.to_json(found))
-    raise SystemExit(0 if found["good"] else 1)
+        result = verify.hf(part, cfg.out, cfg.latent, windows)
+    print(record.to_json(result))
+    raise SystemExit(0 if result["good"] else 1)

@@ -22,7 +22,8 @@ import config
 from nanobit import record
 from nanobit.cli import Flag, fail
 from nanobit.monitor import plots
-from nanobit.monitor.status import clock, moves, status
+from nanobit.monitor.status import status
+from nanobit.monitor.trends import clock, moves
 from nanobit.terminal import printable
 
 FLAGS = {
@@ -41,78 +42,82 @@ def known(*parts):
     return ", ".join(form.format(value) for value, form in parts if value is not None)
 
 
+def step_of(now, separator, form):
+    """Return the step of a run and, if it is known, its last one, with a separator between them."""
+    step = form.format(now["step"])
+    return f"{step}{separator}{form.format(now['max_steps'])}" if now["max_steps"] else step
+
+
 def screen(now, width):
-    """the state of a run as lines of at most `width` characters"""
-    state = now["state"]
-    if now["why"] and state != "failed":  # that is a whole sentence, and among the warnings
-        state += f" ({now['why']})"
-    loss, best, saved, router = now["loss_trend"], now["best"], now["checkpoint"], now["router"]
-    health = now["bitnet"] or {}
-    age, eta = now["last_line_age"], now["eta_seconds"]
-    step = f"{now['step']:,}" + (f" of {now['max_steps']:,}" if now["max_steps"] else "")
-    rows = [
-        ("state", known((state, "{}"), (age if age is None else clock(age), "last line {} ago"))),
-        (
-            "step",
-            known(
-                (step, "{}"),
-                (now["progress"], "{:.1%}"),
-                (now["epoch"], "epoch {:.2f}"),
-                (clock(eta) if eta and state not in ("finished", "failed") else None, "{} to go"),
-            ),
-        ),
-        ("loss", known((now["loss"], "{:.4f}"), (loss and moves(loss), "{}"))),
-    ]
-    if best:
-        at_best = f"best {best['val_loss']:.4f} at step {best['step']:,}"
-        rows.append(("val_loss", f"{now['val_loss']:.4f} at step {now['val_step']:,}, {at_best}"))
-    rates = ((now["lr"], "{:.2e}"), (now["weight_decay"], "weight_decay {:g}"), (now["stage"], "stage {:g}"))
-    speed = ((now["tokens_per_sec"], "{:,.0f} tokens/s"), (now["step_ms"], "{:,.4g} ms a step"))
-    rows.append(("lr", known(*rates)))
-    rows.append(("speed", known(*speed, (now["mfu"], "MFU {:.1%}"))))
-    device = ((now["device"], "{}"), (now["memory_gb"], "{:.2f} GB"), (now["gpu_util"], "{:.0%} busy"))
-    rows.append(("device", known(*device)))
-    forms = dict(zero="0 {:.1%}", plus="+1 {:.1%}", minus="-1 {:.1%}")
-    forms |= dict(flip_rate="{:.2%} changed since the last line", near_threshold="{:.1%} near a threshold")
-    rows.append(("codes", known(*((health.get(key), form) for key, form in forms.items()))))
-    if router:
-        even = f" (even {math.log(now['n_expert']):.2f})" if now["n_expert"] else ""
-        busy = (router.get("load_max"), "busiest expert {:.2f} x the mean")
-        entropy = (router.get("entropy"), "entropy {:.2f}" + even)
-        rows.append(("routers", known(busy, entropy, (router.get("dead"), "{:g} dead"))))
-    rows.append(("checkpoint", f"step {saved['step']:,}, {clock(saved['age'])} old" if saved else "none"))
-    need = (now["disk_need_gb"] or None, "{:.3g} GB of checkpoints to come")
-    rows.append(("disk", known((now["disk_free_gb"], "{:.3g} GB free"), need)))
-    if now["anomalies"]["count"]:
-        shown = "; ".join(f"step {row['step']:,}: {row.get('what')}" for row in now["anomalies"]["last"])
-        rows.append(("anomalies", f"{now['anomalies']['count']}; {shown}"))
-    if now["sample"]:
-        text, prompt = repr(now["sample"]["generated_text"]), repr(now["sample"]["prompt"])
-        text = f"step {now['sample']['step']:,}: {prompt[:40]} -> {text[:120]}"
-        rows.append(("sample", known((text, "{}"), (now["repetition"], "repetition {:.2f}"))))
+    """Return the state of a run (see status()) as lines of at most `width` characters."""
     lines = [printable(now["run_id"])[:width]]
-    for label, value in rows + [("warning", text) for text in now["warnings"]]:
-        how = dict(initial_indent=f"{label:11}", subsequent_indent=" " * 11, break_on_hyphens=False)
-        lines += textwrap.wrap(printable(value), width, **how) if value else []
+    for label, value in [*screen_rows(now), *(("warning", text) for text in now["warnings"])]:
+        style = dict(initial_indent=f"{label:11}", subsequent_indent=" " * 11, break_on_hyphens=False)
+        if value:
+            lines += textwrap.wrap(printable(value), width, **style)
     return lines
 
 
-def table(found, width):
-    """several runs, one line each, below a line of headings; a narrow one has fewer columns"""
+def screen_rows(now):
+    """Yield (label, text) of the rows of a screen, the text '' if nothing is known."""
+    state = now["state"]
+    if now["why"] and state != "failed":  # that is a whole sentence, and among the warnings
+        state += f" ({now['why']})"
+    age = now["last_line_age"]
+    yield "state", state if age is None else f"{state}, last line {clock(age)} ago"
+    has_eta = now["eta_seconds"] and now["state"] not in ("finished", "failed")
+    to_go = clock(now["eta_seconds"]) if has_eta else None
+    progress = ((now["progress"], "{:.1%}"), (now["epoch"], "epoch {:.2f}"), (to_go, "{} to go"))
+    yield "step", known((step_of(now, " of ", "{:,}"), "{}"), *progress)
+    trend = now["loss_trend"] and moves(now["loss_trend"])
+    yield "loss", known((now["loss"], "{:.4f}"), (trend, "{}"))
+    if now["best"]:
+        best = "best {val_loss:.4f} at step {step:,}".format(**now["best"])
+        yield "val_loss", f"{now['val_loss']:.4f} at step {now['val_step']:,}, {best}"
+    rates = ((now["weight_decay"], "weight_decay {:g}"), (now["stage"], "stage {:g}"))
+    yield "lr", known((now["lr"], "{:.2e}"), *rates)
+    speed = ((now["step_ms"], "{:,.4g} ms a step"), (now["mfu"], "MFU {:.1%}"))
+    yield "speed", known((now["tokens_per_sec"], "{:,.0f} tokens/s"), *speed)
+    load = ((now["memory_gb"], "{:.2f} GB"), (now["gpu_util"], "{:.0%} busy"))
+    yield "device", known((now["device"], "{}"), *load)
+    forms = dict(zero="0 {:.1%}", plus="+1 {:.1%}", minus="-1 {:.1%}")
+    forms |= dict(flip_rate="{:.2%} changed since the last line", near_threshold="{:.1%} near a threshold")
+    health = now["bitnet"] or {}
+    yield "codes", known(*((health.get(key), form) for key, form in forms.items()))
+    if now["router"]:
+        forms = dict(load_max="busiest expert {:.2f} x the mean", entropy="entropy {:.2f}", dead="{:g} dead")
+        if now["n_expert"]:
+            forms["entropy"] += f" (even {math.log(now['n_expert']):.2f})"
+        yield "routers", known(*((now["router"].get(key), form) for key, form in forms.items()))
+    saved = now["checkpoint"]
+    yield "checkpoint", f"step {saved['step']:,}, {clock(saved['age'])} old" if saved else "none"
+    need = (now["disk_need_gb"] or None, "{:.3g} GB of checkpoints to come")
+    yield "disk", known((now["disk_free_gb"], "{:.3g} GB free"), need)
+    odd_steps = now["anomalies"]
+    if odd_steps["count"]:
+        last = "; ".join(f"step {row['step']:,}: {row.get('what')}" for row in odd_steps["last"])
+        yield "anomalies", f"{odd_steps['count']}; {last}"
+    if now["sample"]:
+        prompt = repr(now["sample"]["prompt"])[:40]
+        text = repr(now["sample"]["generated_text"])[:120]
+        sample = f"step {now['sample']['step']:,}: {prompt} -> {text}"
+        yield "sample", known((sample, "{}"), (now["repetition"], "repetition {:.2f}"))
+
+
+def table(states, width):
+    """Return several runs as lines, one each, below a line of headings; a narrow one has fewer columns."""
     rows = [("run_id", "state", "step", "%", "loss", "val", "age")]
-    for now in found:
-        step = f"{now['step']}" + (f"/{now['max_steps']}" if now["max_steps"] else "")
-        losses = [known((now[key], "{:.3f}")) for key in ("loss", "val_loss")]
-        age = " ".join(clock(now["last_line_age"]).split()[:2])
-        name, state = printable(os.path.basename(os.path.abspath(now["run_dir"]))), now["state"].split()[0]
-        rows.append((name, state, step, known((now["progress"], "{:.0%}")), *losses, age))
-    rows = rows if width >= 76 else [row[:3] + row[4:6] for row in rows]
+    for now in states:
+        name = printable(os.path.basename(os.path.abspath(now["run_dir"])))
+        numbers = [known((now["progress"], "{:.0%}")), known((now["loss"], "{:.3f}"))]
+        numbers += [known((now["val_loss"], "{:.3f}")), " ".join(clock(now["last_line_age"]).split()[:2])]
+        rows.append((name, now["state"].split()[0], step_of(now, "/", "{}"), *numbers))
+    if width < 76:
+        rows = [row[:3] + row[4:6] for row in rows]
     sizes = [max(map(len, column)) for column in zip(*rows)]
     sizes[0] = max(8, min(sizes[0], width - sum(sizes[1:]) - len(sizes) + 1))
-    aligned = [str.ljust, str.ljust, *[str.rjust] * 5]
-    return [
-        " ".join(align(cell[:size], size) for align, cell, size in zip(aligned, row, sizes)) for row in rows
-    ]
+    aligned = [f"{{:<{size}.{size}}}" for size in sizes[:2]] + [f"{{:>{size}.{size}}}" for size in sizes[2:]]
+    return [" ".join(aligned).format(*row) for row in rows]
 
 
 def is_run(path):
@@ -149,36 +154,49 @@ def main(argv=None):
     folders = cfg.paths
     inside = [os.path.join(cfg.out_dir, path) for path in folders]
     folders = [b if os.path.isdir(b) and not os.path.isdir(a) else a for a, b in zip(folders, inside)]
-    on_terminal = sys.stdout.isatty()
+    on_terminal = sys.stdout.isatty() and not cfg.json
     while True:
         check(cfg, folders)
-        inside = (
-            [] if folders else [os.path.join(cfg.out_dir, name) for name in sorted(os.listdir(cfg.out_dir))]
-        )
-        run_dirs = folders or [path for path in inside if os.path.isdir(path) and is_run(path)]
-        found = [status(path, cfg.window) for path in run_dirs]
+        run_dirs = folders or runs_of(cfg.out_dir)
         size = shutil.get_terminal_size((80, 50))
-        width = max(60, min(80, size.columns))
-        if cfg.plot:
-            plots.plot(run_dirs, cfg.plot)
-            print(f"wrote {cfg.plot}", file=sys.stderr)
-        if cfg.codes:
-            shown = plots.plot_codes(run_dirs[0], cfg.matrix, cfg.codes)
-            print(f"wrote {cfg.codes}, with {shown}", file=sys.stderr)
-        if cfg.json:
-            lines = [record.to_json(found[0] if len(folders) == 1 else {"runs": found})]
-        elif folders and not cfg.plot and not cfg.codes:
-            lines = [line for now in found for line in [*screen(now, width), ""]][:-1]
+        lines = shown(cfg, folders, run_dirs, max(60, min(80, size.columns)))
+        if cfg.watch and on_terminal:  # from the top left over what is there: no flicker
+            text = "".join(f"{line}\033[K\n" for line in lines[: size.lines - 1])
+            print(f"\033[H{text}\033[J", end="", flush=True)
         else:
-            lines = table(found, width) if found else [f"no run in {cfg.out_dir}"]
-        if cfg.watch and on_terminal and not cfg.json:  # from the top left over what is there: no flicker
-            shown = "".join(f"{line}\033[K\n" for line in lines[: size.lines - 1])
-            print(f"\033[H{shown}\033[J", end="", flush=True)
-        else:
-            print(*lines, sep="\n", end="\n\n" if cfg.watch and not cfg.json else "\n", flush=True)
+            print(*lines, sep="\n", flush=True)
         if not cfg.watch:
             return
+        if not on_terminal and not cfg.json:
+            print(flush=True)
         time.sleep(cfg.every)
+
+
+def runs_of(out_dir):
+    """Return the folders of the runs in out_dir."""
+    paths = [os.path.join(out_dir, name) for name in sorted(os.listdir(out_dir))]
+    return [path for path in paths if os.path.isdir(path) and is_run(path)]
+
+
+def shown(cfg, folders, run_dirs, width):
+    """Write the pictures that are asked for; return the lines to print about the runs. folders: those of them
+    that the command names."""
+    if cfg.plot:
+        plots.plot(run_dirs, cfg.plot)
+        print(f"wrote {cfg.plot}", file=sys.stderr)
+    if cfg.codes:
+        number = plots.plot_codes(run_dirs[0], cfg.matrix, cfg.codes)
+        print(f"wrote {cfg.codes}, with {number}", file=sys.stderr)
+    states = [status(path, cfg.window) for path in run_dirs]
+    if cfg.json and len(folders) == 1:
+        return [record.to_json(states[0])]
+    if cfg.json:
+        return [record.to_json({"runs": states})]
+    if folders and not cfg.plot and not cfg.codes:
+        return [line for now in states for line in [*screen(now, width), ""]][:-1]
+    if not states:
+        return [f"no run in {cfg.out_dir}"]
+    return table(states, width)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
-Mirrors of a run's record in TensorBoard, Weights & Biases and trackio, each imported only where it is on.
+Mirrors of a run's record in TensorBoard, Weights & Biases and trackio, each imported only if it is on.
 
-The files in runs/<run_id> stay the record. A thread of its own opens and feeds each mirror, so that one
-that fails or hangs costs a warning and its own lines, never a step of training. Where a run resumes from
-step k, TensorBoard hides what was drawn from there on; W&B and trackio draw those steps a second time.
+The files in runs/<run_id> stay the record. A separate thread opens and feeds each mirror, so that one that
+fails or hangs costs a warning and its lines, never a step of training. If a run resumes from step k,
+TensorBoard hides what was drawn from there on; W&B and trackio draw those steps a second time.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ HANGS = 100  # seconds without an answer that count as hanging
 
 
 def need(cfg):
-    """import what the settings ask for, before the run starts; exits with 2 where it is not installed"""
+    """Import what the settings ask for, before the run starts; exit with 2 if it is not installed."""
     for name, module in LIBRARIES.items():
         if getattr(cfg, name):
             with contextlib.suppress(Exception):  # installed but broken: the mirror meets it again, and warns
@@ -36,15 +36,18 @@ def need(cfg):
 
 
 def mirrored(cfg, name, row):
-    """(step, numbers, texts) of a line of the record: its finite numbers, the totals of ternary health, the
-    greedy samples"""
-    numbers, texts = row, {}
+    """Return (step, numbers, texts) of a line of the record: its finite numbers, the totals of ternary health
+    and routers, the greedy samples."""
+    numbers = row
+    texts = {}
     if name in (record.BITNET, record.ROUTER):
-        kind = os.path.basename(name).removesuffix(".jsonl")
-        numbers = {f"{kind}/{key}": value for key, value in row["total"].items()}
+        base = os.path.basename(name).removesuffix(".jsonl")
+        numbers = {f"{base}/{key}": value for key, value in row["total"].items()}
     elif name == record.SAMPLES:
-        text = {f"sample/{cfg.sample_prompts.index(row['prompt'])}": row["prompt"] + row["generated_text"]}
-        numbers, texts = {}, text if row["mode"] == "greedy" else {}
+        numbers = {}
+        if row["mode"] == "greedy":
+            number = cfg.sample_prompts.index(row["prompt"])
+            texts = {f"sample/{number}": row["prompt"] + row["generated_text"]}
     finite = {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and math.isfinite(v)}
     return row["step"], {k: v for k, v in finite.items() if k not in ("step", "time")}, texts
 
@@ -62,14 +65,14 @@ def open_tensorboard(cfg, run_dir, step):
         writer.flush()
 
     log(step, {}, {"settings": "\n".join(f"{name} = {value!r}" for name, value in settings_of(cfg).items())})
-    for name, kind in ((record.SCALARS, "loss"), (record.BITNET, "total"), (record.ROUTER, "total")):
-        if row := record.last(run_dir, name, kind, step=step):  # purged too, but not made again
+    for name, key in ((record.SCALARS, "loss"), (record.BITNET, "total"), (record.ROUTER, "total")):
+        if row := record.last(run_dir, name, key, step=step):  # purged too, but not made again
             log(*mirrored(cfg, name, row))
     return log, writer.close
 
 
 def panels(module, texts):
-    """texts for W&B and trackio, with their line breaks"""
+    """Return texts for W&B and trackio, with their line breaks."""
     return {name: module.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
 
 
@@ -89,9 +92,9 @@ def open_wandb(cfg, run_dir, step):
         allow_val_change=True,
         settings=wandb.Settings(console="off", init_timeout=TIMEOUT, finish_timeout=TIMEOUT),
     )
-    if run.url:  # '' where it is offline
+    if run.url:  # '' if it is offline
         print(f"wandb: {run.url}", file=sys.stderr)
-    run.define_metric("step")  # a field of ours: W&B drops lines whose own step goes back
+    run.define_metric("step")  # our field: W&B drops lines whose built-in step goes back
     run.define_metric("*", step_metric="step")
     return lambda step, numbers, texts: run.log({"step": step} | numbers | panels(wandb, texts)), run.finish
 
@@ -99,21 +102,26 @@ def open_wandb(cfg, run_dir, step):
 def open_trackio(cfg, run_dir, step):
     import trackio
 
-    starts = [row["event"] for row in record.read(run_dir, record.EVENTS)]
-    is_new = [kind for kind in starts if kind in ("start", "resume")][-1] == "start"
-    name, resume = cfg.wandb_name or cfg.run_id, "never" if is_new else "allow"
+    events = [row["event"] for row in record.read(run_dir, record.EVENTS)]
+    begin = [event for event in events if event in ("start", "resume")][-1]
+    resume = {"start": "never", "resume": "allow"}[begin]
+    name = cfg.wandb_name or cfg.run_id
     run = trackio.init(cfg.wandb_project, name, config=settings_of(cfg), resume=resume, embed=False)
     return lambda step, numbers, texts: run.log(numbers | panels(trackio, texts), step=step), run.finish
 
 
 class Mirror(threading.Thread):
-    """a tracker and its thread. connect() gives log(step, numbers, texts) and close(); the first fault goes
-    to warn(text), in the caller's thread, and the mirror is off from then on"""
+    """A tracker and its thread. connect() returns log(step, numbers, texts) and close(); the first fault goes
+    to warn(text), in the caller's thread, and the mirror is off from then on."""
 
     def __init__(self, name, connect, warn):
         super().__init__(name=name, daemon=True)
-        self.connect, self.warn, self.lines = connect, warn, queue.SimpleQueue()
-        self.is_on, self.fault, self.busy_since = True, "", time.monotonic()
+        self.connect = connect
+        self.warn = warn
+        self.lines = queue.SimpleQueue()
+        self.is_on = True
+        self.fault = ""
+        self.busy_since = time.monotonic()
         self.start()
 
     def run(self):
@@ -130,22 +138,23 @@ class Mirror(threading.Thread):
             self.fault = printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
     def check(self):
+        """Turn the mirror off, with a warning, if it has failed or hangs."""
         hangs = time.monotonic() - self.busy_since > HANGS
         if self.is_on and (self.fault or hangs):
             self.is_on = False
-            why = self.fault or f"no answer for {HANGS} seconds"
-            self.warn(f"warning: {self.name} is off for the rest of this run ({why})")
+            reason = self.fault or f"no answer for {HANGS} seconds"
+            self.warn(f"warning: {self.name} is off for the rest of this run ({reason})")
 
 
 def start(cfg, run_dir, step, warn):
-    """the mirrors that the settings ask for, of a run that begins or goes on at `step`"""
+    """Return the mirrors that the settings ask for, of a run that begins or resumes at `step`."""
     opens = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
     on = [name for name in opens if getattr(cfg, name)]
     return [Mirror(name, lambda name=name: opens[name](cfg, run_dir, step), warn) for name in on]
 
 
 def mirror(mirrors, cfg, name, row):
-    """hand a line of file `name` of the record to all mirrors"""
+    """Hand a line of file `name` of the record to all mirrors."""
     for one in mirrors:
         one.check()
         step, numbers, texts = mirrored(cfg, name, row)
@@ -154,7 +163,7 @@ def mirror(mirrors, cfg, name, row):
 
 
 def finish(mirrors):
-    """end all mirrors, giving each the time to send what it still has"""
+    """End all mirrors, giving each the time to send what it still has."""
     for one in mirrors:
         one.lines.put(None)
     for one in mirrors:

@@ -15,7 +15,7 @@ from conftest import ROOT, run, settings
 
 import config
 from model import Transformer
-from nanobit.bench import planner, timing
+from nanobit.bench import planner, report, timing
 
 TINY = dict(vocab_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, ffn_dim=64, seq_len=16, batch_size=2)
 BASELINE = "config/train_baseline_95m.py"
@@ -143,19 +143,19 @@ def test_a_row_by_hand():
 def test_the_recommendation_and_its_reason(steps, cost, chosen, why):
     """bugs guarded: a length over the budget, or one that repeats the data, recommended; a reason that is not
     the one"""
-    row, sentence = planner.recommendation(rows_of(steps, **cost)[1], own=400_000)
+    row, sentence = report.recommendation(rows_of(steps, **cost)[1], own=400_000)
     assert (row and row["steps"]) == chosen and why in sentence
 
 
 def test_unwise_lengths_are_told():
     """bug guarded: few tokens per parameter, many epochs or a long warm-up, without a word"""
     cfg, rows = rows_of([2_000, 1_000_000, 4_000_000])
-    few, *rest = sorted(planner.cautions(cfg, COUNTS, rows, COST), key=lambda text: "parameter" not in text)
+    few, *rest = sorted(report.cautions(cfg, COUNTS, rows, COST), key=lambda text: "parameter" not in text)
     assert "2,000 steps" in few and "1,000,000" not in few
     assert sum("see the data" in text for text in rest) == 2
     assert "8.2 times: repetition begins" in "".join(rest) and "32.8 times: most" in "".join(rest)
-    assert any("warmup_steps = " in text for text in planner.cautions(cfg, COUNTS, rows_of([5])[1], COST))
-    assert "8 of" not in "".join(planner.cautions(cfg, COUNTS, rows_of([400_000])[1], COST))
+    assert any("warmup_steps = " in text for text in report.cautions(cfg, COUNTS, rows_of([5])[1], COST))
+    assert "8 of" not in "".join(report.cautions(cfg, COUNTS, rows_of([400_000])[1], COST))
 
 
 def test_a_mixture_counts_its_active_parameters():
@@ -166,7 +166,7 @@ def test_a_mixture_counts_its_active_parameters():
     assert row["tokens_per_param"] == pytest.approx(16.384) and row["tokens_per_active_param"] == 51.2
     want = [planner.expected_loss(n, 8.192e9, 1e9, cfg.ternary) + 0.25 for n in (160e6, 500e6)]
     assert row["expected_loss"] == pytest.approx(want[0])
-    told = planner.cautions(cfg, counts, [row], cost)
+    told = list(report.cautions(cfg, counts, [row], cost))
     assert any(f"the law gives {want[1]:.2f}" in text for text in told)
     assert not any("fewer than 20" in text for text in told)
 
@@ -207,7 +207,7 @@ def test_memory_by_hand(changes, per_token):
 def test_planned_memory_is_what_autograd_keeps(ternary, dtype):
     """bug guarded: a formula for activations that nobody compared with a model"""
     torch._dynamo.reset()
-    cfg = settings(n_layer=2, n_embd=128, n_head=4, n_kv_head=2, ffn_dim=384, vocab_size=256, seq_len=32)
+    cfg = settings(n_layer=1, n_embd=128, n_head=4, n_kv_head=2, ffn_dim=384, vocab_size=256, seq_len=32)
     cfg.ternary, cfg.dropout = ternary, 0.0
     model = Transformer(cfg)
     ours, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -264,7 +264,7 @@ def test_a_small_plan_has_numbers():
     )
     assert "76,800" in out and "3.07M" in out and " 55 MB" in out
     assert not re.search(r"\b0\.0+(B| GB)", out)
-    assert [planner.count(n) for n in (768, 3e8)] == ["768", "0.30B"] and planner.size(1.04) == "1.0 GB"
+    assert [report.count(n) for n in (768, 3e8)] == ["768", "0.30B"] and report.size(1.04) == "1.0 GB"
 
 
 def test_a_terminal_gets_no_json(monkeypatch, capsys):
@@ -313,8 +313,9 @@ def test_bench_times_the_weights_that_it_names(monkeypatch):
     """bug guarded: master weights timed under the name of integers, a float32 head under that of bfloat16"""
     monkeypatch.setattr(timing, "generate", lambda model, *args, **how: model)
     for packed, head in ((True, "float32"), (False, "bfloat16")):
-        cfg = SimpleNamespace(**vars(settings()), packed=packed, head=head, compare=False, cuda_graph=False)
-        (write,) = timing.writers(cfg, torch.device("cpu"), torch.zeros(1, 4, dtype=torch.long), 4).values()
+        cfg = SimpleNamespace(**vars(settings()), packed=packed, head=head, cuda_graph=False)
+        prompt = torch.zeros(1, 4, dtype=torch.long)
+        _, write = timing.writer(cfg, True, head, torch.device("cpu"), prompt, 4)
         model = write()
         assert any(type(layer).__name__ == "PackedLinear" for layer in model.modules()) == packed
         assert model.head.weight.dtype == getattr(torch, head)
@@ -334,7 +335,7 @@ def test_bench_times_text_and_plans_from_what_it_timed():
     assert "the experiment's own length" in found["recommendation"]
     assert {1000, 2000} <= {row["steps"] for row in found["rows"]} and found["step_ms"] > 0
     assert "(assumed)" not in out and found["rows"][0]["expected_loss"] is None
-    assert any("says nothing of so small a model" in text for text in found["warnings"])
+    assert any("does not hold for so small a model" in text for text in found["warnings"])
 
 
 def test_bench_compares_with_a_peer(tmp_path):
@@ -376,7 +377,7 @@ def test_bench_compares_with_a_peer(tmp_path):
         (dict(compare=True, vocab_size=60000), "has 50304 tokens"),
         (dict(plan=True, watts=-1), "watts = -1.0 must be at least 0"),
         (dict(plan=True, watts=100), "--watts only applies together with --price_per_kwh"),
-        (dict(plan=True, step_ms=5, calibrate="nowhere"), "calibrate = 'nowhere' is no finished run"),
+        (dict(plan=True, step_ms=5, calibrate="nowhere"), "calibrate = 'nowhere' is not a finished run"),
         (dict(compare=True, peers="nowhere"), "nowhere/nanoGPT/model.py does not exist"),
         (dict(sample=True, head="float16"), "choose one of float32, bfloat16"),
         (dict(sample=True, plan=True), "--plan and --sample exclude each other"),
@@ -409,4 +410,4 @@ def test_a_finished_run_calibrates_the_law(tmp_path):
     run_config["params"]["active"] = 20_000
     (tmp_path / "config.json").write_text(json.dumps(run_config))
     _, _, err = bench(BASELINE, plan=True, step_ms=100, calibrate=tmp_path, code=2)
-    assert "says nothing of so small a model" in err
+    assert "does not hold for so small a model" in err

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from conftest import lines, run, train, write_data
+from faults import inject
 from parts import part_of
 
 from nanobit import checkpoint
@@ -28,117 +30,169 @@ def runs(tmp_path_factory):
     return data_dir, out_dir
 
 
-def test_the_command(runs, tmp_path):
-    """bugs guarded: a card without the run's losses; an export that computes something else than its run"""
+@pytest.fixture(scope="module")
+def verified(runs, tmp_path_factory):
+    """(the folder of an export of `r`, what --verify prints as JSON)"""
     data_dir, out_dir = runs
-    ckpt, out = f"--ckpt={out_dir}/r", tmp_path / "packed"
-    where = f"--data_dir={data_dir}"
-    text, _ = run("export.py", ckpt, "--format=hf", f"--out={out}", "--verify", where, "--eval_tokens=64")
-    found = json.loads(text.strip().split("\n")[-1])
-    assert found["max_difference"] == 0.0 and found["same"] == found["tokens"]
-    assert found["val_loss"] == found["reader_val_loss"] and found["val_tokens"] == 64
-    scored = run("evaluate.py", ckpt, where, "--eval_tokens=64")[0].strip().split("\n")[-1]
-    assert json.loads(scored)["val_loss"] == pytest.approx(found["val_loss"], abs=1e-5)
-    card = open(out / "README.md", encoding="utf-8").read()
-    losses = [row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row]
-    twin = [row["val_loss"] for row in lines(f"{out_dir}/f", SCALARS) if "val_loss" in row]
-    assert f"this one is {losses[-1] - twin[-1]:+.4f} from it" in card
-    assert (
-        f"| 6 | {losses[-1]:.4f} |" in card
-        and "twin `f`" in card
-        and "max_steps = 6" in card
-        and os.path.dirname(out_dir) not in card
-    )
+    out = tmp_path_factory.mktemp("verified") / "packed"
+    flags = ["--format=hf", f"--out={out}", "--verify", f"--data_dir={data_dir}", "--eval_tokens=64"]
+    text, _ = run("export.py", f"--ckpt={out_dir}/r", *flags)
+    return out, json.loads(text.strip().split("\n")[-1])
+
+
+def test_verify_finds_no_difference(verified):
+    """transformers computes the logits, the greedy tokens and the loss of the run to the last bit."""
+    _, found = verified
+    assert found["max_difference"] == 0.0
+    assert found["same"] == found["tokens"]
+    assert found["val_loss"] == found["reader_val_loss"]
+    assert found["val_tokens"] == 64
+
+
+def test_an_export_has_the_score_of_its_run(runs, verified):
+    """evaluate.py gives an export and its run one score, which is the loss of --verify."""
+    out, found = verified
+    flags = [f"--data_dir={runs[0]}", "--eval_tokens=64"]
+    texts = [run("evaluate.py", f"--ckpt={ckpt}", *flags)[0] for ckpt in (out, f"{runs[1]}/r")]
+    scores = [text.strip().split("\n")[-1] for text in texts]
+    assert scores[0] == scores[1]
+    assert json.loads(scores[0])["val_loss"] == pytest.approx(found["val_loss"], abs=1e-5)
+
+
+def test_an_export_writes_the_text_of_its_run(runs, verified):
+    """sample.py writes the same text from an export and from its run."""
     flags = ["--prompt=a", "--temperature=0", "--max_new_tokens=8"]
-    assert run("sample.py", f"--ckpt={out}", *flags)[0] == run("sample.py", ckpt, *flags)[0]
-    scores = [run("evaluate.py", each, f"--data_dir={data_dir}")[0] for each in (f"--ckpt={out}", ckpt)]
-    assert len({text.strip().split("\n")[-1] for text in scores}) == 1, scores
-    assert oct(os.stat(out / "model.safetensors").st_mode) == oct(os.stat(out / "config.json").st_mode)
+    texts = [run("sample.py", f"--ckpt={ckpt}", *flags)[0] for ckpt in (verified[0], f"{runs[1]}/r")]
+    assert texts[0] == texts[1]
 
 
-def test_what_is_there_stays(runs, tmp_path):
-    """bugs guarded: an export that replaces the user's folder or file, or what somebody puts in its place
-    meanwhile; a full disk, Ctrl-C, or a rename that fails, that costs an earlier export or leaves remains"""
-    ckpt, out = f"--ckpt={runs[1]}/r", tmp_path / "packed"
-    run("export.py", ckpt, "--format=hf", f"--out={out}")
-    _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", code=2)
-    assert "is there already" in err and "--force" in err
-    (out / "notes.txt").write_text("mine")
-    _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", code=2)
-    assert "no earlier export" in err and (out / "notes.txt").exists()
-    os.remove(out / "notes.txt")
-    # what somebody puts there while the export is written, too
-    diary = tmp_path / "mine" / "diary.txt"
-    slow = f"""
-import os; from nanobit.export import hf
-real = hf.write
-def write(*args):
-    real(*args)
-    os.makedirs({str(diary.parent)!r}, exist_ok=True)
-    open({str(diary)!r}, "w").close()
-hf.write = write
-"""
-    for more in ([], ["--force"], ["--force"]):
-        _, err = run("export.py", ckpt, "--format=hf", f"--out={diary.parent}", *more, code=2, patch=slow)
-        assert "no earlier export" in err and diary.exists()
-        assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
-    (tmp_path / "mine.gguf").write_text("mine")
-    _, err = run("export.py", ckpt, "--format=gguf", f"--out={tmp_path}/mine.gguf", "--force", code=2)
-    assert "no earlier export" in err and (tmp_path / "mine.gguf").read_text() == "mine"
-    # a rename that fails takes no earlier export away
-    stuck = f"""
-import os
-real = os.replace
-def replace(a, b):
-    if b == {str(out)!r}: raise OSError("stuck")
-    real(a, b)
-os.replace = replace
-"""
-    _, err = run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", code=1, patch=stuck)
-    assert "cannot be written: stuck" in err and hf.is_ours(str(out))
-    for module in ("hf", "gguf_file"):
-        stop = f"import os, signal, {module} as writer\nreal = writer.write\n"
-        stop += "def write(*args): real(*args); os.kill(os.getpid(), signal.SIGINT)\nwriter.write = write"
-        place = f"{tmp_path}/new.gguf" if module == "gguf_file" else out
-        flags = [f"--format={module.removesuffix('_file')}", f"--out={place}", "--force"]
-        run("export.py", ckpt, *flags, code=130, patch=stop)
-    assert not [name for name in os.listdir(tmp_path) if "tmp" in name or "new" in name]
-    # a full disk leaves what was there, and nothing of its own
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"
-    for more in (
-        ["--format=hf", f"--out={out}"],
-        ["--format=gguf", f"--out={tmp_path}/full.gguf", "--type=f16"],
-    ):
-        _, err = run("export.py", ckpt, *more, "--force", code=1, patch=full)
-        assert "cannot be written" in err
-    assert not [name for name in os.listdir(tmp_path) if "tmp" in name or "full" in name]
-    assert hf.is_ours(str(out))
-    assert "quantization_config" in (out / "config.json").read_text()
-    run("export.py", ckpt, "--format=hf", f"--out={out}", "--force", "--latent")
-    assert "quantization_config" not in (out / "config.json").read_text()
-    assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+def test_the_card_has_the_losses_of_the_run_and_its_twin(runs, verified):
+    """The model card shows the curve, the settings and the distance to the float twin, and no path."""
+    out_dir = runs[1]
+    card = open(verified[0] / "README.md", encoding="utf-8").read()
+    losses, twin = (
+        [row["val_loss"] for row in lines(f"{out_dir}/{name}", SCALARS) if "val_loss" in row] for name in "rf"
+    )
+    assert f"| 6 | {losses[-1]:.4f} |" in card
+    assert "twin `f`" in card
+    assert f"this one is {losses[-1] - twin[-1]:+.4f} from it" in card
+    assert "max_steps = 6" in card
+    assert os.path.dirname(out_dir) not in card
+
+
+def test_weights_are_as_readable_as_the_rest(verified):
+    """model.safetensors has the permissions of the other files."""
+    out, _ = verified
+    assert os.stat(out / "model.safetensors").st_mode == os.stat(out / "config.json").st_mode
+
+
+@pytest.fixture
+def packed(verified, tmp_path):
+    """the folder of an earlier export, alone in tmp_path"""
+    return shutil.copytree(verified[0], tmp_path / "packed")
+
+
+def test_an_earlier_export_is_replaced_with_force_only(runs, packed):
+    """An earlier export stays unless --force is given; with it, another one takes its place."""
+    flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={packed}"]
+    _, err = run("export.py", *flags, code=2)
+    assert "exists already" in err
+    assert "--force" in err
+    assert "quantization_config" in (packed / "config.json").read_text()
+    run("export.py", *flags, "--force", "--latent")
+    assert "quantization_config" not in (packed / "config.json").read_text()
+    assert os.listdir(packed.parent) == ["packed"]
+
+
+def test_a_folder_with_a_file_of_the_user_stays(runs, packed):
+    """--force replaces no folder that holds anything else than an export."""
+    (packed / "notes.txt").write_text("mine")
+    flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={packed}", "--force"]
+    _, err = run("export.py", *flags, code=2)
+    assert "not an earlier export" in err
+    assert (packed / "notes.txt").exists()
+
+
+def test_a_file_of_the_user_stays(runs, tmp_path):
+    """--force replaces no file that is not an export."""
+    path = tmp_path / "mine.gguf"
+    path.write_text("mine")
+    _, err = run("export.py", f"--ckpt={runs[1]}/r", "--format=gguf", f"--out={path}", "--force", code=2)
+    assert "not an earlier export" in err
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("more", [[], ["--force"]])
+def test_what_appears_while_an_export_is_written_stays(more, runs, tmp_path):
+    """A folder that somebody makes at `out` meanwhile is not replaced, and nothing temporary remains."""
+    folder = tmp_path / "mine"
+    flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={folder}", *more]
+    _, err = run("export.py", *flags, code=2, patch=inject(f"folder_meanwhile({str(folder)!r})"))
+    assert "not an earlier export" in err
+    assert os.listdir(folder) == ["diary.txt"]
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_what_was_there_before_stays_too(runs, tmp_path):
+    """The same with --force holds for a folder that was there from the beginning."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "diary.txt").write_text("")
+    _, err = run("export.py", f"--ckpt={runs[1]}/r", "--format=hf", f"--out={folder}", "--force", code=2)
+    assert "not an earlier export" in err
+    assert os.listdir(folder) == ["diary.txt"]
+
+
+def test_a_rename_that_fails_costs_no_earlier_export(runs, packed):
+    """If the new export cannot be renamed, the earlier one is put back."""
+    flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={packed}", "--force"]
+    _, err = run("export.py", *flags, code=1, patch=inject(f"stuck_rename({str(packed)!r})"))
+    assert "cannot be written: stuck" in err
+    assert hf.is_ours(str(packed))
+    assert os.listdir(packed.parent) == ["packed"]
+
+
+@pytest.mark.parametrize("format, module", [("hf", "hf"), ("gguf", "gguf_file")])
+def test_ctrl_c_leaves_what_was_there(format, module, runs, packed):
+    """Ctrl-C while an export is written keeps the earlier one and leaves no part of the new one."""
+    out = {"hf": packed, "gguf": packed.parent / "new.gguf"}[format]
+    flags = [f"--ckpt={runs[1]}/r", f"--format={format}", f"--out={out}", "--force"]
+    run("export.py", *flags, code=130, patch=inject(f"interrupt_after_write({module!r})"))
+    assert os.listdir(packed.parent) == ["packed"]
+    assert hf.is_ours(str(packed))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--format=hf", "--out=packed"], ["--format=gguf", "--out=x.gguf", "--type=f16"]]
+)
+def test_a_full_disk_leaves_what_was_there(flags, runs, packed):
+    """A disk that fills up keeps the earlier export and leaves no part of the new one."""
+    flags = [flag.replace("--out=", f"--out={packed.parent}/") for flag in flags]
+    _, err = run(
+        "export.py", f"--ckpt={runs[1]}/r", *flags, "--force", code=1, patch=inject("files_of_at_most(8000)")
+    )
+    assert "cannot be written" in err
+    assert os.listdir(packed.parent) == ["packed"]
+    assert hf.is_ours(str(packed))
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf"])
 def test_ctrl_c_after_the_rename_is_too_late(format, runs, tmp_path):
-    """bug guarded: an export that is whole, whose command ends as if it were not, and then wants --force"""
+    """Ctrl-C after the export is renamed changes nothing: the command reports it and ends with 0."""
     out = f"{tmp_path}/x.gguf" if format == "gguf" else f"{tmp_path}/x"
-    late = f"""
-import os, signal
-real = os.rename
-def rename(a, b):
-    real(a, b)
-    if b == {out!r}: os.kill(os.getpid(), signal.SIGINT)
-os.rename = rename
-"""
-    text, _ = run("export.py", f"--ckpt={runs[1]}/r", f"--format={format}", f"--out={out}", patch=late)
+    text, _ = run(
+        "export.py",
+        f"--ckpt={runs[1]}/r",
+        f"--format={format}",
+        f"--out={out}",
+        patch=inject(f"interrupt_after_rename({out!r})"),
+    )
     assert text.startswith(f"wrote {out}")
 
 
 def test_all_missing_packages_are_named_at_one_time(runs, tmp_path):
     """bug guarded: pip install, the same command, the next package"""
-    gone = "import sys\n"
-    gone += "for name in ('safetensors', 'tokenizers', 'gguf', 'transformers'): sys.modules[name] = None"
+    gone = inject("not_installed('safetensors', 'tokenizers', 'gguf', 'transformers')")
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={tmp_path}/x"]
     _, err = run("export.py", *flags, "--verify", code=2, patch=gone)
     assert "pip install safetensors tokenizers transformers, or" in err and '".[export,verify]"' in err
@@ -159,30 +213,38 @@ def test_latent_weights_come_back(runs, tmp_path):
     train(data_dir, str(tmp_path), "again", **HOW | dict(max_steps=1), init_from=out)
 
 
-def test_types_and_flags(runs, tmp_path):
-    """bugs guarded: a type that cannot hold the model; a flag of the other format that is ignored"""
-    out_dir, ckpt = runs[1], f"--ckpt={runs[1]}/r"
-    # a file for llama.cpp: the smallest type that fits
-    text, _ = run("export.py", ckpt, "--format=gguf", f"--out={tmp_path}/x.gguf")
-    assert "q2_0, embedding q8_0" in text and "needs a llama.cpp of 2026" in text
-    _, err = run("export.py", ckpt, "--format=gguf", f"--out={tmp_path}/y.gguf", "--type=tq2_0", code=2)
-    assert "blocks of 256" in err and "--type=q2_0" in err and not os.path.exists(tmp_path / "y.gguf")
-    _, err = run(
-        "export.py", f"--ckpt={out_dir}/f", "--format=gguf", f"--out={tmp_path}/y.gguf", "--type=q2_0", code=2
-    )
+def test_a_gguf_file_has_the_smallest_type_that_fits(runs, tmp_path):
+    """Without --type the smallest one that holds the model is taken, with a note on what reads it."""
+    text, _ = run("export.py", f"--ckpt={runs[1]}/r", "--format=gguf", f"--out={tmp_path}/x.gguf")
+    assert "q2_0, embedding q8_0" in text
+    assert "needs a llama.cpp of 2026" in text
+
+
+def test_a_type_that_cannot_hold_the_model_is_refused(runs, tmp_path):
+    """A type whose blocks do not fit, or with codes for a float model, is an error that writes nothing."""
+    flags = ["--format=gguf", f"--out={tmp_path}/y.gguf"]
+    _, err = run("export.py", f"--ckpt={runs[1]}/r", *flags, "--type=tq2_0", code=2)
+    assert "blocks of 256" in err
+    assert "--type=q2_0" in err
+    _, err = run("export.py", f"--ckpt={runs[1]}/f", *flags, "--type=q2_0", code=2)
     assert "this is a float model" in err
-    for flags, says in (
-        (["--format=onnx", f"--out={tmp_path}/z"], "format = 'onnx' is unknown"),
-        (
-            ["--format=hf", f"--out={tmp_path}/z", "--type=f16"],
-            "--type only applies together with --format=gguf",
-        ),
-        (["--format=hf", f"--out={tmp_path}/no/z"], "make it first"),
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--format=onnx", "--out=z"], "format = 'onnx' is unknown"),
+        (["--format=hf", "--out=z", "--type=f16"], "--type only applies together with --format=gguf"),
+        (["--format=hf", "--out=no/z"], "make it first"),
         (["--format=hf"], "--out=... is missing"),
         (["--format=hf", "--out="], "is not a name"),
-        (["--format=gguf", f"--out={tmp_path}/x"], "must end in .gguf"),
-    ):
-        assert says in run("export.py", ckpt, *flags, code=2)[1]
+        (["--format=gguf", "--out=x"], "must end in .gguf"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(flags, says, runs, tmp_path):
+    """A flag of the other format, and a path that cannot be written, is an error."""
+    assert says in run("export.py", f"--ckpt={runs[1]}/r", *flags, code=2, cwd=tmp_path)[1]
 
 
 def test_only_what_export_wrote_is_replaced(tmp_path, capsys):
@@ -210,33 +272,51 @@ def test_only_what_export_wrote_is_replaced(tmp_path, capsys):
     assert "trained further, or damaged" in capsys.readouterr().out
 
 
-def test_the_verdict(runs, tmp_path):
-    """bugs guarded: BAD that is told as good: by a bit of the weights, by the loss alone, by the tokenizer,
-    by the exit code"""
+def test_a_bit_of_a_scale_is_bad(tmp_path):
+    """An export whose weights differ in the last bit of one scale is not good."""
     from safetensors.torch import load_file, save_file
 
-    part, path = part_of(), tmp_path / "x"
-    part["config"]["sample_prompts"] = ["a cat"]
-    hf.write(part, str(path))
-    weights = load_file(path / "model.safetensors")
+    part = part_of()
+    hf.write(part, str(tmp_path / "x"))
+    path = tmp_path / "x" / "model.safetensors"
+    tensors = load_file(path)
     name = "model.layers.0.mlp.up_proj.weight_scale"
-    save_file(weights | {name: weights[name].nextafter(torch.tensor(9.0))}, path / "model.safetensors")
-    assert not verify.hf(part, str(path))["good"]
+    save_file(tensors | {name: tensors[name].nextafter(torch.tensor(9.0))}, path)
+    assert not verify.hf(part, str(tmp_path / "x"))["good"]
 
-    model, tokenizer = restore(part, "cpu"), make_tokenizer(part["tokenizer"])
-    tokenize, go_on = lambda text: encode_prompt(tokenizer, 0, text), lambda ids, n: [0] * n
+
+@pytest.fixture
+def reader():
+    """(a part, logits, tokenize, write) of a reader that computes as we do, but writes other text"""
+    part = part_of()
+    part["config"]["sample_prompts"] = ["a cat"]
+    tokenizer = make_tokenizer(part["tokenizer"])
+    return part, restore(part, "cpu"), lambda text: encode_prompt(tokenizer, 0, text), lambda ids, n: [0] * n
+
+
+@pytest.mark.parametrize("factor, good", [(1.0, True), (1.1, False)])
+def test_a_loss_alone_can_be_bad(factor, good, reader):
+    """A reader whose logits agree on the probe, and whose loss does not, is not good."""
+    part, model, tokenize, write = reader
     x = torch.arange(12)[None]
-    for other, good in ((1.0, True), (1.1, False)):
-        logits = lambda ids: model(ids) * (1.0 if len(ids) == 2 else other)  # noqa: E731, B023
-        found = verify.compare(part, [(x, x)], part, 0.0, "reader", logits, tokenize, go_on)
-        assert found["max_difference"] == 0 and found["good"] == good
+
+    def logits(ids):
+        return model(ids) * (1.0 if len(ids) == 2 else factor)
+
+    found = verify.compare(part, [(x, x)], part, 0.0, "reader", logits, tokenize, write)
+    assert found["max_difference"] == 0
+    assert found["good"] == good
+
+
+def test_another_tokenizer_ends_the_comparison(reader):
+    """A reader that makes other ids of a text is an error with exit code 1."""
+    part, model, tokenize, write = reader
     with pytest.raises(SystemExit) as end:
-        verify.compare(part, [], part, 0.0, "reader", model, lambda text: tokenize(text)[1:], go_on)
+        verify.compare(part, [], part, 0.0, "reader", model, lambda text: tokenize(text)[1:], write)
     assert end.value.code == 1
+
+
+def test_the_verdict_is_the_exit_code(runs, tmp_path):
+    """export.py --verify exits with 1 if the export is not good."""
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={tmp_path}/y", "--verify"]
-    run(
-        "export.py",
-        *flags,
-        code=1,
-        patch="from nanobit.export import verify\nverify.hf = lambda *args: dict(good=False)",
-    )
+    run("export.py", *flags, code=1, patch=inject("bad_verdict()"))

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from conftest import lines, run, write_data
+from faults import inject
 from parts import llama_folder
 
 import config
@@ -135,22 +136,21 @@ def books(folders):
 
 def test_samples_of_a_run_begin_with_bos(folders):
     """bug guarded: samples while training, or a task's texts, that begin with another token than the data"""
-    spied = "import {0}\nreal = {0}.encode_prompt\n"
-    spied += "def spy(tokenizer, bos, text): print('begins', bos); return real(tokenizer, bos, text)\n"
-    spied += "{0}.encode_prompt = spy\n"
     values = dict(
         init_from=folders["llama"], data_dir=folders["data"], out_dir=folders["runs"], dataset="books"
     )
     values |= dict(
         run_id="spied", max_steps=1, device="cpu", compile=False, batch_size=1, seq_len=16, eval_every=0
     )
-    out, _ = run("train.py", *(f"--{k}={v}" for k, v in values.items()), patch=spied.format("samples"))
+    out, _ = run(
+        "train.py", *(f"--{k}={v}" for k, v in values.items()), patch=inject("spy_on_prompts('generate')")
+    )
     assert "begins 1" in out
     words = folders["data"] / "words.jsonl"
     words.write_text('{"text": "the cat sat"}\n')
     run("prepare/lambada.py", f"--files={words}", f"--data_dir={folders['data']}", "--name=words")
     flags = [f"--ckpt={folders['runs']}/spied", f"--data_dir={folders['data']}", "--dataset=words"]
-    assert "begins 1" in run("evaluate.py", *flags, patch=spied.format("tasks"))[0]
+    assert "begins 1" in run("evaluate.py", *flags, patch=inject("spy_on_prompts('tasks.text')"))[0]
 
 
 def test_a_llama_is_used_as_it_is(folders):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, lines, run, start, train, write_data
@@ -106,35 +107,76 @@ def caught(monkeypatch, argv):
     return figures[0]
 
 
-def test_codes_shows_what_flipped(real, monkeypatch):
-    """bugs guarded: a share of the corner given for that of the matrix; panels out of order; a checkpoint
-    that is damaged shown"""
-    name = "blocks.1.attn.q_proj"
-    figure = caught(monkeypatch, [f"{real}/r", "--codes=x.png", "--matrix", name])
-    top, bottom = figure.axes[: len(figure.axes) // 2], figure.axes[len(figure.axes) // 2 :]
+NAME = "blocks.1.attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def codes_figure(real):
+    """(the steps, the axes of codes, of flips, of histograms) of --codes on the ternary run"""
+    with pytest.MonkeyPatch.context() as patch:
+        figure = caught(patch, [f"{real}/r", "--codes=x.png", "--matrix", NAME])
     steps = sorted(checkpoint.steps(f"{real}/r"))
-    assert [ax.get_title() for ax in top] == [f"step {step}" for step in steps] and len(steps) > 3
-    before = None
-    for step, codes_ax, flips_ax in zip(steps, top, bottom):
-        part = checkpoint.load(checkpoint.step_dir(f"{real}/r", step))
-        codes = quant.ternarize(part["model"][f"{name}.weight"])[0].numpy()
-        assert (codes_ax.images[0].get_array() == codes[:64, :64]).all() and codes.shape == (72, 72)
-        if before is not None:
-            share, corner = (codes != before).mean(), (codes != before)[:64, :64]
-            assert flips_ax.get_title().startswith(f"{share:.2%} flipped") and corner.any()
-            assert (flips_ax.images[0].get_array() == corner).all()
-        before = codes
+    n = len(steps)
+    return steps, figure.axes[:n], figure.axes[n : 2 * n], figure.axes[2 * n :]
+
+
+def latent(real, step):
+    """the latent weights of the matrix of --codes"""
+    return checkpoint.load(checkpoint.step_dir(f"{real}/r", step))["model"][f"{NAME}.weight"]
+
+
+def codes_of(real, step):
+    return quant.ternarize(latent(real, step))[0].numpy()
+
+
+def test_codes_shows_each_checkpoint_in_its_order(real, codes_figure):
+    """The upper panels show the corner of the matrix at each whole checkpoint, oldest first."""
+    steps, top, _, _ = codes_figure
+    assert len(steps) > 3
+    assert [ax.get_title() for ax in top] == [f"step {step}" for step in steps]
+    for step, ax in zip(steps, top):
+        codes = codes_of(real, step)
+        assert codes.shape == (72, 72)
+        assert (ax.images[0].get_array() == codes[:64, :64]).all()
+
+
+def test_codes_shows_what_flipped(real, codes_figure):
+    """The lower panels show the codes that flipped, with the share of the whole matrix, not of its corner."""
+    steps, _, bottom, _ = codes_figure
     assert len(bottom[0].images) == 0
+    for before, step, ax in zip(steps, steps[1:], bottom[1:]):
+        flipped = codes_of(real, before) != codes_of(real, step)
+        assert flipped[:64, :64].any()
+        assert ax.get_title() == f"{flipped.mean():.2%} flipped\nsince {before}"
+        assert (ax.images[0].get_array() == flipped[:64, :64]).all()
+
+
+def test_codes_shows_the_latent_weights_about_their_thresholds(real, codes_figure):
+    """Histograms of the first and the last checkpoint hold each weight once, in the bins of its code."""
+    steps, _, _, histograms = codes_figure
+    assert len(histograms) == 2
+    for step, ax in zip((steps[0], steps[-1]), histograms):
+        ratio = (latent(real, step) / latent(real, step).abs().mean()).numpy()
+        shares = [(ratio < -0.5).mean(), (abs(ratio) <= 0.5).mean(), (ratio > 0.5).mean()]
+        minus, zero, plus = (f"{share:.1%}" for share in shares)
+        assert ax.get_title() == f"step {step}: {minus} are -1, {zero} are 0, {plus} are +1"
+        assert [line.get_xdata()[0] for line in ax.lines] == [-0.5, 0.5]
+        bars = [[bar.get_height() for bar in group] for group in ax.containers]
+        assert [sum(heights) for heights in bars] == pytest.approx(shares)
+        counted, _ = np.histogram(ratio.clip(-4, 4), 160, (-4, 4))
+        assert [sum(heights) for heights in zip(*bars)] == pytest.approx(counted / ratio.size, abs=2e-4)
 
 
 def test_codes_of_experts(data_dir, out_dir, monkeypatch):
-    """bug guarded: a stack of matrices ends in a traceback"""
+    """The experts of a mixture are shown one below the other, each with its own scale."""
     train(data_dir, out_dir, "r", n_expert=2, max_steps=10, sample_every=0, eval_every=0)
     figure = caught(monkeypatch, [f"{out_dir}/r", "--codes=x.png", "--matrix=blocks.0.ffn.up_proj"])
     weight = checkpoint.load(checkpoint.step_dir(f"{out_dir}/r", 10))["model"]["blocks.0.ffn.up_proj.weight"]
     codes = torch.cat([quant.ternarize(expert)[0] for expert in weight]).numpy()
-    shown = figure.axes[len(figure.axes) // 2 - 1].images[0].get_array()
-    assert codes.shape == (96, 32) and (shown == codes[:64, :64]).all()
+    shown = figure.axes[len(figure.axes) // 2 - 2].images[0].get_array()
+    assert codes.shape == (96, 32)
+    assert (shown == codes[:64, :64]).all()
+    assert f"{(codes == 0).mean():.1%} are 0" in figure.axes[-1].get_title()
 
 
 def test_codes_needs_two_checkpoints_of_a_ternary_run(real, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""status.py: what the files of a run tell, and what is wrong with it."""
+"""nanobit/monitor/: the state of a run by its files, and what is wrong with it."""
 
 import json
 import os
@@ -7,10 +7,11 @@ import time
 
 import numpy as np
 import pytest
-from conftest import run
 from histories import noisy, write_run
 
-from nanobit.monitor import status
+import monitor
+from nanobit import run_files
+from nanobit.monitor import status, trends
 
 DEAD = 2**22 + 1  # above the largest pid of Linux
 LATE = dict(lr=1e-4)
@@ -21,57 +22,97 @@ def heads(status):
     return [text.split(":")[0] for text in status["warnings"]]
 
 
-def test_damage_is_left_out(tmp_path):
-    """bug guarded: a traceback for a half-written line, a missing file, a NaN, an empty folder"""
+@pytest.fixture
+def damaged(tmp_path):
+    """a run whose files hold half lines, other types, NaN and infinity"""
     path = write_run(tmp_path / "r", losses=noisy(0.01), evals=[(0, 2.5)], health=[dict(zero=0.33)] * 3)
     with open(f"{path}/metrics/scalars.jsonl", "ab") as file:
         file.write(b'{"step": 601, "lo\n\xff\xfe\x00\n[1]\n{"loss": 1.0}\n{"step": null, "loss": 3}\n')
         file.write(b'{"step": 610, "loss": NaN, "lr": "x", "time": Infinity}\n{"step": 620, "lo')
     with open(f"{path}/metrics/bitnet.jsonl", "a") as file:
         file.write('{"step": 610, "total": 7}\n{"step": 620, "total": {"zero": NaN}}\n{"st')
-    found = status.status(path)
-    assert found["step"] == 610 and found["loss"] is None and found["lr"] is None
-    assert found["bitnet"]["zero"] is None and heads(found) == ["not finite"]
-    for flag in ("--json", f"--plot={tmp_path}/out.png", "--window=6"):
-        out, _ = run("monitor.py", path, flag)
-        assert "NaN" not in out and "Infinity" not in out
-    os.truncate(f"{path}/config.json", 100)
-    assert status.status(path)["max_steps"] is None
+    return path
+
+
+def test_damaged_lines_are_left_out(damaged):
+    """A half-written line is left out, a value of another type than its name wants is unknown."""
+    found = status.status(damaged)
+    assert found["step"] == 610
+    assert found["loss"] is None
+    assert found["lr"] is None
+    assert found["bitnet"]["zero"] is None
+    assert heads(found) == ["not finite"]
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot=out.png", "--window=6"])
+def test_every_view_of_a_damaged_run_is_shown(flag, damaged, tmp_path, monkeypatch, capsys):
+    """No view ends in a traceback, or prints what JSON does not have."""
+    monkeypatch.chdir(tmp_path)
+    monitor.main([damaged, flag])
+    out = capsys.readouterr().out
+    assert out
+    assert "NaN" not in out
+    assert "Infinity" not in out
+
+
+def test_missing_files_are_left_out(damaged):
+    """Each file of a run may be missing or cut off, one after the other."""
+    os.truncate(f"{damaged}/config.json", 100)
+    assert status.status(damaged)["max_steps"] is None
     for name in ("config.json", "metrics/events.jsonl", "metrics/bitnet.jsonl", "samples/samples.jsonl"):
-        os.remove(f"{path}/{name}")
-        assert status.status(path)["step"] == 610
-        run("monitor.py", path)
+        os.remove(f"{damaged}/{name}")
+        assert status.status(damaged)["step"] == 610
+        monitor.main([damaged])
+
+
+def test_an_empty_folder_is_a_run_to_come(tmp_path, capsys):
+    """An empty folder is shown as empty, by itself and among others."""
     os.makedirs(tmp_path / "empty" / "e")
     assert status.status(f"{tmp_path}/empty/e")["state"] == "empty"
-    out, _ = run("monitor.py", f"--out_dir={tmp_path}/empty")
-    assert "empty" in out
+    monitor.main([f"--out_dir={tmp_path}/empty"])
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["e", "empty"]
 
 
-def test_state(tmp_path, monkeypatch):
-    """bugs guarded: a dead run that seems to train; a run on another machine that seems dead; a pause for
-    an evaluation taken for the end; the finish of a run that was lengthened; a zombie taken for a run"""
-    resume = dict(event="resume", step=600, time=time.time())
-    finish = resume | dict(event="finish", why="max_steps", result={})
-    interrupt = dict(event="interrupt", step=603, signal=15, time=time.time())
+FINISH = dict(event="finish", step=600, why="max_steps", result={})
+RESUME = dict(event="resume", step=600)
+INTERRUPT = dict(event="interrupt", step=603, signal=15)
 
-    def state(name, **how):
-        found = status.status(write_run(tmp_path / name, losses=noisy(0.01), **how))
-        assert [text for text in heads(found) if "dead" in text or "stopped" in text] == (
-            [found["state"]] if found["state"] in ("dead process", "stopped writing") else []
-        )
-        return found["state"]
 
-    assert state("training", age=30) == "training"
-    assert state("evaluating", age=55) == "training", "under a minute"
-    assert state("stopped", age=100) == "stopped writing"
-    assert state("dead", age=5, pid=DEAD) == "dead process"
-    assert state("own_pid", age=5, pid=os.getpid()) == "dead process", "pids begin anew in a container"
-    assert state("finished", age=500, pid=DEAD, events=[finish]) == "finished"
-    assert state("interrupted", age=500, pid=DEAD, events=[interrupt]) == "interrupted"
-    assert status.status(f"{tmp_path}/interrupted")["step"] == 603, "it is past its last line"
-    assert state("again", age=5, events=[finish, resume]) == "training"
-    # a long pause is usual where there was one: 300 s at line 30
-    path = write_run(tmp_path / "pauses", losses=noisy(0.01), age=400)
+def now():
+    return dict(time=time.time())
+
+
+@pytest.mark.parametrize(
+    "state, how",
+    [
+        ("training", dict(age=30)),
+        ("training", dict(age=55)),  # an evaluation may take a minute
+        ("stopped writing", dict(age=100)),
+        ("dead process", dict(age=5, pid=DEAD)),
+        ("dead process", dict(age=5, pid=os.getpid())),  # a new container counts pids from 1 again
+        ("finished", dict(age=500, pid=DEAD, events=[FINISH | now()])),
+        ("interrupted", dict(age=500, pid=DEAD, events=[INTERRUPT | now()])),
+        ("training", dict(age=5, events=[FINISH | now(), RESUME | now()])),  # lengthened
+    ],
+)
+def test_state(state, how, tmp_path):
+    """The state follows from the last event of a process, its life and its silence; two of them are warned
+    about."""
+    found = status.status(write_run(tmp_path / "r", losses=noisy(0.01), **how))
+    assert found["state"] == state
+    warned = [text for text in heads(found) if "dead" in text or "stopped" in text]
+    assert warned == [text for text in ("dead process", "stopped writing") if text == state]
+
+
+def test_an_interrupted_run_is_past_its_last_line(tmp_path):
+    """The step of a run is that of its newest record, an event too."""
+    how = dict(age=500, pid=DEAD, events=[INTERRUPT | now()])
+    assert status.status(write_run(tmp_path / "r", losses=noisy(0.01), **how))["step"] == 603
+
+
+def test_a_long_pause_is_usual_where_there_was_one(tmp_path):
+    """A run that once paused for 300 s, as for an evaluation, may be silent for 400 s."""
+    path = write_run(tmp_path / "r", losses=noisy(0.01), age=400)
     with open(f"{path}/metrics/scalars.jsonl") as file:
         rows = [json.loads(line) for line in file]
     for row in rows[:30]:
@@ -81,12 +122,22 @@ def test_state(tmp_path, monkeypatch):
     with open(f"{path}/metrics/events.jsonl", "w") as file:
         file.write(json.dumps(dict(event="start", step=0, time=rows[0]["time"] - 10)) + "\n")
     assert status.status(path)["state"] == "training"
-    with open(f"{tmp_path}/dead/config.json") as file:
+
+
+def test_a_process_of_another_machine_may_live(tmp_path):
+    """Nothing is known of the process of another host, so it is not called dead."""
+    path = write_run(tmp_path / "r", losses=noisy(0.01), age=5, pid=DEAD)
+    with open(f"{path}/config.json") as file:
         config = json.load(file)
-    with open(f"{tmp_path}/dead/config.json", "w") as file:
+    with open(f"{path}/config.json", "w") as file:
         json.dump(config | {"host": "elsewhere"}, file)
-    found = status.status(f"{tmp_path}/dead")
-    assert found["state"] == "training" and found["pid_alive"] is None
+    found = status.status(path)
+    assert found["state"] == "training"
+    assert found["pid_alive"] is None
+
+
+def test_a_zombie_is_dead():
+    """A process that has ended, and for which nobody waited, is not alive."""
     child = subprocess.Popen(["true"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert status.is_alive({"pid": child.pid}) is False
@@ -173,15 +224,15 @@ def test_a_plateau_before_the_decay_is_to_wait_for(tmp_path):
 def test_trend_knows_its_noise():
     """bug guarded: noise taken for a trend, or a trend that hides itself by inflating its own noise"""
     rng = np.random.default_rng(1)
-    told = [status.trend(rng.normal(0, 1, 50).tolist(), 50) for _ in range(400)]
+    told = [trends.trend(rng.normal(0, 1, 50).tolist(), 50) for _ in range(400)]
     assert np.mean([found["word"] != "flat" for found in told]) == pytest.approx(0.046, abs=0.035)
     assert np.std([found["change"] for found in told]) == pytest.approx(
         np.mean([found["error"] for found in told]), rel=0.15
     )
-    steep = status.trend([10 - 0.1 * i for i in range(50)], 50)
+    steep = trends.trend([10 - 0.1 * i for i in range(50)], 50)
     assert steep["word"] == "falling" and steep["change"] == pytest.approx(-2.5)
     assert steep["error"] == pytest.approx(0.1 / 25**0.5)
-    assert status.trend([1.0] * 50, 50)["word"] == "flat" and status.trend([1.0] * 5, 50) is None
+    assert trends.trend([1.0] * 50, 50)["word"] == "flat" and trends.trend([1.0] * 5, 50) is None
 
 
 def test_time_to_go_leaves_out_warming_up(tmp_path):
@@ -197,8 +248,8 @@ def test_time_to_go_leaves_out_warming_up(tmp_path):
     # a process that began 25 s ago has written three lines, the first of them slow
     resume = dict(event="resume", step=570, time=time.time() - 25)
     path = write_run(tmp_path / "w", losses=noisy(0.01, n=60), events=[resume])
-    run_lines = status.read_run(path)
-    assert [row["step"] for row in run_lines["rows"] if row not in status.steady(run_lines)] == [10, 580]
+    run_lines = run_files.read_run(path)
+    assert [row["step"] for row in run_lines["rows"] if row not in trends.steady(run_lines)] == [10, 580]
 
 
 def test_anomalies_are_counted_once(tmp_path):
@@ -217,18 +268,18 @@ def test_anomalies_are_counted_once(tmp_path):
 def test_a_loss_that_has_jumped_is_not_falling():
     """bug guarded: a run that jumped from 4.0 to 5.0 called falling, since its newer half lies lower"""
     losses = noisy(0.05, n=50, start=6.5) + noisy(0, n=6, start=5.0)
-    found = status.trend(losses, 50)
+    found = trends.trend(losses, 50)
     assert found["change"] < 0 and found["word"] == "rising" and found["jump"] == pytest.approx(0.9, abs=0.2)
-    assert status.moves(found).startswith("rising: the last 5 lines average 0.")
-    assert status.trend(losses[:50], 50)["jump"] == 0
+    assert trends.moves(found).startswith("rising: the last 5 lines average 0.")
+    assert trends.trend(losses[:50], 50)["jump"] == 0
 
 
 def test_noise_is_no_jump():
     """bug guarded: a flat run called rising by its noise"""
     rng = np.random.default_rng(2)
-    jumps = [status.trend(rng.normal(2, 0.1, 50).tolist(), 50)["jump"] for _ in range(300)]
+    jumps = [trends.trend(rng.normal(2, 0.1, 50).tolist(), 50)["jump"] for _ in range(300)]
     assert sum(map(bool, jumps)) <= 2
-    assert status.trend([1.0] * 25 + [1.001] * 25, 50)["jump"] == 0, "without noise, less than 1 %"
+    assert trends.trend([1.0] * 25 + [1.001] * 25, 50)["jump"] == 0, "without noise, less than 1 %"
 
 
 def test_the_beginning_of_a_short_run_is_left_out(tmp_path):

@@ -2,13 +2,12 @@
 Models as one GGUF file, for llama.cpp: architecture llama, the tokenizer inside.
 
 Ternary matrices are stored as codes with a scale in fp16 for each block (tq2_0, tq1_0, q2_0) or as floats
-(f16, f32). No such file says that a token's input is rounded as a whole: llama.cpp rounds it in blocks of its
-own, or with f32 not at all.
+(f16, f32). No such file can state that the input of a token is rounded as a whole: llama.cpp rounds it in
+smaller blocks, or with f32 not at all.
 """
 
 import enum
 import os
-import re
 
 import numpy as np
 
@@ -21,20 +20,21 @@ NAMES = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
 BLOCK = {"attn_norm": "attn_norm", "ffn_norm": "ffn_norm", "ffn.router": "ffn_gate_inp"}
 BLOCK |= {f"attn.{ours}_proj": f"attn_{theirs}" for ours, theirs in zip("qkvo", ("q", "k", "v", "output"))}
 BLOCK |= {f"ffn.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
-TERNARY, TYPES = ("tq2_0", "tq1_0", "q2_0"), ("f32", "f16", "q8_0", "q5_0", "q4_0")
-MARK = "nanobit.step"  # a key of our own; others skip it
+TERNARY = ("tq2_0", "tq1_0", "q2_0")
+TYPES = ("f32", "f16", "q8_0", "q5_0", "q4_0")
+MARK = "nanobit.step"  # our key; others skip it
 BLOCK_SIZE = {"tq2_0": 256, "tq1_0": 256, "q2_0": 64, "q8_0": 32, "q5_0": 32, "q4_0": 32}
 
 
 class More(enum.IntEnum):
-    """types of llama.cpp that the gguf package does not know yet"""
+    """The types of llama.cpp that the gguf package does not know yet."""
 
     Q2_0 = 42
 
 
 def q2_0(codes, scale):
-    """bytes (rows, 18 in / 64) of codes (rows, in) with one scale: of 64 the scale in fp16, then four
-    neighbours to a byte, lowest bits first"""
+    """Return the bytes (rows, 18 in / 64) of codes (rows, in) with one scale: for each 64 the scale in fp16,
+    then four neighbours to a byte, lowest bits first."""
     u = (codes + 1).astype(np.uint8).reshape(-1, 16, 4)
     packed = u[..., 0] | u[..., 1] << 2 | u[..., 2] << 4 | u[..., 3] << 6
     d = np.full((len(u), 1), scale, np.float16).view(np.uint8)
@@ -42,12 +42,12 @@ def q2_0(codes, scale):
 
 
 def interleaved(w, n_head):
-    """rows of q or k (out, in) in the order of rotary positions that turn neighbours, not halves"""
+    """Return rows of q or k (out, in) in the order of rotary positions that turn neighbours, not halves."""
     return w.view(n_head, 2, w.shape[0] // n_head // 2, -1).swapaxes(1, 2).reshape(w.shape)
 
 
 def is_ours(path):
-    """whether a path is a GGUF file that write() has written"""
+    """Return whether a path is a GGUF file that write() has written."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
@@ -56,7 +56,7 @@ def is_ours(path):
 
 
 def their_name(name):
-    """the name of one of our tensors; experts are one tensor each kind"""
+    """Return their name of one of our tensors; all experts of a layer are one tensor."""
     path = name.removesuffix(".weight")
     if path in NAMES:
         return f"{NAMES[path]}.weight"
@@ -65,8 +65,9 @@ def their_name(name):
 
 
 def check(part, kind, embed):
-    """exit with 2 where the widths of a model do not fit the blocks of a type, or the type not the model"""
-    cfg, faults = part["config"], []
+    """Exit with 2 if the widths of a model do not fit the blocks of a type, or the type not the model."""
+    cfg = part["config"]
+    faults = []
     hf.check(part)
     if kind in TERNARY and not cfg["ternary"]:
         faults.append(f"type = {kind!r} holds codes, and this is a float model; use {', '.join(TYPES)}")
@@ -95,14 +96,14 @@ def check(part, kind, embed):
 
 
 def smallest(part):
-    """the smallest type that holds a model"""
+    """Return the smallest type that holds a model."""
     widths = [w.shape[-1] for name, w in part["model"].items() if name.endswith("_proj.weight")]
     kinds = ("tq2_0", "q2_0", "f16") if part["config"]["ternary"] else ("f16",)
     return next(kind for kind in kinds if all(width % BLOCK_SIZE.get(kind, 1) == 0 for width in widths))
 
 
 def encoded(gguf, w, kind, codes=None, scale=None):
-    """(array, type of the gguf package) of a float tensor, or of codes with their scale"""
+    """Return (array, type of the gguf package) of a float tensor, or of codes with their scale."""
     if kind == "q2_0":
         sizes = gguf.constants.GGML_QUANT_SIZES
         sizes[More.Q2_0] = (64, 18)
@@ -112,20 +113,19 @@ def encoded(gguf, w, kind, codes=None, scale=None):
 
 
 def matrix(gguf, part, name, w, kind):
-    """what is written of one of our matrices: (out, in), or of experts (E, out, in)"""
+    """Return encoded() of one of our matrices: (out, in), or of experts (E, out, in)."""
     if w.dim() == 3:
-        each = [matrix(gguf, part, name, one, kind) for one in w]
-        return np.stack([array for array, _ in each]), each[0][1]
+        arrays, types = zip(*(matrix(gguf, part, name, expert, kind) for expert in w))
+        return np.stack(arrays), types[0]
     if not hf.is_ternary(part, name):
         return encoded(gguf, w.numpy(), kind)
-    codes, s = quant.ternarize(w)
-    mean = 1 / s.item()
+    codes, scale = quant.ternarize(w)
     # an all-zero block keeps its scale 0: its codes are 0 all the same
-    return encoded(gguf, (codes / s).numpy(), kind, codes.numpy(), mean)
+    return encoded(gguf, (codes / scale).numpy(), kind, codes.numpy(), 1 / scale.item())
 
 
 def write(part, path, kind, embed):
-    """one GGUF file at `path`"""
+    """Write one GGUF file at `path`; kind and embed: the types of matrices, and of embedding and head."""
     gguf = library("gguf")
     check(part, kind, embed)
     cfg = part["config"]
@@ -151,17 +151,19 @@ def write(part, path, kind, embed):
         if name == "head.weight" and cfg["tie_embeddings"]:
             continue
         if name in ("embed.weight", "head.weight"):
-            array, its = encoded(gguf, w[: cfg["vocab_size"]].numpy(), embed)
+            array, dtype = encoded(gguf, w[: cfg["vocab_size"]].numpy(), embed)
         elif name.endswith("_proj.weight"):
-            if found := re.search(r"attn\.([qk])_proj", name):
-                w = interleaved(w, cfg["n_head"] if found[1] == "q" else cfg["n_kv_head"])
-            array, its = matrix(gguf, part, name, w, kind)
+            if name.endswith("attn.q_proj.weight"):
+                w = interleaved(w, cfg["n_head"])
+            elif name.endswith("attn.k_proj.weight"):
+                w = interleaved(w, cfg["n_kv_head"])
+            array, dtype = matrix(gguf, part, name, w, kind)
         else:
-            array, its = encoded(gguf, w.numpy(), "f32")
+            array, dtype = encoded(gguf, w.numpy(), "f32")
         theirs = their_name(name)
         if w.dim() == 3:
             theirs = theirs.replace(".weight", "_exps.weight")
-        writer.add_tensor(theirs, array, raw_dtype=its)
+        writer.add_tensor(theirs, array, raw_dtype=dtype)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -171,7 +173,7 @@ def write(part, path, kind, embed):
 
 
 def add_tokenizer(gguf, writer, spec, vocab_size):
-    """the tokenizer of a spec with content, and the token that begins each text, as in training"""
+    """Add the tokenizer of a spec with content, and the token that begins each text, as in training."""
     Kind = gguf.TokenType
     kinds = dict(normal=Kind.NORMAL, byte=Kind.BYTE, control=Kind.CONTROL, unknown=Kind.UNKNOWN)
     if spec["kind"] == "tiktoken":
@@ -188,8 +190,8 @@ def add_tokenizer(gguf, writer, spec, vocab_size):
         writer.add_tokenizer_model("llama")
         writer.add_add_space_prefix(False)
     else:
-        _, found = tokenizer_files.pieces(spec)
-        rows = {i: (piece, score, kinds[kind]) for i, (piece, score, kind) in enumerate(found)}
+        pieces = tokenizer_files.pieces(spec)
+        rows = {i: (piece, score, kinds[kind]) for i, (piece, score, kind) in enumerate(pieces)}
         writer.add_tokenizer_model("llama")
         writer.add_add_space_prefix(True)
     rows = [rows.get(i, (f"<unused_{i}>", 0.0, Kind.UNUSED)) for i in range(vocab_size)]

@@ -4,7 +4,7 @@ Models in the form of Hugging Face: a folder that transformers loads, and one th
 A ternary model is written as LlamaForCausalLM with quant_method "bitnet": each matrix as uint8 with four
 codes to a byte (packed.pack), and its scale 1 / mean|W| as weight_scale; transformers multiplies and divides
 in our order, so that its fp32 logits are ours to the last bit. A float model is a plain Llama, a mixture of
-experts a Mixtral; one with ternary experts is written dequantised: no such format holds their codes.
+experts a Mixtral; one with ternary experts is written dequantised, as no format holds their codes.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ PRIVATE = "out_dir data_dir resume init_from prepare wandb_entity wandb_project 
 
 
 def their_name(name):
-    """the name without .weight of one of our tensors, but for experts"""
+    """Return the name without .weight of one of our tensors, except experts."""
     path = name.removesuffix(".weight")
     if path in OURS:
         return OURS[path]
@@ -47,47 +47,64 @@ def their_name(name):
     return f"model.layers.{i}.{BLOCK[rest]}"
 
 
+def our_name(name):
+    """Return our name of one of their tensors, or None."""
+    path, _, what = name.rpartition(".")  # weight or weight_scale
+    if path in OURS.values():
+        ours = {theirs: ours for ours, theirs in OURS.items()}
+        return f"{ours[path]}.{what}"
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path)
+    ours = {theirs: ours for ours, theirs in BLOCK.items()}
+    if not match or match[2] not in ours:
+        return None
+    return f"blocks.{match[1]}.{ours[match[2]]}.{what}"
+
+
 def is_ternary(part, name):
+    """Return whether a tensor of a model has codes."""
     return part["config"]["ternary"] and name.endswith("_proj.weight")
 
 
 def tensors(part, latent=False):
-    """{their name: tensor} of a checkpoint's part: ternary matrices packed, with their scale, or the float
-    master weights (latent). A tied head is not written twice, rows of padding only with latent. Exits with 2
-    where a width cannot be packed."""
-    cfg, found = part["config"], {}
+    """Return {their name: tensor} of a checkpoint's part: ternary matrices packed, with their scale, or the
+    float master weights (latent). A tied head is not written twice, rows of padding only with latent. Exits
+    with 2 if a width cannot be packed."""
+    cfg = part["config"]
+    written = {}
     for name, w in part["model"].items():
         w = w.detach()
-        if name in ("embed.weight", "head.weight"):
-            if name == "head.weight" and cfg["tie_embeddings"]:
-                continue
-            w = w if latent else w[: cfg["vocab_size"]]
-        if is_ternary(part, name) and not latent and cfg["n_expert"]:
+        if name == "head.weight" and cfg["tie_embeddings"]:
+            continue
+        if name in ("embed.weight", "head.weight") and not latent:
+            w = w[: cfg["vocab_size"]]
+        has_codes = is_ternary(part, name) and not latent
+        if has_codes and cfg["n_expert"]:
             w = quant.dequantised(w)
+            has_codes = False
         if w.dim() == 3:  # (E, out, in): one tensor for each expert
             i, rest = name.removesuffix(".weight").split(".", 2)[1:]
-            for e, one in enumerate(w):
-                place = f"model.layers.{i}.block_sparse_moe.experts.{e}.{EXPERT[rest]}"
-                found[f"{place}.weight"] = one.contiguous()
-        elif is_ternary(part, name) and not latent and not cfg["n_expert"]:
-            if len(w) % 4:
-                how = "--latent and --format=gguf --type=f16 take any width"
-                fail(f"{name} has {len(w)} rows, which is not a multiple of 4: they cannot be packed; {how}")
-            codes, s = quant.ternarize(w)
-            found[f"{their_name(name)}.weight"] = packed.pack(codes)
-            found[f"{their_name(name)}.weight_scale"] = s.reshape(1)
+            for e, expert in enumerate(w):
+                path = f"model.layers.{i}.block_sparse_moe.experts.{e}.{EXPERT[rest]}"
+                written[f"{path}.weight"] = expert.contiguous()
+        elif not has_codes:
+            written[f"{their_name(name)}.weight"] = w.clone()
+        elif len(w) % 4:
+            remedy = "--latent and --format=gguf --type=f16 take any width"
+            fail(f"{name} has {len(w)} rows, which is not a multiple of 4: they cannot be packed; {remedy}")
         else:
-            found[f"{their_name(name)}.weight"] = w.clone()
-    return found
+            codes, scale = quant.ternarize(w)
+            written[f"{their_name(name)}.weight"] = packed.pack(codes)
+            written[f"{their_name(name)}.weight_scale"] = scale.reshape(1)
+    return written
 
 
 def model_config(part, latent=False):
-    """config.json"""
-    cfg, spec = part["config"], part["tokenizer"]
-    is_mixture = cfg["n_expert"] > 0
-    found = dict(
-        architectures=["MixtralForCausalLM" if is_mixture else "LlamaForCausalLM"],
-        model_type="mixtral" if is_mixture else "llama",
+    """Return the content of config.json."""
+    cfg = part["config"]
+    spec = part["tokenizer"]
+    theirs = dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
         hidden_act="silu",
         attention_bias=False,
         mlp_bias=False,
@@ -95,30 +112,30 @@ def model_config(part, latent=False):
         bos_token_id=bos_of(spec),
         eos_token_id=spec["eot"],
         dtype="float32",
-        **{theirs: cfg[ours] for theirs, ours in llama.SETTINGS.items()},
+        **{name: cfg[setting] for name, setting in llama.SETTINGS.items()},
     )
     if latent:
-        found["vocab_size"] = len(part["model"]["embed.weight"])
-    if is_mixture:
-        found |= dict(num_local_experts=cfg["n_expert"], num_experts_per_tok=cfg["n_expert_active"])
-        found |= dict(router_aux_loss_coef=cfg["router_balance"], sliding_window=None)
+        theirs["vocab_size"] = len(part["model"]["embed.weight"])
+    if cfg["n_expert"]:
+        theirs |= dict(architectures=["MixtralForCausalLM"], model_type="mixtral")
+        theirs |= dict(num_local_experts=cfg["n_expert"], num_experts_per_tok=cfg["n_expert_active"])
+        theirs |= dict(router_aux_loss_coef=cfg["router_balance"], sliding_window=None)
     elif cfg["ternary"] and not latent:
-        found["quantization_config"] = {"quant_method": "bitnet"}
-    # what a Llama has no place for, but init_from and sample.py want
+        theirs["quantization_config"] = {"quant_method": "bitnet"}
+    # what a Llama has no place for, but init_from and sample.py need
     tokenizer = {key: value for key, value in spec.items() if key != "content"}
     if spec["kind"] in tokenizer_files.CONTENT:
         tokenizer["file"] = tokenizer_files.CONTENT[spec["kind"]]
     public = {key: value for key, value in cfg.items() if key not in PRIVATE}
-    return found | dict(nanobit=dict(step=part["step"], config=public, tokenizer=tokenizer))
+    return theirs | dict(nanobit=dict(step=part["step"], config=public, tokenizer=tokenizer))
 
 
 def check(part):
-    """exit with 2 where no stock model computes what this one does"""
+    """Exit with 2 if no stock model computes what this one does."""
     cfg = part["config"]
     if cfg["n_expert"] and cfg["n_expert_active"] == 1:
-        fail(
-            "n_expert_active = 1: our router weights the one expert, that of a Mixtral does not; train with 2"
-        )
+        ours = "our router multiplies the one expert by its probability, that of a Mixtral does not"
+        fail(f"n_expert_active = 1: {ours}; train with 2")
     if part["tokenizer"]["kind"] == "sentencepiece":
         tokenizer_files.pieces(part["tokenizer"])
 
@@ -129,27 +146,27 @@ def sha256(path):
 
 
 def write(part, out, latent=False):
-    """the files of a model in the folder `out`, which is made; the tokenizer's too"""
-    place = os.path.join(out, "model.safetensors")
+    """Write the files of a model, and of its tokenizer, in the folder `out`, which is made."""
+    path = os.path.join(out, "model.safetensors")
     check(part)
     save_file = library("safetensors.torch", "safetensors").save_file
-    found = tensors(part, latent)
+    written = tensors(part, latent)
     os.makedirs(out)
     try:
-        save_file(found, place, metadata={"format": "pt", "pad": ""})
-        # transformers maps the file, in which embedding and head come first. Where they begin in memory
+        save_file(written, path, metadata={"format": "pt", "pad": ""})
+        # transformers maps the file, in which embedding and head come first. Their address in memory
         # decides in which order a product for one token adds: as ours do, at a multiple of 64 bytes
-        with open(place, "rb") as file:
+        with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
         if start % 64:
-            save_file(found, place, metadata={"format": "pt", "pad": "." * (-start % 64)})
+            save_file(written, path, metadata={"format": "pt", "pad": "." * (-start % 64)})
     except library("safetensors").SafetensorError as error:  # a full disk, too
         raise OSError(str(error)) from None
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(place, 0o666 & ~umask)  # the library makes it private
+    os.chmod(path, 0o666 & ~umask)  # the library makes it private
     theirs = model_config(part, latent)
-    theirs["nanobit"]["sha256"] = sha256(place)
+    theirs["nanobit"]["sha256"] = sha256(path)
     write_json(os.path.join(out, "config.json"), theirs)
     marks = {key: theirs[key] for key in ("bos_token_id", "eos_token_id")}
     write_json(os.path.join(out, "generation_config.json"), marks)
@@ -166,7 +183,7 @@ FILES = set(
 
 
 def is_ours(path):
-    """whether a folder is an export of this project, as it was written, and nothing else is in it"""
+    """Return whether a folder is an export of this project, as it was written, and nothing else is in it."""
     try:
         if os.path.islink(path) or set(os.listdir(path)) - FILES:
             return False
@@ -177,92 +194,81 @@ def is_ours(path):
         return False
 
 
-def our_name(name):
-    """our name of one of their tensors, or None"""
-    path, _, what = name.rpartition(".")  # weight or weight_scale
-    for ours, theirs in OURS.items():
-        if path == theirs:
-            return f"{ours}.{what}"
-    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path):
-        ours = next((ours for ours, theirs in BLOCK.items() if theirs == found[2]), None)
-        return ours and f"blocks.{found[1]}.{ours}.{what}"
-    return None
-
-
-def check_own(own, theirs):
-    """ValueError where what export.py noted in a config.json is damaged, or says otherwise than the rest"""
+def check_own(own, settings):
+    """Raise ValueError if what export.py noted in a config.json is damaged, or contradicts the rest of it."""
     default = config.assignments(config.DEFAULT)
     for key, value in own.get("config", {}).items():
         if key in default and type(value) is not type(default[key]):
             raise ValueError(f"nanobit: {key} = {value!r}")
-        if key in theirs and key != "vocab_size" and value != theirs[key]:  # latent: with rows of padding
-            raise ValueError(f"nanobit: {key} = {value!r}, beside it {theirs[key]!r}")
+        # with latent, vocab_size counts the rows of padding
+        if key in settings and key != "vocab_size" and value != settings[key]:
+            raise ValueError(f"nanobit: {key} = {value!r}, beside it {settings[key]!r}")
         if key == "n_expert" and value or key in ("vocab_size", "vocab_multiple") and not 1 <= value <= 2**24:
             raise ValueError(f"nanobit: {key} = {value!r}")
     if own:
         int(own["sha256"], 16)
-        spec, n_ids = own["tokenizer"], own["config"]["vocab_size"]
-        marks = spec["eot"], bos_of(spec)
-        if not (all(type(i) is int and 0 <= i < n_ids for i in marks) and spec["sha256"] and spec["kind"]):
-            raise ValueError(f"nanobit: tokenizer {spec}")
-        if type(spec["chars"] if spec["kind"] == "char" else spec["file"]) is not str:
+        spec = own["tokenizer"]
+        marks = (spec["eot"], bos_of(spec))
+        file = spec["chars"] if spec["kind"] == "char" else spec["file"]
+        are_ids = all(type(i) is int and 0 <= i < own["config"]["vocab_size"] for i in marks)
+        if not (are_ids and spec["sha256"] and spec["kind"]) or type(file) is not str:
             raise ValueError(f"nanobit: tokenizer {spec}")
 
 
 def read_config(folder, to_train):
-    """(settings, what export.py noted, whether the matrices are packed) of a folder's config.json"""
+    """Return (settings, what export.py noted, whether the matrices are packed) of a folder's config.json."""
     settings, theirs = llama.read(folder)
-    head_dim = theirs.get("head_dim") or settings["n_embd"] // settings["n_head"]
+    own = theirs.get("nanobit") or {}
     try:
-        own = theirs.get("nanobit") or {}
         check_own(own, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        fail(f"{folder}/config.json cannot be read ({what}); export it again")
+        fail(f"{folder}/config.json cannot be read ({type(error).__name__}: {error}); export it again")
     faults = []
+    head_dim = theirs.get("head_dim") or settings["n_embd"] // settings["n_head"]
     if head_dim * settings["n_head"] != settings["n_embd"]:
         faults.append(f"head_dim = {head_dim}: ours is hidden_size / num_attention_heads")
-    if theirs.get("rope_type", "default") != "default":
-        faults.append(f"rope_type = {theirs['rope_type']!r}: our positions are plain rotary ones")
     packing = theirs.get("quantization_config")
     if packing and to_train:
         faults.append("its weights are packed, and cannot be trained on: export with --latent")
     elif packing and packing != {"quant_method": "bitnet"}:
         faults.append(f"quantization_config = {packing}: only weights that export.py has packed can be read")
     if not to_train and not own and (packing or not os.path.exists(os.path.join(folder, "tokenizer.model"))):
-        how = "of other folders only float Llamas with a tokenizer.model can be used"
-        faults.append(f"it is not an export of export.py, its tokenizer cannot be read: {how}")
+        usable = "of other folders only float Llamas with a tokenizer.model can be used"
+        faults.append(f"it is not an export of export.py, its tokenizer cannot be read: {usable}")
     for key in ("attention_bias", "mlp_bias", "rope_scaling"):
         if theirs.get(key):
             faults.append(f"{key} = {theirs[key]!r}: our blocks have none")
+    if theirs.get("rope_type", "default") != "default":
+        faults.append(f"rope_type = {theirs['rope_type']!r}: our positions are plain rotary ones")
     if theirs.get("hidden_act", "silu") != "silu":
         faults.append(f"hidden_act = {theirs['hidden_act']!r}: our blocks have silu")
     if faults:
         fail(*(f"{folder}: {text}" for text in faults))
-    # of another origin: a float model
+    # without a note it is a float model of another origin
     settings |= dict(n_expert=0, vocab_multiple=1, ternary=False) | own.get("config", {})
     return settings, own, bool(packing)
 
 
 def read_weights(folder, own, to_train):
-    """{our name: tensor} of a folder, of which export.py noted `own`: float32, or uint8 where it is packed"""
-    weights, load_file = {}, library("safetensors.torch", "safetensors").load_file
+    """Return {our name: tensor} of a folder, of which export.py noted `own`: float32, or uint8 if packed."""
+    load_file = library("safetensors.torch", "safetensors").load_file
+    weights = {}
     for path in llama.weight_files(folder):
         try:
             is_whole = not own or sha256(path) == own["sha256"]
-            found = load_file(path)
+            content = load_file(path)
         except Exception as error:  # the library has errors of its own
             fail(f"{path} is damaged ({type(error).__name__}: {error}); copy or export it again")
         if not is_whole:
-            what = f"{path} is not the file that was exported (sha256): trained further, or damaged"
+            fault = f"{path} is not the file that was exported (sha256): trained further, or damaged"
             if not to_train:
-                fail(f"{what}; copy or export it again (train.py --init_from= takes one trained further)")
-            print(f"init_from: {what}")
-        unknown = [key for key in found if our_name(key) is None and "rotary_emb" not in key]
-        if unknown:
-            fail(f"{path} holds {unknown[0]}, which our blocks have no place for")
-        named = {our_name(key): w for key, w in found.items() if our_name(key)}
-        weights |= {key: w if w.dtype == torch.uint8 else w.float() for key, w in named.items()}
+                fail(f"{fault}; copy or export it again (train.py --init_from= takes one trained further)")
+            print(f"init_from: {fault}")
+        for key, w in content.items():
+            if our_name(key) is None and "rotary_emb" not in key:
+                fail(f"{path} holds {key}, which our blocks have no place for")
+            if our_name(key):
+                weights[our_name(key)] = w if w.dtype == torch.uint8 else w.float()
     return weights
 
 
@@ -273,11 +279,9 @@ def check_shapes(folder, settings, weights, is_packed):
         for name in [name for name in needed if is_packed and is_ternary(dict(config=settings), name)]:
             needed[name] = torch.empty(len(needed[name]) // 4, needed[name].shape[1])
             needed[f"{name}_scale"] = torch.empty(1)
-    odd = [name for name, w in weights.items() if (w.dtype == torch.uint8) != (f"{name}_scale" in needed)]
-    if odd:
-        fail(
-            f"{folder}: {odd[0]} is {weights[odd[0]].dtype}, which config.json does not ask for; export again"
-        )
+    for name, w in weights.items():
+        if (w.dtype == torch.uint8) != (f"{name}_scale" in needed):
+            fail(f"{folder}: {name} is {w.dtype}, which config.json does not ask for; export again")
     parts.check_shapes(folder, weights, needed, "copy or export it again")
 
 
@@ -305,7 +309,7 @@ def read(folder, to_train=False):
     if settings.get("tie_embeddings") and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
     check_shapes(folder, settings, weights, is_packed)
-    spec = own["tokenizer"] if own else tokenizer_of(folder)
+    spec = own.get("tokenizer") or tokenizer_of(folder)
     if own and not to_train:
         spec = with_content(spec, folder)
     return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0))

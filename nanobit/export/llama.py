@@ -31,7 +31,9 @@ MOST = 2**24  # of any size: what is built to compare it with the tensors stays 
 
 def is_folder(path):
     """Return whether a path is a folder of this form, whole or not."""
-    names = os.listdir(path) if os.path.isdir(path) else []
+    if not os.path.isdir(path):
+        return False
+    names = os.listdir(path)
     return "generation_config.json" in names or any(name.endswith(".safetensors") for name in names)
 
 
@@ -39,38 +41,41 @@ def weight_files(folder):
     """Return the paths of the safetensors files of a folder. Exits with 2 if there are none."""
     names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
     if not names:
-        fail(f"{folder} holds no .safetensors, where the weights would be; copy or export it again")
+        fail(f"{folder} holds no .safetensors file with weights; copy or export it again")
     return [os.path.join(folder, name) for name in names]
 
 
 def shapes(folder):
     """Return {name: shape} of the tensors, by the headers of the files. Exits with 2 if one is damaged."""
-    found = {}
+    tensors = {}
     for path in weight_files(folder):
         try:
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(min(size, 10**8)))  # the most that the format allows
-            found |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+            tensors |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             fail(f"{path} is damaged ({type(error).__name__}: {error}); copy or export it again")
-    return found
+    return tensors
 
 
 def fault(name, value):
     """Return what is wrong with a value of config.json by itself, or ''."""
     if name == "tie_word_embeddings":
-        return "" if type(value) is bool else f"{name} = {value!r} is not true or false"
-    if name in ("rms_norm_eps", "rope_theta"):
-        is_number = type(value) in (int, float) and 0 < value < math.inf
-        return "" if is_number else f"{name} = {value!r} is not a number above 0"
-    is_size = type(value) is int and 1 <= value <= MOST
-    return "" if is_size else f"{name} = {value!r} is not a whole number from 1 to {MOST:,}"
+        is_right = type(value) is bool
+        wanted = "true or false"
+    elif name in ("rms_norm_eps", "rope_theta"):
+        is_right = type(value) in (int, float) and 0 < value < math.inf
+        wanted = "a number above 0"
+    else:
+        is_right = type(value) is int and 1 <= value <= MOST
+        wanted = f"a whole number from 1 to {MOST:,}"
+    return "" if is_right else f"{name} = {value!r} is not {wanted}"
 
 
-def contradictions(theirs, found):
+def contradictions(theirs, tensors):
     """Yield the sizes of a config.json that are not those of the tensors, before anything is built by it."""
-    n_blocks = len({name.split(".")[2] for name in found if name.startswith("model.layers.")})
+    n_blocks = len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")})
     if n_blocks != theirs["num_hidden_layers"]:
         yield f"num_hidden_layers = {theirs['num_hidden_layers']:,}, but its files hold {n_blocks} blocks"
     for name, axis, key in (
@@ -78,8 +83,8 @@ def contradictions(theirs, found):
         ("model.embed_tokens.weight", 1, "hidden_size"),
         ("model.layers.0.mlp.down_proj.weight", 1, "intermediate_size"),
     ):
-        if name in found and (len(found[name]) != 2 or found[name][axis] != theirs[key]):
-            yield f"{key} = {theirs[key]:,}, but {name} has the shape {found[name]}"
+        if name in tensors and (len(tensors[name]) != 2 or tensors[name][axis] != theirs[key]):
+            yield f"{key} = {theirs[key]:,}, but {name} has the shape {tensors[name]}"
     if theirs["num_attention_heads"] % theirs["num_key_value_heads"]:
         yield "num_attention_heads is not a multiple of num_key_value_heads"
     if theirs["hidden_size"] // theirs["num_attention_heads"] % 2:
@@ -101,8 +106,8 @@ def read(folder):
         if faults := list(filter(None, (fault(name, theirs[name]) for name in SETTINGS))):
             raise ValueError("; ".join(faults))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        what = f"{type(error).__name__}: {error}"
-        fail(f"{folder}/config.json cannot be read ({what}); expected the folder of a Llama model")
+        fault_text = f"{type(error).__name__}: {error}"
+        fail(f"{folder}/config.json cannot be read ({fault_text}); expected the folder of a Llama model")
     if faults := list(contradictions(theirs, shapes(folder))):
         fail(*(f"{folder}/config.json: {text}; copy or export it again" for text in faults))
     for key in ("norm_eps", "rope_theta"):
@@ -115,7 +120,7 @@ def shape(folder):
     largest seq_len)."""
     settings, theirs = read(folder)
     own = theirs.get("nanobit")
-    own = own.get("config") if type(own) is dict else None
-    if type(own) is dict:  # an export of ours notes which rows of the vocabulary are padding
+    if type(own) is dict and type(own.get("config")) is dict:
+        own = own["config"]  # an export of ours notes which rows of the vocabulary are padding
         settings |= {key: own[key] for key in ("vocab_size", "vocab_multiple") if type(own.get(key)) is int}
     return settings, settings.pop("seq_len")

@@ -14,17 +14,17 @@ END = "<|endoftext|>"  # what a NUL, the end of a text in a char tokenizer, is c
 
 
 def pieces(spec):
-    """(model, [(piece, score, kind)]) of a SentencePiece tokenizer; kind is normal, byte, control, unknown.
-    Exits with 2 where it splits or changes text in a way that the files do not say."""
+    """Return [(piece, score, kind)] of a SentencePiece tokenizer; kind is normal, byte, control or unknown.
+    Exits with 2 if it splits or changes text in a way that the files cannot state."""
     model = library("sentencepiece").SentencePieceProcessor(model_proto=spec["content"])
     tests = dict(byte=model.IsByte, control=model.IsControl, unknown=model.IsUnknown)
-    found = []
+    rows = []
     for i in range(model.vocab_size()):
         kind = next((name for name, test in tests.items() if test(i)), "normal")
-        found.append((model.IdToPiece(i), model.GetScore(i), kind))
-    ranks = [score for _, score, kind in found if kind == "normal"]
+        rows.append((model.IdToPiece(i), model.GetScore(i), kind))
+    ranks = [score for _, score, kind in rows if kind == "normal"]
     if any(rank % 1 for rank in ranks):
-        fail("the SentencePiece tokenizer is no BPE model (its scores are not ranks): only BPE is written")
+        fail("the SentencePiece tokenizer is not a BPE model (its scores are not ranks): only BPE is written")
     if ranks.count(0) > 1:  # such a symbol has the score 0, which the first merge has too
         fail("the SentencePiece tokenizer has user-defined symbols, which no merge makes: not to be written")
     text = " \uff21  \ufb01\t."  # a wide A and a ligature, which NFKC replaces
@@ -33,11 +33,11 @@ def pieces(spec):
             "the SentencePiece tokenizer normalises text (or puts no space before it), which is not written; "
             "train it with --normalization_rule_name=identity --remove_extra_whitespaces=false"
         )
-    return model, found
+    return rows
 
 
 def merge_of(ranks, token):
-    """the two parts of which byte-pair merging makes a token, by the ranks below its own"""
+    """Return the two parts of which byte-pair merging makes a token, by the ranks below its own."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         pairs = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
@@ -48,7 +48,7 @@ def merge_of(ranks, token):
 
 
 def visible(token):
-    """bytes as the characters that byte-level BPE writes them with (GPT-2): printable ones as themselves"""
+    """Return bytes as the characters of byte-level BPE (GPT-2): printable ones as themselves."""
     return "".join(VISIBLE[b] for b in token)
 
 
@@ -58,7 +58,7 @@ VISIBLE |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not
 
 
 def bpe_of(spec):
-    """(vocab {text: id}, merges [(left, right)]) of a tiktoken tokenizer in visible characters"""
+    """Return (vocab {text: id}, merges [(left, right)]) of a tiktoken tokenizer in visible characters."""
     ranks = ranks_of(spec)
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     merges = [tuple(map(visible, merge_of(ranks, token))) for token, _ in ordered if len(token) > 1]
@@ -69,7 +69,9 @@ def fast_tokenizer(spec):
     """Return (tokenizer of the tokenizers library, name of the token that begins a text, name of the one that
     ends it) of a spec with content."""
     lib = library("tokenizers")
-    models, pre, decoders = lib.models, lib.pre_tokenizers, lib.decoders
+    models = lib.models
+    pre = lib.pre_tokenizers
+    decoders = lib.decoders
     if spec["kind"] == "char":
         names = [END if char == "\0" else char for char in spec["chars"]]
         # an unknown character is an error: this name is not in the vocabulary
@@ -79,7 +81,7 @@ def fast_tokenizer(spec):
     elif spec["kind"] == "tiktoken":
         vocab, merges = bpe_of(spec)
         made = lib.Tokenizer(models.BPE(vocab, merges))
-        # to this library {1,3}+ is a repetition of {1,3}; that it gives nothing back matters at no end
+        # this library reads {1,3}+ as {1,3} repeated; without its possessive + it matches the same texts
         pattern = lib.Regex(spec["pattern"].replace("{1,3}+", "{1,3}"))
         split = pre.Split(pattern, "isolated")
         made.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -87,34 +89,33 @@ def fast_tokenizer(spec):
         made.add_special_tokens(sorted(spec["special"], key=spec["special"].get))
         names = {i: name for name, i in spec["special"].items()}
     else:
-        model, found = pieces(spec)
-        normal = [(piece, i) for i, (piece, _, kind) in enumerate(found) if kind == "normal"]
-        vocab, order = {piece: i for i, (piece, *_) in enumerate(found)}, []
-        for piece, i in normal:
-            cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        rows = pieces(spec)
+        names = [piece for piece, _, _ in rows]
+        vocab = {piece: i for i, piece in enumerate(names)}
+        order = []
+        for piece, score, kind in rows:
+            cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if kind == "normal"]
             cuts = [(a, b) for a, b in cuts if a in vocab and b in vocab]
-            order += [(-found[i][1], vocab[a], vocab[b], (a, b)) for a, b in cuts]
+            order += [(-score, vocab[a], vocab[b], (a, b)) for a, b in cuts]
         merges = [pair for *_, pair in sorted(order)]
-        unknown = next(piece for piece, _, kind in found if kind == "unknown")
+        unknown = next(piece for piece, _, kind in rows if kind == "unknown")
         made = lib.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
         spaces = lib.normalizers.Replace(" ", "\u2581")
         made.normalizer = lib.normalizers.Sequence([lib.normalizers.Prepend("\u2581"), spaces])
         strip = decoders.Strip(content=" ", left=1)
         parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
-        made.decoder, names = decoders.Sequence(parts), [piece for piece, *_ in found]
-        special = [piece for piece, _, kind in found if kind == "control"]
+        made.decoder = decoders.Sequence(parts)
+        special = [piece for piece, _, kind in rows if kind == "control"]
         made.add_special_tokens([lib.AddedToken(piece, special=True, normalized=False) for piece in special])
-    bos, eot = bos_of(spec), spec["eot"]
-    made.add_special_tokens([lib.AddedToken(names[i], special=True, normalized=False) for i in (bos, eot)])
-    template = lib.processors.TemplateProcessing(
-        single=f"{names[bos]} $A", special_tokens=[(names[bos], bos)]
-    )
-    made.post_processor = (
-        template
-        if spec["kind"] != "tiktoken"
-        else lib.processors.Sequence([lib.processors.ByteLevel(trim_offsets=False), template])
-    )
-    return made, names[bos], names[eot]
+    begin = names[bos_of(spec)]
+    end = names[spec["eot"]]
+    made.add_special_tokens([lib.AddedToken(name, special=True, normalized=False) for name in (begin, end)])
+    template = dict(single=f"{begin} $A", special_tokens=[(begin, bos_of(spec))])
+    made.post_processor = lib.processors.TemplateProcessing(**template)
+    if spec["kind"] == "tiktoken":
+        steps = [lib.processors.ByteLevel(trim_offsets=False), made.post_processor]
+        made.post_processor = lib.processors.Sequence(steps)
+    return made, begin, end
 
 
 def write(spec, out, seq_len):
@@ -122,9 +123,9 @@ def write(spec, out, seq_len):
     before it, as in training."""
     made, begin, end = fast_tokenizer(spec)
     made.save(os.path.join(out, "tokenizer.json"))
-    found = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end)
-    found |= dict(clean_up_tokenization_spaces=False, model_max_length=seq_len)
-    write_json(os.path.join(out, "tokenizer_config.json"), found)
+    content = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end)
+    content |= dict(clean_up_tokenization_spaces=False, model_max_length=seq_len)
+    write_json(os.path.join(out, "tokenizer_config.json"), content)
     if spec["kind"] in CONTENT:
         with open(os.path.join(out, CONTENT[spec["kind"]]), "wb") as file:
             file.write(spec["content"])

@@ -1,4 +1,4 @@
-"""Pictures of runs, by matplotlib: their curves, and a ternary matrix settling."""
+"""Pictures of runs, by matplotlib: their curves, and a ternary matrix that settles."""
 
 import difflib
 import io
@@ -8,21 +8,24 @@ import sys
 
 from nanobit import cli, files
 from nanobit.cli import fail
-from nanobit.monitor.status import checkpoints, column, number, read_run
+from nanobit.run_files import checkpoints, column, number, read_run
 from nanobit.terminal import printable
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, 2008
-CODE_COLORS = ("#0072B2", "#F0F0F0", "#D55E00")  # of -1, 0, +1
+CODE_COLORS = {-1: "#0072B2", 0: "#F0F0F0", 1: "#D55E00"}
+CORNER = 64  # rows and columns of a matrix that a picture shows
+PANELS = 8
+BINS = [i / 20 for i in range(-80, 81)]  # of W / mean|W|; both thresholds are borders of bins
 
 
 def smooth(values):
-    """the running mean over a fiftieth of the values, at least 5, fewer at both ends"""
+    """Return the running mean over a fiftieth of the values, at least 5, fewer at both ends."""
     reach = [min(max(2, len(values) // 100), i, len(values) - 1 - i) for i in range(len(values))]
     return [statistics.mean(values[i - r : i + r + 1]) for i, r in enumerate(reach)]
 
 
 def write(figure, path):
-    """write a figure as a whole file: a full disk leaves no part of one"""
+    """Write a figure as a whole file: a full disk leaves no part of one."""
     content = io.BytesIO()
     figure.savefig(content, format=path.rpartition(".")[2])
     files.write_bytes(path, content.getvalue())
@@ -33,82 +36,98 @@ def label_of(name):
     that it would read as a formula, or as a label to leave out, as they are."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    has = get_font(findfont(FontProperties())).get_charmap()
-    text = "".join(c if ord(c) in has else c.encode("unicode_escape").decode() for c in printable(name))
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+    known = get_font(findfont(FontProperties())).get_charmap()
+    text = "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in printable(name))
+    if text.startswith("_"):
+        text = " " + text
+    return text.replace("$", r"\$")
+
+
+def title_of(name, run):
+    """Return the title of the picture of one run: its name, size and data set."""
+    size = run["config"].get("params", {}).get("total")
+    data_set = run["config"]["settings"].get("dataset")
+    if size:
+        name += f": {size:,} parameters"
+    if data_set:
+        name += f", {label_of(data_set)}"
+    return name
+
+
+def draw(ax, rows, key, line="-", **style):
+    """Draw the numbers under a key over their steps; a single one as a sign, since it makes no line."""
+    rows = [row for row in rows if number(row.get(key)) is not None]
+    if len(rows) == 1:
+        line = {"--": "^", ":": "v"}.get(line, "o")
+    ax.plot([row["step"] for row in rows], column(rows, key), line, **style)
+
+
+def draw_run(axes, name, run, start, color, val_color, width):
+    """Draw the curves of a run. start: the step from which evaluations lie within the frame."""
+    losses = [row for row in run["rows"] if number(row["loss"]) is not None]
+    means = [row | {"loss": mean} for row, mean in zip(losses, smooth(column(losses, "loss")))]
+    draw(axes[0], losses, "loss", color=color, alpha=0.35, linewidth=0.8)
+    draw(axes[0], means, "loss", color=color, label=f"{name}: training, smoothed")
+    if run["evals"]:
+        # the first one, of a model that has learned nothing, lies above the frame
+        evals = [row for row in run["evals"] if row["step"] > start] or run["evals"]
+        style = dict(color=val_color, markersize=6, linewidth=1, markeredgecolor="white")
+        draw(axes[0], evals, "val_loss", "o--", label=f"{name}: validation", **style)
+    rates = [row | {"lr": 1e3 * row["lr"]} for row in run["rows"] if number(row.get("lr")) is not None]
+    draw(axes[1], rates, "lr", color=color, linewidth=width)
+    if run["health"]:
+        for key, code, line in (("zero", "0", "-"), ("plus", "+1", "--"), ("minus", "-1", ":")):
+            draw(axes[2], run["health"], key, line, color=color, label=f"{name}: {code}")
+        draw(axes[3], run["health"], "flip_rate", color=color)
+    stages = [row.get("stage") for row in run["rows"]]
+    if 1 in stages and 2 in stages:
+        boundary = run["rows"][stages.index(2) - 1]["step"]
+        for ax in axes:
+            ax.axvline(boundary, color="gray", linestyle=":")
+        style = dict(xytext=(4, 4), textcoords="offset points", color="dimgray")
+        axes[1].annotate("stage 2", (boundary, 0), **style)
 
 
 def plot(run_dirs, path):
-    """write a picture of runs over their steps: losses, learning rate, fractions of the codes, how many
-    change"""
-    names = [os.path.basename(os.path.abspath(each)) for each in run_dirs]
-    names = names if len(set(names)) == len(names) else run_dirs
+    """Write a picture of runs over their steps: losses, learning rate, fractions of the codes, how many
+    change. Exits with 2 if a run has no training line yet."""
     figures = cli.library("matplotlib.figure", "matplotlib")
-    runs = {label_of(name): read_run(each) for name, each in zip(names, run_dirs)}
+    names = [os.path.basename(os.path.abspath(run_dir)) for run_dir in run_dirs]
+    if len(set(names)) < len(names):
+        names = run_dirs
+    runs = {label_of(name): read_run(run_dir) for name, run_dir in zip(names, run_dirs)}
     for name, run in runs.items():
         if not run["rows"]:
             fail(f"{name} has no training line yet: there is nothing to plot; wait for its first")
-    labels = ["loss (nats per token)", "learning rate (1e-3)", "fraction of codes"]
-    labels += ["share of codes changed\nsince the last line"]
-    labels = labels if any(run["health"] for run in runs.values()) else labels[:2]
+    labels = ["loss (nats per token)", "learning rate (1e-3)"]
+    if any(run["health"] for run in runs.values()):
+        labels += ["fraction of codes", "share of codes changed\nsince the last line"]
     figure = figures.Figure(figsize=(10, 2.2 + 2 * len(labels)), layout="constrained")
-    title = ", ".join(runs)
-    if len(runs) == 1:
-        facts = runs[title]["config"]
-        size, data_set = facts.get("params", {}).get("total"), facts["settings"].get("dataset")
-        title += f": {size:,} parameters" if size else ""
-        title += f", {label_of(data_set)}" if data_set else ""
-    figure.suptitle(title, wrap=True)
     axes = figure.subplots(len(labels), sharex=True, height_ratios=[2, *[1] * (len(labels) - 1)])
     # the fall of the first 2 % of the steps would press the rest of a long run into a flat line
     lines = [row for run in runs.values() for row in run["rows"]]
+    last = lines[-1]
     start = max(row["step"] for row in lines) / 50
-
-    def draw(ax, rows, key, line="-", **how):
-        rows = [row for row in rows if number(row.get(key)) is not None]
-        if len(rows) == 1:  # one point makes no line
-            line = {"--": "^", ":": "v"}.get(line, "o")
-        ax.plot([row["step"] for row in rows], column(rows, key), line, **how)
-
     for i, (name, run) in enumerate(runs.items()):
-        # what comes later is thinner, so that equal lines all show
-        color, width = COLORS[i % len(COLORS)], max(1.2, 3 - i) if len(runs) > 1 else 1.8
-        losses = [row for row in run["rows"] if number(row["loss"]) is not None]
-        means = [row | {"loss": mean} for row, mean in zip(losses, smooth(column(losses, "loss")))]
-        draw(axes[0], losses, "loss", color=color, alpha=0.35, linewidth=0.8)
-        draw(axes[0], means, "loss", color=color, label=f"{name}: training, smoothed")
-        how = dict(markersize=6, linewidth=1, markeredgecolor="white")
-        val_color = color if len(runs) > 1 else "black"
-        if run["evals"]:
-            label = f"{name}: validation"
-            # the first one, of a model that has learned nothing, lies above the frame
-            evals = [row for row in run["evals"] if row["step"] > start] or run["evals"]
-            draw(axes[0], evals, "val_loss", "o--", color=val_color, label=label, **how)
-        rates = [row | {"lr": 1e3 * row["lr"]} for row in run["rows"] if number(row.get("lr")) is not None]
-        draw(axes[1], rates, "lr", color=color, linewidth=width)
-        if run["health"]:
-            for key, code, line in (("zero", "0", "-"), ("plus", "+1", "--"), ("minus", "-1", ":")):
-                draw(axes[2], run["health"], key, line, color=color, label=f"{name}: {code}")
-            draw(axes[3], run["health"], "flip_rate", color=color)
-        stages = [row.get("stage") for row in run["rows"]]
-        if 1 in stages and 2 in stages:
-            boundary = run["rows"][stages.index(2) - 1]["step"]
-            for ax in axes:
-                ax.axvline(boundary, color="gray", linestyle=":")
-            at = dict(xytext=(4, 4), textcoords="offset points", color="dimgray")
-            axes[1].annotate("stage 2", (boundary, 0), **at)
+        color = COLORS[i % len(COLORS)]
+        if len(runs) == 1:
+            figure.suptitle(title_of(name, run), wrap=True)
+            draw_run(axes, name, run, start, color, val_color="black", width=1.8)
+        else:  # what comes later is thinner, so that equal lines all show
+            figure.suptitle(", ".join(runs), wrap=True)
+            draw_run(axes, name, run, start, color, val_color=color, width=max(1.2, 3 - i))
     later = column([row for row in lines if row["step"] > start], "loss")
     if later:
         axes[0].set_ylim(top=max(later) + 0.1 * (max(later) - min(later)) + 0.01)
     for ax, label in zip(axes, labels):
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
-        if label.startswith(("learning rate", "share")):
-            ax.set_ylim(bottom=0)
-        else:
-            ax.legend(ncols=3 if label == "fraction of codes" else 1)
+    for ax in axes[1::2]:  # the rate and the share of changes have no legend
+        ax.set_ylim(bottom=0)
+    axes[0].legend()
+    if len(axes) > 2:
+        axes[2].legend(ncols=3)
     axes[-1].set_xlabel("step")
-    last = lines[-1]
     if len(runs) == 1 and last["step"] and number(last.get("epoch")):
         ratio = last["epoch"] / last["step"]
         epochs = axes[0].secondary_xaxis("top", functions=(lambda x: x * ratio, lambda x: x / ratio))
@@ -116,66 +135,111 @@ def plot(run_dirs, path):
     write(figure, path)
 
 
+def shown_checkpoints(run_dir):
+    """Return {step: folder} of the whole checkpoints, those of them that a picture shows. Prints which ones
+    are damaged."""
+    from nanobit import checkpoint
+
+    whole = {}
+    for step, folder in checkpoints(run_dir).items():
+        fault = checkpoint.fault(folder, checkpoint.MODEL)
+        if fault:
+            print(printable(f"skipped {folder}: {fault}"), file=sys.stderr)
+        else:
+            whole[step] = folder
+    if len(whole) <= PANELS:
+        return whole, whole
+    # even distances, so that the pair at a stage boundary takes one place
+    first = min(whole)
+    marks = [first + i * (max(whole) - first) / (PANELS - 1) for i in range(PANELS)]
+    steps = sorted({min(whole, key=lambda step: abs(step - mark)) for mark in marks})
+    return whole, {step: whole[step] for step in steps}
+
+
+def check_matrix(run_dir, part, matrix):
+    """Exit with 2 if the model of a checkpoint has no ternary matrix of this name."""
+    from nanobit.experts import bit_layers
+    from nanobit.infer import restore
+
+    if not part["config"]["ternary"]:
+        fail(f"{run_dir} is a float run (ternary = False), its weights have no codes; choose another")
+    names = list(bit_layers(restore.restore(part, "cpu")))
+    if matrix not in names:
+        near = difflib.get_close_matches(matrix, names, n=3, cutoff=0.3) or names[:3]
+        fail(f"matrix = {matrix!r} is not in {run_dir}; near it are {', '.join(near)}")
+
+
+def draw_histogram(ax, step, ratio, codes):
+    """Draw how the latent weights W / mean|W| lie about the thresholds between the codes, at -0.5 and 0.5.
+    Weights beyond the frame count in its last bins."""
+    values = [ratio[codes == code].clip(BINS[0], BINS[-1]) for code in CODE_COLORS]
+    weights = [[1 / ratio.size] * group.size for group in values]
+    colors = CODE_COLORS.values()
+    ax.hist(values, BINS, weights=weights, stacked=True, color=colors, edgecolor="gray", linewidth=0.3)
+    for threshold in (-0.5, 0.5):
+        ax.axvline(threshold, color="black", linestyle="--", linewidth=1)
+    minus, zero, plus = ((codes == code).mean() for code in CODE_COLORS)
+    ax.set_title(f"step {step:,}: {minus:.1%} are -1, {zero:.1%} are 0, {plus:.1%} are +1", fontsize=11)
+    ax.set_xlabel("latent weight W / mean|W|")
+    ax.set_ylabel("share of the weights")
+
+
 def plot_codes(run_dir, matrix, path):
-    """write a picture of a corner of one ternary matrix at up to 8 checkpoints, and of the codes that
-    flipped from each to the next; returns in words how many are shown. Exits with 2 for a float run, an
-    unknown matrix, fewer than two checkpoints."""
+    """Write a picture of one ternary matrix at up to 8 checkpoints: a corner of its codes, those that flipped
+    from each checkpoint to the next, and histograms of its latent weights at the first and the last one.
+
+    Returns in words how many are shown. Exits with 2 for a float run, an unknown matrix, fewer than two
+    checkpoints.
+    """
     figures = cli.library("matplotlib.figure", "matplotlib")
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
     import quant
     from nanobit import checkpoint
-    from nanobit.experts import bit_layers
-    from nanobit.infer import restore
 
-    whole = {}
-    for step, folder in checkpoints(run_dir).items():
-        wrong = checkpoint.fault(folder, checkpoint.MODEL)
-        if wrong:
-            print(printable(f"skipped {folder}: {wrong}"), file=sys.stderr)
-        else:
-            whole[step] = folder
-    steps = list(whole)
-    if len(steps) > 8:  # even distances, so that the pair at a stage boundary takes one place
-        marks = [steps[0] + i * (steps[-1] - steps[0]) / 7 for i in range(8)]
-        steps = sorted({min(whole, key=lambda step: abs(step - mark)) for mark in marks})
-    n, shown = len(steps), f"{len(steps)} of {len(whole)} checkpoints"
-    if n:
-        part = checkpoint.load(whole[steps[0]])
-        if not part["config"]["ternary"]:
-            fail(f"{run_dir} is a float run (ternary = False), its weights have no codes; choose another")
-        names = list(bit_layers(restore.restore(part, "cpu")))
-        if matrix not in names:
-            near = difflib.get_close_matches(matrix, names, n=3, cutoff=0.3) or names[:3]
-            fail(f"matrix = {matrix!r} is not in {run_dir}; near it are {', '.join(near)}")
-    if n < 2:
-        found = "only one whole checkpoint" if n else "no whole checkpoint"
-        fail(f"{run_dir} has {found}, codes flip between two; train on, with a smaller save_every")
-    figure = figures.Figure(figsize=(2.1 * n, 5), dpi=120, layout="constrained")
-    axes, before, former = figure.subplots(2, n), None, None
+    whole, folders = shown_checkpoints(run_dir)
+    steps = list(folders)
+    if steps:
+        check_matrix(run_dir, checkpoint.load(folders[steps[0]]), matrix)
+    if len(steps) < 2:
+        number_of = {0: "no whole checkpoint", 1: "only one whole checkpoint"}[len(steps)]
+        fail(f"{run_dir} has {number_of}, codes flip between two; train on, with a smaller save_every")
+    figure = figures.Figure(figsize=(max(8, 2.1 * len(steps)), 8), dpi=120, layout="constrained")
+    upper, lower = figure.subfigures(2, height_ratios=[5, 3])
+    axes = upper.subplots(2, len(steps))
+    histograms = dict(zip((steps[0], steps[-1]), lower.subplots(1, 2, sharey=True)))
+    before = None
+    former = None
     for (top, bottom), step in zip(axes.T, steps):
-        part = checkpoint.load(whole[step])
-        # experts one below the other
-        codes = quant.ternarize(part["model"][f"{matrix}.weight"])[0].flatten(0, -2).numpy()
-        top.imshow(
-            codes[:64, :64], cmap=ListedColormap(CODE_COLORS), vmin=-1, vmax=1, interpolation="nearest"
-        )
-        top.set_title(f"step {part['step']:,}", fontsize=11)
-        bottom.axis("off" if before is None else "on")
-        if before is not None:
+        w = checkpoint.load(folders[step])["model"][f"{matrix}.weight"]
+        codes, scale = quant.ternarize(w)
+        ratio = (w.float() * scale).flatten(0, -2).numpy()
+        codes = codes.flatten(0, -2).numpy()  # experts one below the other
+        style = dict(cmap=ListedColormap(list(CODE_COLORS.values())), vmin=-1, vmax=1)
+        top.imshow(codes[:CORNER, :CORNER], interpolation="nearest", **style)
+        top.set_title(f"step {step:,}", fontsize=11)
+        if before is None:
+            bottom.axis("off")
+        else:
             flipped = codes != before
-            bottom.imshow(flipped[:64, :64], cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+            style = dict(cmap="Greys", vmin=0, vmax=1)
+            bottom.imshow(flipped[:CORNER, :CORNER], interpolation="nearest", **style)
             bottom.set_title(f"{flipped.mean():.2%} flipped\nsince {former:,}", fontsize=11)
-        before, former = codes, part["step"]
+        if step in histograms:
+            draw_histogram(histograms[step], step, ratio, codes)
+        before = codes
+        former = step
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    out, into = before.shape
-    corner = f"{matrix}: {min(64, out)} x {min(64, into)} of its {out} x {into} codes"
-    corner += f", at {shown}; below, what flipped, with the share of the whole matrix"
-    figure.suptitle(f"{label_of(os.path.basename(os.path.abspath(run_dir)))}, {corner}", wrap=True)
-    names = zip(CODE_COLORS, ("-1", "0", "+1"))
-    patches = [Patch(facecolor=color, edgecolor="gray", label=name) for color, name in names]
-    figure.legend(handles=patches, ncols=3, loc="outside lower center")
+    rows, columns = before.shape
+    shown = f"{len(steps)} of {len(whole)} checkpoints"
+    corner = f"{min(CORNER, rows)} x {min(CORNER, columns)} of its {rows} x {columns} codes, at {shown}"
+    below = "below, what flipped, with the share of the whole matrix"
+    name = label_of(os.path.basename(os.path.abspath(run_dir)))
+    figure.suptitle(f"{name}, {matrix}: {corner}; {below}", wrap=True)
+    names = {-1: "-1", 0: "0", 1: "+1"}
+    patches = [Patch(facecolor=CODE_COLORS[code], edgecolor="gray", label=names[code]) for code in names]
+    upper.legend(handles=patches, ncols=3, loc="outside lower center")
     write(figure, path)
     return shown

@@ -1,0 +1,81 @@
+"""What bench.py --compare adds: nanoGPT's model, the memory of each twin alone, and llama.cpp."""
+
+import concurrent.futures
+import importlib.util
+import multiprocessing
+import os
+import tempfile
+
+import torch
+
+from nanobit import machine
+from nanobit.bench import timing
+from nanobit.export import gguf_file, verify
+
+
+def nanogpt(cfg, windows, device, dtype):
+    """Return nanoGPT's model of the same depth and width, with its own vocabulary, from a clone of its
+    repository, as a Contestant; its optimizer is our fused AdamW."""
+    spec = importlib.util.spec_from_file_location("nanogpt", cfg.nanogpt)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sizes = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
+    torch.manual_seed(cfg.seed)
+    with torch.device(device):
+        model = module.GPT(module.GPTConfig(block_size=cfg.seq_len, **sizes))
+    total = sum(p.numel() for p in model.parameters())
+    print(f"nanoGPT: {total:,} parameters, its own vocabulary among them")
+    compiled, _ = machine.compiled(model, cfg.compile, device)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+    def loss(x, y):  # random ids of ours are ids of its larger vocabulary
+        return compiled(x, y.contiguous())[1]
+
+    return timing.Contestant(cfg, "nanoGPT", model, loss, [optimizer], windows, device, dtype)
+
+
+def memory_gb(cfg, ternary):
+    """Return the peak memory of this process, after training steps of one twin."""
+    device = machine.pick(cfg.device)
+    if cfg.deterministic:
+        machine.make_deterministic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        windows = timing.random_tokens(cfg, folder)
+        timing.ours(cfg, ternary, windows, device, machine.pick_dtype(cfg.dtype, device))
+    return machine.peak_memory_gb(device)
+
+
+def training(cfg, device, dtype):
+    """Return timing.training with nanoGPT, and the memory of the twins, each measured in a process alone."""
+    facts, step_ms, ratios = timing.training(cfg, device, dtype, peer=nanogpt)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
+        gb = {ternary: processes.submit(memory_gb, cfg, ternary).result() for ternary in (True, False)}
+    print(f"peak memory of each alone: ternary {machine.gb(gb[True])}, float {machine.gb(gb[False])}")
+    facts |= dict(nanogpt_step_ms=step_ms["nanoGPT"], float_peak_memory_gb=gb[False])
+    return facts | dict(peak_memory_gb=gb[cfg.ternary], ratios=ratios)
+
+
+def writers(cfg, device, prompt, n_new):
+    """Return {name: function that yields n_new tokens after prompt (1, T)}: the experiment's model with the
+    other head, its twin, and on a CPU llama.cpp."""
+    other_head = "float32" if cfg.head == "bfloat16" else "bfloat16"
+    choices = [(cfg.ternary, other_head), (not cfg.ternary, cfg.head)]
+    ours = dict(timing.writer(cfg, ternary, head, device, prompt, n_new) for ternary, head in choices)
+    if device.type != "cpu":
+        print("llama.cpp is left out: the binding computes on the CPU")
+        return ours
+    model = timing.build(cfg, cfg.ternary, device)
+    tokenizer = dict(kind="char", sha256="", eot=0, chars="\0")
+    part = dict(config=vars(cfg), tokenizer=tokenizer, model=model.state_dict(), step=0)
+    # q2_0, which fits more widths, is too new for the binding
+    dtype = "tq2_0" if gguf_file.smallest(part) == "tq2_0" else "f16"
+    embed = "f16" if cfg.n_embd % gguf_file.BLOCK_SIZE["q8_0"] else "q8_0"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = os.path.join(folder, "model.gguf")
+        gguf_file.write(part, path, dtype, embed)
+        llama = verify.Llama(path, n_ctx=cfg.seq_len, n_threads=torch.get_num_threads())
+    return ours | {f"llama.cpp {dtype}": lambda: llama.write(prompt[0].tolist(), n_new)}

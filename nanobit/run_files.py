@@ -1,0 +1,79 @@
+"""
+What a run has written, read from its files only.
+
+What is missing or damaged is left out, so that reading works beside a process that writes.
+"""
+
+import functools
+import json
+import os
+
+import config
+from nanobit import record
+from nanobit.run_dir import step_dir, steps
+
+
+def number(value):
+    """Return value if it is a finite number, else None."""
+    return value if record.is_number(value) else None
+
+
+def column(rows, key):
+    """Return the finite numbers under a key, oldest first."""
+    return [row[key] for row in rows if number(row.get(key)) is not None]
+
+
+@functools.cache
+def defaults():
+    return config.assignments(config.DEFAULT)
+
+
+def is_setting(name, value):
+    """Return whether a setting may have this value. A name that this version lacks may have any plain one."""
+    if name not in defaults():
+        return record.is_number(value) or type(value) in (str, bool)
+    default_type = type(defaults()[name])
+    if default_type in (int, float):
+        return record.is_number(value)
+    return type(value) is default_type
+
+
+def read_config(run_dir):
+    """Return what config.json holds: settings, {name: value}; pid, host and device; params, {which: number}.
+    What is missing, damaged or of another type is left out."""
+    try:
+        with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as file:
+            content = json.load(file)
+        settings = config.with_ratios({name: entry["value"] for name, entry in content["settings"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {"settings": {}}
+    facts = {"settings": {name: value for name, value in settings.items() if is_setting(name, value)}}
+    for name, wanted in (("pid", int), ("host", str), ("device", str)):
+        if type(content.get(name)) is wanted:
+            facts[name] = content[name]
+    if type(content.get("params")) is dict:
+        facts["params"] = {name: number(value) for name, value in content["params"].items()}
+    return facts
+
+
+def checkpoints(run_dir):
+    """Return {step: folder} of the checkpoints that have a manifest, oldest first."""
+    return {step: step_dir(run_dir, step) for step in reversed(steps(run_dir))}
+
+
+def read_run(run_dir):
+    """Return what a run has written, as a dict of lists, oldest first: rows (of training), evals, health,
+    routers, events, greedy (samples), starts (times at which a process began); and config and checkpoints."""
+    scalars = record.read(run_dir, record.SCALARS)
+    events = record.read(run_dir, record.EVENTS)
+    return dict(
+        config=read_config(run_dir),
+        rows=[row for row in scalars if "loss" in row],
+        evals=[row for row in scalars if row.get("val_loss") is not None],
+        health=[{"step": row["step"]} | row["total"] for row in record.read(run_dir, record.BITNET)],
+        routers=[row["total"] for row in record.read(run_dir, record.ROUTER)],
+        events=events,
+        greedy=[row for row in record.read(run_dir, record.SAMPLES) if row["mode"] == "greedy"],
+        starts=column([row for row in events if row.get("event") in ("start", "resume")], "time"),
+        checkpoints=checkpoints(run_dir),
+    )
