@@ -84,16 +84,14 @@ run.start_log(cfg, state.step)
 
 skips = optim.SkipCounter(state.skipped, device)
 speed = machine.Speedometer(device)
-# resuming repeats the evaluation of its step: a checkpoint holds the state before it
-before_eval = replace(state)
+before_eval = replace(state)  # a checkpoint holds the state before the evaluation of its step
 val_loss = None
 last_row = record.last(run.path, record.SCALARS, "loss")  # the last training line
 codes = metrics.codes(model) if cfg.ternary and state.step % cfg.log_every == 0 else None  # of that line
 
 
 def save(reason):
-    """Save the state before the update at this step. Return whether it is on disk: a full disk costs a
-    warning, and leaves earlier checkpoints."""
+    """Save the state before the update at this step. Return whether it is on disk; a full disk only warns."""
     if distributed.share(checkpoint.has_manifest(run.path, state.step)):
         return True
     now = replace(state, best=before_eval.best, stale_evals=before_eval.stale_evals)
@@ -105,15 +103,11 @@ def save(reason):
 
 def save_end():
     """Save the last step. A full disk is given ten minutes, and a line a minute."""
-    for _ in range(10):
-        if save("end"):
+    for second in range(600):
+        if (second % 60 == 0 and save("end")) or distributed.asked_to_stop():
             return
-        for _ in range(60):
-            if distributed.asked_to_stop():
-                return
-            time.sleep(1)
-    remedy = f"free disk space, then: {run.resume_command()}"
-    fail(f"the end of run {cfg.run_id} is not saved; {remedy}", code=1)
+        time.sleep(1)
+    fail(f"the end of run {cfg.run_id} is not saved; free disk space, then: {run.resume_command()}", code=1)
 
 
 def leave():
@@ -123,8 +117,8 @@ def leave():
     run.event("interrupt", step=state.step, signal=signum)
     run.bar.close()
     if is_saved and distributed.is_main:
-        print(f"stopped by signal {signum}, saved step {state.step}", end="; ", file=sys.stderr)
-        print(f"to continue: {run.resume_command()}", file=sys.stderr)
+        stopped = f"stopped by signal {signum}, saved step {state.step}"
+        print(f"{stopped}; to continue: {run.resume_command()}", file=sys.stderr)
     sys.exit(128 + signum)
 
 
@@ -167,15 +161,13 @@ def is_out_of_patience():
     """Return whether the last evaluations end the run here, saved."""
     if not cfg.patience or state.stale_evals < cfg.patience or not save("end"):
         return False
-    best = "no evaluation was finite"
-    if state.best:
-        best = f"the best, {state.best['val_loss']:.4f}, is --ckpt={os.path.join(run.path, 'best')}"
+    best = f"--ckpt={os.path.join(run.path, 'best')}" if state.best else "no evaluation was finite"
     run.log(f"patience: {state.stale_evals} evaluations without a new best loss; {best}")
     return True
 
 
 def sample():
-    """Write every prompt in every mode into samples.jsonl, and show the first text."""
+    """Write every prompt in every mode into samples.jsonl."""
     model.eval()
     with machine.autocast(device, dtype):
         for row in generate.samples(cfg, model, tokenizer, prompts, device, distributed.asked_to_stop):

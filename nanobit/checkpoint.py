@@ -35,23 +35,6 @@ MODEL = "checkpoint.pt"
 TRAINER = "trainer.pt"
 
 
-class HashedFile:
-    """A file for torch.save that counts and hashes the bytes on their way to the disk."""
-
-    def __init__(self, path):
-        self.file = open(path, "wb")
-        self.sha = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data):
-        self.sha.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-    def flush(self):
-        self.file.flush()
-
-
 def save(run_dir, step, model_part, trainer_part):
     """Write both parts (dicts of tensors and plain values) as the checkpoint of `step`. Return its folder.
 
@@ -63,12 +46,13 @@ def save(run_dir, step, model_part, trainer_part):
         os.makedirs(partial)
         manifest = {"format": FORMAT, "step": step, "files": {}}
         for name, part in ((MODEL, model_part), (TRAINER, trainer_part)):
-            out = HashedFile(os.path.join(partial, name))
-            with out.file:
-                torch.save(part, out)
-                out.file.flush()
-                os.fsync(out.file.fileno())
-            manifest["files"][name] = {"bytes": out.bytes, "sha256": out.sha.hexdigest()}
+            with open(os.path.join(partial, name), "w+b") as file:
+                torch.save(part, file)
+                size = file.tell()
+                file.seek(0)
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            manifest["files"][name] = {"bytes": size, "sha256": sha256}
         write_json(os.path.join(partial, "manifest.json"), manifest)
         sync_folder(partial)
         if os.path.isdir(final):  # without a manifest, perhaps with good weights
@@ -117,10 +101,7 @@ def fault(folder, name):
 
 def checkpoint_fault(folder, resumable):
     """Return what is wrong with the files that using, or resuming, a checkpoint needs, or None."""
-    problem = fault(folder, MODEL)
-    if resumable and not problem:
-        problem = fault(folder, TRAINER)
-    return problem
+    return fault(folder, MODEL) or (fault(folder, TRAINER) if resumable else None)
 
 
 @contextlib.contextmanager
@@ -150,16 +131,14 @@ def newest(run_dir, resumable):
 
 
 def best_step(run_dir):
-    """Return the step of the best evaluation of a run by its best.json, or None if there is none, or no
-    checkpoint of it. Raises OSError if that cannot be read."""
+    """Return the step that best.json names, or None if there is none, or no checkpoint of it. Raises OSError
+    if that cannot be read."""
     try:
         with open(os.path.join(run_dir, "best.json"), encoding="utf-8") as file:
             step = json.load(file)["step"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if type(step) is not int or not has_manifest(run_dir, step):
-        return None
-    return step
+    return step if type(step) is int and has_manifest(run_dir, step) else None
 
 
 def locate(path, resumable=False, setting="ckpt", also=""):
@@ -210,9 +189,7 @@ def locate(path, resumable=False, setting="ckpt", also=""):
 def kept_bytes(cfg, params, steps):
     """Return the bytes that the checkpoints of so many steps take: the weights of all, and what resumes a run
     of the newest and of four more (two at the boundary, the best, the end)."""
-    saves = 0
-    if cfg.save_every:
-        saves = steps // cfg.save_every
+    saves = steps // cfg.save_every if cfg.save_every else 0
     resumable = min(saves, cfg.keep_last or saves) + 4
     return 4 * params * (saves + 4) + 8 * params * resumable  # fp32, and AdamW holds two numbers for each
 
@@ -297,8 +274,7 @@ def clean(run_dir, after):
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
     for step in step_folders(run_dir):
         if step > after or not has_manifest(run_dir, step):
-            reason = "is later than the step this run continues from"
-            if not has_manifest(run_dir, step):
-                reason = "has no manifest.json"
+            is_later = has_manifest(run_dir, step)
+            reason = "is later than the step this run continues from" if is_later else "has no manifest.json"
             path = step_dir(run_dir, step)
             print(f"renamed: {path}, which {reason}, to {os.path.basename(set_aside(path))}")

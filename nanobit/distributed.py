@@ -28,7 +28,7 @@ def start(device):
     global control
     if WORLD > 1:
         # numbers of the CPU go over gloo on every machine: sharing a flag does not wait for a GPU
-        backend = {"cuda": "cpu:gloo,cuda:nccl"}.get(device.type, "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
         # to scan 200 GB of tokens, or to wait for the first of them, takes longer than any sum may
         control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
@@ -95,8 +95,8 @@ def handle_signals(handler):
 
 
 def leave_on_signal():
-    """From now on, a signal ends the program with 128 + its number and removes what has only been begun. It
-    just ends each of several ranks, which may wait for each other in C."""
+    """From now on, a signal ends the program with 128 + its number and removes what has only been begun. Of
+    several ranks, which may wait for each other in C, it just ends each."""
     if WORLD == 1:
         handle_signals(lambda signum, frame: sys.exit(128 + signum))
 
@@ -160,9 +160,7 @@ def replicate(model, device, shape):
     that of its batches, (B, T)."""
     if WORLD == 1:
         return model
-    ids = None
-    if device.type == "cuda":
-        ids = [device.index]
+    ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
         # torch 2.13 warns of broadcast_buffers, and 2.11 does not know the name of its successor
         warnings.simplefilter("ignore", FutureWarning)
@@ -188,16 +186,12 @@ def sync_gradients(model, wanted):
 
 def local(tensor):
     """Return this rank's part of a tensor that may be sharded."""
-    if hasattr(tensor, "to_local"):
-        return tensor.to_local()
-    return tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(w):
     """Return a weight, put together if FSDP has sharded it; every rank must ask."""
-    if hasattr(w, "full_tensor"):
-        return w.full_tensor()
-    return w
+    return w.full_tensor() if hasattr(w, "full_tensor") else w
 
 
 def as_sharded(tensor, like):
@@ -219,9 +213,7 @@ def gather(state):
     if not hasattr(state, "full_tensor"):
         return state
     full = whole(state)  # on every rank, one at a time
-    if is_main:
-        return full.cpu()
-    return None
+    return full.cpu() if is_main else None
 
 
 def load(model, optimizers, state, optimizer_states):

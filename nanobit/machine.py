@@ -18,7 +18,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from torch.utils._triton import has_triton
 
-from config import DTYPES
 from nanobit.cli import LOCAL_RANK, WORLD, fail
 
 # dense bf16 matrix FLOP/s of a card, from its data sheet, by its whole name: any other card, a slice of one
@@ -39,14 +38,12 @@ PEAK_FLOPS = {
 def pick(wanted):
     """Return the torch.device of a setting, current from now on: auto takes cuda, then mps, then cpu. Exits
     with 2 if it does not exist."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", wanted):
-        fail(f"device = {wanted!r} is unknown; choose one of auto, cpu, cuda, cuda:1, mps")
     has_mps = torch.backends.mps.is_available()
     if wanted == "mps" and not has_mps:
         fail(f"device = {wanted!r} does not exist: this torch has no MPS; use auto or cpu")
     if wanted == "auto":
-        available = {"cuda": torch.cuda.is_available(), "mps": has_mps, "cpu": True}
-        wanted = next(name for name, exists in available.items() if exists)
+        without_cuda = "mps" if has_mps else "cpu"
+        wanted = "cuda" if torch.cuda.is_available() else without_cuda
     device = torch.device(wanted)
     if device.type != "cuda":
         return device
@@ -57,9 +54,7 @@ def pick(wanted):
         number = LOCAL_RANK
     n_cards = torch.cuda.device_count()
     if number >= n_cards:
-        remedy = "auto or cpu"
-        if WORLD > 1 and n_cards:
-            remedy = f"--nproc_per_node={n_cards}"
+        remedy = f"--nproc_per_node={n_cards}" if WORLD > 1 and n_cards else "auto or cpu"
         fail(f"device = 'cuda:{number}' does not exist: torch sees {n_cards} CUDA devices; use {remedy}")
     device = torch.device("cuda", number)  # some calls insist on the number
     torch.cuda.set_device(device)  # our own kernels and graphs go to the current one
@@ -67,11 +62,8 @@ def pick(wanted):
 
 
 def pick_dtype(wanted, device):
-    """Return the torch dtype that matrix products compute in. auto is bfloat16 if the device has units for
-    it, else float32: a CPU without them emulates bfloat16 several times slower. A card with float16 units
-    alone is reported."""
-    if wanted not in DTYPES:
-        fail(f"dtype = {wanted!r} is unknown; choose one of {', '.join(DTYPES)}")
+    """Return the torch dtype of matrix products. auto is bfloat16 if the device has units for it, else
+    float32: a CPU without them emulates bfloat16 several times slower."""
     if wanted in ("auto", "bfloat16") and has_bf16(device):
         return torch.bfloat16
     if wanted == "bfloat16":
@@ -81,9 +73,7 @@ def pick_dtype(wanted, device):
         print(f"dtype: {describe(device)} has no bfloat16 units, so float32; {hint}", file=sys.stderr)
     if wanted == "float16" and device.type == "mps":
         fail("dtype = 'float16' needs a gradient scaler, which is for cuda and cpu; use bfloat16 or float32")
-    if wanted == "float16":
-        return torch.float16
-    return torch.float32
+    return torch.float16 if wanted == "float16" else torch.float32
 
 
 def has_bf16(device):
@@ -95,9 +85,7 @@ def has_bf16(device):
 
 def matrix_dtype(device):
     """Return the dtype of an iteration on whole matrices, whatever the model computes in."""
-    if has_bf16(device):
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
 def name(dtype):
@@ -107,9 +95,7 @@ def name(dtype):
 
 def autocast(device, dtype):
     """Return the context of a forward whose products are of this dtype."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def explain_out_of_memory(cfg, device):
@@ -131,8 +117,8 @@ def explain_out_of_memory(cfg, device):
 
 
 def make_deterministic():
-    """Make the same run give the same bits on the same machine: otherwise compiled embedding gradients use
-    atomics, and the compiler times on the device which of two forms of a product it takes."""
+    """Make the same run give the same bits on the same machine. Otherwise compiled embedding gradients use
+    atomics, and the compiler chooses between forms of a product by timing them."""
     # torch._inductor reads it when it is imported, which comes later
     os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     torch.use_deterministic_algorithms(True)
@@ -142,24 +128,23 @@ def make_deterministic():
 
 def no_compiler(device):
     """Return why torch.compile cannot work on a device, or ''."""
-    has_cpp = shutil.which("g++") or shutil.which("clang++")
     if device.type == "mps":
         return "torch.compile does not cover MPS yet"
     if device.type == "cuda" and not has_triton():
         return "torch.compile needs Triton on CUDA, and a card that it knows"
     if device.type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return "torch.compile needs a C compiler (cc) on CUDA, for Triton"
-    if device.type == "cpu" and not has_cpp:
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         return "torch.compile needs a C++ compiler (g++) on CPU"
     return ""
 
 
 def compile_fault(device):
     """Return why a small function cannot be compiled for a device, in one line, or '': a compiler may exist
-    and fail (no headers, a broken installation), or the folder of compiled code may not be writable."""
+    and fail, or the folder of compiled code may not be writable."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(16, device=device))
-    except Exception as error:  # of torch, of the compiler, of the file system: any of them, and eager works
+    except Exception as error:  # of torch, the compiler or the file system: eager works all the same
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"
     return ""
@@ -174,8 +159,7 @@ def check_cuda_graph(device, n_expert):
 
 
 def compiled(model, wanted, device):
-    """Return (the model or its compiled form, whether it is compiled). Print the reason if that was wanted
-    and cannot work."""
+    """Return (the model or its compiled form, whether it is compiled), and print why if that cannot work."""
     if not wanted:
         return model, False
     if reason := no_compiler(device) or compile_fault(device):
@@ -208,8 +192,8 @@ def synchronize(device):
 
 
 def peak_memory_gb(device):
-    """Return the most memory held so far, in 1e9 bytes: allocated on the device, or resident in the process
-    on CPU; None on Windows, which has no such number in Python."""
+    """Return the most memory held so far, in 1e9 bytes: of the device, or of the process on CPU; None on
+    Windows, which has no such number in Python."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
@@ -223,17 +207,13 @@ def peak_memory_gb(device):
         import resource
     except ModuleNotFoundError:
         return None
-    unit = 1024
-    if platform.system() == "Darwin":
-        unit = 1
+    unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def gb(number):
     """Return a size in 1e9 bytes in words; None is unknown."""
-    if number is None:
-        return "unknown"
-    return f"{number:.2f} GB"
+    return "unknown" if number is None else f"{number:.2f} GB"
 
 
 def utilization(device):

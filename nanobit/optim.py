@@ -16,16 +16,12 @@ def orthogonalize(g, dtype):
     "Muon: An optimizer for hidden layers in neural networks", 2024)."""
     a, b, c = NS_COEFFICIENTS
     is_tall = g.shape[-2] > g.shape[-1]
-    x = g.to(dtype)
-    if is_tall:
-        x = x.mT
+    x = g.to(dtype).mT if is_tall else g.to(dtype)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(NS_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    if is_tall:
-        x = x.mT
-    return x
+    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,8 +45,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 # a stack is a batch already; a sharded matrix is put together by itself
                 is_single = p.dim() == 2 and distributed.local(p) is p
-                key = p.shape if is_single else p
-                batches.setdefault(key, []).append(p)
+                batches.setdefault(p.shape if is_single else p, []).append(p)
             for batch in batches.values():
                 self.update(batch, group["lr"], group["momentum"], group["weight_decay"])
 

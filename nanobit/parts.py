@@ -57,9 +57,7 @@ def check_shapes(path, weights, needed, remedy="use another step folder, or the 
 
 def shape_of(tensors, name):
     """Return the shape of a named tensor, or 'none' if it is missing."""
-    if name not in tensors:
-        return "none"
-    return tuple(tensors[name].shape)
+    return tuple(tensors[name].shape) if name in tensors else "none"
 
 
 def check_trainer(part):

@@ -33,9 +33,7 @@ def plain(value):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_json(fields):
@@ -107,10 +105,8 @@ def read(run_dir, name):
 
 def last(run_dir, name, has="step", **fields):
     """Return the newest line of a JSONL file that has a key and these fields, or {}."""
-    for row in reversed(read(run_dir, name)):
-        if has in row and fields.items() <= row.items():
-            return row
-    return {}
+    rows = (row for row in reversed(read(run_dir, name)) if has in row and fields.items() <= row.items())
+    return next(rows, {})
 
 
 def is_number(value):
@@ -160,9 +156,7 @@ def parsed(line, name):
         is_whole = None not in (row.get("why"), row.get("result"))
     else:
         is_whole = None not in map(row.get, NEEDED.get(name, []))
-    if not is_whole:
-        return None
-    return row
+    return row if is_whole else None
 
 
 def is_kept(name, line, step):
@@ -183,9 +177,7 @@ def is_kept(name, line, step):
             return True
         line_step = row["step"]
         is_made_again = name == SAMPLES or "val_loss" in row
-    if step is None:
-        return False
-    return line_step < step or (line_step == step and not is_made_again)
+    return step is not None and line_step < step + (not is_made_again)
 
 
 def rewind(run_dir, step, counts_then=None):
@@ -210,9 +202,7 @@ def rewind(run_dir, step, counts_then=None):
             fates.pop()
         n_lost = max(fates.count(None), counts_then.get(base, 0) - len(kept))
         if step is not None and n_lost:
-            of_all = ""
-            if base in counts_then:
-                of_all = f" of {max(n_lost, counts_then[base])}"
+            of_all = f" of {max(n_lost, counts_then[base])}" if base in counts_then else ""
             lost.append(f"{name}: {n_lost}{of_all} lines before step {step} are missing or damaged")
     for name in (*FILES, "config.json", "best.json"):
         path = os.path.join(run_dir, name)

@@ -10,7 +10,7 @@ import torch
 import config
 from nanobit import checkpoint, data, distributed, parts, record, schedule
 from nanobit.cli import fail
-from nanobit.run_dir import opening, step_dir, step_folders, steps
+from nanobit.run_dir import has_manifest, opening, step_dir, step_folders, steps
 from nanobit.tokenizer import bos_of
 
 SHAPE = (
@@ -48,12 +48,8 @@ class Origin:
 
 def newest_resumable(run):
     """Return the Origin that resume = 'auto' continues from. A run without any whole file is renamed, to
-    start over.
-
-    Exits with 1, and the choices, if a checkpoint cannot be read now, if weights are whole but nothing can be
-    resumed, or if there are weights that no manifest verifies: an unattended restart must not throw away what
-    was trained.
-    """
+    start over. If weights could be saved by hand, exit with 1 and the choices: an unattended restart must not
+    throw away what was trained."""
     usable = None
     with checkpoint.reading():
         folder, skipped = checkpoint.newest(run.path, resumable=True)
@@ -63,22 +59,15 @@ def newest_resumable(run):
         print(f"resume: skipped step {step}: {fault}")
     if folder or not skipped:
         return Origin(folder, True, skipped)
-    nothing = f"{run.path} has no checkpoint to resume from, see above"
-    start_over = f"to start this run over, rename or delete {run.path}"
+    choices = f"to start this run over, rename or delete {run.path}"
     if usable:
-        fail(
-            f"{nothing}, but the weights of {usable} are whole; --init_from={usable} with another --run_id= "
-            f"starts a new run from them; {start_over}",
-            code=1,
-        )
-    for folder in (step_dir(run.path, step) for step, _ in skipped):
-        has_manifest = os.path.exists(os.path.join(folder, "manifest.json"))
-        if os.path.exists(os.path.join(folder, checkpoint.MODEL)) and not has_manifest:
-            fail(
-                f"{nothing}; {folder} holds weights, but no manifest.json that verifies them: restore it "
-                f"from a copy; {start_over}",
-                code=1,
-            )
+        holds = f"the weights of {usable} are whole; --init_from={usable} with another --run_id= uses them"
+        fail(f"{run.path} has no checkpoint to resume from, see above, but {holds}; {choices}", code=1)
+    for step, _ in skipped:
+        folder = step_dir(run.path, step)
+        if os.path.exists(os.path.join(folder, checkpoint.MODEL)) and not has_manifest(run.path, step):
+            holds = f"{folder} holds weights, but no manifest.json that verifies them: restore a copy of it"
+            fail(f"{run.path} has no checkpoint to resume from, see above; {holds}; {choices}", code=1)
     print(f"resume: no intact checkpoint found, starting over; the old run is now {run.move_aside()}")
     return Origin(None, True, skipped)
 
@@ -107,9 +96,8 @@ def find(cfg, run):
 
 
 def keep_rates(cfg, saved):
-    """Give cfg the rates of the checkpoint it resumes, to the last bit, if its ratios are the same but for
-    rounding. schedule.final_rates looks for such a number under the name that the setting had before it was
-    a ratio. saved: the checkpoint's settings."""
+    """Give cfg the rates of the checkpoint's settings, to the last bit, if its ratios are the same but for
+    rounding: schedule.final_rates looks for them under the names that they had before they were ratios."""
     if cfg.learning_rate != saved["learning_rate"]:
         return
     for former, ratio in config.RATIOS.items():
@@ -150,11 +138,10 @@ def must_agree(cfg, part, tokenizer, names, source, hint=""):
 
 
 def restore(cfg, origin, run, tokenizer, tokens, model, optimizers, scaler):
-    """Give the state of a verified checkpoint back to model, optimizers and scaler.
+    """Give the state of a verified checkpoint back to model, optimizers and scaler. tokens: data.digest.
 
-    tokens: data.digest of the data set. Return (State, former): former holds the settings that changed, and
-    by the settings it was saved with the patience, the stage of the last update and the next learning rate.
-    Exits with 2 if the checkpoint is of another run, or beyond the end of this one.
+    Return (State, former): the changed settings, and by the checkpoint's settings the patience, the stage of
+    the last update and the next learning rate. Exits with 2 if it is of another run, or beyond its end.
     """
     folder = origin.folder
     on_disk = next(model.parameters()).device.type != "cpu"  # until it goes to the device
@@ -162,8 +149,8 @@ def restore(cfg, origin, run, tokenizer, tokens, model, optimizers, scaler):
     trainer = checkpoint.load(folder, checkpoint.TRAINER, mmap=on_disk)
     step = trainer["step"]
     if part["step"] != step:
-        steps_differ = f"checkpoint.pt is of step {part['step']}, trainer.pt of step {step}"
-        fail(f"{folder}: {steps_differ}, so it cannot be resumed; use another step folder")
+        problem = f"checkpoint.pt is of step {part['step']}, trainer.pt of step {step}"
+        fail(f"{folder}: {problem}, so it cannot be resumed; use another step folder")
     if step > cfg.max_steps:
         fail(f"max_steps = {cfg.max_steps} is less than the {step} steps of {folder}; raise it")
     keep_rates(cfg, part["config"])
@@ -195,31 +182,23 @@ def restore(cfg, origin, run, tokenizer, tokens, model, optimizers, scaler):
     )
 
 
-def exit_if_finished(cfg, run, step, patience):
-    """Exit with 0 if the run is at its end; patience: the setting that it ended with."""
-    reason = run.finished(cfg, step, patience)
-    if not reason:
-        return
-    to_continue = "raise max_steps"
-    if reason == "patience":
-        to_continue = "raise or switch off patience"
-    print(f"run {cfg.run_id} is finished: step {step}, ended by {reason}; to continue it, {to_continue}")
-    record.print_result(record.last(run.path, record.EVENTS)["result"], cfg.json)
-    raise SystemExit(0)
-
-
 def load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler):
     """Give model, optimizers and scaler the state that a run begins with: a checkpoint's, the weights of
-    init_from, or as drawn. Return (State, former): see restore; former is None for a run that starts.
-    Exits with 0 if the run is finished."""
+    init_from, or as drawn. Return what restore does; former is None if there is no checkpoint. Exits with 0
+    if the run is finished."""
     device = next(model.parameters()).device
     state = State()
     former = None
     if origin.folder:
         tokens = data.digest(meta)
         state, former = restore(cfg, origin, run, tokenizer_spec, tokens, model, optimizers, scaler)
-        if origin.is_own:
-            exit_if_finished(cfg, run, state.step, former.patience)
+        reason = run.finished(cfg, state.step, former.patience) if origin.is_own else ""
+        if reason:
+            raising = "raise or switch off patience" if reason == "patience" else "raise max_steps"
+            print(f"run {cfg.run_id} is finished: step {state.step}, ended by {reason}")
+            print(f"to continue it, {raising}")
+            record.print_result(record.last(run.path, record.EVENTS)["result"], cfg.json)
+            raise SystemExit(0)
     elif cfg.init_from:
         from nanobit import weights  # only here: it may read an exported folder
 
@@ -232,10 +211,8 @@ def load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler):
 
 
 def contents(cfg, state, skipped, tokenizer_spec, meta, model, optimizers, scaler):
-    """Return the contents of checkpoint.pt and trainer.pt at this state; every rank must ask.
-
-    skipped: the number of skipped steps until now. What restore reads is written here.
-    """
+    """Return the contents of checkpoint.pt and trainer.pt, which restore reads; every rank must ask. skipped:
+    the number of skipped steps until now."""
     tensors = distributed.gather(model.state_dict())
     if cfg.tie_embeddings:  # gathered from shards they would be two
         tensors["head.weight"] = tensors["embed.weight"]
@@ -263,21 +240,15 @@ def contents(cfg, state, skipped, tokenizer_spec, meta, model, optimizers, scale
 
 
 def prepare_folder(cfg, run, origin, state, facts):
-    """Make the folder of the run that of a run at this step: no temporaries, no later checkpoints, no lines
-    of the record that will be written again.
-
-    Return (whether the evaluation at this step was dropped from the record, whether the samples were, the
-    warnings of record.rewind).
-    """
+    """Remove from the run's folder what is written again after this step: later checkpoints, lines of the
+    record. Return (whether the evaluation at this step was removed, whether the samples were, warnings)."""
     step = state.step
     is_continued = bool(origin.folder) and origin.is_own
     checkpoint.check_disk(cfg, run.path, facts["params"]["total"], cfg.max_steps - step)
     with checkpoint.reading():
         checkpoint.clean(run.path, step if origin.is_own else -1)
-    has_eval = has_samples = False
-    if origin.is_own:
-        has_eval = bool(record.last(run.path, record.SCALARS, "val_loss", step=step))
-        has_samples = bool(record.last(run.path, record.SAMPLES, "mode", step=step))
+    has_eval = origin.is_own and bool(record.last(run.path, record.SCALARS, "val_loss", step=step))
+    has_samples = origin.is_own and bool(record.last(run.path, record.SAMPLES, "mode", step=step))
     lost = record.rewind(run.path, step if is_continued else None, state.counts)
     run.write_best(state.best)
     run.write_config(cfg, facts | dict(origin=origin.folder, world_size=distributed.WORLD))
@@ -285,10 +256,8 @@ def prepare_folder(cfg, run, origin, state, facts):
 
 
 def begin(cfg, run, origin, state, former, facts):
-    """Prepare the folder, print what the run is and what it continues from, and record it.
-
-    Return (whether the evaluation at this step must be repeated, whether the samples must).
-    """
+    """Prepare the folder; print and record what the run is and continues from. Return (whether the evaluation
+    at this step must be repeated, whether the samples must)."""
     step = state.step
     repeat_eval, repeat_samples, warnings = distributed.from_main(
         lambda: prepare_folder(cfg, run, origin, state, facts)
@@ -300,9 +269,7 @@ def begin(cfg, run, origin, state, former, facts):
         print(f"resume: from step {step}, {origin.folder}")
         rate = schedule.lr(cfg, step)
         if not math.isclose(rate, former.lr):
-            print(
-                f"resume: the learning rate is {rate:.2e} from here; the former settings give {former.lr:.2e}"
-            )
+            print(f"resume: the learning rate is {rate:.2e} from here; before it was {former.lr:.2e}")
         if schedule.stage(cfg, step) < former.stage:
             print(f"resume: back in stage 1 until step {schedule.boundary(cfg)}, since the run is longer now")
     else:

@@ -166,18 +166,15 @@ class RunDir:
     def write_config(self, cfg, facts):
         """Write config.json: every setting with its origin, versions, git commit, process, and the facts that
         train.py knows."""
-        origins = {
-            name: {"value": value, "origin": cfg.origin.get(name, "derived")}
-            for name, value in config.settings_of(cfg).items()
-        }
+        settings = config.settings_of(cfg).items()
         versions = {name: metadata.version(name) for name in ("torch", "numpy")}
-        content = {
-            "settings": origins,
-            "versions": versions | {"python": sys.version.split()[0]},
-            "git_commit": git_commit(),
-            "pid": os.getpid(),
-            "host": platform.node(),
-        }
+        content = dict(
+            settings={k: {"value": v, "origin": cfg.origin.get(k, "derived")} for k, v in settings},
+            versions=versions | {"python": sys.version.split()[0]},
+            git_commit=git_commit(),
+            pid=os.getpid(),
+            host=platform.node(),
+        )
         files.write_json(os.path.join(self.path, "config.json"), content | facts)
 
     def resume_command(self):
@@ -199,17 +196,14 @@ class RunDir:
         if end.get("event") != "finish" or end["step"] != step:
             return ""
         out_of_patience = end["why"] == "patience" and cfg.patience == patience
-        if step < cfg.max_steps and not out_of_patience:
-            return ""
-        return end["why"]
+        return end["why"] if step >= cfg.max_steps or out_of_patience else ""
 
 
 def git_commit():
     """Return the commit of this repository, or None if git does not know it."""
-    if not shutil.which("git"):
-        return None
     command = ["git", "-C", cli.ROOT, "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    with contextlib.suppress(OSError):  # git is not installed
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def opening(cfg, facts):
@@ -227,9 +221,7 @@ def opening(cfg, facts):
     if WORLD > 1:
         device = f"{WORLD} x {device}"
         batch = f"{WORLD} x {batch}"
-    compiled = "not compiled"
-    if facts["compile"]:
-        compiled = "compiled: the first step takes longer"
+    compiled = "compiled: the first step takes longer" if facts["compile"] else "not compiled"
     total = cfg.max_steps * cfg.total_batch_size
     return (
         f"{textwrap.fill('settings: ' + ', '.join(changed), 100, subsequent_indent='  ')}\n"

@@ -13,31 +13,24 @@ from config import RATIOS
 def boundary(cfg):
     """Return the step at which stage 2 begins: the state after that many updates is the last of stage 1. It
     is max_steps if the schedule has one stage."""
-    if cfg.schedule in ("two_stage", "bitnet"):
-        return round(cfg.stage_boundary * cfg.max_steps)
-    return cfg.max_steps
+    has_two = cfg.schedule in ("two_stage", "bitnet")
+    return round(cfg.stage_boundary * cfg.max_steps) if has_two else cfg.max_steps
 
 
 def stage(cfg, step):
     """Return the stage, 1 or 2, of the update made at `step`."""
-    if boundary(cfg) <= step and boundary(cfg) < cfg.max_steps:
-        return 2
-    return 1
+    return 2 if boundary(cfg) <= step and boundary(cfg) < cfg.max_steps else 1
 
 
 def boundary_steps(cfg):
     """Return the steps of the last update of stage 1 and of the first of stage 2, whose checkpoints (of the
     state before them) are kept; none if there is one stage."""
-    if 0 < boundary(cfg) < cfg.max_steps:
-        return {boundary(cfg) - 1, boundary(cfg)}
-    return set()
+    return {boundary(cfg) - 1, boundary(cfg)} if 0 < boundary(cfg) < cfg.max_steps else set()
 
 
 def lerp(start, end, step, first, last):
     """Return the straight line from `start` at step `first` to `end` at step `last`."""
-    if last <= first:
-        return end
-    return start + (end - start) * (step - first) / (last - first)
+    return end if last <= first else start + (end - start) * (step - first) / (last - first)
 
 
 def final_rates(cfg):
@@ -71,15 +64,11 @@ def lr(cfg, step):
         return lerp(peak, stage2_rate, step, warmup, middle)
     if cfg.schedule == "two_stage":
         return lerp(stage2_rate, final_rate, step, max(warmup, middle), end)
-    if cfg.schedule == "bitnet" and step < middle:
-        return lerp(peak, final_rate, step, 0, end)
     if cfg.schedule == "bitnet":
-        return lerp(stage2_rate, final_rate, step, 0, end)
+        return lerp(peak if step < middle else stage2_rate, final_rate, step, 0, end)
     if cfg.schedule == "wsd":
         decay_start = max(warmup, end - round(cfg.decay_fraction * end))
-        if step < decay_start:
-            return peak
-        return lerp(peak, final_rate, step, decay_start, end)
+        return peak if step < decay_start else lerp(peak, final_rate, step, decay_start, end)
     if cfg.schedule == "cosine":
         progress = lerp(0.0, 1.0, step, warmup, end)
         return final_rate + (peak - final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -90,9 +79,7 @@ def lr(cfg, step):
 
 def weight_decay(cfg, step):
     """Return the weight decay of the update made at `step`: stage2_weight_decay in stage 2."""
-    if stage(cfg, step) == 2:
-        return cfg.stage2_weight_decay
-    return cfg.weight_decay
+    return cfg.stage2_weight_decay if stage(cfg, step) == 2 else cfg.weight_decay
 
 
 def due(task, cfg, step):

@@ -228,7 +228,7 @@ def test_a_finished_run_that_goes_on_loses_no_evaluation(data_dir, out_dir):
         how = dict(max_steps=max_steps, resume="auto", sample_every=8, save_every=0, stage_boundary=0.75)
         out, _ = train(data_dir, out_dir, "r", **how)
     assert "back in stage 1 until step 12" in out
-    assert "the learning rate is 1.11e-03 from here; the former settings give 1.50e-05" in out
+    assert "the learning rate is 1.11e-03 from here; before it was 1.50e-05" in out
     losses = {row["step"]: row["val_loss"] for row in lines(f"{out_dir}/r", SCALARS) if "val_loss" in row}
     assert list(losses) == [0, 6, 10, 12, 16]
     del losses[0]
