@@ -216,26 +216,15 @@ def contents(cfg, state, skipped, tokenizer_spec, meta, model, optimizers, scale
     tensors = distributed.gather(model.state_dict())
     if cfg.tie_embeddings:  # gathered from shards they would be two
         tensors["head.weight"] = tensors["embed.weight"]
-    model_part = dict(
-        format=checkpoint.FORMAT,
-        step=state.step,
-        tokens=state.step * cfg.total_batch_size,
-        config=config.settings_of(cfg),
-        tokenizer=tokenizer_spec,
-        model=tensors,
-    )
-    trainer_part = dict(
-        format=checkpoint.FORMAT,
-        step=state.step,
-        data=data.digest(meta),
-        optimizer=[distributed.gather(optimizer.state_dict()) for optimizer in optimizers],
-        scaler=scaler.state_dict(),
-        routers=[distributed.total(state.routers.clone()), state.n_routers],
-        skipped=[skipped, state.skips_reported],
-        best=state.best,
-        stale_evals=state.stale_evals,
-        counts=state.counts,
-    )
+    both = dict(format=checkpoint.FORMAT, step=state.step)
+    tokens = state.step * cfg.total_batch_size
+    settings = config.settings_of(cfg)
+    model_part = both | dict(tokens=tokens, config=settings, tokenizer=tokenizer_spec, model=tensors)
+    optimizer_states = [distributed.gather(optimizer.state_dict()) for optimizer in optimizers]
+    trainer_part = both | dict(data=data.digest(meta), optimizer=optimizer_states, scaler=scaler.state_dict())
+    trainer_part["routers"] = [distributed.total(state.routers.clone()), state.n_routers]
+    trainer_part["skipped"] = [skipped, state.skips_reported]
+    trainer_part |= dict(best=state.best, stale_evals=state.stale_evals, counts=state.counts)
     return model_part, trainer_part
 
 
