@@ -21,11 +21,11 @@ from dataclasses import replace
 import config
 from nanobit import cli, terminal
 
-# until there is something to save, Ctrl-C just ends the program
+# it also lets Ctrl-C just end the program, until listen() below
 cfg = config.load(doc=__doc__, flags={"json": cli.JSON})
 terminal.survive_lost_output()
 
-import torch
+import torch  # after the settings, so that --help and wrong flags answer quickly
 
 from model import Transformer
 from nanobit import checkpoint, data, distributed, generate, machine, metrics, optim, record, resume, schedule
@@ -57,24 +57,24 @@ prompts = generate.encode_prompts(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg
 
 # model and optimizers, and the state that the run begins with
 
-distributed.leave_on_signal()  # an empty folder of the run does not stay
+distributed.leave_on_signal()  # a signal before training removes the empty folder of the run
 run = RunDir(os.path.join(cfg.out_dir, cfg.run_id))
 origin = distributed.from_main(lambda: resume.find(cfg, run))
 torch.manual_seed(cfg.seed)
-model = Transformer(cfg)  # drawn on the CPU: the same initial weights on every device
+model = Transformer(cfg)  # initialized on the CPU: the same weights on every device
 n_params = model.counts()
 if cfg.fsdp:
     distributed.shard(model, device)
 model.to(device)
 optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-state, former = resume.load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler)
+state, saved_settings = resume.load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler)
 step_model, is_compiled = machine.compiled(model, cfg.compile, device)
 if not cfg.fsdp:
     with machine.autocast(device, dtype):
         step_model = distributed.replicate(step_model, device, (cfg.batch_size, cfg.seq_len))
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=n_params)
-repeat_eval, repeat_samples = resume.begin(cfg, run, origin, state, former, facts)
+repeat_eval, repeat_samples = resume.begin(cfg, run, origin, state, saved_settings, facts)
 if warning := train_data.repetition(cfg.max_steps * cfg.total_batch_size):
     print(f"warning: {warning}")
 distributed.listen()
@@ -84,14 +84,14 @@ run.start_log(cfg, state.step)
 
 skips = optim.SkipCounter(state.skipped, device)
 speed = machine.Speedometer(device)
-before_eval = replace(state)  # a checkpoint holds the state before the evaluation of its step
+before_eval = replace(state)  # saved instead of state: resuming repeats the evaluation of its step
 val_loss = None
 last_row = record.last(run.path, record.SCALARS, "loss")  # the last training line
-codes = metrics.codes(model) if cfg.ternary and state.step % cfg.log_every == 0 else None  # of that line
+codes = metrics.codes(model) if cfg.ternary and state.step % cfg.log_every == 0 else None  # at that line
 
 
 def save(reason):
-    """Save the state before the update at this step. Return whether it is on disk; a full disk only warns."""
+    """Save the run after state.step updates. Return whether it is on disk; a full disk only warns."""
     if distributed.share(checkpoint.has_manifest(run.path, state.step)):
         return True
     now = replace(state, best=before_eval.best, stale_evals=before_eval.stale_evals)
@@ -123,7 +123,7 @@ def leave():
 
 
 def rescue():
-    """Save the state before damaged data end the program. One of several ranks cannot save alone."""
+    """Save when a shard is damaged, before the program ends. One of several ranks cannot save alone."""
     run.bar.close()
     if distributed.WORLD == 1 and save("damaged data"):
         run.log(f"saved step {state.step}; to continue with the repaired data set: {run.resume_command()}")
@@ -144,7 +144,7 @@ def evaluate():
     return loss
 
 
-def compare_with_best(loss):
+def update_best(loss):
     """Keep the checkpoint of a new best evaluation, and of the former best only if the schedule wants it."""
     if not loss < state.best.get("val_loss", math.inf):  # NaN is not better either
         state.stale_evals += 1
@@ -157,8 +157,8 @@ def compare_with_best(loss):
             checkpoint.remove(step_dir(run.path, former_step))
 
 
-def is_out_of_patience():
-    """Return whether the last evaluations end the run here, saved."""
+def end_if_out_of_patience():
+    """Save, and return True, if the last evaluations found no better loss: the run ends here."""
     if not cfg.patience or state.stale_evals < cfg.patience or not save("end"):
         return False
     best = f"--ckpt={os.path.join(run.path, 'best')}" if state.best else "no evaluation was finite"
@@ -176,7 +176,7 @@ def sample():
     model.train()
 
 
-def log_step(loss_sum, norm, shown_batch):
+def log_step(lr, weight_decay, loss_sum, norm, health_input):
     """Log the update that was just made: losses, rates and speed, ternary health, routers, skipped steps."""
     global codes, last_row
     n_micro_steps = cfg.accumulation * distributed.WORLD
@@ -187,9 +187,9 @@ def log_step(loss_sum, norm, shown_batch):
         epoch=train_data.epochs(state.step * cfg.total_batch_size),
         tokens=state.step * cfg.total_batch_size,
         loss=loss,
-        lr=schedule.lr(cfg, state.step - 1),
-        weight_decay=schedule.weight_decay(cfg, state.step - 1),
-        stage=schedule.stage(cfg, state.step - 1),
+        lr=lr,
+        weight_decay=weight_decay,
+        stage=schedule.stage(cfg, state.step - 1),  # of the update that was just made
         grad_norm=grad_norm,
         **speed.read(cfg.total_batch_size, model.flops_per_token(), dtype),
     )
@@ -199,13 +199,13 @@ def log_step(loss_sum, norm, shown_batch):
     run.show_step(last_row)
     if cfg.ternary:
         with machine.autocast(device, dtype):
-            health, codes = metrics.health(model, codes, shown_batch)
+            health, codes = metrics.health(model, codes, health_input)
         run.write(record.BITNET, step=state.step, **health)
     if cfg.n_expert:
-        mean = distributed.total(state.routers) / state.n_routers
+        mean = distributed.total(state.routers) / state.n_router_samples
         run.write(record.ROUTER, step=state.step, **metrics.router_health(mean))
         state.routers = torch.zeros((), device=device)
-        state.n_routers = 0
+        state.n_router_samples = 0
     resume.report_skips(cfg, run, state, int(skipped), int(worst_row))
     skips.reset_row()
 
@@ -225,14 +225,14 @@ retry_save = False  # a scheduled save has failed
 reason = ending()
 model.train()
 while True:
-    optim.set_rates(optimizers, cfg, state.step)
-    state.counts = dict(record.counts)
+    lr, weight_decay = optim.set_rates(optimizers, cfg, state.step)
+    state.counts = dict(record.counts)  # lines in each file of the record
     before_eval = replace(state)
 
-    # save, then evaluate, then sample: what fails here costs nothing that was trained
+    # save first, so that an evaluation or sample that fails loses nothing
     save_due = schedule.due("save", cfg, state.step) or (retry_save and state.step % cfg.log_every == 0)
-    eval_due = cfg.eval_every and (reason or repeat_eval or schedule.due("eval", cfg, state.step))
-    sample_due = cfg.sample_every and (reason or repeat_samples or schedule.due("sample", cfg, state.step))
+    eval_due = schedule.due("eval", cfg, state.step, reason or repeat_eval)
+    sample_due = schedule.due("sample", cfg, state.step, reason or repeat_samples)
     repeat_eval = repeat_samples = False
     if reason or save_due or eval_due or sample_due:
         with speed.paused():
@@ -243,10 +243,10 @@ while True:
             if eval_due:
                 val_loss = evaluate()
                 if state.step and val_loss is not None:
-                    compare_with_best(val_loss)
-                if not reason and is_out_of_patience():
+                    update_best(val_loss)
+                if not reason and end_if_out_of_patience():
                     reason = "patience"
-                    sample_due = cfg.sample_every
+                    sample_due = cfg.sample_every > 0
             if sample_due and not distributed.asked_to_stop():
                 sample()
     if distributed.asked_to_stop():
@@ -272,7 +272,7 @@ while True:
             distributed.sync_gradients(step_model, micro == cfg.accumulation - 1)
             with machine.autocast(device, dtype):
                 loss, router = step_model(*batch)
-            shown_batch = batch[0][:1]
+            health_input = batch[0][:1]
             batch = train_data.micro_batch(state.step, micro + 1, device)  # while the device computes
             scaler.scale((loss + router_loss(cfg, router)) / cfg.accumulation).backward()
             loss_sum += loss.detach()
@@ -281,19 +281,20 @@ while True:
             if distributed.stops_alone():
                 leave()
     except Exception:
-        if distributed.stops_alone():  # Ctrl-C also reached the compiler of torch.compile
+        if distributed.stops_alone():  # Ctrl-C also ended a worker of torch.compile, which raises here
             leave()
         raise
+    # unscale and clip the gradients, one optimizer step, clear them; sums loss_sum over the ranks
     norm, skipped = optim.update(model, optimizers, scaler, cfg.grad_clip, loss_sum)
     skips.add(skipped)
     state.routers = state.routers + router_sum
-    state.n_routers += cfg.accumulation * distributed.WORLD
+    state.n_router_samples += cfg.accumulation * distributed.WORLD
     state.step += 1
     speed.count()
     run.bar.update()
     reason = ending()
     if state.step % cfg.log_every == 0 or reason:
-        log_step(loss_sum, norm, shown_batch)
+        log_step(lr, weight_decay, loss_sum, norm, health_input)
         speed.start()
 
 # the end

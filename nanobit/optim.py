@@ -113,7 +113,8 @@ def set_rates(optimizers, cfg, step):
 
 
 def update(model, optimizers, scaler, grad_clip, loss_sum):
-    """Unscale and clip the gradients, make one step, and clear them. loss_sum: this rank's.
+    """Unscale and clip the gradients, make one step, and clear them. loss_sum: this rank's, on return that of
+    all ranks.
 
     If the loss or a gradient is not finite on any rank, nothing changes. Return (norm of the gradient, 1.0
     if the step was skipped for that reason, else 0.0), both 0-dim on the device: nothing waits for it.

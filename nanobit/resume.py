@@ -33,7 +33,7 @@ class State:
     skips_reported: int = 0  # those of them that the log has reported
     # what the routers did since the last log line: a sum, over so many micro-steps of all ranks
     routers: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    n_routers: int = 0
+    n_router_samples: int = 0
     counts: dict = field(default_factory=dict)  # lines in each file of the record
 
 
@@ -165,7 +165,7 @@ def restore(cfg, origin, run, tokenizer, tokens, model, optimizers, scaler):
     skipped, reported = trainer["skipped"]
     state = State(step=step, skipped=skipped, skips_reported=reported, counts=trainer.get("counts"))
     if cfg.n_expert:
-        state.routers, state.n_routers = trainer["routers"]
+        state.routers, state.n_router_samples = trainer["routers"]
         if not distributed.is_main:  # the sum is over all ranks
             state.routers = torch.zeros_like(state.routers)
     # a branch has its own best, and so have other validation windows
@@ -222,7 +222,7 @@ def contents(cfg, state, skipped, tokenizer_spec, meta, model, optimizers, scale
     model_part = both | dict(tokens=tokens, config=settings, tokenizer=tokenizer_spec, model=tensors)
     optimizer_states = [distributed.gather(optimizer.state_dict()) for optimizer in optimizers]
     trainer_part = both | dict(data=data.digest(meta), optimizer=optimizer_states, scaler=scaler.state_dict())
-    trainer_part["routers"] = [distributed.total(state.routers.clone()), state.n_routers]
+    trainer_part["routers"] = [distributed.total(state.routers.clone()), state.n_router_samples]
     trainer_part["skipped"] = [skipped, state.skips_reported]
     trainer_part |= dict(best=state.best, stale_evals=state.stale_evals, counts=state.counts)
     return model_part, trainer_part

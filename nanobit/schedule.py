@@ -82,16 +82,13 @@ def weight_decay(cfg, step):
     return cfg.stage2_weight_decay if stage(cfg, step) == 2 else cfg.weight_decay
 
 
-def due(task, cfg, step):
-    """Return whether "save", "eval" or "sample" is due at a step. Samples of untrained weights and a save of
-    them are not; the end of a run is saved, evaluated and sampled in any case."""
+def due(task, cfg, step, forced=False):
+    """Return whether "save", "eval" or "sample" is due at a step; forced: at any step, unless it is off. The
+    untrained weights are evaluated, but neither saved nor sampled."""
     every = getattr(cfg, f"{task}_every")
-    is_due = every > 0 and step % every == 0
-    if task == "eval":
-        return is_due
-    if task == "save":
-        is_due = is_due or step in boundary_steps(cfg) or step == cfg.max_steps
-    return is_due and step > 0
+    if task == "save" and step > 0 and (step in boundary_steps(cfg) or step == cfg.max_steps):
+        return True
+    return every > 0 and (bool(forced) or (step % every == 0 and (step > 0 or task == "eval")))
 
 
 def ending(cfg, step, seconds):
