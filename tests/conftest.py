@@ -18,11 +18,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if hasattr(signal, "SIGHUP"):  # nohup ignores it, and the children would inherit that
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+import faults  # noqa: E402
 from fork import Script  # noqa: E402
 
 import config  # noqa: E402
 from nanobit import checkpoint  # noqa: E402
 from nanobit.prepare import token_files  # noqa: E402
+from nanobit.run_dir import RunDir  # noqa: E402
 
 SCALARS, EVENTS = "metrics/scalars.jsonl", "metrics/events.jsonl"
 CHARS = "\nabcdefghijklmnopqrstuvwxyz "
@@ -136,9 +138,7 @@ def out_dir(tmp_path):
 def kill_at(data_dir, out_dir, step, how=signal.SIGKILL, run_id="broken", **changes):
     """train until the log has this step, then send the signal; returns the exit code and stderr"""
     values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes
-    slow = "import time, torch; f = torch.optim.AdamW.step\n"
-    slow += "def step(*a, **k): time.sleep(0.05); return f(*a, **k)\ntorch.optim.AdamW.step = step"
-    child = Script(os.path.join(ROOT, "train.py"), flags(**values), ROOT, slow)
+    child = Script(os.path.join(ROOT, "train.py"), flags(**values), ROOT, faults.slow_updates(0.05))
     path, deadline = os.path.join(out_dir, run_id, SCALARS), time.time() + 100
     while not (os.path.exists(path) and f'"step": {step}, "epoch"' in open(path, encoding="utf-8").read()):
         assert not child.ended() and time.time() < deadline, child.wait(0)
@@ -148,17 +148,29 @@ def kill_at(data_dir, out_dir, step, how=signal.SIGKILL, run_id="broken", **chan
     return ended, err
 
 
-NAN = """
-import torch, model
-real, count = model.Transformer.forward, [0]
-def forward(self, idx, targets=None, cache=None):
-    out = real(self, idx, targets, cache)
-    if targets is not None and self.training:
-        count[0] += 1
-        if {bad}: out = out[0] * float('nan'), out[1]
-    return out
-model.Transformer.forward = forward
-"""
+@pytest.fixture
+def run_dir(tmp_path):
+    """an empty folder of a run"""
+    run = RunDir(str(tmp_path))
+    run.open()
+    run.lock.release()
+    return run.path
+
+
+@pytest.fixture
+def unreadable(run_dir, monkeypatch):
+    """run_dir holds checkpoints of steps 5 and 10, and those of step 10 cannot be read now"""
+    from checkpoints import save  # which imports this file
+
+    save(run_dir, 5), save(run_dir, 10)
+    real = open
+
+    def failing(path, *args, **kwargs):
+        if "step_000010" in str(path) and str(path).endswith(".pt"):
+            raise OSError(5, "Input/output error", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", failing)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
-"""Faults that tests inject into processes: conftest.run takes inject("full_disk(3)") as its `patch`."""
+"""Faults that tests inject into processes: conftest.run takes inject("full_disk(3)") or faults.nan_loss_at(2)
+as its `patch`. Two patches are joined with +."""
 
+import functools
 import importlib
 import json
 import os
@@ -14,6 +16,26 @@ def inject(*calls):
     """Return the program that calls these functions of this file in another process."""
     lines = [f"import sys; sys.path.append({HERE!r}); import faults"]
     return "\n".join(lines + [f"faults.{call}" for call in calls]) + "\n"
+
+
+def literal(value):
+    """Return the source of a value; that of a signal is its number."""
+    if isinstance(value, signal.Signals):
+        value = int(value)
+    return repr(value)
+
+
+def injected(function):
+    """Make a function return the program that calls it in another process, instead of being called here."""
+
+    @functools.wraps(function)
+    def program(*args, **options):
+        arguments = [literal(value) for value in args]
+        arguments += [f"{key}={literal(value)}" for key, value in options.items()]
+        setup = f"import sys; sys.path.append({HERE!r}); import faults"
+        return f"{setup}; faults.{function.__name__}.__wrapped__({', '.join(arguments)})\n"
+
+    return program
 
 
 # preparations
@@ -233,3 +255,273 @@ def spy_on_prompts(name):
         return real(tokenizer, bos, text)
 
     module.encode_prompt = spy
+
+
+# training
+
+
+def before_call(owner, name, action):
+    """Call action(number) before each call of owner.name, whose calls are counted from 1."""
+    real = getattr(owner, name)
+    number = 0
+
+    def counted(*args, **options):
+        nonlocal number
+        number += 1
+        action(number)
+        return real(*args, **options)
+
+    setattr(owner, name, counted)
+
+
+def before_update(action):
+    """Call action(number) before each step of AdamW."""
+    import torch
+
+    before_call(torch.optim.AdamW, "step", action)
+
+
+def after_training_forward(change):
+    """Replace the loss of each training forward by change(loss, its number from 1). DDP makes one before the
+    first step."""
+    from model import Transformer
+
+    real = Transformer.forward
+    number = 0
+
+    def forward(self, idx, targets=None, cache=None):
+        nonlocal number
+        out = real(self, idx, targets, cache)
+        if targets is None or not self.training:
+            return out
+        number += 1
+        return change(out[0], number), out[1]
+
+    Transformer.forward = forward
+
+
+def is_rank(rank):
+    return rank is None or os.environ["RANK"] == str(rank)
+
+
+@injected
+def nan_loss_at(*numbers):
+    """Make the loss of these training forwards NaN, and so their gradients."""
+    after_training_forward(lambda loss, number: loss * float("nan") if number in numbers else loss)
+
+
+@injected
+def nan_loss_always():
+    after_training_forward(lambda loss, number: loss * float("nan"))
+
+
+@injected
+def nan_loss_without_gradient(number, rank):
+    """Make the loss of one training forward of one rank NaN, and leave its gradients finite."""
+
+    def change(loss, n):
+        return loss + float("nan") if n == number and is_rank(rank) else loss
+
+    after_training_forward(change)
+
+
+@injected
+def error_in_training():
+    """Raise KeyError: 'x' in the first training forward, as a mistake in the code of a model would."""
+    after_training_forward(lambda loss, number: {}["x"])
+
+
+@injected
+def out_of_memory():
+    """Raise what torch raises if the memory of a GPU does not suffice."""
+    import torch
+
+    def fail(loss, number):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    after_training_forward(fail)
+
+
+@injected
+def infinite_gradient_at(number, name):
+    """Make the gradient of the parameter with this name infinite in the backward with this number."""
+    from nanobit import optim
+
+    real = optim.make_optimizers
+    count = 0
+
+    def hook(grad):
+        nonlocal count
+        count += 1
+        return grad * float("inf") if count == number else grad
+
+    def make_optimizers(cfg, model, dtype):
+        model.get_parameter(name).register_hook(hook)
+        return real(cfg, model, dtype)
+
+    optim.make_optimizers = make_optimizers
+
+
+@injected
+def loss_scale(start):
+    """Begin with this scale of the loss."""
+    import torch
+
+    real = torch.amp.GradScaler.__init__
+    torch.amp.GradScaler.__init__ = lambda self, *a, **k: real(self, *a, init_scale=start, **k)
+
+
+@injected
+def nan_validation_at(number):
+    """Make the validation loss of the evaluation with this number NaN."""
+    from nanobit import metrics
+
+    real = metrics.mean_loss
+    count = 0
+
+    def mean_loss(*args, **options):
+        nonlocal count
+        count += 1
+        return float("nan") if count == number else real(*args, **options)
+
+    metrics.mean_loss = mean_loss
+
+
+@injected
+def rates(stage2_lr, min_lr):
+    """Give every cfg the rates that were settings before they were ratios."""
+    import config
+
+    real = config.load
+
+    def load(*args, **options):
+        cfg = real(*args, **options)
+        cfg.stage2_lr = stage2_lr
+        cfg.min_lr = min_lr
+        return cfg
+
+    config.load = load
+
+
+@injected
+def slow_updates(seconds):
+    before_update(lambda number: time.sleep(seconds))
+
+
+@injected
+def signal_at_update(number, signum, rank=None, restarts=None):
+    """Send the process a signal before its update with this number: on one rank only, and only if torchrun
+    has restarted the ranks so many times, if that is given."""
+
+    def action(n):
+        is_start = restarts is None or os.environ["TORCHELASTIC_RESTART_COUNT"] == str(restarts)
+        if n == number and is_rank(rank) and is_start:
+            os.kill(os.getpid(), signum)
+
+    before_update(action)
+
+
+@injected
+def signal_in(module, function, number, signum):
+    """Send the process a signal in the call with this number of a function of nanobit."""
+    import importlib
+
+    def action(n):
+        if n == number:
+            os.kill(os.getpid(), signum)
+
+    before_call(importlib.import_module(f"nanobit.{module}"), function, action)
+
+
+@injected
+def truncate_at_update(number, path, size):
+    """Cut a file to this size before an update."""
+    before_update(lambda n: n == number and os.truncate(path, size))
+
+
+@injected
+def time_is_over(rank):
+    """Make the clock of one rank show that the run has lasted for years."""
+    from nanobit import machine
+
+    if is_rank(rank):
+        machine.Speedometer.seconds = lambda self: 1e9
+
+
+@injected
+def float32_muon():
+    """Make Muon iterate in float32 on CPUs with bfloat16 units too."""
+    import torch
+
+    from nanobit import machine
+
+    machine.matrix_dtype = lambda device: torch.float32
+
+
+# saving
+
+
+def own_os(module):
+    """Give a module a copy of the module os, so that a change of it reaches that module only."""
+    module.os = type(os)("os")
+    module.os.__dict__.update(os.__dict__)
+    return module.os
+
+
+@injected
+def kill_in_save(function, number):
+    """Kill the process in a call, with this number, of os.fsync or os.rename for a checkpoint."""
+    from nanobit import checkpoint
+
+    def action(n):
+        if n == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before_call(own_os(checkpoint), function, action)
+
+
+@injected
+def no_room_for_saves(first, last=10**9):
+    """Fail as a full disk does in the calls of os.fsync for a checkpoint from `first` to `last`."""
+    from nanobit import checkpoint
+
+    def action(n):
+        if first <= n <= last:
+            raise OSError(28, "No space left on device")
+
+    before_call(own_os(checkpoint), "fsync", action)
+
+
+@injected
+def no_waiting():
+    """Let time.sleep return immediately."""
+    time.sleep = lambda seconds: None
+
+
+@injected
+def endless_save():
+    from nanobit import checkpoint
+
+    checkpoint.save = lambda *args: time.sleep(100)
+
+
+# imports
+
+
+@injected
+def print_modules():
+    """Print the names of all loaded modules when train.py leaves its ranks, at its end."""
+    import sys
+
+    from nanobit import distributed
+
+    before_call(distributed, "stop", lambda number: print("modules:", *sorted(sys.modules), file=sys.stderr))
+
+
+@injected
+def print_modules_at_exit():
+    """Print the names of all loaded modules when the interpreter ends."""
+    import atexit
+    import sys
+
+    atexit.register(lambda: print("modules:", *sorted(sys.modules), file=sys.stderr))

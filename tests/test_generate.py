@@ -5,7 +5,7 @@ import torch
 from conftest import settings
 
 from model import Transformer
-from nanobit.generate import KVCache, StaticCache, generate, sample_token
+from nanobit.generate import KVCache, StaticCache, generate, repetition, sample_token
 
 
 def make(**changes):
@@ -114,3 +114,9 @@ def test_the_seed_decides_what_is_drawn():
     """The same seed draws the same tokens, another seed others."""
     assert torch.equal(draw(seed=1), draw(seed=1))
     assert not torch.equal(draw(seed=1), draw(seed=2))
+
+
+def test_repetition():
+    """The repetition of a text is the share of its 4-grams that it has had before."""
+    assert repetition([1, 2, 3]) == 0 == repetition([1, 2, 3, 4, 5])
+    assert repetition([7] * 13) == 0.9

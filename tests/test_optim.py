@@ -1,94 +1,15 @@
-"""optim.py: schedules against hand-computed points, groups, and a first update that is not lost."""
-
-import math
+"""The optimizers: which parameters each one takes, that Muon is torch's, and one update with them."""
 
 import pytest
 import torch
 from conftest import settings
 
-import config
 from model import Transformer
 from nanobit import optim, schedule
 
-BASE = dict(
-    max_steps=1000,
-    warmup_steps=10,
-    learning_rate=1.0,
-    stage2_lr_ratio=0.5,
-    min_lr_ratio=0.1,
-    weight_decay=0.1,
-)
-
-
-@pytest.mark.parametrize(
-    "name, points",
-    [
-        # two lines that meet at the boundary; the update after step 500 is the first of stage 2
-        ("two_stage", {10: 1.0, 255: 0.75, 500: 0.5, 750: 0.3, 1000: 0.1}),
-        # E + (P - E)(1 - t/T): a drop at the boundary from 0.55 to 0.3
-        ("bitnet", {10: 0.1 + 0.9 * 0.99, 499: 0.1 + 0.9 * 0.501, 500: 0.1 + 0.4 * 0.5, 1000: 0.1}),
-        ("wsd", {10: 1.0, 669: 1.0, 670: 1.0, 835: 0.55, 1000: 0.1}),
-        ("cosine", {10: 1.0, 505: 0.55, 1000: 0.1}),
-        ("linear", {10: 1.0, 505: 0.55, 1000: 0.1}),
-        ("constant", {10: 1.0, 999: 1.0}),
-    ],
-)
-def test_schedules_hit_their_points(name, points):
-    """bugs guarded: an off-by-one at the end of warm-up, at the boundary, at the end"""
-    cfg = settings(schedule=name, **BASE)
-    assert schedule.lr(cfg, 0) == pytest.approx(0.1), "a first update with rate zero is a lost batch"
-    assert schedule.lr(cfg, 9) == pytest.approx(1.0)
-    assert {step: schedule.lr(cfg, step) for step in points} == pytest.approx(points)
-
-
-@pytest.mark.parametrize("name", config.CHOICES["schedule"])
-def test_the_whole_schedule_scales_with_the_learning_rate(name):
-    """bug guarded: a sweep over learning_rate that leaves the rates of stage 2 and of the end as they are"""
-    rates = []
-    for peak in (0.0, 1.0, 2.0):
-        cfg = settings(schedule=name, **BASE | dict(learning_rate=peak))
-        rates.append([schedule.lr(cfg, step) for step in range(1000)])
-    assert not any(rates[0]) and rates[2] == [2 * rate for rate in rates[1]]
-
-
-def test_weight_decay_ends_with_stage_1():
-    """bug guarded: decay that ends one step off the boundary, or in schedules of one stage"""
-    cfg = settings(schedule="two_stage", **BASE)
-    assert [schedule.weight_decay(cfg, step) for step in (0, 499, 500, 999)] == [0.1, 0.1, 0.0, 0.0]
-    assert [schedule.stage(cfg, step) for step in (499, 500)] == [1, 2]
-    assert schedule.boundary_steps(cfg) == {499, 500}
-    cfg = settings(schedule="cosine", **BASE)
-    assert (
-        schedule.weight_decay(cfg, 999) == 0.1
-        and schedule.stage(cfg, 999) == 1
-        and not schedule.boundary_steps(cfg)
-    )
-
-
-def test_warm_up_may_exceed_the_run():
-    """bug guarded: a short trial of a long recipe divides by zero"""
-    for name in ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant"):
-        cfg = settings(schedule=name, **BASE | dict(max_steps=5, warmup_steps=20))
-        assert [schedule.lr(cfg, step) for step in range(5)] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
-        assert all(
-            math.isfinite(schedule.lr(settings(schedule=name, **BASE | dict(max_steps=1)), s)) for s in (0, 1)
-        )
-
-
-def test_warm_up_may_pass_the_boundary():
-    """bug guarded: a line that starts before the warm-up has ended, with a rate above the peak"""
-    cfg = settings(schedule="two_stage", **BASE | dict(warmup_steps=600))
-    assert (
-        schedule.lr(cfg, 599) == 1.0
-        and schedule.lr(cfg, 600) == 0.5
-        and schedule.lr(cfg, 800) == pytest.approx(0.3)
-    )
-    cfg = settings(schedule="wsd", **BASE | dict(warmup_steps=800))
-    assert schedule.lr(cfg, 799) == 1.0 and schedule.lr(cfg, 900) == pytest.approx(0.55)
-
 
 def test_a_resumed_optimizer_takes_the_settings_of_today():
-    """bug guarded: a changed beta that is announced but overwritten by the loaded state"""
+    """A resumed run uses the betas and eps of its settings, not those of the loaded state."""
     cfg = settings(beta2=0.98, adam_eps=1e-6)
     (optimizer,) = optim.make_optimizers(cfg, Transformer(cfg))
     assert all(g["betas"] == (0.9, 0.98) and g["eps"] == 1e-6 for g in optimizer.param_groups)
@@ -99,7 +20,7 @@ def test_a_resumed_optimizer_takes_the_settings_of_today():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_touches_only_the_matrices_of_the_blocks(tied):
-    """bug guarded: weight decay on norms and embeddings; a parameter in no group is never trained"""
+    """Weight decay never touches norms and embeddings, and each parameter is in a group."""
     cfg = settings(tie_embeddings=tied)
     model = Transformer(cfg)
     (optimizer,) = optim.make_optimizers(cfg, model)
@@ -109,8 +30,8 @@ def test_decay_touches_only_the_matrices_of_the_blocks(tied):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
-    """bug guarded: one NaN in a gradient poisons weights and optimizer state for ever"""
+def test_adamw_skips_a_step_that_is_not_finite():
+    """A fused AdamW with found_inf = 1 leaves its weights and its state as they are."""
     cfg = settings()
     torch.manual_seed(0)
     model = Transformer(cfg)
@@ -135,6 +56,113 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert all(torch.equal(a, b) for x, y in zip(before, after) for a, b in zip(x, y))
 
 
+# one update
+
+
+def model_with_gradients(**changes):
+    """(model with the gradients of one batch, its optimizers)"""
+    cfg = settings(**changes)
+    torch.manual_seed(0)
+    model = Transformer(cfg)
+    idx = torch.randint(cfg.vocab_size, (1, 17))
+    model(idx[:, :-1], idx[:, 1:])[0].backward()
+    optimizers = optim.make_optimizers(cfg, model)
+    optim.set_rates(optimizers, cfg, 0)
+    return model, optimizers
+
+
+def update(model, optimizers, grad_clip=1.0, loss=1.0):
+    """Make one update in float32. Return (norm, skipped)."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return optim.update(model, optimizers, scaler, grad_clip, torch.tensor(loss))
+
+
+def state_of(model, optimizers):
+    """Return copies of all weights, and of all that the optimizers hold."""
+    held = [value for o in optimizers for state in o.state.values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in [*model.parameters(), *held]]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("bad", ["loss", "blocks.0.attn.q_proj.weight", "embed.weight"])
+def test_an_update_that_is_not_finite_changes_nothing(optimizer, bad):
+    """A loss or a gradient that is not finite leaves all weights and the state of every optimizer."""
+    model, optimizers = model_with_gradients(optimizer=optimizer)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    update(model, optimizers)
+    before = state_of(model, optimizers)
+    for p, gradient in zip(model.parameters(), gradients):
+        p.grad = gradient
+    loss = 1.0
+    if bad == "loss":
+        loss = float("nan")
+    else:
+        model.get_parameter(bad).grad[0, 0] = float("inf")
+    _, skipped = update(model, optimizers, loss=loss)
+    assert skipped == 1
+    assert all(map(torch.equal, before, state_of(model, optimizers)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_finite_update_is_not_skipped(optimizer):
+    """An update with a finite loss and finite gradients changes the weights."""
+    model, optimizers = model_with_gradients(optimizer=optimizer)
+    before = state_of(model, [])
+    _, skipped = update(model, optimizers)
+    assert skipped == 0
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_an_update_clears_the_gradients():
+    """The micro-steps of the next update begin without gradients."""
+    model, optimizers = model_with_gradients()
+    update(model, optimizers)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1e-3, 1e3])
+def test_the_norm_is_that_of_torch(grad_clip):
+    """An update clips as torch.nn.utils.clip_grad_norm_ does, and reports its norm; 0 does not clip."""
+    model, optimizers = model_with_gradients()
+    other, (optimizer,) = model_with_gradients()
+    expected = torch.nn.utils.clip_grad_norm_(other.parameters(), grad_clip or float("inf"))
+    optimizer.step()
+    norm, _ = update(model, optimizers, grad_clip)
+    assert norm == expected
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def counter(*steps, total=0):
+    """Return a SkipCounter that has seen these steps, 1 for a skipped one."""
+    skips = optim.SkipCounter(total, torch.device("cpu"))
+    for skipped in steps:
+        skips.add(torch.tensor(float(skipped)))
+    return skips
+
+
+def test_skipped_steps_are_counted():
+    """A SkipCounter counts all skipped steps, those in a row until now, and the longest row."""
+    assert counter(1, 0, 1, 1, 0).counts.tolist() == [3, 0, 2]
+    assert counter(1, 1, 1, 0, 1).counts.tolist() == [4, 1, 3]
+
+
+def test_a_resumed_run_begins_a_new_row():
+    """A SkipCounter continues the total of a checkpoint, and begins a new row."""
+    skips = counter(1, total=4)
+    assert skips.total() == 5
+    assert skips.counts.tolist() == [5, 1, 1]
+
+
+def test_a_row_that_has_ended_is_forgotten():
+    """After reset_row only the row that lasts is known."""
+    skips = counter(1, 1, 0, 1)
+    skips.reset_row()
+    assert skips.counts.tolist() == [3, 1, 1]
+
+
+# Muon
+
+
 def with_grads(shapes, seed=0):
     torch.manual_seed(seed)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -144,7 +172,7 @@ def with_grads(shapes, seed=0):
 
 
 def apart(ours, theirs, dtype):
-    """of each matrix, how far four steps of our Muon end from those of torch's, as a share of the way"""
+    """Return how far four steps of our Muon end from torch's, as a share of the way, for each matrix."""
     start = [p.detach().clone() for p in theirs]
     mine = optim.Muon([dict(params=ours, decays=True)], 0.01, 0.9, dtype)
     mine.param_groups[0]["weight_decay"] = 0.1
@@ -159,27 +187,27 @@ def apart(ours, theirs, dtype):
 
 @pytest.mark.parametrize("shape", [(48, 48), (64, 24), (24, 64)])
 def test_muon_is_that_of_torch(shape):
-    """bugs guarded: a tall matrix orthogonalized along the wrong side, momentum or Nesterov's step off by
-    one, decay with the adjusted rate"""
-    (found,) = apart(with_grads([shape]), with_grads([shape]), torch.bfloat16)
-    assert found < 0.02  # bfloat16 in another order of operations
+    """Four steps on a square, a wide and a tall matrix are those of torch.optim.Muon, but for rounding."""
+    (distance,) = apart(with_grads([shape]), with_grads([shape]), torch.bfloat16)
+    assert distance < 0.02  # bfloat16 in another order of operations
 
 
 def test_muon_is_that_of_torch_on_every_matrix(monkeypatch):
-    """bug guarded: a matrix that gets the update of another of its shape"""
+    """Each matrix of a model, one of several of its shape, gets its own update."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)  # torch's iteration in float32 too
     models = []
     for _ in range(2):
         torch.manual_seed(0)
         models.append(Transformer(settings()))
     ours, theirs = ([p for n, p in m.named_parameters() if n.endswith("_proj.weight")] for m in models)
-    found = apart(ours, theirs, torch.float32)
-    assert len(found) == 14 and len({p.shape for p in ours}) == 4  # square, tall and wide, of two blocks
-    assert max(found) < 1e-3
+    distances = apart(ours, theirs, torch.float32)
+    assert len(distances) == 14
+    assert len({p.shape for p in ours}) == 4, "square, tall and wide, of two blocks"
+    assert max(distances) < 1e-3
 
 
 def test_muon_takes_each_expert_by_itself():
-    """bug guarded: a stack flattened into one tall matrix, whose updates are several times smaller"""
+    """A stack of matrices is updated as its matrices are, each by itself, and not as one tall matrix."""
     stack, single = with_grads([(4, 32, 16)])[0], []
     for expert, grad in zip(stack.detach().clone(), stack.grad):
         single.append(torch.nn.Parameter(expert))
@@ -192,7 +220,7 @@ def test_muon_takes_each_expert_by_itself():
 
 
 def test_muon_skips_a_step_that_is_not_finite():
-    """bug guarded: a NaN that stays in the momentum for ever"""
+    """Muon with found_inf = 1 leaves its weights and its momentum as they are."""
     params = with_grads([(8, 8), (2, 8, 8)])
     muon = optim.Muon([dict(params=params)], 0.01, 0.95, torch.float32)
     muon.step()
@@ -205,7 +233,7 @@ def test_muon_skips_a_step_that_is_not_finite():
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest():
-    """bug guarded: a router or an embedding under Muon, a parameter in no group or in two"""
+    """Muon takes the matrices of the blocks; AdamW takes routers, embeddings and norms, without decay."""
     cfg = settings(optimizer="muon", n_expert=3, muon_momentum=0.8)
     model = Transformer(cfg)
     muon, adamw = optim.make_optimizers(cfg, model)

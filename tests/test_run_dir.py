@@ -1,0 +1,52 @@
+"""The folder of a run: one process at a time, and a best.json that is whole."""
+
+import json
+import os
+
+import pytest
+from checkpoints import no_room, refusal
+from conftest import settings
+
+from nanobit import record
+from nanobit.run_dir import RunDir
+
+
+def test_a_second_process_is_refused(run_dir):
+    """The same command twice does not write two runs into one folder."""
+    run = RunDir(run_dir)
+    run.open()
+    assert "another process" in refusal(RunDir(run_dir).open)
+    run.lock.release()
+
+
+def test_a_folder_is_free_again_once_its_lock_is_released(run_dir):
+    """A run may be opened by the next process when the former one has ended."""
+    for _ in range(2):
+        run = RunDir(run_dir)
+        run.open()
+        run.lock.release()
+
+
+def test_a_full_disk_leaves_the_former_best(run_dir, monkeypatch, capsys):
+    """best.json that cannot be written costs a warning, and its former content stays whole."""
+    assert RunDir(run_dir).write_best({"step": 5, "val_loss": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_room)
+        assert not RunDir(run_dir).write_best({"step": 10, "val_loss": 0.5})
+    assert "No space left" in capsys.readouterr().err
+    with open(os.path.join(run_dir, "best.json"), encoding="utf-8") as file:
+        assert json.load(file)["step"] == 5
+    assert not any(".tmp-" in name for name in os.listdir(run_dir))
+
+
+@pytest.mark.parametrize("fields", [dict(why="max_steps"), dict(result={}), dict(why=3, result={})])
+def test_a_finish_without_its_result_is_none(run_dir, fields):
+    """A run whose last event lacks the reason or the result is not finished."""
+    record.event(run_dir, "finish", step=9, **fields)
+    assert RunDir(run_dir).finished(settings(max_steps=9), 9, 0) == ""
+
+
+def test_a_finished_run_knows_its_reason(run_dir):
+    """A run whose last event is whole is finished, for the reason in that event."""
+    record.event(run_dir, "finish", step=9, why="max_steps", result={})
+    assert RunDir(run_dir).finished(settings(max_steps=9), 9, 0) == "max_steps"
