@@ -11,8 +11,6 @@ import sys
 import textwrap
 from importlib import metadata
 
-from tqdm import tqdm
-
 import config
 from nanobit import cli, files, record, terminal, trackers
 from nanobit.cli import RANK, WORLD, fail
@@ -111,7 +109,7 @@ class RunDir:
         end = self.cfg.max_steps
         rates = f"lr {row['lr']:.2e}  wd {row['weight_decay']:g}  stage {row['stage']}"
         pace = f"{row['tokens_per_sec'] or 0:,.0f} tok/s"
-        eta = tqdm.format_interval((end - step) * (row["step_ms"] or 0) / 1e3)
+        eta = self.bar.format_interval((end - step) * (row["step_ms"] or 0) / 1e3)
         self.log(
             f"step {step}/{end}  {step / end:.1%}  loss {row['loss']:.4f}  {rates}  "
             f"grad {row['grad_norm']:.2f}  {pace}  eta {eta}"
