@@ -253,7 +253,7 @@ def test_the_page_on_cost_is_what_the_planner_says():
 
 def test_bench_wants_an_experiment_as_training_does():
     """bug guarded: minutes of compiling the default model, which nobody named"""
-    _, _, err = bench(code=2)
+    _, _, err = bench(code=2, vocab_size=64)
     assert "has no length; name a config file" in err
 
 
