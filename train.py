@@ -33,13 +33,15 @@ from nanobit.cli import fail
 from nanobit.experts import router_loss
 from nanobit.run_dir import RunDir, step_dir
 from nanobit.tokenizer import bos_of, make_tokenizer, spec_of
-from nanobit.trackers import need
 
 # machine and data
 
 if not distributed.is_main:
     sys.stdout = open(os.devnull, "w")
-need(cfg)
+if cfg.tensorboard or cfg.wandb or cfg.trackio:
+    from nanobit.trackers import need
+
+    need(cfg)
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
 machine.explain_out_of_memory(cfg, device)

@@ -12,7 +12,7 @@ import textwrap
 from importlib import metadata
 
 import config
-from nanobit import cli, files, record, terminal, trackers
+from nanobit import cli, files, record, terminal
 from nanobit.cli import RANK, WORLD, fail
 from nanobit.terminal import command_line
 
@@ -49,7 +49,7 @@ class RunDir:
         self.path = path
         self.lock = None
         self.bar = None
-        self.mirrors = []
+        self.trackers = None  # the module, once a tracker is on
 
     def open(self):
         """Make the folders and lock them until this process ends. Exits with 2 if they cannot be written, or
@@ -87,10 +87,13 @@ class RunDir:
         """Show a progress bar on a terminal, and start the trackers."""
         self.cfg = cfg
         self.bar = terminal.progress_bar(cfg.max_steps, step, hidden=RANK > 0)
-        if RANK == 0:
+        if RANK == 0 and (cfg.tensorboard or cfg.wandb or cfg.trackio):
+            from nanobit import trackers
+
+            self.trackers = trackers
             self.mirrors = trackers.start(cfg, self.path, step, warn=self.log)
-        # however the run ends, the last lines of the trackers show the reason
-        atexit.register(trackers.finish, self.mirrors)
+            # however the run ends, the last lines of the trackers show the reason
+            atexit.register(trackers.finish, self.mirrors)
 
     def log(self, text):
         """Write a line to train.log, and to stderr above the bar; on rank 0 only."""
@@ -101,7 +104,8 @@ class RunDir:
     def write(self, name, **row):
         """Append a line of JSON to the record, and hand it to the trackers."""
         record.append(self.path, name, **row)
-        trackers.mirror(self.mirrors, self.cfg, name, row)
+        if self.trackers:
+            self.trackers.mirror(self.mirrors, self.cfg, name, row)
 
     def show_step(self, row):
         """Log the line of an update; row: that of scalars.jsonl."""
@@ -129,7 +133,8 @@ class RunDir:
     def end_log(self):
         """Close the bar and the trackers."""
         self.bar.close()
-        trackers.finish(self.mirrors)
+        if self.trackers:
+            self.trackers.finish(self.mirrors)
 
     def note_failures(self, state):
         """From now on, record an event `failed` with the error if an error ends this process."""

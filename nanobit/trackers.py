@@ -1,9 +1,8 @@
 """
-Mirrors of a run's record in TensorBoard, Weights & Biases and trackio, each imported only if it is on.
+Copy the record of a run to TensorBoard, Weights & Biases and trackio, each imported only if it is on.
 
-The files in runs/<run_id> stay the record. A separate thread opens and feeds each mirror, so that one that
-fails or hangs costs a warning and its lines, never a step of training. If a run resumes from step k,
-TensorBoard hides what was drawn from there on; W&B and trackio draw those steps a second time.
+A separate thread feeds each tracker: one that fails or hangs costs a warning, never a step of training. If a
+run resumes from step k, TensorBoard hides the old values from k on; W&B and trackio draw them twice.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 
 from config import settings_of
 from nanobit import record
@@ -23,7 +23,7 @@ from nanobit.cli import library
 from nanobit.terminal import printable
 
 LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
-TIMEOUT = 60  # seconds that W&B is given to begin, and to end
+TIMEOUT = 60  # seconds that W&B may take to begin, and to end
 HANGS = 100  # seconds without an answer that count as hanging
 
 
@@ -31,13 +31,12 @@ def need(cfg):
     """Import what the settings ask for, before the run starts; exit with 2 if it is not installed."""
     for name, module in LIBRARIES.items():
         if getattr(cfg, name):
-            with contextlib.suppress(Exception):  # installed but broken: the mirror meets it again, and warns
+            with contextlib.suppress(Exception):  # installed but broken: its thread will fail and warn
                 library(module, name)
 
 
 def mirrored(cfg, name, row):
-    """Return (step, numbers, texts) of a line of the record: its finite numbers, the totals of ternary health
-    and routers, the greedy samples."""
+    """Return (step, finite numbers or totals, texts of greedy samples) of a line of the record."""
     numbers = row
     texts = {}
     if name in (record.BITNET, record.ROUTER):
@@ -60,41 +59,35 @@ def open_tensorboard(cfg, run_dir, step):
     def log(step, numbers, texts):
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
-        for name, text in texts.items():  # indented, Markdown takes it as it is
+        for name, text in texts.items():  # Markdown shows indented text unchanged
             writer.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
         writer.flush()
 
     log(step, {}, {"settings": "\n".join(f"{name} = {value!r}" for name, value in settings_of(cfg).items())})
     for name, key in ((record.SCALARS, "loss"), (record.BITNET, "total"), (record.ROUTER, "total")):
-        if row := record.last(run_dir, name, key, step=step):  # purged too, but not made again
+        if row := record.last(run_dir, name, key, step=step):  # hidden by purge_step, but not logged again
             log(*mirrored(cfg, name, row))
     return log, writer.close
 
 
 def panels(module, texts):
-    """Return texts for W&B and trackio, with their line breaks."""
+    """Return texts as HTML for W&B and trackio, with their line breaks."""
     return {name: module.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
 
 
 def open_wandb(cfg, run_dir, step):
     import wandb
 
-    wandb.setup(wandb.Settings(silent=True))  # it would ask for a key, and write after the result on stdout
-    began = record.read(run_dir, record.EVENTS)[0]  # the same after a resume, another in a branch
-    run = wandb.init(
-        project=cfg.wandb_project,
-        entity=cfg.wandb_entity or None,
-        name=cfg.wandb_name or cfg.run_id,
-        id=hashlib.blake2b(f"{cfg.run_id} {began}".encode(), digest_size=8).hexdigest(),
-        resume="allow",
-        dir=run_dir,
-        config=settings_of(cfg),
-        allow_val_change=True,
-        settings=wandb.Settings(console="off", init_timeout=TIMEOUT, finish_timeout=TIMEOUT),
-    )
+    wandb.setup(wandb.Settings(silent=True))  # otherwise it asks for a key, and writes to stdout at the end
+    start = record.read(run_dir, record.EVENTS)[0]  # stays the same after a resume, differs in a branch
+    run_id = hashlib.blake2b(f"{cfg.run_id} {start}".encode(), digest_size=8).hexdigest()
+    names = dict(id=run_id, name=cfg.wandb_name or cfg.run_id, project=cfg.wandb_project)
+    options = dict(resume="allow", dir=run_dir, config=settings_of(cfg), allow_val_change=True)
+    settings = wandb.Settings(console="off", init_timeout=TIMEOUT, finish_timeout=TIMEOUT)
+    run = wandb.init(**names, entity=cfg.wandb_entity or None, **options, settings=settings)
     if run.url:  # '' if it is offline
         print(f"wandb: {run.url}", file=sys.stderr)
-    run.define_metric("step")  # our field: W&B drops lines whose built-in step goes back
+    run.define_metric("step")  # our field: W&B drops lines whose built-in step decreases
     run.define_metric("*", step_metric="step")
     return lambda step, numbers, texts: run.log({"step": step} | numbers | panels(wandb, texts)), run.finish
 
@@ -102,17 +95,16 @@ def open_wandb(cfg, run_dir, step):
 def open_trackio(cfg, run_dir, step):
     import trackio
 
-    events = [row["event"] for row in record.read(run_dir, record.EVENTS)]
-    begin = [event for event in events if event in ("start", "resume")][-1]
-    resume = {"start": "never", "resume": "allow"}[begin]
-    name = cfg.wandb_name or cfg.run_id
-    run = trackio.init(cfg.wandb_project, name, config=settings_of(cfg), resume=resume, embed=False)
+    resume = {"start": "never", "resume": "allow"}
+    events = [row["event"] for row in record.read(run_dir, record.EVENTS) if row["event"] in resume]
+    options = dict(config=settings_of(cfg), resume=resume[events[-1]], embed=False)
+    run = trackio.init(cfg.wandb_project, cfg.wandb_name or cfg.run_id, **options)
     return lambda step, numbers, texts: run.log(numbers | panels(trackio, texts), step=step), run.finish
 
 
 class Mirror(threading.Thread):
-    """A tracker and its thread. connect() returns log(step, numbers, texts) and close(); the first fault goes
-    to warn(text), in the caller's thread, and the mirror is off from then on."""
+    """A tracker and its thread. connect() returns log(step, numbers, texts) and close(). The first error is
+    reported by warn(text), in the caller's thread, and switches the tracker off."""
 
     def __init__(self, name, connect, warn):
         super().__init__(name=name, daemon=True)
@@ -134,11 +126,11 @@ class Mirror(threading.Thread):
                 if line is None:
                     return close()
                 log(*line)
-        except BaseException as error:  # whatever it raises, SystemExit too, training goes on
+        except BaseException as error:  # also SystemExit: training continues after any error
             self.fault = printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
     def check(self):
-        """Turn the mirror off, with a warning, if it has failed or hangs."""
+        """Switch the tracker off, with a warning, if it has failed or hangs."""
         hangs = time.monotonic() - self.busy_since > HANGS
         if self.is_on and (self.fault or hangs):
             self.is_on = False
@@ -147,23 +139,23 @@ class Mirror(threading.Thread):
 
 
 def start(cfg, run_dir, step, warn):
-    """Return the mirrors that the settings ask for, of a run that begins or resumes at `step`."""
-    opens = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
-    on = [name for name in opens if getattr(cfg, name)]
-    return [Mirror(name, lambda name=name: opens[name](cfg, run_dir, step), warn) for name in on]
+    """Return a Mirror for each tracker that is on, for a run that begins or resumes at `step`."""
+    connect = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
+    on = [name for name in connect if getattr(cfg, name)]
+    return [Mirror(name, partial(connect[name], cfg, run_dir, step), warn) for name in on]
 
 
 def mirror(mirrors, cfg, name, row):
-    """Hand a line of file `name` of the record to all mirrors."""
+    """Send a line of file `name` of the record to all trackers."""
+    step, numbers, texts = mirrored(cfg, name, row)
     for one in mirrors:
         one.check()
-        step, numbers, texts = mirrored(cfg, name, row)
         if one.is_on and (numbers or texts):
             one.lines.put((step, numbers, texts))
 
 
 def finish(mirrors):
-    """End all mirrors, giving each the time to send what it still has."""
+    """End all trackers; each has HANGS seconds to send the rest."""
     for one in mirrors:
         one.lines.put(None)
     for one in mirrors:
