@@ -8,14 +8,12 @@ Time an experiment, or plan it. Needs no prepared data.
     python bench.py config/train_baseline_95m.py --plan             what lengths would take and reach
     python bench.py config/train_baseline_95m.py --plan --step_ms=695 --steps=60000,400000 --budget_hours=144
 
-A training step of the experiment and one of its twin, float or ternary, alternate, so that a machine
-whose speed drifts slows both. A step is a batch from token files, forward, backward, clipping and optimizer,
-as in train.py, on random tokens; the first steps, which compile, are counted apart. With --plan and a speed
-nothing is built and nothing timed. The last line of stdout is a JSON object, on a terminal only with --json.
+Steps of the experiment and of its float or ternary twin alternate, so that a machine whose speed drifts slows
+both. They are those of train.py, on random tokens; the first ones, which compile, do not count. With --plan
+and a speed, nothing is timed. The last line of stdout is a JSON object, on a terminal only with --json.
 """
 
 import os
-import sys
 
 import config
 from nanobit.cli import Flag
@@ -26,49 +24,32 @@ FLAGS = {
     "warmup": Flag(3, "steps of each before that, not counted", within="[1, inf)"),
     "sample": Flag(False, "time generating text instead of training"),
     "packed": Flag(True, "integer weights in ternary layers, as in sample.py", only_with="sample"),
-    "head": Flag(
-        "float32", "float32 | bfloat16: of the stored head", ("float32", "bfloat16"), only_with="sample"
-    ),
-    "cuda_graph": Flag(
-        False, "CUDA: replay a token as one graph; not yet tried on a GPU", only_with="sample"
-    ),
+    "head": Flag("float32", "float32 | bfloat16: of the stored head", config.DTYPES[1:3], only_with="sample"),
+    "cuda_graph": Flag(False, "on CUDA, one graph a token; not yet tried on a GPU", only_with="sample"),
     "compare": Flag(
-        False,
-        "also time nanoGPT's model of the same depth and width, and measure the twin's memory; with "
-        "--sample, also time the float twin, a bfloat16 head and llama.cpp",
+        False, "also nanoGPT and the twin's memory; with --sample the float twin, a bfloat16 head, llama.cpp"
     ),
     "peers": Flag("..", "the folder that holds a clone of nanoGPT", only_with="compare"),
     "plan": Flag(False, "print a table of lengths: time, cost, expected loss", not_with="sample compare"),
-    "steps": Flag(
-        "", "lengths, as 60000,400000; '' = around the experiment's, or the budget", only_with="plan"
-    ),
+    "steps": Flag("", "lengths, as 60000,400000; '' = around the experiment's or budget", only_with="plan"),
     "step_ms": Flag(0.0, "milliseconds of a step; 0 = timed here", only_with="plan"),
-    "tokens_per_sec": Flag(
-        0.0, "the same as a throughput; if both are given, they are compared", only_with="plan"
-    ),
+    "tokens_per_sec": Flag(0.0, "the same as a throughput; given both, they are compared", only_with="plan"),
     "budget_hours": Flag(0.0, "hours that may be used; 0 = any number", only_with="plan"),
-    "dataset_tokens": Flag(
-        0, "tokens of training data; 0 = those of meta.json, if it exists", only_with="plan"
-    ),
+    "dataset_tokens": Flag(0, "tokens of training data; 0 = those of meta.json, if any", only_with="plan"),
     "price_per_hour": Flag(0.0, "rent of the machine", only_with="plan"),
     "watts": Flag(0.0, "power of the machine, for the price of electricity", only_with="plan price_per_kwh"),
     "price_per_kwh": Flag(0.0, "price of a kilowatt-hour", only_with="plan watts"),
-    "gpu_memory_gb": Flag(
-        0.0, "memory of the card, for the largest batch_size; 0 = this device's", only_with="plan"
-    ),
+    "gpu_memory_gb": Flag(0.0, "memory for the largest batch_size; 0 = this device's", only_with="plan"),
     "json": Flag(False, "print the line of JSON on a terminal too"),
     "calibrate": Flag("", "folder of a finished run: shift the expected loss to its loss", only_with="plan"),
 }
-DISK_GB_PER_SEC, DECODE_TOKENS_PER_SEC = 0.25, 50.0  # assumed where nothing is timed
-NANOGPT_VOCABULARY = 50304
 
 
 def derive(cfg):
-    """Add what the plan needs: steps as a list; claimed_tokens, total_tokens if the steps are given too; and
-    val_tokens and dataset_tokens of the data set, if it exists. Returns faults."""
+    """Add what the plan needs: steps as a list, claimed_tokens (total_tokens if the steps are given too), and
+    val_tokens and dataset_tokens of the data set, if it exists. Return the faults."""
     faults = []
-    cfg.claimed_tokens = 0
-    cfg.val_tokens = 0
+    cfg.claimed_tokens = cfg.val_tokens = 0
     is_claim = cfg.max_steps or (cfg.steps and cfg.origin["total_tokens"].startswith("--"))
     if cfg.plan and cfg.total_tokens and is_claim:
         cfg.claimed_tokens = cfg.total_tokens
@@ -98,53 +79,28 @@ def derive(cfg):
         if not os.path.exists(cfg.nanogpt):
             remedy = "git clone https://github.com/karpathy/nanoGPT beside this folder, or set --peers="
             faults.append(f"{cfg.nanogpt} does not exist; {remedy}")
-        if cfg.vocab_size > NANOGPT_VOCABULARY:
-            size = f"nanoGPT's model has {NANOGPT_VOCABULARY} tokens"
-            faults.append(f"vocab_size = {cfg.vocab_size}: {size}, so --compare needs a smaller vocab_size")
+        if cfg.vocab_size > 50304:
+            faults.append(f"vocab_size = {cfg.vocab_size}: nanoGPT has 50304 tokens; choose a smaller one")
     return faults
 
 
-def assumed_seconds(cfg, counts, step_ms):
-    """Return the seconds of one evaluation, one round of samples and one checkpoint if nothing is timed: a
-    forward is a third of a step, the rest is assumed."""
-    evaluation = (cfg.eval_tokens or cfg.val_tokens) / cfg.total_batch_size * step_ms / 3e3
-    samples = 3 * len(cfg.sample_prompts) * cfg.sample_tokens / DECODE_TOKENS_PER_SEC
-    return evaluation, samples, 12 * counts["total"] / 1e9 / DISK_GB_PER_SEC
-
-
-def measure(cfg, device, dtype):
-    """Time and print what the flags ask for; return what the JSON line needs."""
-    from nanobit.bench import peers, timing
-
-    if cfg.sample and cfg.compare:
-        return timing.sampling(cfg, device, dtype, peers.writers)
-    if cfg.sample:
-        return timing.sampling(cfg, device, dtype)
-    if cfg.compare:
-        return peers.training(cfg, device, dtype)
-    facts, _, _ = timing.training(cfg, device, dtype, twin=not cfg.plan)
-    return facts
-
-
 def main(cfg):
-    import torch  # which takes seconds: only once the flags are right
+    import torch  # takes seconds, so only once the flags are right
 
     from model import Transformer
-    from nanobit import machine
-    from nanobit.bench import planner, report, timing
-    from nanobit.record import to_json
+    from nanobit import machine, record
+    from nanobit.bench import peers, planner, report, timing
 
     with torch.device("meta"):
         counts = Transformer(cfg).counts()
     facts = dict(params=counts["total"], params_active=counts["active"], params_ternary=counts["ternary"])
     print(f"{counts['total']:,} parameters, {counts['active']:,} active, {counts['ternary']:,} ternary")
     cfg.offset = planner.calibration(cfg.calibrate) if cfg.calibrate else 0.0
-    step_ms = cfg.step_ms
-    if cfg.tokens_per_sec and not step_ms:
-        step_ms = 1e3 * cfg.total_batch_size / cfg.tokens_per_sec
-    if step_ms:
-        device = None
+    device = None
+    if cfg.step_ms or cfg.tokens_per_sec:
+        step_ms = cfg.step_ms or 1e3 * cfg.total_batch_size / cfg.tokens_per_sec
         facts |= dict(step_ms=step_ms, tokens_per_sec=1e3 * cfg.total_batch_size / step_ms)
+        once = planner.assumed_seconds(cfg, counts, step_ms)
     else:
         device = machine.pick(cfg.device)
         dtype = machine.pick_dtype(cfg.dtype, device)
@@ -153,13 +109,17 @@ def main(cfg):
             machine.make_deterministic()
         print(f"{machine.describe(device)}, {machine.name(dtype)}", flush=True)
         facts |= dict(device=machine.describe(device), dtype=machine.name(dtype), compile=False)
-        facts |= measure(cfg, device, dtype)
+        if cfg.sample:
+            facts |= timing.sampling(cfg, device, dtype, peers.writers if cfg.compare else None)
+        elif cfg.compare:
+            facts |= peers.training(cfg, device, dtype)
+        else:
+            facts |= timing.training(cfg, device, dtype, twin=not cfg.plan)[0]
+        if cfg.plan:
+            once = timing.once_seconds(cfg, device, dtype)
     if cfg.plan:
-        is_timed = device is not None
-        once = timing.once_seconds(cfg, device, dtype) if is_timed else assumed_seconds(cfg, counts, step_ms)
         facts |= report.print_plan(cfg, counts, facts["step_ms"], once, device)
-    if cfg.json or not sys.stdout.isatty():
-        print(to_json(facts))
+    record.print_result(facts, cfg.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What bench.py --compare adds: nanoGPT's model, the memory of each twin alone, and llama.cpp."""
+"""Time nanoGPT's model and llama.cpp, and measure the memory of each twin alone, for bench.py --compare."""
 
 import concurrent.futures
 import importlib.util
@@ -14,8 +14,7 @@ from nanobit.export import gguf_file, verify
 
 
 def nanogpt(cfg, windows, device, dtype):
-    """Return nanoGPT's model of the same depth and width, with its own vocabulary, from a clone of its
-    repository, as a Contestant; its optimizer is our fused AdamW."""
+    """Return nanoGPT's model of the same depth and width, with its own vocabulary, as a Contestant."""
     spec = importlib.util.spec_from_file_location("nanogpt", cfg.nanogpt)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -23,15 +22,14 @@ def nanogpt(cfg, windows, device, dtype):
     torch.manual_seed(cfg.seed)
     with torch.device(device):
         model = module.GPT(module.GPTConfig(block_size=cfg.seq_len, **sizes))
-    total = sum(p.numel() for p in model.parameters())
-    print(f"nanoGPT: {total:,} parameters, its own vocabulary among them")
+    print(f"nanoGPT: {sum(p.numel() for p in model.parameters()):,} parameters with its own vocabulary")
     compiled, _ = machine.compiled(model, cfg.compile, device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
-    def loss(x, y):  # random ids of ours are ids of its larger vocabulary
+    def loss(x, y):
         return compiled(x, y.contiguous())[1]
 
     return timing.Contestant(cfg, "nanoGPT", model, loss, [optimizer], windows, device, dtype)
@@ -49,7 +47,7 @@ def memory_gb(cfg, ternary):
 
 
 def training(cfg, device, dtype):
-    """Return timing.training with nanoGPT, and the memory of the twins, each measured in a process alone."""
+    """Time training with nanoGPT, measure each twin's memory alone; return what the JSON line needs."""
     facts, step_ms, ratios = timing.training(cfg, device, dtype, peer=nanogpt)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:

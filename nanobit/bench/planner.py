@@ -1,11 +1,11 @@
 """
-What a run will take and reach, by arithmetic alone: bench.py --plan prints it.
+Compute what a run will take and reach, for bench.py --plan.
 
-Time follows from a step time, memory and disk from the counts of parameters, the loss from a scaling law that
-others fitted. The law knows neither this data nor this tokenizer: it compares lengths, and predicts the loss
-of a model only once a finished run has calibrated it.
+The loss is that of a scaling law, which knows neither this data nor this tokenizer: it compares lengths, and
+predicts the loss of a model only after a finished run has calibrated it.
 """
 
+import contextlib
 import datetime
 import math
 from types import SimpleNamespace
@@ -16,33 +16,25 @@ from nanobit.cli import fail
 # L(N, D) = E + A / N^a + B / D^b for N parameters and D tokens (Hoffmann et al., arXiv 2203.15556, section
 # 3.3) with the constants of Besiroglu et al., "Chinchilla scaling: a replication attempt" (arXiv 2404.10102)
 E, A, A_EXPONENT, B, B_EXPONENT = 1.8172, 482.01, 0.3478, 2085.43, 0.3658
-SMALLEST = 2e7  # parameters: far below the models that the law was fitted to it gives nonsense
+SMALLEST = 2e7  # parameters: with fewer, far from the models that it was fitted to, the law is wrong
 REPEAT = 15.387756  # epochs of repeated data: Muennighoff et al. (arXiv 2305.16264), section 5
-GOOD_EPOCHS, BAD_EPOCHS = 4, 16  # beyond the first repetition costs, beyond the other most of it is lost
-ENOUGH = 0.02  # nats: a longer run that gains less is not worth its hours, though it fits the budget
-WORTHWHILE = 0.1  # nats for each doubling of the hours, without a budget
 MOST_STEPS = 10**9
 
 
 def worth(tokens, dataset_tokens):
-    """Return the number of distinct tokens that teach as much as `tokens` drawn in epochs from dataset_tokens
-    (0 = endless); Muennighoff et al., equation 5."""
+    """Return how many new tokens teach as much as `tokens` in epochs; Muennighoff et al., equation 5."""
     if not dataset_tokens or tokens <= dataset_tokens:
         return tokens
     repeats = tokens / dataset_tokens - 1
     return dataset_tokens * (1 + REPEAT * (1 - math.exp(-repeats / REPEAT)))
 
 
-def ternary_gap(params):
-    """Return the nats that a ternary model of so many parameters is behind a float one: the difference of two
-    fits at 300B tokens, Kaushal et al., "Spectra" (arXiv 2407.12327)."""
-    return (185 - 159) * params**-0.26 + (1.76 - 1.67)
-
-
 def expected_loss(params, tokens, dataset_tokens=0, ternary=False, offset=0.0):
     """Return the validation loss in nats per token by the law, plus `offset` (see calibration)."""
     loss = E + A / params**A_EXPONENT + B / worth(tokens, dataset_tokens) ** B_EXPONENT
-    return loss + (ternary_gap(params) if ternary else 0.0) + offset
+    if ternary:  # the difference of two fits at 300B tokens, Kaushal et al., "Spectra" (arXiv 2407.12327)
+        loss += (185 - 159) * params**-0.26 + (1.76 - 1.67)
+    return loss + offset
 
 
 def calibration(run_dir):
@@ -62,34 +54,34 @@ def calibration(run_dir):
     return offset
 
 
+def assumed_seconds(cfg, counts, step_ms):
+    """Return the seconds of an evaluation, a round of samples and a checkpoint if nothing is timed: a forward
+    is a third of a step, generation makes 50 tokens/s, the disk takes 0.25 GB/s."""
+    evaluation = (cfg.eval_tokens or cfg.val_tokens) / cfg.total_batch_size * step_ms / 3e3
+    samples = 3 * len(cfg.sample_prompts) * cfg.sample_tokens / 50
+    return evaluation, samples, 12 * counts["total"] / 1e9 / 0.25
+
+
 def times(steps, every):
-    """Return how often something happens in a run that does it each `every` steps (0 = never) and at the
-    end."""
+    """Return how often a run does something each `every` steps (0 = never) and at the end."""
     return -(-steps // every) if every else 0
 
 
 def memory_gb(cfg, counts, batch_size, dtype_bytes):
-    """Return the most memory of a training step on one device, in 1e9 bytes, with batch_size sequences a
-    micro-step: master weights, gradients and optimizer state in fp32, and what a compiled forward keeps for
-    the backward.
-
-    Of a token in a block of width C, with keys of width K and inner width F, in b bytes: the residual stream
-    twice (8 C), queries, keys, values and their sum, gate and up; a float model also keeps the inputs of its
-    products, b (2 C + F), which a ternary one rounds again. Counted by hooks on what autograd saves; without
-    compile it is 1.5 to 2 times as much. The experts of a mixture run uncompiled in a loop.
-    """
+    """Return the peak memory in 1e9 bytes of a training step with batch_size sequences a micro-step: fp32
+    weights, gradients and optimizer state, and what a compiled forward keeps (without compile 1.5 to 2 times
+    as much; counted by hooks on what autograd saves). A block keeps of each token the residual stream twice,
+    queries, keys, values and their sum, gate and up, and in a float model the inputs of its products. The
+    experts of a mixture run uncompiled in a loop."""
     b = dtype_bytes
     width = cfg.n_embd
     keys = width // cfg.n_head * cfg.n_kv_head
-    block = 8 * width + b * (2 * width + 2 * keys)
-    if not cfg.ternary:
-        block += 2 * b * width
+    block = 8 * width + 2 * b * (width + keys + width * (not cfg.ternary))
     if cfg.n_expert:
         block += cfg.n_expert_active * 4 * b * (cfg.ffn_dim + width)
     else:
         block += b * (3 - cfg.ternary) * cfg.ffn_dim
-    logits = 4 * width + 2 * b * cfg.vocab_size  # and their gradient
-    per_token = cfg.n_layer * block + logits
+    per_token = cfg.n_layer * block + 4 * width + 2 * b * cfg.vocab_size  # logits and their gradient
     state = 16 * counts["total"]
     if cfg.optimizer == "muon":  # one number for each weight of a matrix, not two
         embeddings = (2 - cfg.tie_embeddings) * cfg.vocab_size * width
@@ -100,9 +92,8 @@ def memory_gb(cfg, counts, batch_size, dtype_bytes):
 
 
 def largest_batch_size(cfg, counts, gpu_memory_gb, dtype_bytes):
-    """Return the largest batch_size that divides the sequences of a step and fits, or 0. A tenth of the
-    memory and 0.8 GB are left for the allocator's holes and for what CUDA itself takes."""
-    room = 0.9 * gpu_memory_gb - 0.8
+    """Return the largest batch_size that divides the sequences of a step and fits, or 0."""
+    room = 0.9 * gpu_memory_gb - 0.8  # the rest is for gaps between allocations and CUDA itself
     sequences = cfg.total_batch_size // cfg.seq_len
     sizes = [n for n in range(1, sequences + 1) if sequences % n == 0]
     return max((n for n in sizes if memory_gb(cfg, counts, n, dtype_bytes) <= room), default=0)
@@ -117,8 +108,7 @@ def log_bytes(cfg, steps):
 
 
 def saves(cfg, steps):
-    """Return how many checkpoints a run of so many steps writes at most: by the schedule, at the boundary, at
-    the end, and after each evaluation that is the best so far."""
+    """Return how many checkpoints a run of so many steps writes, if each evaluation is the best so far."""
     run = SimpleNamespace(**vars(cfg) | dict(max_steps=steps))
     intervals = [n for n in (cfg.save_every, cfg.eval_every) if n]
     n_saves = sum(steps // n for n in intervals)
@@ -127,53 +117,32 @@ def saves(cfg, steps):
     return n_saves + sum(all(at % n for n in intervals) for at in schedule.boundary_steps(run) | {steps})
 
 
-def finish(now, hours):
-    """Return the date so many hours from now, or - if no calendar has it."""
-    try:
-        return (now + datetime.timedelta(hours=hours)).isoformat(" ", "minutes")
-    except OverflowError:
-        return "-"
-
-
 def row(cfg, counts, steps, cost):
-    """Return the plan of a run of so many steps, as a dict.
-
-    counts: Transformer.counts(). cost: dict of step_ms, eval_seconds, sample_seconds, save_seconds (each for
-    one), dataset_tokens (0 = unknown), per_hour (money), budget_hours (0 = none), offset (of the loss), now
-    (a datetime).
-    """
+    """Return the plan of a run of so many steps, as a dict. cost: dict of step_ms, seconds of one evaluation,
+    sampling and save, dataset_tokens, per_hour (price), budget_hours (0 = none), offset of the loss, now."""
     tokens = steps * cfg.total_batch_size
     training = steps * cost["step_ms"] / 3.6e6
     evaluations = times(steps, cfg.eval_every) + bool(cfg.eval_every)  # one at step 0
-    extra = (
-        evaluations * cost["eval_seconds"]
-        + times(steps, cfg.sample_every) * cost["sample_seconds"]
-        + saves(cfg, steps) * cost["save_seconds"]
-    )
-    total = training + extra / 3600
+    extra = evaluations * cost["eval_seconds"] + times(steps, cfg.sample_every) * cost["sample_seconds"]
+    total = training + (extra + saves(cfg, steps) * cost["save_seconds"]) / 3600
+    finish = "-"
+    with contextlib.suppress(OverflowError):  # no calendar has it
+        finish = (cost["now"] + datetime.timedelta(hours=total)).isoformat(" ", "minutes")
     loss = expected_loss(counts["active"], tokens, cost["dataset_tokens"], cfg.ternary, cost["offset"])
-    # a loss over ln(V), that of guessing, is far outside of what the law was fitted to
+    # a loss over ln(V), that of guessing, is far from what the law was fitted to
     has_loss = counts["active"] >= SMALLEST and loss < math.log(cfg.vocab_size)
-    return dict(
-        steps=steps,
-        tokens=tokens,
-        tokens_per_param=tokens / counts["total"],
-        tokens_per_active_param=tokens / counts["active"],
-        epochs=tokens / cost["dataset_tokens"] if cost["dataset_tokens"] else None,
-        hours=training,
-        hours_total=total,
-        finish=finish(cost["now"], total),
-        checkpoint_gb=checkpoint.kept_bytes(cfg, counts["total"], steps) / 1e9,
-        log_gb=log_bytes(cfg, steps) / 1e9,
-        price=total * cost["per_hour"] if cost["per_hour"] else None,
-        spare_hours=cost["budget_hours"] - total if cost["budget_hours"] else None,
-        expected_loss=loss if has_loss else None,
-    )
+    plan = dict(steps=steps, tokens=tokens, hours=training, hours_total=total, finish=finish)
+    plan |= dict(tokens_per_param=tokens / counts["total"], tokens_per_active_param=tokens / counts["active"])
+    plan["epochs"] = tokens / cost["dataset_tokens"] if cost["dataset_tokens"] else None
+    plan["checkpoint_gb"] = checkpoint.kept_bytes(cfg, counts["total"], steps) / 1e9
+    plan["log_gb"] = log_bytes(cfg, steps) / 1e9
+    plan["price"] = total * cost["per_hour"] if cost["per_hour"] else None
+    plan["spare_hours"] = cost["budget_hours"] - total if cost["budget_hours"] else None
+    return plan | dict(expected_loss=loss if has_loss else None)
 
 
 def milestones(cfg, counts, steps, cost, every=50_000):
-    """Return dicts of the state of a run of so many steps at each `every`, at its stage boundary and its
-    end."""
+    """Return dicts of the state of a run of so many steps at each `every`, its stage boundary and its end."""
     what = {at: "" for at in range(every, steps, every)} | {steps: "end"}
     boundary = schedule.boundary(SimpleNamespace(**vars(cfg) | dict(max_steps=steps)))
     if 0 < boundary < steps:
@@ -184,8 +153,7 @@ def milestones(cfg, counts, steps, cost, every=50_000):
 
 
 def candidates(cfg, step_ms, budget_hours):
-    """Return lengths in steps to compare if none are named: the experiment's own, and parts of the budget or
-    halves and doubles of it."""
+    """Return lengths in steps to compare: the experiment's, and parts of the budget or of twice that."""
     whole = 2 * cfg.max_steps
     parts = [1 / 8, 1 / 4, 1 / 2, 1]
     if budget_hours:

@@ -1,4 +1,4 @@
-"""The plan of a run in words: its table, what contradicts itself or is unwise, and a recommendation."""
+"""Print the plan of a run: its table, what contradicts itself or is unwise, and a recommendation."""
 
 import datetime
 import math
@@ -7,8 +7,11 @@ import torch
 
 from nanobit import machine
 from nanobit.bench import planner
-from nanobit.bench.planner import BAD_EPOCHS, ENOUGH, GOOD_EPOCHS, SMALLEST, WORTHWHILE
+from nanobit.bench.planner import SMALLEST
 
+GOOD_EPOCHS, BAD_EPOCHS = 4, 16  # after the first repetition costs, after the second most of it is wasted
+ENOUGH = 0.02  # nats: a longer run that gains less is not worth its hours, even within the budget
+WORTHWHILE = 0.1  # nats for each doubling of the hours, without a budget
 SLACK = 0.02  # numbers of a plan that differ by less agree
 
 
@@ -31,42 +34,39 @@ def size(gb):
     return f"{gb:.1f} GB" if gb >= 1 else f"{1e3 * gb:.0f} MB"
 
 
-def contradictions(cfg, claim, rows):
-    """Yield a sentence for each two numbers of a plan that do not agree. claim: dict of step_ms,
-    tokens_per_sec, tokens, steps that are to make them (each 0 = not given), budget_hours."""
+def contradictions(cfg, rows):
+    """Yield a sentence for each two numbers of a plan that do not agree."""
     batch = cfg.total_batch_size
     longest = rows[-1]["steps"]
 
     def takes(step_ms):
         needed = longest * step_ms / 3.6e6
         text = f"{hours(needed)} hours for {longest:,} steps"
-        if claim["budget_hours"] and needed > claim["budget_hours"]:
-            text += f", over the budget of {claim['budget_hours']:g}"
+        if cfg.budget_hours and needed > cfg.budget_hours:
+            text += f", over the budget of {cfg.budget_hours:g}"
         return text
 
-    if claim["step_ms"] and claim["tokens_per_sec"]:
-        by_speed = 1e3 * batch / claim["tokens_per_sec"]
-        by_step = 1e3 * batch / claim["step_ms"]
-        if abs(by_step / claim["tokens_per_sec"] - 1) > SLACK:
+    if cfg.step_ms and cfg.tokens_per_sec:
+        speed = f"{cfg.tokens_per_sec:,.0f}"
+        step_ms = f"{cfg.step_ms:g}"
+        by_speed = 1e3 * batch / cfg.tokens_per_sec
+        by_step = 1e3 * batch / cfg.step_ms
+        if abs(by_step / cfg.tokens_per_sec - 1) > SLACK:
             yield (
-                f"tokens_per_sec = {claim['tokens_per_sec']:,.0f} contradicts step_ms = {claim['step_ms']:g}:"
-                f" with {batch:,} tokens a step, {claim['tokens_per_sec']:,.0f} tokens/s are "
-                f"{by_speed / 1e3:.2f} s a step and {takes(by_speed)}; {claim['step_ms']:g} ms are "
-                f"{by_step:,.0f} tokens/s and {takes(claim['step_ms'])}; the rows use step_ms"
+                f"with {batch:,} tokens a step, tokens_per_sec = {speed} contradicts step_ms = {step_ms}: "
+                f"{speed} tokens/s are {by_speed / 1e3:.2f} s a step and {takes(by_speed)}, "
+                f"{step_ms} ms are {by_step:,.0f} tokens/s and {takes(cfg.step_ms)}; the rows use step_ms"
             )
-    steps = claim["steps"]
-    if claim["tokens"] and abs(steps * batch / claim["tokens"] - 1) > SLACK:
+    tokens, steps = cfg.claimed_tokens, (cfg.steps or [cfg.max_steps])[-1]
+    if tokens and abs(steps * batch / tokens - 1) > SLACK:
         yield (
-            f"total_tokens = {claim['tokens']:,} does not follow from steps x batch: {steps:,} steps of "
-            f"{batch:,} tokens are {steps * batch:,}; {claim['tokens']:,} tokens take "
-            f"{-(-claim['tokens'] // batch):,} steps"
+            f"total_tokens = {tokens:,} does not follow from steps x batch: {steps:,} steps of {batch:,} "
+            f"tokens are {steps * batch:,}; {tokens:,} tokens take {-(-tokens // batch):,} steps"
         )
     for plan in rows:
-        if plan["spare_hours"] is not None and plan["spare_hours"] < 0:
-            yield (
-                f"budget_hours = {claim['budget_hours']:g} does not hold {plan['steps']:,} steps: they take "
-                f"{hours(plan['hours'])} hours, {hours(plan['hours_total'])} with evaluations and saves"
-            )
+        if (plan["spare_hours"] or 0) < 0:
+            needed = f"{hours(plan['hours'])} hours, {hours(plan['hours_total'])} with evaluations and saves"
+            yield f"budget_hours = {cfg.budget_hours:g} does not hold {plan['steps']:,} steps: {needed}"
 
 
 def cautions(cfg, counts, rows, cost):
@@ -82,24 +82,20 @@ def cautions(cfg, counts, rows, cost):
     if counts["active"] < SMALLEST:
         yield f"expected_loss: the scaling law does not hold for so small a model ({counts['active']:,})"
         return
-    short = [f"{plan['steps']:,} steps" for plan in rows if plan["tokens_per_active_param"] < 20]
-    if short:
+    if short := [f"{plan['steps']:,} steps" for plan in rows if plan["tokens_per_active_param"] < 20]:
         few = "fewer than 20 tokens for each parameter"
         yield f"{', '.join(short)}: {few}: a smaller model reaches a lower loss at the same cost"
     if counts["active"] < counts["total"]:
         longest = rows[-1]
         others = (cost["dataset_tokens"], cfg.ternary, cost["offset"])
         loss = planner.expected_loss(counts["total"], longest["tokens"], *others)
-        yield (
-            f"expected_loss of a mixture is a heuristic: it counts the active parameters; with all of them "
-            f"the law gives {loss:.2f} at {longest['steps']:,} steps"
-        )
+        of_all = f"with all of them the law gives {loss:.2f} at {longest['steps']:,} steps"
+        yield f"expected_loss of a mixture is a heuristic: it counts the active parameters; {of_all}"
 
 
 def recommendation(rows, own):
-    """Return (the row to take or None, a sentence with the reason). With a budget it is the shortest that is
-    nearly as good as the best of those that fit; without one, the last that is worth its price; if the law
-    does not hold, the experiment's own number of steps."""
+    """Return (the row to take or None, a sentence with the reason): with a budget the shortest that is nearly
+    as good as the best, without one the last that is worth its hours, without a loss the experiment's own."""
     has_budget = rows[0]["spare_hours"] is not None
     fit = [plan for plan in rows if not has_budget or plan["spare_hours"] >= 0]
     if not fit:
@@ -144,21 +140,17 @@ def print_rows(rows):
     header = f"{'steps':>10} {'tokens':>8} {'T/P':>6} {'epochs':>6} {'hours':>8} {'in all':>8}  "
     print(f"{header}{'finish':16} {'disk':>8} {'loss':>5}" + f" {'price':>8}" * has_price)
     for plan in rows:
-        numbers = (plan["epochs"], plan["expected_loss"])
-        epochs, loss = ("-" if value is None else f"{value:.2f}" for value in numbers)
-        line = (
+        numbers = (plan["epochs"], plan["expected_loss"], plan["price"])
+        epochs, loss, price = ("-" if value is None else f"{value:,.2f}" for value in numbers)
+        print(
             f"{plan['steps']:10,} {count(plan['tokens']):>8} {plan['tokens_per_param']:6.1f} {epochs:>6} "
             f"{hours(plan['hours']):>8} {hours(plan['hours_total']):>8}  {plan['finish']:16} "
-            f"{size(plan['checkpoint_gb'] + plan['log_gb']):>8} {loss:>5}"
+            f"{size(plan['checkpoint_gb'] + plan['log_gb']):>8} {loss:>5}" + f" {price:>8}" * has_price
         )
-        if has_price:
-            line += f" {plan['price']:8,.2f}"
-        print(line)
 
 
 def print_memory(cfg, counts, device):
-    """Print what a step takes and the largest batch_size that fits; return (GB, that batch_size or None,
-    warnings)."""
+    """Print the memory of a step and the largest batch_size that fits; return both and the warnings."""
     dtype_bytes = {"float32": 4}.get(cfg.dtype, 2)  # of a device that is not here
     gpu_memory_gb = cfg.gpu_memory_gb
     if device:
@@ -177,25 +169,16 @@ def print_memory(cfg, counts, device):
     if largest >= cfg.batch_size:
         return memory, largest, []
     remedy = f"use {largest or 'a smaller model'}"
-    limit = f"batch_size = {cfg.batch_size} takes about {size(memory)} and gpu_memory_gb = {gpu_memory_gb:g}"
-    return memory, largest, [f"{limit}; {remedy}"]
+    return memory, largest, [f"a step needs {needs}, and gpu_memory_gb = {gpu_memory_gb:g}; {remedy}"]
 
 
 def print_plan(cfg, counts, step_ms, once, device):
     """Print a plan; return its part of the JSON line. once: seconds of an evaluation, a round of samples and
     a checkpoint; device: None if the speed was given, not timed."""
-    evaluation, samples, save = once
-    cost = dict(
-        step_ms=step_ms,
-        eval_seconds=evaluation,
-        sample_seconds=samples,
-        save_seconds=save,
-        dataset_tokens=cfg.dataset_tokens,
-        per_hour=cfg.price_per_hour + cfg.watts / 1e3 * cfg.price_per_kwh,
-        budget_hours=cfg.budget_hours,
-        offset=cfg.offset,
-        now=datetime.datetime.now(),
-    )
+    cost = dict(zip(("eval_seconds", "sample_seconds", "save_seconds"), once), step_ms=step_ms)
+    cost |= {name: getattr(cfg, name) for name in ("dataset_tokens", "budget_hours", "offset")}
+    cost["per_hour"] = cfg.price_per_hour + cfg.watts / 1e3 * cfg.price_per_kwh
+    cost["now"] = datetime.datetime.now()
     steps = cfg.steps or planner.candidates(cfg, step_ms, cfg.budget_hours)
     rows = [planner.row(cfg, counts, n, cost) for n in steps]
     speed = f"{step_ms:,.1f} ms a step, {1e3 * cfg.total_batch_size / step_ms:,.0f} tokens/s"
@@ -203,28 +186,16 @@ def print_plan(cfg, counts, step_ms, once, device):
         speed += ", by step_ms"
     print(f"\n{speed}")
     print_rows(rows)
-    extra = f"{evaluation:,.1f} s an evaluation, {samples:,.1f} s a round of samples"
-    extra += f", {save:,.1f} s a checkpoint"
+    extra = "{:,.1f} s an evaluation, {:,.1f} s a round of samples, {:,.1f} s a checkpoint".format(*once)
     if not device:
         extra += " (assumed)"
     print(f"in all: with {extra}; disk: checkpoints and logs")
     shift = f"shifted by {cfg.offset:+.2f} to {cfg.calibrate}" if cfg.calibrate else "uncalibrated, +-0.3"
-    print(
-        f"loss: in nats per token by a scaling law, {shift}; its differences are worth more than its values"
-    )
+    print(f"loss: in nats per token by a scaling law, {shift}; trust its differences more than its values")
     memory, largest, warnings = print_memory(cfg, counts, device)
-    claim = dict(
-        step_ms=cfg.step_ms,
-        tokens_per_sec=cfg.tokens_per_sec,
-        tokens=cfg.claimed_tokens,
-        steps=(cfg.steps or [cfg.max_steps])[-1],
-        budget_hours=cfg.budget_hours,
-    )
-    warnings += [*contradictions(cfg, claim, rows), *cautions(cfg, counts, rows, cost)]
-    if cfg.eval_every and not cfg.eval_tokens and not cfg.val_tokens:
-        warnings.append(
-            "eval_tokens = 0 is all of a validation set that is not here: its time is not counted"
-        )
+    warnings += [*contradictions(cfg, rows), *cautions(cfg, counts, rows, cost)]
+    if cfg.eval_every and not (cfg.eval_tokens or cfg.val_tokens):
+        warnings.append("eval_tokens = 0, but the validation set is missing: its time is not counted")
     chosen, sentence = recommendation(rows, cfg.max_steps)
     stones = planner.milestones(cfg, counts, (chosen or rows[-1])["steps"], cost)
     print(f"\nmilestones of {stones[-1]['steps']:,} steps:")
@@ -235,12 +206,5 @@ def print_plan(cfg, counts, step_ms, once, device):
     for text in warnings:
         print(f"warning: {text}")
     print(f"\nrecommended: {sentence}")
-    return dict(
-        rows=rows,
-        milestones=stones,
-        memory_gb=memory,
-        largest_batch_size=largest,
-        is_calibrated=bool(cfg.calibrate),
-        warnings=warnings,
-        recommendation=sentence,
-    )
+    facts = dict(rows=rows, milestones=stones, memory_gb=memory, largest_batch_size=largest)
+    return facts | dict(is_calibrated=bool(cfg.calibrate), warnings=warnings, recommendation=sentence)

@@ -1,12 +1,13 @@
-"""What bench.py times: training steps, the generation of text, and what a run does once in a while."""
+"""Time training steps, the generation of text, and what a run does from time to time, for bench.py."""
 
 import math
 import os
-import statistics
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,8 +26,8 @@ from nanobit.metrics import mean_loss
 def random_tokens(cfg, folder):
     """Write a data set of random tokens for a hundred micro-steps; return its Windows."""
     n = 1 + 100 * cfg.batch_size * cfg.seq_len
-    meta = dict(complete=True, dtype="uint32", shards={"train_00000.bin": {"tokens": n}}, tokens={"train": n})
-    meta["vocab_size"] = cfg.vocab_size
+    meta = dict(complete=True, dtype="uint32", vocab_size=cfg.vocab_size, tokens={"train": n})
+    meta["shards"] = {"train_00000.bin": {"tokens": n}}
     os.mkdir(os.path.join(folder, "random"))
     ids = np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=n, dtype=np.uint32)
     ids.tofile(os.path.join(folder, "random", "train_00000.bin"))
@@ -40,49 +41,47 @@ def build(cfg, ternary, device):
         return Transformer(SimpleNamespace(**vars(cfg) | dict(ternary=ternary)))
 
 
+def now(device):
+    """Return the time in seconds when the device has done all that it was given."""
+    machine.synchronize(device)
+    return time.perf_counter()
+
+
 @dataclass
 class Contestant:
-    """A model with all that a training step needs; making one runs the steps that warm it up.
-
-    loss(x, y) is what is differentiated; ms: the times of its steps; parts_ms: those of the parts of steps
-    that were timed part by part.
-    """
+    """A model with all that a training step needs; making one runs the steps that warm it up."""
 
     cfg: SimpleNamespace
     name: str
     model: torch.nn.Module
-    loss: object
+    loss: object  # loss(x, y) is what is differentiated
     optimizers: list
     windows: data.Windows
     device: torch.device
     dtype: torch.dtype
     n_batches: int = 0
-    ms: list = field(default_factory=list)
-    parts_ms: dict = field(default_factory=dict)
+    ms: list = field(default_factory=list)  # of whole steps
+    parts_ms: dict = field(default_factory=lambda: defaultdict(list))  # of steps timed part by part
 
     def __post_init__(self):
-        compiling = ""
         if self.cfg.compile:
-            compiling = ", with compiling"
             print(f"{self.name}: compiling, which takes a minute or so", file=sys.stderr, flush=True)
         for _ in range(self.cfg.warmup):
             self.step()
         self.first_seconds = self.ms[0] / 1e3
-        print(f"{self.name}: {self.first_seconds:.1f} s for the first step{compiling}", flush=True)
+        print(f"{self.name}: {self.first_seconds:.1f} s for the first step", flush=True)
         self.ms.clear()
-
-    def now(self):
-        """Return the time in milliseconds at which the device has done what it was given."""
-        machine.synchronize(self.device)
-        return 1e3 * time.perf_counter()
 
     def step(self, by_parts=False):
         """Time one optimizer step of cfg.accumulation micro-steps, as a whole or part by part."""
-        marks = [("begin", self.now())]
+        began = now(self.device)
+        marks = [began]
+        spent = Counter()
 
         def mark(part):
             if by_parts:
-                marks.append((part, self.now()))
+                marks.append(now(self.device))
+                spent[part] += 1e3 * (marks[-1] - marks[-2])
 
         for _ in range(self.cfg.accumulation):
             first = self.n_batches * self.cfg.batch_size
@@ -100,12 +99,9 @@ class Contestant:
             optimizer.zero_grad()
         mark("optimizer")
         if not by_parts:
-            self.ms.append(self.now() - marks[0][1])
-        spent = {}
-        for (_, began), (part, ended) in zip(marks, marks[1:]):
-            spent[part] = spent.get(part, 0.0) + ended - began
+            self.ms.append(1e3 * (now(self.device) - began))
         for part, ms in spent.items():
-            self.parts_ms.setdefault(part, []).append(ms)
+            self.parts_ms[part].append(ms)
 
 
 def ours(cfg, ternary, windows, device, dtype):
@@ -128,17 +124,14 @@ def matmul_flops(device, dtype):
     a = torch.randn(n, n, device=device).to(dtype)
     seconds = []
     for _ in range(12):
-        machine.synchronize(device)
-        began = time.perf_counter()
+        began = now(device)
         a @ a
-        machine.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / statistics.median(seconds[3:])
+        seconds.append(now(device) - began)
+    return 2 * n**3 / median(seconds[3:])
 
 
 def in_turn(everyone, rounds, what):
-    """Yield (round, one of everyone), each round in the order opposite to the last: a machine whose speed
-    drifts slows all of them."""
+    """Yield (round, one of everyone), in alternating order, so that a drift in speed slows all of them."""
     for i in tqdm(range(rounds), desc=what, disable=not sys.stderr.isatty(), leave=False):
         for one in everyone[:: (-1) ** i]:
             yield i, one
@@ -148,15 +141,12 @@ def compared(ours, theirs):
     """Return (ratio of the medians, quartiles of the ratios pair by pair) of two lists measured in turn."""
     ratios = sorted(a / b for a, b in zip(ours, theirs))
     quartiles = (ratios[len(ratios) // 4], ratios[len(ratios) * 3 // 4])
-    return statistics.median(ours) / statistics.median(theirs), quartiles
+    return median(ours) / median(theirs), quartiles
 
 
 def training(cfg, device, dtype, twin=True, peer=None):
-    """Time and print steps of the experiment, and of its float or ternary twin and a peer if they are wanted.
-
-    peer(cfg, windows, device, dtype) makes a Contestant. Returns (what the JSON line needs, {name: ms of a
-    step}, {name: time of the experiment's step as a part of theirs}).
-    """
+    """Time and print steps of the experiment, its twin and the Contestant that peer(cfg, windows, device,
+    dtype) returns. Return (what the JSON line needs, {name: ms of a step}, {name: ratio to their steps})."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps what is open
         windows = random_tokens(cfg, folder)
         first, is_compiled = ours(cfg, cfg.ternary, windows, device, dtype)
@@ -171,7 +161,7 @@ def training(cfg, device, dtype, twin=True, peer=None):
         for _ in range(max(1, cfg.pairs // 3)):
             first.step(by_parts=True)
     print(f"{cfg.total_batch_size:,} tokens a step = {cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}")
-    step_ms = {one.name: statistics.median(one.ms) for one in everyone}
+    step_ms = {one.name: median(one.ms) for one in everyone}
     for one in everyone:
         spread = f"({min(one.ms):.1f} to {max(one.ms):.1f})"
         speed = 1e3 * cfg.total_batch_size / step_ms[one.name]
@@ -179,11 +169,9 @@ def training(cfg, device, dtype, twin=True, peer=None):
     ratios = {}
     for other in everyone[1:]:
         ratios[other.name], (low, high) = compared(first.ms, other.ms)
-        print(
-            f"{first.name} / {other.name}: {ratios[other.name]:.3f} by the medians of {len(first.ms)} pairs; "
-            f"pair by pair {low:.3f} to {high:.3f} (quartiles)"
-        )
-    parts_ms = {name: statistics.median(ms) for name, ms in first.parts_ms.items()}
+        ratio = f"{ratios[other.name]:.3f} by the medians of {len(first.ms)} pairs"
+        print(f"{first.name} / {other.name}: {ratio}; pair by pair {low:.3f} to {high:.3f} (quartiles)")
+    parts_ms = {name: median(ms) for name, ms in first.parts_ms.items()}
     shares = ", ".join(f"{name} {ms / sum(parts_ms.values()):.1%}" for name, ms in parts_ms.items())
     print(f"time of a step: {shares}")
     tokens_per_sec = 1e3 * cfg.total_batch_size / step_ms[first.name]
@@ -194,27 +182,16 @@ def training(cfg, device, dtype, twin=True, peer=None):
     known = f"{mfu:.1%} of the known peak of {peak / 1e12:.0f}, " if peak else ""
     print(f"MFU: {known}{flops / reached:.1%} of the {reached / 1e12:.3g} TFLOP/s of a large product here")
     planned = planner.memory_gb(first.model.cfg, first.model.counts(), cfg.batch_size, dtype.itemsize)
-    print(
-        f"peak memory {machine.gb(peak_memory_gb)}, of the process on a CPU; planned, without that: "
-        f"{machine.gb(planned)}"
-    )
-    facts = dict(
-        step_ms=step_ms[first.name],
-        float_step_ms=step_ms.get("float"),
-        tokens_per_sec=tokens_per_sec,
-        mfu=mfu,
-        mfu_measured=flops / reached,
-        peak_memory_gb=peak_memory_gb,
-        parts_ms=parts_ms,
-        compile_seconds=first.first_seconds,
-        compile=is_compiled,
-    )
+    print(f"peak memory {machine.gb(peak_memory_gb)} (CPU: of the process), planned {machine.gb(planned)}")
+    facts = dict(step_ms=step_ms[first.name], float_step_ms=step_ms.get("float"), parts_ms=parts_ms)
+    facts |= dict(tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_measured=flops / reached)
+    facts |= dict(peak_memory_gb=peak_memory_gb, compile_seconds=first.first_seconds, compile=is_compiled)
     return facts, step_ms, ratios
 
 
 def writer(cfg, ternary, head, device, prompt, n_new):
     """Return (name, function that yields n_new greedy tokens after prompt (1, T)) of the experiment's model
-    or of its twin, with a head of this dtype."""
+    or its twin, with a head of this dtype."""
     if cfg.cuda_graph:
         machine.check_cuda_graph(device, cfg.n_expert)
     model = build(cfg, ternary, device).eval()
@@ -230,11 +207,8 @@ def writer(cfg, ternary, head, device, prompt, n_new):
 
 @torch.inference_mode()
 def sampling(cfg, device, dtype, peers=None):
-    """Time and print reading a prompt of half the context, and writing at most 128 tokens after it, batch 1.
-
-    peers(cfg, device, prompt, n_new) returns {name: function that yields the tokens} to compare with. Returns
-    what the JSON line needs.
-    """
+    """Time and print reading half a context and writing at most 128 tokens; return what the JSON line needs.
+    peers(cfg, device, prompt, n_new) returns {name: function that yields the tokens} to compare with."""
     prompt = torch.randint(cfg.vocab_size, (1, max(1, cfg.seq_len // 2)), device=device)
     n_new = max(2, min(128, cfg.seq_len - prompt.shape[1]))
     first, write = writer(cfg, cfg.ternary, cfg.head, device, prompt, n_new)
@@ -245,39 +219,29 @@ def sampling(cfg, device, dtype, peers=None):
     prefill = {name: [] for name in everyone}
     decode = {name: [] for name in everyone}
     for i, (name, write) in in_turn(list(everyone.items()), 1 + max(3, cfg.pairs // 2), "texts"):
-        clock = [time.perf_counter()]
         with machine.autocast(device, dtype):
-            for _ in write():
-                machine.synchronize(device)
-                clock.append(time.perf_counter())
+            clock = [time.perf_counter(), *(now(device) for _ in write())]
         if i:  # the first round warms up
             prefill[name].append(prompt.shape[1] / (clock[1] - clock[0]))
             decode[name].append((n_new - 1) / (clock[-1] - clock[1]))
     width = max(map(len, everyone))
+    tokens_per_sec = {name: median(speeds) for name, speeds in decode.items()}
     for name, speeds in decode.items():
-        times = ""
+        line = f"{name:{width}}  prefill of {prompt.shape[1]} tokens {median(prefill[name]):9,.1f}, "
+        line += f"decode {tokens_per_sec[name]:7,.1f} ({min(speeds):,.1f} to {max(speeds):,.1f}) tokens/s"
         if name != first:
             ratio, (low, high) = compared(speeds, decode[first])
-            times = f", {ratio:.2f} of {first} ({low:.2f} to {high:.2f})"
-        print(
-            f"{name:{width}}  prefill of {prompt.shape[1]} tokens {statistics.median(prefill[name]):9,.1f}, "
-            f"decode {statistics.median(speeds):7,.1f} ({min(speeds):,.1f} to {max(speeds):,.1f}) "
-            f"tokens/s{times}"
-        )
-    tokens_per_sec = {name: statistics.median(speeds) for name, speeds in decode.items()}
-    facts = dict(
-        prefill_tokens_per_sec=statistics.median(prefill[first]),
-        peak_memory_gb=memory,
-        decode_tokens_per_sec=tokens_per_sec[first],
-    )
+            line += f", {ratio:.2f} of {first} ({low:.2f} to {high:.2f})"
+        print(line)
+    facts = dict(prefill_tokens_per_sec=median(prefill[first]), decode_tokens_per_sec=tokens_per_sec[first])
+    facts["peak_memory_gb"] = memory
     if peers:
         facts["decode"] = tokens_per_sec
     return facts
 
 
 def once_seconds(cfg, device, dtype):
-    """Return the seconds of one evaluation and one round of samples, of which a part is timed, and of one
-    checkpoint."""
+    """Return the seconds of an evaluation, a round of samples (a part of both is timed) and a checkpoint."""
     model = build(cfg, cfg.ternary, device).eval()
     x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len), device=device)
     with machine.autocast(device, dtype):
@@ -286,10 +250,8 @@ def once_seconds(cfg, device, dtype):
             mean_loss(model, [(x, x)])
             per_batch = time.perf_counter() - began
         began = time.perf_counter()
-        for _ in generate(model, x[:1, :4], 8, temperature=0.0):
-            pass
-        machine.synchronize(device)
-        per_token = (time.perf_counter() - began) / 8
+        list(generate(model, x[:1, :4], 8, temperature=0.0))
+        per_token = (now(device) - began) / 8
     evaluation = per_batch * (cfg.eval_tokens or cfg.val_tokens) / x.numel()
     samples = per_token * 3 * len(cfg.sample_prompts) * cfg.sample_tokens
     out_dir = cfg.out_dir if os.path.isdir(cfg.out_dir) else None
