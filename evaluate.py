@@ -6,8 +6,7 @@ Score a trained model: its loss on a prepared data set with the same tokenizer, 
     python evaluate.py --ckpt=runs/baseline --dataset=lambada
 
 Computes in float32 by default, on all windows of the split. Tasks: arithmetic (exact answers to held-out
-problems), tictactoe (games), and LAMBADA and BLiMP, which are text that any model can read and have the
-split val only.
+problems), tictactoe (games), LAMBADA and BLiMP (text for any model, split val only).
 
 If stdout is not a terminal, or with --json, its last line is one JSON object: step, dataset, split, dtype,
 tokens, val_loss (nats per token), perplexity, bits_per_byte if the bytes are known, and for a task accuracy
@@ -21,9 +20,8 @@ import os
 import config
 from nanobit.cli import JSON, Flag, fail
 
-CKPT = "a run folder, RUN/best (its best evaluation), a step folder, a checkpoint.pt, or an exported folder"
 FLAGS = {
-    "ckpt": Flag("", CKPT, required=True),
+    "ckpt": Flag("", "a run folder, RUN/best, step folder, checkpoint.pt or exported folder", required=True),
     "dataset": Flag("", "name of the data set in data_dir; '' = the one that the model was trained on"),
     "split": Flag("val", "val | train"),
     "dtype": Flag("float32", "auto | float32 | bfloat16 | float16: of the matrix products", config.DTYPES),
@@ -52,35 +50,6 @@ data_set = os.path.join(cfg.data_dir, cfg.dataset)
 spec = part["tokenizer"]
 tokenizer = make_tokenizer(spec)
 
-
-def measure_loss(model, meta, windows, n):
-    """Print the loss on n windows of a split; return its fields of the JSON line."""
-    batches = windows.fixed(cfg.eval_tokens, cfg.batch_size, device)
-    loss = mean_loss(model, text.progress("loss", -(-n // cfg.batch_size), batches))
-    result = dict(tokens=n * windows.seq_len, val_loss=loss, perplexity=text.exp(loss))
-    print(f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.3f}")
-    if meta["bytes"].get(cfg.split):
-        tokens_per_byte = meta["tokens"][cfg.split] / meta["bytes"][cfg.split]
-        result["bits_per_byte"] = loss / math.log(2) * tokens_per_byte
-        print(f"{result['bits_per_byte']:.4f} bits per byte")
-    return result
-
-
-def score_task(model, task, examples):
-    """Print the score of a task; return its fields of the JSON line."""
-    if task == "arithmetic":
-        fields, lines = arithmetic.score(model, tokenizer, spec["eot"], examples, cfg.batch_size)
-    elif task == "tictactoe":
-        fields, lines = tictactoe.score(model, tokenizer, spec["eot"], cfg.games, trained["seed"])
-    elif task == "lambada":
-        fields, lines = text.lambada(model, tokenizer, bos_of(spec), examples, cfg.batch_size)
-    else:
-        fields, lines = text.blimp(model, tokenizer, bos_of(spec), examples, cfg.batch_size)
-    print(*lines, sep="\n")
-    return fields
-
-
-examples = []
 is_text = os.path.exists(os.path.join(data_set, "task.jsonl"))
 if is_text:
     if cfg.split != "val":
@@ -89,26 +58,38 @@ if is_text:
     print(f"{folder} on {cfg.dataset}: {len(examples):,} examples")
 else:
     meta, windows = data.of_trained(part, cfg.split, cfg.dataset, cfg.data_dir, cfg.verify_data)
-    task = ""
-    if cfg.split == "val":
-        task = meta.get("task", "")
+    task = meta.get("task", "") if cfg.split == "val" else ""
     if task not in ("", "arithmetic", "tictactoe"):
         fail(f"{data_set}: task {task!r} is unknown; this version scores arithmetic, tictactoe")
     if task == "arithmetic":
         examples = arithmetic.read(data_set, meta["tokens"]["val"] - 1)
-    n = windows.total
-    if cfg.eval_tokens:
-        n = min(n, max(1, cfg.eval_tokens // windows.seq_len))
+    wanted = cfg.eval_tokens or windows.total * windows.seq_len
+    n = min(windows.total, max(1, wanted // windows.seq_len))
     print(f"{folder} on {cfg.dataset}/{cfg.split}: {n:,} windows of {windows.seq_len} tokens")
 print(f"{machine.describe(device)}, {machine.name(dtype)}")
 
 model = restore(part, device, cfg.packed)
 result = dict(step=part["step"], dataset=cfg.dataset, split=cfg.split, dtype=machine.name(dtype))
+scores = {  # each returns (fields of the JSON line, lines of text)
+    "arithmetic": lambda: arithmetic.score(model, tokenizer, spec["eot"], examples, cfg.batch_size),
+    "tictactoe": lambda: tictactoe.score(model, tokenizer, spec["eot"], cfg.games, trained["seed"]),
+    "lambada": lambda: text.lambada(model, tokenizer, bos_of(spec), examples, cfg.batch_size),
+    "blimp": lambda: text.blimp(model, tokenizer, bos_of(spec), examples, cfg.batch_size),
+}
 with machine.autocast(device, dtype):
     if not is_text:
-        result |= measure_loss(model, meta, windows, n)
+        batches = windows.fixed(cfg.eval_tokens, cfg.batch_size, device)
+        loss = mean_loss(model, text.progress("loss", batches, -(-n // cfg.batch_size)))
+        result |= dict(tokens=n * windows.seq_len, val_loss=loss, perplexity=text.exp(loss))
+        print(f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.3f}")
+        if meta["bytes"].get(cfg.split):
+            tokens_per_byte = meta["tokens"][cfg.split] / meta["bytes"][cfg.split]
+            result["bits_per_byte"] = loss / math.log(2) * tokens_per_byte
+            print(f"{result['bits_per_byte']:.4f} bits per byte")
     if task:
-        result |= score_task(model, task, examples)
+        fields, lines = scores[task]()
+        print(*lines, sep="\n")
+        result |= fields
 if not math.isfinite(result["val_loss"]):
     problem = f"val_loss is {result['val_loss']}: what this model computes is too large for {result['dtype']}"
     fail(f"{problem}; try --dtype=float32 or an earlier step", code=1)

@@ -1,8 +1,7 @@
 """
 Tic-tac-toe without a model: the rules, random and perfect play, and what a perfect model could reach.
 
-A board is nine characters of X, O and . for a free square. Results are X, O (that side has won) and D
-(drawn).
+A board is nine characters of X, O and . for a free square. A result is X or O (that side won) or D (drawn).
 """
 
 from functools import cache
@@ -33,10 +32,8 @@ def free(board):
 
 def board_of(moves):
     """Return the board after moves, a text of squares 1 to 9."""
-    board = EMPTY
-    for move in moves:
-        board = place(board, int(move) - 1)
-    return board
+    marks = dict(zip(moves, "XOXOXOXOX"))
+    return "".join(marks.get(square, ".") for square in "123456789")
 
 
 @cache
@@ -54,22 +51,19 @@ def draw(board):
     return "\n".join(" " + " | ".join(cells[row : row + 3]) for row in (0, 3, 6))
 
 
-def certain(board):
-    """Return {result: probability} of a game that has ended."""
-    return {r: float(r == result(board)) for r in RESULTS}
-
-
-def mean(outcomes):
-    """Return the mean of a list of {result: probability}."""
+def expected(board, squares, outcome):
+    """Return {result: probability} if the next move is one of squares, each with the same probability, and
+    outcome(board) is that of the board after it."""
+    if result(board):
+        return {r: float(r == result(board)) for r in RESULTS}
+    outcomes = [outcome(place(board, square)) for square in squares]
     return {r: sum(outcome[r] for outcome in outcomes) / len(outcomes) for r in RESULTS}
 
 
 @cache
 def random_play(board):
     """Return {result: probability} if both sides move at random from here."""
-    if result(board):
-        return certain(board)
-    return mean([random_play(place(board, square)) for square in free(board)])
+    return expected(board, free(board), random_play)
 
 
 @cache
@@ -83,32 +77,25 @@ def value(board):
 
 @cache
 def choices(board, player):
-    """Return the squares that a player takes here, each with the same probability: all free ones for
-    'random', those of perfect play for 'perfect', and for an entry of ASKS those that a perfect model of
-    random games prefers."""
-    squares, side = free(board), to_move(board)
-    after = [place(board, square) for square in squares]
-    if player == "random":
-        return squares
-    if player == "perfect":
-        scores = [value(board) * {"X": 1, "O": -1}[side] for board in after]
-    elif player == "win":
-        scores = [random_play(board)[side] for board in after]
-    else:
-        scores = [-random_play(board)[OTHER[side]] for board in after]
-    return [square for square, score in zip(squares, scores) if score > max(scores) - 1e-9]
+    """Return the squares that a player takes here, each with the same probability. player: one of OPPONENTS,
+    or one of ASKS for a perfect model of random games."""
+    side = to_move(board)
+    score = {
+        "random": lambda after: 0,
+        "perfect": lambda after: value(after) * {"X": 1, "O": -1}[side],
+        "win": lambda after: random_play(after)[side],
+        "not_lose": lambda after: -random_play(after)[OTHER[side]],
+    }[player]
+    scores = {square: score(place(board, square)) for square in free(board)}
+    return [square for square in scores if scores[square] > max(scores.values()) - 1e-9]
 
 
 def limits(ask, side, opponent):
-    """Return {result: exact probability} if a perfect model of random games, asked in this way, plays
-    side."""
+    """Return {result: exact probability} if side is a perfect model of random games, asked in this way."""
     players = {side: ask, OTHER[side]: opponent}
 
     @cache
     def outcome(board):
-        if result(board):
-            return certain(board)
-        squares = choices(board, players[to_move(board)])
-        return mean([outcome(place(board, square)) for square in squares])
+        return expected(board, choices(board, players[to_move(board)]), outcome)
 
     return outcome(EMPTY)

@@ -9,29 +9,28 @@ from nanobit.tasks.tictactoe import answers, ask_model
 def show_probabilities(model, tokenizer, eot, moves, ask):
     """Print what the model thinks of each square, asked for a move in the user's place."""
     board = game.board_of(moves)
-    opponent = game.OTHER[game.to_move(board)]
     scores, wished = ask_model(model, tokenizer, eot, [moves], ask)
     print(f"the model in your place, asked to {ask}:")
     for square, token in enumerate(tokenizer.encode("123456789")):
         row = f"  {square + 1} {wished[0, token].exp():6.1%}"
         if ask == "not_lose":
-            row += f"   then {opponent} wins {(-scores[0, square]).exp():6.1%}"
-        if square not in game.free(board):
+            row += f"   then {game.OTHER[game.to_move(board)]} wins {(-scores[0, square]).exp():6.1%}"
+        if board[square] != ".":
             row += "   taken"
         print(row)
     print(flush=True)
 
 
 def ask_square(model, tokenizer, eot, moves, ask, read_line):
-    """Return the free square '1' to '9' that the user takes after moves, or '' to end."""
+    """Return the free square '1' to '9' that the user takes after moves, or 'q' to end."""
     board = game.board_of(moves)
     squares = [str(square + 1) for square in game.free(board)]
     print(game.draw(board), flush=True)
     while True:
         line = read_line(f"{game.to_move(board)} takes (p: the model's probabilities, q: end) ")
         line = "q" if line is None else line.strip().lower()
-        if line in squares or line == "q":
-            return line.replace("q", "")
+        if line in [*squares, "q"]:
+            return line
         if line == "p":
             show_probabilities(model, tokenizer, eot, moves, ask)
         elif line in list("123456789"):
@@ -41,8 +40,7 @@ def ask_square(model, tokenizer, eot, moves, ask, read_line):
 
 
 def play(model, tokenizer, eot, side, ask, read_line):
-    """Play games until the user ends them; the model takes the free square that it likes best. read_line: a
-    function that shows a prompt and returns the user's line, or None at the end."""
+    """Play games until the user ends them. read_line(prompt) returns a line, or None at the end of stdin."""
     moves, asked, illegal = "", 0, 0
     while True:
         board = game.board_of(moves)
@@ -56,7 +54,7 @@ def play(model, tokenizer, eot, side, ask, read_line):
             moves = ""
         elif game.to_move(board) == side:
             square = ask_square(model, tokenizer, eot, moves, ask, read_line)
-            if not square:
+            if square == "q":
                 break
             moves += square
         else:

@@ -1,15 +1,17 @@
 """
 Score a model on text, LAMBADA and BLiMP, by the log-likelihood of tokens.
 
-A score is a function of (model, tokenizer, bos, examples, batch_size) that returns (fields for the JSON line,
-lines of text to print). Every text begins with bos, the token that begins a text in training. data/<name>/
-holds no tokens but task.jsonl, one example a line, because each model reads text with its own tokenizer.
+Both scores return (fields for the JSON line, lines of text to print). Every text begins with bos, the token
+that begins a text in training. data/<name>/ holds task.jsonl, one example a line, and no tokens, because each
+model reads text with its own tokenizer.
 """
 
 import json
 import math
 import os
 import sys
+from collections import defaultdict
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +30,7 @@ COLUMNS = {  # and a line of task.jsonl
 
 
 def read(folder):
-    """Return (task, examples) of a data set of text: the lines of its task.jsonl, as dicts. Exits with 2 if
-    it is damaged or not complete."""
+    """Return (task, examples as dicts) of a data set of text. Exits with 2 if it is damaged or incomplete."""
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
         fail(f"data set {folder} is not complete (no meta.json); run its preparation again")
@@ -46,11 +47,10 @@ def read(folder):
             if damage := fault(example, columns, f"line {number}"):
                 raise ValueError(damage)
     except (OSError, ValueError, RecursionError) as error:
-        reason = printable(error) or type(error).__name__
-        fail(f"{path} is damaged ({reason}); make the data set again")
-    if len(examples) != meta["examples"]:
-        expected = f"meta.json says {meta['examples']:,}; make the data set again"
-        fail(f"{path} has {len(examples):,} examples, {expected}")
+        fail(f"{path} is damaged ({printable(error) or type(error).__name__}); make the data set again")
+    n = meta["examples"]
+    if len(examples) != n:
+        fail(f"{path} has {len(examples):,} examples, meta.json says {n:,}; make the data set again")
     if not columns:
         fail(f"{folder}: task {shown(meta['task'])} is unknown; this version scores {', '.join(COLUMNS)}")
     return meta["task"], examples
@@ -64,9 +64,9 @@ def encode(tokenizer, bos, text, number):
         fail(f"example {number:,} ({text[:40]!r}): {error}; this model cannot be scored on it")
 
 
-def progress(desc, total, iterable=None):
-    """Return a progress bar, which only a terminal shows."""
-    return tqdm(iterable, total=total, desc=desc, disable=not sys.stderr.isatty(), leave=False)
+def progress(desc, items, total=None):
+    """Return items with a progress bar, which only a terminal shows."""
+    return tqdm(items, total=total, desc=desc, disable=not sys.stderr.isatty(), leave=False)
 
 
 @torch.no_grad()
@@ -74,34 +74,30 @@ def log_likelihoods(model, texts, batch_size):
     """Return {(ids, n): (nats, greedy)} for texts (tuple of ids, n): the log-likelihood of the last n ids
     given those before, summed in float64, and whether each of the n is the most likely token.
 
-    The model reads the last seq_len ids before the final one; earlier ones are cut. Exits with 2 if n is more
-    than seq_len. Texts are padded on the right, where causal attention does not look. A text that occurs
-    twice is scored once, because two batches may differ in the last bits.
+    The model reads the last seq_len ids before the final one. Exits with 2 if n is more. Equal texts are
+    scored once, because two batches may differ in the last bits.
     """
     size, device = model.cfg.seq_len, model.embed.weight.device
     texts = sorted(set(texts), key=lambda text: (-len(text[0]), text))  # similar lengths need little padding
-    most = max(n for _, n in texts)
-    if most > size:
+    if (most := max(n for _, n in texts)) > size:
         fail(f"a text to score has {most:,} tokens, the model reads {size:,}: its seq_len is too short")
     scores = {}
-    with progress("texts", len(texts)) as bar:
-        for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            rows = [ids[-size - 1 :] for ids, _ in batch]
-            counts = [n for _, n in batch]
-            width = max(map(len, rows))
-            padded = torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=device)
-            position = torch.arange(1, width, device=device)  # of each target
-            end = torch.tensor([len(row) for row in rows], device=device)[:, None]
-            n = torch.tensor(counts, device=device)[:, None]
-            is_scored = (position < end) & (position >= end - n)  # (B, T)
-            logits = model(padded[:, :-1])[is_scored]  # (all n, V)
-            targets = padded[:, 1:][is_scored]  # (all n,)
-            nats = -F.cross_entropy(logits, targets, reduction="none").cpu().double()
-            is_top = (logits.argmax(-1) == targets).cpu()
-            for text, text_nats, text_tops in zip(batch, nats.split(counts), is_top.split(counts)):
-                scores[text] = (text_nats.sum().item(), text_tops.all().item())
-            bar.update(len(batch))
+    for start in progress("texts", range(0, len(texts), batch_size)):
+        batch = texts[start : start + batch_size]
+        rows = [ids[-size - 1 :] for ids, _ in batch]
+        counts = [n for _, n in batch]
+        width = max(map(len, rows))
+        # on the right, where causal attention does not look
+        padded = torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=device)
+        position = torch.arange(1, width, device=device)  # of each target
+        end, n = torch.tensor([[len(row) for row in rows], counts], device=device)[..., None]  # each (B, 1)
+        is_scored = (position < end) & (position >= end - n)  # (B, T)
+        logits = model(padded[:, :-1])[is_scored]  # (all n, V)
+        targets = padded[:, 1:][is_scored]  # (all n,)
+        nats = -F.cross_entropy(logits, targets, reduction="none").cpu().double()
+        is_top = (logits.argmax(-1) == targets).cpu()
+        for text, text_nats, text_tops in zip(batch, nats.split(counts), is_top.split(counts)):
+            scores[text] = (text_nats.sum().item(), text_tops.all().item())
     return scores
 
 
@@ -110,21 +106,14 @@ def exp(nats):
     return math.exp(min(nats, 700.0))
 
 
-def mean(values):
-    """Return the mean of numbers."""
-    return math.fsum(values) / len(values)
-
-
 def lambada(model, tokenizer, bos, examples, batch_size):
     """Score LAMBADA (Paperno et al. 2016, arXiv 1606.06031): the last word of a passage, given all before it.
-    examples: dicts with `text`.
 
-    The word is " " and what follows the last space. Its ids are those of the whole text after the longest
-    beginning that it shares with the ids of the context: a token that spans the border belongs to the word.
-    accuracy: share of the words of which every token is the most likely one. perplexity: exp of the mean
-    negative log-likelihood of a word (not of a token, as val_loss).
+    The word is " " and what follows the last space; a token that spans the border belongs to it. accuracy:
+    share of words whose tokens are all the most likely ones. perplexity: per word (val_loss is per token).
     """
-    texts, spans = [], 0
+    texts = []
+    spans = 0
     for number, example in enumerate(examples, 1):
         ids = encode(tokenizer, bos, example["text"], number)
         context = encode(tokenizer, bos, example["text"].rpartition(" ")[0], number)
@@ -133,16 +122,15 @@ def lambada(model, tokenizer, bos, examples, batch_size):
         texts.append((tuple(ids), len(ids) - shared))
     scores = log_likelihoods(model, texts, batch_size)
     nats = math.fsum(scores[text][0] for text in texts)
-    size = model.cfg.seq_len
-    n_cut = sum(len(ids) > size + 1 for ids, _ in texts)
+    n_cut = sum(len(ids) > model.cfg.seq_len + 1 for ids, _ in texts)
     tokens = sum(n for _, n in texts)
-    accuracy = mean([scores[text][1] for text in texts])
+    accuracy = fmean(scores[text][1] for text in texts)
     result = dict(tokens=tokens, val_loss=-nats / tokens, perplexity=exp(-nats / len(texts)))
     result |= dict(accuracy=accuracy, n=len(texts), contexts_cut=n_cut)
     lines = [f"last word right: {accuracy:.2%} of {len(texts):,} passages"]
     lines.append(f"perplexity {result['perplexity']:.3f} per word, {-nats / tokens:.4f} nats per token")
     if n_cut:
-        lines.append(f"{n_cut:,} passages lost their beginning: they are longer than {size} tokens")
+        lines.append(f"{n_cut:,} passages lost their beginning: the model reads {model.cfg.seq_len} tokens")
     if spans:
         lines.append(f"{spans:,} passages have a token across the border: it was scored with the word")
     return result, lines
@@ -150,30 +138,29 @@ def lambada(model, tokenizer, bos, examples, batch_size):
 
 def blimp(model, tokenizer, bos, examples, batch_size):
     """Score BLiMP (Warstadt et al. 2020, arXiv 1912.00582): of two sentences that differ in one point, the
-    grammatical one should be the more likely as a whole; a tie counts half. examples: dicts with
-    sentence_good, sentence_bad, UID (the paradigm) and linguistics_term (the phenomenon).
+    grammatical one should be the more likely as a whole; a tie counts half.
 
-    accuracy is the mean over paradigms, that of a phenomenon the mean over its own. tokens, val_loss and
-    perplexity (per token) are those of the good sentences.
+    accuracy is the mean over paradigms (UID), that of a phenomenon (linguistics_term) the mean over its own.
+    tokens, val_loss and perplexity (per token) are those of the good sentences.
     """
     pairs = []
     for number, example in enumerate(examples, 1):
-        sentences = (example["sentence_good"], example["sentence_bad"])
-        rows = [encode(tokenizer, bos, sentence, number) for sentence in sentences]
+        rows = [encode(tokenizer, bos, example[f"sentence_{which}"], number) for which in ("good", "bad")]
         pairs.append([(tuple(ids), len(ids) - 1) for ids in rows])
     scores = log_likelihoods(model, [text for pair in pairs for text in pair], batch_size)
-    points = {}  # {phenomenon: {paradigm: [1.0, 0.5 or 0.0 of each pair]}}
+    points = defaultdict(list)  # {(phenomenon, paradigm): [1.0, 0.5 or 0.0 of each pair]}
     for example, (good, bad) in zip(examples, pairs):
-        paradigm = points.setdefault(example["linguistics_term"], {}).setdefault(example["UID"], [])
-        paradigm.append(((scores[good][0] > scores[bad][0]) + (scores[good][0] >= scores[bad][0])) / 2)
-    by_paradigm, by_phenomenon = {}, {}
-    for phenomenon, paradigms in sorted(points.items()):
-        accuracies = {uid: mean(hits) for uid, hits in sorted(paradigms.items())}
-        by_paradigm |= accuracies
-        by_phenomenon[phenomenon] = mean(accuracies.values())
+        point = ((scores[good][0] > scores[bad][0]) + (scores[good][0] >= scores[bad][0])) / 2
+        points[example["linguistics_term"], example["UID"]].append(point)
+    by_paradigm = {}
+    of_phenomenon = defaultdict(list)
+    for (phenomenon, uid), hits in sorted(points.items()):
+        by_paradigm[uid] = fmean(hits)
+        of_phenomenon[phenomenon].append(by_paradigm[uid])
+    by_phenomenon = {phenomenon: fmean(accuracies) for phenomenon, accuracies in of_phenomenon.items()}
     tokens = sum(n for (_, n), _ in pairs)
     loss = -math.fsum(scores[good][0] for good, _ in pairs) / tokens
-    accuracy = mean(by_paradigm.values())
+    accuracy = fmean(by_paradigm.values())
     result = dict(tokens=tokens, val_loss=loss, perplexity=exp(loss), accuracy=accuracy, n=len(pairs))
     result |= dict(accuracy_by_phenomenon=by_phenomenon, accuracy_by_paradigm=by_paradigm)
     lines = [f"{accuracy:.2%} of {len(pairs):,} pairs, the mean of {len(by_paradigm)} paradigms"]
