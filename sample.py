@@ -7,13 +7,13 @@ Generate text with a trained model, streamed as it comes; write a text in turns;
     python sample.py --ckpt=runs/demo --chat
     python sample.py --ckpt=runs/train_tictactoe --play --side=O --ask=not_lose
 
-Text goes to stdout. Everything else goes to stderr: tokens per second of the prompt (prefill) and of the new
-ones (decode), and messages of the chat. Generation ends at the end-of-text token. --chat is one text that you
-and the model write in turns, each on a new line: base models continue a text, they do not answer. --play
-needs a model of config/train_tictactoe.py.
+Text goes to stdout, everything else to stderr, as tokens per second of the prompt (prefill) and of new ones
+(decode). Generation ends at the end-of-text token. --chat is one text that you and the model write in turns:
+base models continue a text, they do not answer. --play needs a model of config/train_tictactoe.py.
 """
 
 import contextlib
+import select
 import signal
 import sys
 import time
@@ -21,9 +21,8 @@ import time
 import config
 from nanobit.cli import SEED, Flag, fail
 
-CKPT = "a run folder, RUN/best (its best evaluation), a step folder, a checkpoint.pt, or an exported folder"
 FLAGS = {
-    "ckpt": Flag("", CKPT, required=True),
+    "ckpt": Flag("", "a run folder, RUN/best, step folder, checkpoint.pt or exported folder", required=True),
     "prompt": Flag(
         "",
         "the text to continue, as it is: \\n is two characters; - reads stdin; with --chat, the start",
@@ -58,8 +57,6 @@ def derive(cfg):
 
 cfg = config.load(doc=__doc__, flags=FLAGS, only=("device",), derive=derive)
 
-import select
-
 import torch
 
 from nanobit import machine, weights
@@ -72,35 +69,24 @@ from nanobit.tokenizer import TextStream, bos_of, encode_prompt, make_tokenizer
 with contextlib.suppress(ModuleNotFoundError):  # Windows: its console edits lines by itself
     import readline  # noqa: F401 -- input() then edits lines, and takes a paste of several at once
 
-HELP = """you and the model write one text in turns: your message is appended to the text on a new line, and
-the model continues it on the next line. It is a base model: it was not trained to answer. If it has ended the
-text, your next message begins another. Several lines pasted together are one message; an empty message lets
-the model continue.
+HELP = """you and the model write one text in turns, each on a new line. It is a base model: it was
+not trained to answer. If it has ended the text, your next message begins another. Several lines pasted
+together are one message; an empty message lets the model continue.
   /reset   empty the history
   /help    this
   /exit    end; so do exit, quit and Ctrl-D
   Ctrl-C   stop the model; at the prompt: end"""
 
-
-# the prompt and the model
-
-source = f"prompt_file = {cfg.prompt_file!r}" if cfg.prompt_file else "prompt"
-
-
-def read_prompt():
-    """Return the text of --prompt or --prompt_file. Exits with 2 if it cannot be read."""
-    if cfg.prompt != "-" and not cfg.prompt_file:
-        return cfg.prompt
-    try:
-        with open(cfg.prompt_file or 0, encoding="utf-8-sig") as file:  # as prepare/text.py reads a text
-            return file.read().removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{source} cannot be read as UTF-8 text: {error}; name a text file, or --prompt=TEXT")
-
-
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
-text = read_prompt()
+source = f"prompt_file = {cfg.prompt_file!r}" if cfg.prompt_file else "prompt"
+text = cfg.prompt
+if cfg.prompt == "-" or cfg.prompt_file:
+    try:
+        with open(cfg.prompt_file or 0, encoding="utf-8-sig") as file:  # as prepare/text.py reads a text
+            text = file.read().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{source} cannot be read as UTF-8 text: {error}; name a text file, or --prompt=TEXT")
 part, _ = weights.trained(cfg.ckpt)
 tokenizer = make_tokenizer(part["tokenizer"])
 eot = part["tokenizer"]["eot"]
@@ -119,9 +105,8 @@ model = restore(part, device, cfg.packed)
 if cfg.head == "bfloat16":
     lighten_head(model)
 context = model.cfg.seq_len
-
-
-# what the user types
+generator = torch.Generator().manual_seed(cfg.seed)
+options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
 
 
 def say(line):
@@ -139,28 +124,21 @@ def read_line(shown):
         return None
 
 
-def has_line():
-    """Return whether a terminal has the next line ready. Windows cannot know: a paste is several messages."""
-    try:
-        return sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], 0.05)[0])
-    except OSError:
-        return False
-
-
 def read_message():
     """Return the next line of stdin, or None at its end; from a terminal all lines of a paste."""
     message = read_line("> ")
-    while message is not None and has_line():
-        line = read_line("")
-        if line is None:
-            break
-        message += "\n" + line
+    with contextlib.suppress(OSError):  # Windows: select takes sockets only, and a paste is several messages
+        while message is not None and sys.stdin.isatty() and select.select([sys.stdin], [], [], 0.05)[0]:
+            line = read_line("")
+            if line is None:
+                break
+            message += "\n" + line
     return message
 
 
 def message_ids(ids, message):
-    """Return the ids of a message after ids: on a separate line, as the screen shows it, if the tokenizer has
-    line breaks that do not end a text. Raises ValueError if it lacks a character."""
+    """Return the ids of a message after ids, on a separate line if the tokenizer has line breaks that do not
+    end a text. Raises ValueError if it lacks a character."""
     encode = tokenizer.encode if ids[-1] == bos else tokenizer.encode_on
     try:
         has_lines = eot not in tokenizer.encode("\n")
@@ -172,23 +150,18 @@ def message_ids(ids, message):
     return encode(("" if is_new_line else "\n") + message + "\n")
 
 
-# what the model writes
-
-
-def write_on(ids, max_new_tokens, generator):
-    """Generate after ids (a list) and print the text as it comes. ids grows by the new tokens, and at the end
-    of a text by the token that begins the next one, which is not printed. Returns (seconds to the first
-    token, tokens, seconds for the tokens after the first)."""
+def write_on(ids, max_new_tokens):
+    """Generate after ids, a list that grows, and print the text as it comes. Return (seconds to the first
+    token, tokens, seconds for the others)."""
     began, first, made = time.perf_counter(), 0.0, 0
     stream = TextStream(tokenizer, ids)
-    options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
     idx = torch.tensor([ids], device=device)
     for token in generate(model, idx, max_new_tokens, **options, cuda_graph=cfg.cuda_graph):
         made += 1
         first = first or time.perf_counter()
         ids.append(token.item())
         if ids[-1] == eot:
-            if bos != eot:
+            if bos != eot:  # it begins the next text
                 ids.append(bos)
             break
         print(stream.add(ids[-1]), end="", flush=True)
@@ -201,10 +174,11 @@ def write_samples(prompt):
     if len(prompt) > context:
         say(f"the prompt has {len(prompt)} tokens; the model sees the last {context}, its context")
     read = min(len(prompt), context)
-    generator = torch.Generator().manual_seed(cfg.seed)
     for number in range(cfg.num_samples):
-        print(("---\n" if number else "") + text, end="", flush=True)
-        prefill_seconds, made, decode_seconds = write_on(list(prompt), cfg.max_new_tokens, generator)
+        if number:
+            print("---")
+        print(text, end="", flush=True)
+        prefill_seconds, made, decode_seconds = write_on(list(prompt), cfg.max_new_tokens)
         print(flush=True)
         if read + made - 1 > context:  # the last token is not read
             say(f"the text outgrew the context of {context} tokens; each time, its later half was kept")
@@ -217,7 +191,6 @@ def write_samples(prompt):
 def chat(ids):
     """Let the user and the model write in turns after ids, until stdin ends."""
     budget = min(cfg.max_new_tokens, context // 2)
-    generator = torch.Generator().manual_seed(cfg.seed)
     has_cut = False
     if text:
         print(text, flush=True)
@@ -241,7 +214,7 @@ def chat(ids):
                 say(f"from now on the oldest text is forgotten: the context holds {context} tokens")
             has_cut = True
         with contextlib.suppress(KeyboardInterrupt):  # it stops this turn only
-            write_on(ids, budget, generator)
+            write_on(ids, budget)
         print(flush=True)
 
 
