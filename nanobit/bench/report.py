@@ -54,7 +54,7 @@ def contradictions(cfg, rows):
         if abs(by_step / cfg.tokens_per_sec - 1) > SLACK:
             yield (
                 f"with {batch:,} tokens a step, tokens_per_sec = {speed} contradicts step_ms = {step_ms}: "
-                f"{speed} tokens/s are {by_speed / 1e3:.2f} s a step and {takes(by_speed)}, "
+                f"{speed} tokens/s are {by_speed / 1e3:.2f} s a step and {takes(by_speed)}; "
                 f"{step_ms} ms are {by_step:,.0f} tokens/s and {takes(cfg.step_ms)}; the rows use step_ms"
             )
     tokens, steps = cfg.claimed_tokens, (cfg.steps or [cfg.max_steps])[-1]
