@@ -145,11 +145,12 @@ def loaded(err):
 
 
 def test_a_step_of_training_loads_nothing_of_the_commands(data_dir, out_dir):
-    """One step of train.py, evaluated, sampled and saved, loads no module of nanobit/*/."""
+    """One step of train.py, evaluated, sampled and saved, loads no module of nanobit/*/ and no tracker."""
     changes = dict(max_steps=1, eval_every=1, sample_every=1)
     _, err = train(data_dir, out_dir, "r", patch=faults.print_modules(), **changes)
     modules = {name for name in loaded(err) if name.startswith("nanobit.")}
     assert "nanobit.schedule" in modules
+    assert "nanobit.trackers" not in modules
     assert {name for name in modules if name.split(".")[1] in FOLDERS} == set()
 
 
