@@ -257,9 +257,10 @@ while True:
         break
 
     # one update: the micro-steps, each with its own seed, then the optimizers
-    if not train_data.has_step(state.step):
+    last_sample = train_data.last_sample(state.step)
+    if not train_data.has(last_sample):
         with speed.paused():
-            fault = train_data.wait_for_step(state.step, distributed.asked_to_stop, run.log)
+            fault = train_data.wait_for(last_sample, distributed.asked_to_stop, run.log)
         if distributed.asked_to_stop():
             leave()
         if fault:

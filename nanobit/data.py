@@ -1,19 +1,14 @@
 """
 Token files and the order of batches.
 
-data/<name>/ holds train_00000.bin, train_00001.bin, ..., val_00000.bin (little-endian token ids) and
-meta.json, which describes them. Window i of a shard is its tokens [i * seq_len, i * seq_len + seq_len], one
-more than seq_len, so that each but the first is a target once.
-
+data/<name>/ holds train_00000.bin, ..., val_00000.bin (little-endian token ids) and meta.json. Window i of a
+shard is its tokens [i * seq_len, i * seq_len + seq_len], so that each token but the first is a target once.
 The batch is a pure function of (seed, step): sample number step * sequences_per_step + slot counts through
-epochs, an epoch through the shards in order, and inside a shard through a keyed permutation of its windows
-that needs no memory. So resuming needs the step alone, any number of devices sees the same tokens, and every
-window comes once an epoch.
+epochs, an epoch through the shards in order, and inside a shard through a keyed permutation of its windows.
+So resuming needs the step alone, and any number of devices sees the same tokens.
 
-A data set may still be growing (tokenize_on_fly): its meta.json, not yet complete, lists the shards that are
-finished, and how many tokens of a split are on the disk. A finished shard never changes, so the batches are
-those of the complete set; training waits for tokens that are not written yet. The first epoch ends when the
-set is complete.
+A data set may still be growing (tokenize_on_fly). Its meta.json lists the shards that are finished and never
+change. Training waits for tokens that are not written yet; the first epoch ends when the set is complete.
 """
 
 import glob
@@ -40,13 +35,11 @@ def meta(cfg, split="", verify=False):
     is wrong, or if the data set is not complete without cfg.tokenize_on_fly."""
     folder = os.path.join(cfg.data_dir, cfg.dataset)
     path = os.path.join(folder, "meta.json")
-
-    def must_wait():
-        return cfg.tokenize_on_fly and not os.path.exists(path) and is_being_written(folder)
-
-    if must_wait():
-        say(f"waiting for the tokenizer of {folder}, which is being made")
-    while must_wait():
+    is_waiting = False
+    while cfg.tokenize_on_fly and not os.path.exists(path) and is_being_written(folder):
+        if not is_waiting:
+            say(f"waiting for the tokenizer of {folder}, which is being made")
+        is_waiting = True
         time.sleep(1)
     if not os.path.exists(path):
         fail(f"data set {folder} does not exist (no meta.json); {how_to_make(cfg)}")
@@ -61,15 +54,15 @@ def how_to_make(cfg):
     where = "" if cfg.data_dir == "data" else " " + command_line([f"--data_dir={cfg.data_dir}"])
     command = cfg.prepare
     is_flag = {key: cfg.origin[key].startswith("--") for key in ("dataset", "prepare")}
+    script = f"prepare/{cfg.dataset}.py"
     if not command or (is_flag["dataset"] and not is_flag["prepare"]):  # or it makes another data set
-        script = f"prepare/{cfg.dataset}.py"
         command = f"python {script}" if os.path.exists(script) else ""
     if command:
         return f"make it: {command}{where}; or name the folder that holds it with --data_dir"
     names = sorted(map(os.path.dirname, glob.glob("*/meta.json", root_dir=cfg.data_dir)))
     present = f"{cfg.data_dir} holds {', '.join(names) or 'no data set'}; --data_dir names another folder"
     text = command_line(["python", "prepare/text.py", "--files=*.txt", f"--name={cfg.dataset}"])
-    return f"no prepare/{cfg.dataset}.py makes it; from your own text: {text}{where}; {present}"
+    return f"no {script} makes it; from your own text: {text}{where}; {present}"
 
 
 def checked_meta(cfg, folder, split="", verify=False):
@@ -84,8 +77,8 @@ def checked_meta(cfg, folder, split="", verify=False):
         how = "set it to 0"
         if source.startswith("init_from"):
             how = f"it is that of {source}: prepare the data set with the tokenizer there"
-        ids = f"the {meta['vocab_size']} ids of {folder}"
-        raise Damaged(f"vocab_size = {cfg.vocab_size} is less than {ids}; {how}")
+        n = meta["vocab_size"]
+        raise Damaged(f"vocab_size = {cfg.vocab_size} is less than the {n} ids of {folder}; {how}")
     check_shards(folder, meta, split, verify)
     return meta
 
@@ -93,9 +86,9 @@ def checked_meta(cfg, folder, split="", verify=False):
 def check_vocabulary(cfg, meta, tokenizer):
     """Exit with 2 if meta.json claims another number of ids than its tokenizer has."""
     if meta["vocab_size"] != tokenizer.size:
-        path = os.path.join(cfg.data_dir, cfg.dataset, "meta.json")
         fault = f"vocab_size = {meta['vocab_size']}, but its tokenizer has {tokenizer.size} ids"
-        fail(f"{path}: {fault}; correct it, or prepare the data set again; to pad rows: --vocab_multiple")
+        how = "correct it, or prepare the data set again; to pad rows: --vocab_multiple"
+        fail(f"{os.path.join(cfg.data_dir, cfg.dataset, 'meta.json')}: {fault}; {how}")
 
 
 def of_trained(part, split, dataset="", data_dir="", verify=False):
@@ -107,14 +100,14 @@ def of_trained(part, split, dataset="", data_dir="", verify=False):
     cfg = SimpleNamespace(**trained | changes)
     cfg.prepare = trained["prepare"] if cfg.dataset == trained["dataset"] else ""
     found = meta(cfg, split, verify)
-    name = f"dataset = {cfg.dataset!r}"
     if found["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
         how = "name one that the model's tokenizer made, or its folder with --data_dir"
-        fail(f"{name} has another tokenizer than the model, its token ids mean other text; {how}")
+        fail(f"dataset = {cfg.dataset!r} has another tokenizer than the model; {how}")
     bos, expected = bos_of(found), bos_of(part["tokenizer"])
     if bos != expected:
         how = "prepare it with --tokenizer= and the folder of the model's own data set or export"
-        fail(f"{name}: its texts begin with token {bos}, the model's with {expected}; {how}")
+        fault = f"its texts begin with token {bos}, the model's with {expected}"
+        fail(f"dataset = {cfg.dataset!r}: {fault}; {how}")
     return found, Windows(cfg, found, split)
 
 
@@ -142,14 +135,9 @@ def same_tokens(saved, now):
     return is_whole and either == now["shards"] | saved["shards"]  # those that both have are the same
 
 
-def micro_number(micro):
-    """Return a micro-step's number among those of all ranks: one rank does the same as several."""
-    return micro * distributed.WORLD + distributed.RANK
-
-
 def seed(cfg, step, micro):
-    """Return the seed of all random numbers of a micro-step, whether a run was resumed before it or not."""
-    text = f"{cfg.seed}/{step}/{micro_number(micro)}"
+    """Return the seed of all random numbers of a micro-step, by its number among those of all ranks."""
+    text = f"{cfg.seed}/{step}/{micro * distributed.WORLD + distributed.RANK}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
@@ -157,9 +145,7 @@ def permute(i, n, key):
     """Return where a keyed permutation of range(n) sends i (uint64 array, all < n); key: 8 uint64.
 
     A Feistel network over the next power of 4, one round for each key, walked until it lands below n (Black
-    and Rogaway, "Ciphers with arbitrary finite domains", 2002, section 3): under 4 walks on average, no
-    memory, the same on every machine.
-    """
+    and Rogaway, "Ciphers with arbitrary finite domains", 2002, section 3): under 4 walks on average."""
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     i = np.asarray(i, dtype=np.uint64).copy()
@@ -179,9 +165,8 @@ def permute(i, n, key):
 class Windows:
     """The windows of one split, for sequences of seq_len tokens. Of a data set that is still growing, waits
     for the first shard, or for the validation windows. Exits with 2 if the split holds not even one window,
-    with 1 if its preparation has ended before.
-
-    meta, of which all Windows share one, is kept up to date; total is None until the split is complete."""
+    with 1 if its preparation has ended before. All Windows share one meta, which is kept up to date; total is
+    None until the split is complete."""
 
     def __init__(self, cfg, meta, split):
         self.cfg, self.meta, self.split = cfg, meta, split
@@ -204,37 +189,26 @@ class Windows:
             names.append(f"val_{n_finished:05d}.bin")
             sizes.append(growing)
         if not names and self.meta["complete"]:
-            without = "train.py --eval_every=0 --patience=0, export.py --eval_tokens=0"
-            how = f"make it with a larger --val_fraction or more documents, or do without: {without}"
+            how = "see --split"
+            if self.split == "val":
+                how = "hold out more or none: train.py --eval_every=0 --patience=0, export.py --eval_tokens=0"
             present = ", ".join(self.meta["tokens"])
-            how = how if self.split == "val" else "see --split"
             fail(f"data set {self.folder} has no split {self.split!r}, but {present}; {how}")
         self.counts = [max(0, n - 1) // self.seq_len for n in sizes]  # windows per shard
         self.ends = np.cumsum(self.counts, dtype=np.int64)
         self.ready = sum(self.counts)
         self.total = self.ready if self.meta["complete"] else None
         if self.total == 0:
-            most = max(sizes)
-            more = "or prepare more text"
+            how = f"seq_len can be at most {max(sizes) - 1}; or prepare more text"
             if self.split == "val":
-                more += ", or hold out more (--val_fraction=), or none (train.py --eval_every=0 --patience=0)"
-            fail(
-                f"seq_len = {self.seq_len} is longer than the data: the largest {self.split} shard of "
-                f"{self.folder} has {most:,} tokens, so seq_len can be at most {most - 1}; {more}"
-            )
+                how += ", or hold out more (--val_fraction=), or none (train.py --eval_every=0 --patience=0)"
+            largest = f"the largest {self.split} shard of {self.folder} has {max(sizes):,} tokens"
+            fail(f"seq_len = {self.seq_len} is longer than the data: {largest}, so {how}")
         self.shards.update(names, n_finished)
-
-    def has_step(self, step):
-        """Return whether all tokens of a step, over all ranks, can be read."""
-        return self.has(self.last_sample(step))
 
     def last_sample(self, step):
         """Return the number of the last training sample of a step, over all ranks."""
         return (step + 1) * self.cfg.batch_size * self.cfg.accumulation * distributed.WORLD - 1
-
-    def wait_for_step(self, step, stop, say):
-        """Wait until has_step(step): see wait_for."""
-        return self.wait_for(self.last_sample(step), stop, say)
 
     def epochs(self, tokens):
         """Return how often so many training tokens read the data set, or None while it grows."""
@@ -245,9 +219,9 @@ class Windows:
         return sample < self.ready or self.total is not None
 
     def wait_for(self, sample, stop=lambda: False, say=say):
-        """Wait until has(sample), or until stop(), asked every second, is true. Return '' or, if the
-        preparation has ended before, a line with the fault and the remedy. Every rank must ask, and stop() be
-        the same on all. say(line) reports the wait and its end."""
+        """Wait until has(sample), or until stop(), which is asked every second and the same on all ranks, is
+        true. Return '' or, if the preparation has ended before, a line with the fault and the remedy. Every
+        rank must ask. say(line) reports the wait and its end."""
         is_waiting = False
         while not self.has(sample) and not stop():
             # rank 0 looks for all
@@ -278,8 +252,8 @@ class Windows:
             return is_growing, None, str(error)
 
     def repetition(self, n_tokens):
-        """Return a line if so many training tokens read a text more than ten times, or ''. Problems and games
-        are repeated on purpose; how often a growing set, or a run with max_minutes, reads it is not known."""
+        """Return a line if so many training tokens read a text more than ten times, or ''. Tasks, growing
+        sets and runs with max_minutes give none: they repeat on purpose, or how often is not known."""
         epochs = self.epochs(n_tokens) or 0
         if epochs <= 10 or "documents" not in self.meta or self.cfg.max_minutes:
             return ""
@@ -331,7 +305,7 @@ class Windows:
         """Return the (inputs, targets) of this rank's micro-step, or None if its tokens are not written yet.
         The micro-step after the last one is the first of the next step."""
         size = self.cfg.batch_size
-        first = (step * self.cfg.accumulation * distributed.WORLD + micro_number(micro)) * size
+        first = ((step * self.cfg.accumulation + micro) * distributed.WORLD + distributed.RANK) * size
         return self.batch(first, size, device) if self.has(first + size - 1) else None
 
     def fixed(self, tokens, batch_size, device):

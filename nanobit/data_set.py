@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pathlib
 import re
 
 from nanobit.terminal import printable
@@ -20,10 +21,6 @@ def whole(least, most):
     return f"a whole number from {least} to {most}", lambda v: type(v) is int and least <= v <= most
 
 
-def one_of(*values):
-    return " or ".join(map(repr, values)), lambda v: type(v) is str and v in values
-
-
 def matching(expected, pattern):
     return expected, lambda v: type(v) is str and re.fullmatch(pattern, v) is not None
 
@@ -31,22 +28,23 @@ def matching(expected, pattern):
 COUNT = whole(0, 2**50)
 ID = whole(0, 2**24 - 1)
 YES_NO = "true or false", lambda v: type(v) is bool
-TEXT = "a text that is not empty", lambda v: type(v) is str and v != ""
+TEXT = matching("a text that is not empty", r"(?s).+")
 SHA256 = matching("64 hexadecimal digits", r"[0-9a-f]{64}")
 FILE = matching("the name of a file in this folder", r"[\w-][\w.-]*")
+KIND = matching("'char' or 'sentencepiece' or 'tiktoken'", "char|sentencepiece|tiktoken")
 SPLIT = re.compile(r"\w+")
 SHARD = re.compile(r"\w+_\d{5}\.bin")
 ANY = re.compile(r"(?s).*")
 META = {
     "complete": YES_NO,
-    "dtype": one_of("uint16", "uint32"),
+    "dtype": matching("'uint16' or 'uint32'", "uint16|uint32"),
     "vocab_size": whole(1, 2**24),
     "eot": ID,
     "bos?": ID,
     "tokens": {SPLIT: COUNT},
     "bytes": {SPLIT: COUNT},
     "shards": {SHARD: {"tokens": whole(1, 2**40), "sha256": SHA256}},
-    "tokenizer": {"kind": one_of("char", "sentencepiece", "tiktoken"), "sha256": SHA256},
+    "tokenizer": {"kind": KIND, "sha256": SHA256},
     "task?": TEXT,
     "command?": TEXT,
 }
@@ -96,9 +94,9 @@ def contradiction(meta):
     if meta["dtype"] == "uint16" and ids > 2**16:
         return f"vocab_size = {ids}, but dtype = 'uint16' has {2**16} ids"
     if spec["kind"] == "char":
-        chars = spec["chars"].encode(errors="surrogatepass")
-        if len(spec["chars"]) != ids or hashlib.sha256(chars).hexdigest() != spec["sha256"]:
-            n = len(spec["chars"])
+        n = len(spec["chars"])
+        digest = hashlib.sha256(spec["chars"].encode(errors="surrogatepass")).hexdigest()
+        if n != ids or digest != spec["sha256"]:
             return f"tokenizer.chars are {n}, but vocab_size = {ids}, or their sha256 is another one"
     for split in sorted({name.rpartition("_")[0] for name in meta["shards"]}):
         names = sorted(name for name in meta["shards"] if name.rpartition("_")[0] == split)
@@ -121,8 +119,7 @@ def read_meta(folder):
     path = os.path.join(folder, "meta.json")
     again = f"restore it from a copy, or delete {folder} and prepare it again"
     try:
-        with open(path, encoding="utf-8") as file:
-            meta = json.load(file)
+        meta = json.loads(pathlib.Path(path).read_bytes())
     except FileNotFoundError:
         raise Damaged(f"{path} is missing; {again}") from None
     except OSError as error:
@@ -130,8 +127,8 @@ def read_meta(folder):
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged ({type(error).__name__}: {shown(str(error))}); {again}") from None
     if type(meta) is dict and "examples" in meta:
-        how = f"evaluate.py --dataset={os.path.basename(folder)} scores a model on it"
-        raise Damaged(f"data set {folder} is a task of text, with no tokens to train on; {how}")
+        how = f"not tokens to train on; to score a model: evaluate.py --dataset={os.path.basename(folder)}"
+        raise Damaged(f"data set {folder} is a task of text, {how}")
     text = fault(meta, META, "")
     text = text or fault(meta["tokenizer"], TOKENIZER[meta["tokenizer"]["kind"]], "tokenizer")
     if text := text or contradiction(meta):

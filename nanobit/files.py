@@ -62,37 +62,27 @@ def lock(path, timeout=0.3):
 
     If the file system has no locks, a file with the process and its host is used instead; one that a dead
     process of this host left is taken over. Raises BlockingIOError, with the holder as its text, if another
-    process still has the lock after `timeout` seconds (is_locked takes it for a moment only), and OSError if
-    the file cannot be written.
-    """
+    process has the lock after `timeout` seconds (is_locked takes it for a moment), OSError if the file cannot
+    be written."""
     with warnings.catch_warnings(action="ignore"):  # without fcntl it warns of what is reported below
         import filelock
 
-    def report(name):
-        warn_once("lock", f"the file system of {path} has no locks; the file {name} is used instead")
-
-    def acquired(lock_type, name):
-        lock = lock_type(name)
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter("always")
-            lock.acquire(timeout=timeout)
-        if notes:  # newer versions of filelock take such a file themselves after ENOSYS
-            report(name)
-        atexit.register(lock.release)  # the file that is used instead of a lock outlives the process
-        return lock
-
-    try:
+    for lock_type, name in ((filelock.FileLock, path), (filelock.SoftFileLock, f"{path}.owner")):
+        held = lock_type(name)
         try:
-            return acquired(filelock.FileLock, path)
-        except NotImplementedError:  # how older versions of filelock report ENOSYS
-            pass
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always")
+                held.acquire(timeout=timeout)
+        except filelock.Timeout as error:
+            raise BlockingIOError(errno.EAGAIN, holder(error.lock_file)) from None
+        except (NotImplementedError, OSError) as error:  # the first is the ENOSYS of older versions
+            if name != path or getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
                 raise
-        report(f"{path}.owner")
-        return acquired(filelock.SoftFileLock, f"{path}.owner")
-    except filelock.Timeout as error:
-        raise BlockingIOError(errno.EAGAIN, holder(error.lock_file)) from None
+            continue
+        if notes or name != path:  # newer versions take a file themselves after ENOSYS, and warn
+            warn_once("lock", f"the file system of {path} has no locks; the file {name} is used instead")
+        atexit.register(held.release)  # the file that is used instead of a lock outlives the process
+        return held
 
 
 def holder(path):
@@ -107,27 +97,22 @@ def holder(path):
 
 
 def is_locked(path):
-    """Return whether a live process holds lock(path)."""
+    """Return whether a live process holds lock(path). If this process may only read the file, and cannot know
+    it, it counts as held."""
     if not (os.path.exists(path) or os.path.exists(f"{path}.owner")):
         return False
     try:
         held = lock(path, timeout=0)
         held.release()
         atexit.unregister(held.release)
+        return False
     except BlockingIOError:
         return True
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        return is_locked_by_others(path)
-    return False
-
-
-def is_locked_by_others(path):
-    """Return whether a process holds a lock file that this one may only read; if that cannot be known, it
-    counts as held."""
     try:
-        import fcntl
+        import fcntl  # Windows has none
 
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """
 The shards of a data set: their bytes are checked once on each machine, then read window by window.
 
-A shard is read when a machine first uses it, and again when its size or time has changed: one pass finds its
+A shard is read when a machine first uses it, and when its size or time has changed: one pass finds its
 sha256 and its largest id. .checked.json in the folder of the data set remembers what each machine has read.
 Damage that keeps size and time (a bad disk) is found by --verify_data, which reads everything again.
 """
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import platform
 import sys
 import time
@@ -45,8 +46,7 @@ def check_shards(folder, meta, split="", verify=False):
         except OSError as error:
             raise Damaged(unreadable(path, error)) from None
         if stat.st_size != size:
-            state = f"has {stat.st_size:,} bytes, meta.json says {size:,}"
-            raise Damaged(bad_shard(folder, name, state))
+            raise Damaged(bad_shard(folder, name, f"has {stat.st_size:,} bytes, meta.json says {size:,}"))
         entry = [size, stat.st_mtime_ns, shard["sha256"], meta["vocab_size"]]
         if seen.get(name) == entry:
             known[name] = entry
@@ -57,16 +57,13 @@ def check_shards(folder, meta, split="", verify=False):
     size = sum(entry[0] for entry in to_read.values())
     if size >= LARGE:
         say(f"{folder}: checking {len(to_read)} shards, {size / 1e9:.1f} GB, once on each machine")
-    options = dict(delay=1, leave=False, disable=None)  # on a terminal, after a second
-    bar = tqdm(total=size, desc=f"checking {folder}", unit="B", unit_scale=True, **options)
+    options = dict(unit="B", unit_scale=True, delay=1, leave=False, disable=None)  # shown after a second
+    bar = tqdm(total=size, desc=f"checking {folder}", **options)
     saved = time.monotonic()
     try:
         for name, entry in to_read.items():
-            try:
-                check_shard(folder, name, meta, dtype, bar.update)
-            except Damaged:
-                known.pop(name, None)
-                raise
+            known.pop(name, None)  # until it is read
+            check_shard(folder, name, meta, dtype, bar.update)
             known[name] = entry
             if time.monotonic() - saved > SAVE_SECONDS:
                 write_checked(cache, host, known)
@@ -82,8 +79,7 @@ def check_shards(folder, meta, split="", verify=False):
 def check_shard(folder, name, meta, dtype, progress):
     """Read a shard once. Raises Damaged if an id is over the vocabulary or the sha256 is not meta.json's."""
     path = os.path.join(folder, name)
-    sha256 = hashlib.sha256()
-    largest = 0
+    sha256, largest = hashlib.sha256(), 0
     buffer = memoryview(bytearray(2**22))
     try:
         with open(path, "rb") as file:
@@ -95,7 +91,7 @@ def check_shard(folder, name, meta, dtype, progress):
     except OSError as error:
         raise Damaged(unreadable(path, error)) from None
     if largest >= meta["vocab_size"]:
-        state = f"holds token id {largest}, but vocab_size is {meta['vocab_size']} and ids must be below it"
+        state = f"holds token id {largest}, but vocab_size is {meta['vocab_size']}"
         raise Damaged(bad_shard(folder, name, state))
     if sha256.hexdigest() != meta["shards"][name]["sha256"]:
         raise Damaged(bad_shard(folder, name, "has changed: its sha256 is not the one in meta.json"))
@@ -103,8 +99,8 @@ def check_shard(folder, name, meta, dtype, progress):
 
 def bad_shard(folder, name, state):
     """Return the line for a shard that is damaged: its state and the remedy."""
-    path = os.path.join(folder, name)
-    return f"shard {path} {state}; copy it again from where it came, or delete {folder} and prepare it again"
+    how = f"copy it again from where it came, or delete {folder} and prepare it again"
+    return f"shard {os.path.join(folder, name)} {state}; {how}"
 
 
 def host_of(folder):
@@ -116,13 +112,10 @@ def read_checked(path):
     """Return {host: {shard: entry}} of a .checked.json. It is only a cache: one that is missing, damaged, or
     written before it held hosts is empty."""
     try:
-        with open(path, encoding="utf-8") as file:
-            hosts = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        hosts = json.loads(pathlib.Path(path).read_bytes())
+        return {host: shards for host, shards in hosts.items() if type(shards) is dict}
+    except (OSError, ValueError, RecursionError, AttributeError):
         return {}
-    if type(hosts) is not dict:
-        return {}
-    return {host: shards for host, shards in hosts.items() if type(shards) is dict}
 
 
 def write_checked(path, host, shards):
@@ -130,8 +123,8 @@ def write_checked(path, host, shards):
     try:
         write_json(path, read_checked(path) | {host: shards})
     except OSError as error:
-        text = f"{path} cannot be written ({error.strerror or error})"
-        say(f"warning: {text}; the next start reads these shards again")
+        reason = error.strerror or error
+        say(f"warning: {path} cannot be written ({reason}); the next start reads these shards again")
 
 
 class Shards:

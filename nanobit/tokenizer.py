@@ -2,20 +2,18 @@
 Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE.
 
 A tokenizer is described by a spec, the `tokenizer` entry of meta.json: {kind, sha256, ...}. Those of
-SentencePiece and tiktoken live in a file beside the token files; a checkpoint holds the file's content too,
-so that using a model needs nothing else and no network. The id `eot` ends a text and `bos` begins one;
-without `bos` the end-of-text token does both. All have size, the number of ids, and
+SentencePiece and tiktoken live in a file beside the token files; a checkpoint holds its content, too. The id
+`eot` ends a text and `bos` begins one; without `bos` the end-of-text token does both. All have size, the
+number of ids, and
 
-    encode(text)       the ids of a text; decode(encode(text)) == text, except for U+2581, which SentencePiece
-                       takes for a space
+    encode(text)       the ids of a text; decode gives it back, but for U+2581 of SentencePiece
     encode_on(text)    the ids of text that continues earlier text
-    decode(ids)        the text, without ids that stand for nothing: a model's vocab_size may be larger than
-                       its tokenizer's
+    decode(ids)        the text, without ids of no token: a model may have more rows than its tokenizer
 """
 
 import base64
 import hashlib
-import os
+import pathlib
 
 from nanobit.cli import fail, library
 from nanobit.terminal import printable
@@ -46,13 +44,12 @@ class CharTokenizer:
 
 
 def sentencepiece_model(content, path):
-    """Return the model of a SentencePiece file's content. Exits with 2 if it is another file, or has no
-    end-of-text token."""
+    """Return the model of a SentencePiece file's content. Exits with 2 if it is none, or has no eos."""
     model = library("sentencepiece").SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(content)
     except RuntimeError:
-        how = "expected a tokenizer.model; a tokenizer.json, as of Llama 3, is not supported"
+        how = "expected a tokenizer.model (a tokenizer.json, as of Llama 3, is not supported)"
         fail(f"tokenizer {path} is not a SentencePiece model; {how}")
     if model.eos_id() < 0:
         fail(f"tokenizer {path} has no end-of-text token (eos)")
@@ -69,8 +66,7 @@ def marks_of(model):
 
 class SentencePieceTokenizer:
     def __init__(self, spec):
-        spm = library("sentencepiece")
-        self.model = spm.SentencePieceProcessor(model_proto=spec["content"])
+        self.model = library("sentencepiece").SentencePieceProcessor(model_proto=spec["content"])
         self.size = self.model.vocab_size()
         self.newline = self.model.encode("\n")
         self.keeps_lines = self.model.decode(self.newline) == "\n"  # not where it normalises white space
@@ -81,10 +77,9 @@ class SentencePieceTokenizer:
     def encode_on(self, text):
         """Return the ids of text without the space that SentencePiece puts before a text."""
         ids = self.model.encode("\n" + text)
-        n = len(self.newline)
-        if self.keeps_lines and ids[:n] == self.newline:
-            return ids[n:]
-        return self.model.encode(text)
+        if self.keeps_lines and ids[: len(self.newline)] == self.newline:
+            return ids[len(self.newline) :]
+        return self.encode(text)
 
     def decode(self, ids):
         return self.model.decode([i for i in ids if i < self.size])
@@ -100,12 +95,8 @@ class TiktokenTokenizer:
     def __init__(self, spec):
         ranks = ranks_of(spec)
         self.known = {*ranks.values(), *spec["special"].values()}  # some encodings leave gaps
-        self.model = library("tiktoken").Encoding(
-            spec["name"],
-            pat_str=spec["pattern"],
-            mergeable_ranks=ranks,
-            special_tokens=spec["special"],
-        )
+        options = dict(pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=spec["special"])
+        self.model = library("tiktoken").Encoding(spec["name"], **options)
         self.size = self.model.n_vocab
 
     def encode(self, text):
@@ -139,15 +130,14 @@ def make_tokenizer(spec):
 
 
 def with_content(spec, folder):
-    """Return a spec with the content (bytes) of the file that it names, if it does, in folder. Exits with 2
-    if that is missing or has another sha256."""
+    """Return a spec with the content (bytes) of the file in folder that it names, if it does. Exits with 2 if
+    that is missing or has another sha256."""
     if "file" not in spec:
         return spec
-    path = os.path.join(folder, spec["file"])
-    if not os.path.exists(path):
+    path = pathlib.Path(folder, spec["file"])
+    if not path.exists():
         fail(f"tokenizer {path} is missing; make this folder again")
-    with open(path, "rb") as file:
-        content = file.read()
+    content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != spec["sha256"]:
         fail(f"tokenizer {path} is not the one that belongs there (sha256); make this folder again")
     return spec | {"content": content}
@@ -164,18 +154,16 @@ def encode_prompt(tokenizer, bos, text):
 
 
 def continuation(tokenizer, prompt, new):
-    """Return the text that the ids `new` add to a prompt (ids of encode_prompt). They are decoded together,
-    because a SentencePiece text that is decoded alone loses its leading space."""
+    """Return the text that the ids `new` add to a prompt (ids of encode_prompt). All are decoded together: a
+    SentencePiece text alone loses its leading space."""
     return tokenizer.decode(prompt[1:] + new)[len(tokenizer.decode(prompt[1:])) :]
 
 
 class TextStream:
     """The text of tokens that come one by one after the ids of earlier text.
 
-    A character of which only some tokens have come waits for the others: three at most, since UTF-8 has four
-    bytes for a character, so bytes that never make one are shown as U+FFFD. Decodes a window of 8 to 16
-    tokens each time: all of them would take O(n^2).
-    """
+    A character of which only some tokens have come waits for the others, three at most, since UTF-8 has four
+    bytes for it. Decodes a window of 8 to 16 tokens each time: all of them would take O(n^2)."""
 
     def __init__(self, tokenizer, before):
         self.decode = tokenizer.decode
