@@ -8,10 +8,9 @@ tokens in the LLaMA-2 tokenizer of 32,000 pieces, the data of the 95M baseline.
     python prepare/fineweb_edu.py --repo=HuggingFaceFW/fineweb --config=sample-10BT --name=fineweb
     python prepare/fineweb_edu.py --repo=Skylion007/openwebtext --config= --tokenizer=gpt2 --name=openwebtext
 
-Documents are held out whole, by a hash of their text. meta-llama's own repositories are gated: by default
-the tokenizer comes from an open copy; with access to them, --tokenizer=meta-llama/Llama-2-7b-hf after `hf
-auth login`. Streams, on all cores, 2 bytes of disk a token; the same command continues what was stopped.
-OpenWebText, where the hub holds it as a loading script: add --revision=refs/convert/parquet.
+Documents are held out by a hash of their text. The tokenizer is an open copy of LLaMA-2's, which is gated.
+Streams, on all cores, 2 bytes of disk a token; the same command continues what was stopped. If the hub holds
+OpenWebText as a loading script, add --revision=refs/convert/parquet.
 """
 
 import os

@@ -2,11 +2,10 @@
 Write your own text as tokens. The ending of a file selects how it is read:
 
     .jsonl .json .ndjson    one JSON object a line, whose field --column is the text of a document
-    .csv .tsv               a table whose first row names its columns; --column holds the texts. Cells may be
-                            quoted, as pandas and spreadsheets write them, and then have several lines; for
-                            a file whose " are characters of the text, set --plain_quotes
+    .csv .tsv               a table whose first row names its columns, of which --column holds the texts;
+                            quoted cells may have several lines, unless --plain_quotes is set
     .parquet                a table, too; --column holds the texts
-    .txt and all others     the text itself, in UTF-8; other content (archives, pictures, UTF-16) is refused
+    .txt and all others     the text itself, in UTF-8
 
 All but .parquet may be compressed, as .txt.gz or .jsonl.zst (which needs the package zstandard).
 
@@ -14,13 +13,11 @@ All but .parquet may be compressed, as .txt.gz or .jsonl.zst (which needs the pa
     python prepare/text.py --files='docs/**/*.jsonl' --column=body --tokenizer=gpt2 --name=docs
     python prepare/text.py --files=stories.txt --separator='<|endoftext|>' --vocab_size=2048 --name=stories
 
-A .txt file is one document, or with --separator many. Of single documents the last val_fraction of the
-bytes of all .txt files is held out. Documents of the other kinds, and separated ones, are held out by a hash
-of their text. Line ends become \\n. Rows without a text are skipped and counted.
+A .txt file is one document, or with --separator many. The end of single documents is held out, of the others
+those that a hash of their text selects. Line ends become \\n. Rows without a text are skipped and counted.
 
-The text is streamed, on all cores. The same command continues a preparation that was stopped. The tokens
-take about half the bytes of the text. A file that was touched or copied counts as the same text; one that
-was edited does not.
+The text is streamed, on all cores. The same command continues a preparation that was stopped, unless a file
+was edited. The tokens take about half the bytes of the text.
 """
 
 import os
@@ -35,12 +32,10 @@ FLAGS = {
     "files": Flag("", "which files: a path or a quoted pattern such as 'texts/**/*.txt'", required=True),
     "column": Flag("text", "the field of a .jsonl line or column of a table that holds the text"),
     "separator": Flag(
-        "", "what ends a document in a .txt file, as '<|endoftext|>' or '\\n\\n\\n'; '' = its end"
+        "", "what ends a document of a .txt file, as '<|endoftext|>' or '\\n\\n'; '' = its end"
     ),
     "keep_crlf": Flag(False, "leave line ends as they are: \\r\\n and \\r do not become \\n"),
-    "plain_quotes": Flag(
-        False, 'a table was written without quoting: a line is a row, " is a character of it'
-    ),
+    "plain_quotes": Flag(False, 'a table was written without quoting: a line is a row, " is a character'),
 }
 FLAGS |= stream.FLAGS
 FLAGS["name"] = Flag("text", "name of the data set")
@@ -52,9 +47,5 @@ if __name__ == "__main__":
     cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
     paths = sources.find(cfg.files)
     sources.warn_of_separator(paths, cfg.separator, cfg.keep_crlf)
-
-    def open_streams():
-        options = (cfg.column, cfg.separator, cfg.val_fraction, cfg.max_documents, cfg.keep_crlf)
-        return [sources.Files(paths, *options, cfg.plain_quotes)]
-
-    stream.prepare(cfg, open_streams, stream.source_of("prepare/text.py", cfg, FLAGS), paths)
+    source = stream.source_of("prepare/text.py", cfg, FLAGS)
+    stream.prepare(cfg, lambda: [sources.Files(paths, cfg)], source, paths)

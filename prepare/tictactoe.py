@@ -59,27 +59,22 @@ def random_games(rng, n):
 
 if __name__ == "__main__":
     cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
-    source = f"prepare/tictactoe.py --games={cfg.games} --val_fraction={cfg.val_fraction} --seed={cfg.seed}"
+    source = token_files.source_of("prepare/tictactoe.py", cfg, ("games", "val_fraction", "seed"))
     folder = token_files.open_data_set(cfg.data_dir, cfg.name, source)
     rng = np.random.default_rng(cfg.seed)
-    ids = np.zeros(256, np.uint16)
-    ids[list(CHARS.encode())] = range(len(CHARS))
-    end = ids[[ord("\n")]]  # of a game; one precedes the first
+    end = np.array([ord("\n")], np.uint8)  # of a game; one precedes the first
     parts = {"train": [end], "val": [end]}
     with tqdm(total=cfg.games, unit="game", unit_scale=True, disable=None) as bar:
         for start in range(0, cfg.games, 100_000):
             chars, hashed = random_games(rng, min(100_000, cfg.games - start))
             held_out = hashed < cfg.val_fraction * 2**20
             for split, rows in (("train", chars[~held_out]), ("val", chars[held_out])):
-                parts[split].append(ids[rows[rows > 0]])
+                parts[split].append(rows[rows > 0])
             bar.update(len(chars))
     if sum(map(len, parts["val"])) == 1:
         cli.fail(f"val_fraction = {cfg.val_fraction}: no game was held out; raise it, or games")
-    shards, sizes = {}, {}
-    for split, rows in parts.items():
-        tokens = np.concatenate(rows)
-        shards |= token_files.write_split(folder, split, tokens, len(CHARS))
-        sizes[split] = tokens.size
-        print(f"{folder}: {split}: {int((tokens == 0).sum()) - 1:,} games, {tokens.size:,} tokens")
-    made = dict(tokenizer=token_files.char_tokenizer(CHARS), eot=0, vocab_size=len(CHARS), source=source)
-    token_files.write_meta(folder, **made, tokens=sizes, bytes=sizes, shards=shards, task="tictactoe")
+    texts = {split: np.concatenate(rows).tobytes() for split, rows in parts.items()}
+    for split, text in texts.items():
+        n_games = text.count(b"\n") - 1
+        print(f"{folder}: {split}: {n_games:,} games, {len(text):,} tokens")
+    token_files.write_characters(folder, texts, CHARS, source, "tictactoe")

@@ -175,17 +175,22 @@ def test_endless_line_in_a_file(tmp_path, capsys):
     path = str(tmp_path / "endless.txt")
     with open(path, "w", encoding="utf-8") as file:
         file.write("a" + "\u65e5" * 1_500_000)
-    pieces = list(sources.Files([path], "text", "", 0.1).pieces(None))
+    pieces = list(sources.Files([path], options_of()).pieces(None))
     assert "".join(text for _, text, _, _ in pieces) == "a" + "\u65e5" * 1_500_000
     assert max(len(text.encode()) for _, text, _, _ in pieces) <= formats.LONGEST
     assert [(first, last) for _, _, first, last in pieces][0] == (True, False)
     assert capsys.readouterr().err.count("warning") == 1
 
 
+def options_of(**options):
+    """the flags of prepare/text.py that decide how files are read"""
+    flags = dict(column="text", separator="", val_fraction=0.1, max_documents=0)
+    return SimpleNamespace(**flags | dict(keep_crlf=False, plain_quotes=False) | options)
+
+
 def of_files(paths, state=None, **options):
     """(pieces, the state after each) of files, read from a state on"""
-    options = dict(column="text", separator="", val_fraction=0.1) | options
-    files = sources.Files([str(path) for path in paths], **options)
+    files = sources.Files([str(path) for path in paths], options_of(**options))
     found = [(piece, files.state()) for piece in files.pieces(state)]
     return [piece for piece, _ in found], [state for _, state in found]
 

@@ -361,8 +361,9 @@ def test_skipped_rows_survive_a_kill(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(chunks, "CHUNK_CHARS", 10)
     rows = ['{"text": "abcdef"}', '{"text": null}', '{"text": ""}'] * 9 + ['{"text": NaN}'] * 3
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    cfg = config.SimpleNamespace(val_fraction=0.0, max_bad_rows=24)
-    streams = [sources.Files([str(tmp_path / "a.jsonl")], "text", "", 0.0)] * 2
+    flags = dict(column="text", separator="", val_fraction=0.0, max_documents=0, keep_crlf=False)
+    cfg = config.SimpleNamespace(**flags, max_bad_rows=24)
+    streams = [sources.Files([str(tmp_path / "a.jsonl")], cfg)] * 2
 
     def marks(start):
         return [mark for _, mark, _ in chunks.chunks(cfg, streams, start)]

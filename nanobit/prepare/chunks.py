@@ -27,8 +27,8 @@ def texts(cfg, streams):
 
 def chunks(cfg, streams, mark):
     """Yield (pieces, the mark after them, the share of the stream that is read): chunks of about CHUNK_CHARS,
-    from a mark {stream, state, skipped} on; skipped is {reason: rows without text so far}. A source that
-    fails for lack of a network is opened again at the last mark, after a wait."""
+    from a mark {stream, state, skipped: {reason: rows so far}} on. A source that fails for lack of a network
+    is opened again at the last mark, after a wait."""
     failures = 0  # in a row
     while mark["stream"] < len(streams):
         try:
@@ -40,23 +40,18 @@ def chunks(cfg, streams, mark):
         except Exception as error:
             if not hub.is_network(error):
                 raise
+            fault = f"the hub does not answer ({hub.described(error)})"
             if failures == len(WAITS):
-                fail(f"the hub does not answer ({hub.described(error)}); the same command continues", code=1)
-            wait = WAITS[failures]
-            print(f"the hub does not answer ({hub.described(error)}); again in {wait} s", file=sys.stderr)
-            time.sleep(wait)
+                fail(f"{fault}; the same command continues", code=1)
+            print(f"{fault}; again in {WAITS[failures]} s", file=sys.stderr)
+            time.sleep(WAITS[failures])
             failures += 1
 
 
 def chunks_of(cfg, stream, mark):
     """Yield the chunks of one stream, as in chunks()."""
-    pieces = []
-    size = 0
+    pieces, size = [], 0
     skipped = collections.Counter(mark.get("skipped", {}))
-
-    def mark_here():
-        return mark | dict(state=stream.state(), skipped=dict(skipped))
-
     for split, text, first, last in stream.pieces(mark["state"]):
         if split is None:
             skip(cfg, skipped, reason=text, place=first)
@@ -64,12 +59,11 @@ def chunks_of(cfg, stream, mark):
         pieces.append((split or split_of(text, cfg.val_fraction), text, first, last))
         size += len(text)
         if size >= CHUNK_CHARS:
-            mark = mark_here()
+            mark = mark | dict(state=stream.state(), skipped=dict(skipped))
             yield pieces, mark, stream.fraction()
-            pieces = []
-            size = 0
+            pieces, size = [], 0
     if pieces or skipped != mark.get("skipped", {}):
-        yield pieces, mark_here(), 1.0
+        yield pieces, mark | dict(state=stream.state(), skipped=dict(skipped)), 1.0
 
 
 def split_of(text, val_fraction):
@@ -79,8 +73,7 @@ def split_of(text, val_fraction):
 
 
 def skip(cfg, skipped, reason, place):
-    """Count a row that holds no text in `skipped`, and show the first of each kind. Exits with 2 if they are
-    more than max_bad_rows; empty rows do not count."""
+    """Count a row that holds no text. Exits with 2 if more than max_bad_rows of them are not empty."""
     skipped[reason] += 1
     if skipped[reason] <= SHOWN:
         show_once(f"skipped: {place} ({reason})")

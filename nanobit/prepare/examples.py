@@ -6,14 +6,27 @@ import os
 
 from tqdm import tqdm
 
-from nanobit.cli import fail, library
+from nanobit.cli import Flag, fail, library
 from nanobit.prepare import hub, sources, token_files
+
+
+def flags(name, repo, config, split):
+    """Return the flags of a script that prepares a task of text, with these defaults."""
+    hub_flags = {
+        "repo": Flag(repo, "data set on the hub, or a folder like one"),
+        "config": Flag(config, "its configuration, as a paradigm or a language; '' = all"),
+        "split": Flag(split, "its split"),
+        "revision": Flag("", "its commit, branch or tag; '' = the newest"),
+    }
+    flags = {key: flag._replace(not_with="files") for key, flag in hub_flags.items()}
+    flags["files"] = Flag("", "local jsonl files to read instead, as 'folder/*.jsonl'")
+    return flags | {"name": Flag(name, "name of the data set")}
 
 
 def read(cfg):
     """Return [(where it stands, row)] of local jsonl files, or of the hub's data set."""
     if cfg.files:
-        return file_rows(cfg.files)
+        return list(file_rows(cfg.files))
     names = tqdm(config_names(cfg), desc="downloading", disable=None)
     return [row for name in names for row in rows(cfg, name)]
 
@@ -34,16 +47,14 @@ def rows(cfg, config_name):
 
 
 def file_rows(pattern):
-    """Return [("file, line 3", row)] of local jsonl files, in the order of their names."""
-    found = []
+    """Yield ("file, line 3", row) of local jsonl files, in the order of their names."""
     for path in sources.find(pattern):
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    found.append((f"{path}, line {number}", json.loads(line)))
+                    yield f"{path}, line {number}", json.loads(line)
                 except ValueError as error:  # also if it is not UTF-8
                     fail(f"{path}, line {number}: not JSON ({error}); expected one object a line")
-    return found
 
 
 def text(where, row, column):
@@ -59,8 +70,8 @@ def write_task(cfg, task, examples):
     """Write data_dir/name/: task.jsonl, one example (dict) a line, then meta.json."""
     if not examples:
         fail(f"{cfg.files or cfg.repo} holds no rows")
-    given = ("files",) if cfg.files else ("repo", "config", "split", "revision")
-    source = f"prepare/{task}.py " + " ".join(f"--{key}={getattr(cfg, key)}" for key in given)
+    keys = ("files",) if cfg.files else ("repo", "config", "split", "revision")
+    source = token_files.source_of(f"prepare/{task}.py", cfg, keys)
     folder = token_files.open_data_set(cfg.data_dir, cfg.name, source)
     content = "".join(json.dumps(example) + "\n" for example in examples)
     token_files.write_file(os.path.join(folder, "task.jsonl"), content.encode())

@@ -1,10 +1,10 @@
 """
 Formats of text files: how the documents of a file are found in its bytes.
 
-A reader (READERS) yields (offset, line, value) for each document: where the file continues after it, as a
-byte of the unpacked content, the number of its line or row, and the value that should be its text. It can
-continue at any such offset and line; start is the byte at which the text of the file starts. options has
-column, separator and plain_quotes. A reader exits with 2 and one line if the file does not have its format.
+A reader (READERS) yields (offset, line, value) for each document: the byte of the unpacked content after it,
+the number of its line or row, and the value that should be its text. It can continue at any such offset and
+line. start: the byte at which the text starts; options: the flags. Exits with 2 and one line if the file
+does not have its format.
 """
 
 import codecs
@@ -35,44 +35,31 @@ LINE_END = re.compile(rb"\r\n|\n|\r")
 def kind_of(path):
     """Return ('txt', 'jsonl', 'csv', 'tsv' or 'parquet', '' or '.gz' or '.zst') by a file's ending."""
     stem, ending = os.path.splitext(path.lower())
-    packing = ending if ending in PACKINGS else ""
-    return KINDS.get(os.path.splitext(stem)[1] if packing else ending, "txt"), packing
+    if ending in PACKINGS:
+        return KINDS.get(os.path.splitext(stem)[1], "txt"), ending
+    return KINDS.get(ending, "txt"), ""
 
 
-def unpacked(raw):
-    """Yield the content of a .zst file of one or more frames. EOFError if it ends within a frame."""
-    zstandard = library("zstandard")
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    packed = b""
-    frame = None
-    try:
-        while packed := packed or raw.read(2**17):
-            frame = frame or decompressor.decompressobj()
-            yield frame.decompress(packed)
-            packed = b""
-            if frame.eof:
-                packed, frame = frame.unused_data, None
-    except zstandard.ZstdError as error:
-        raise zlib.error(str(error)) from None
-    if frame:
-        raise EOFError("it ends within a frame")
+class ZstdFile(io.RawIOBase):
+    """The content of a .zst file of one or more frames. EOFError if it ends within a frame."""
 
-
-class Blocks(io.RawIOBase):
-    """A file whose content comes in blocks."""
-
-    def __init__(self, blocks):
-        self.blocks = blocks
-        self.ready = b""
+    def __init__(self, raw):
+        self.raw = raw
+        self.decompressor = library("zstandard").ZstdDecompressor(max_window_size=2**31)
+        self.frame, self.packed, self.ready = None, b"", b""
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        while not self.ready:
-            self.ready = next(self.blocks, None)
-            if self.ready is None:
-                return 0
+        while not self.ready and (packed := self.packed or self.raw.read(2**17)):
+            self.frame = self.frame or self.decompressor.decompressobj()
+            self.ready = self.frame.decompress(packed)
+            self.packed = self.frame.unused_data  # of the next frame
+            if self.frame.eof:
+                self.frame = None
+        if self.frame and not self.ready:
+            raise EOFError("it ends within a frame")
         n = min(len(buffer), len(self.ready))
         buffer[:n] = self.ready[:n]
         self.ready = self.ready[n:]
@@ -81,18 +68,20 @@ class Blocks(io.RawIOBase):
 
 @contextlib.contextmanager
 def opened(path):
-    """Open (the unpacked content of a file, the file itself), both binary, as a context. Exits with 2 if it
-    is damaged."""
+    """Open (the unpacked content of a file, the file itself), both binary. Exits with 2 if it is damaged."""
     packing = kind_of(path)[1]
+    errors = (EOFError, zlib.error, gzip.BadGzipFile)
+    if packing == ".zst":
+        errors += (library("zstandard").ZstdError,)
     try:
         with open(path, "rb") as raw:
             if packing == ".gz":
                 yield gzip.GzipFile(fileobj=raw), raw
             elif packing == ".zst":
-                yield io.BufferedReader(Blocks(unpacked(raw)), LONGEST), raw
+                yield io.BufferedReader(ZstdFile(raw), LONGEST), raw
             else:
                 yield raw, raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except errors as error:
         fail(f"{printable(path)} is damaged, or not a {packing} file: {error}; make or download it again")
 
 
@@ -108,12 +97,12 @@ def go_to(file, offset, current=0):
 def text_start(path):
     """Return the byte at which the text of a file starts: 0, or 3 after a byte order mark. Exits with 2 if
     the file is not UTF-8 text: UTF-16, or an archive or a picture, which have NUL bytes."""
-    kind, packing = kind_of(path)
     shown = printable(path)
-    if kind == "parquet":
-        if packing:
+    match kind_of(path):
+        case "parquet", "":
+            return 0
+        case "parquet", _:
             fail(f"{shown}: unpack it first; a .parquet file is compressed inside")
-        return 0
     with opened(path) as (file, _):
         head = file.read(8000)
     for mark, name in FOREIGN.items():
@@ -139,15 +128,15 @@ def decode(path, part, offset):
     try:
         return part.decode()
     except UnicodeDecodeError as error:
-        at = f"byte {offset + error.start:,} (0x{part[error.start]:02x})"
-        how = "if it is text in another encoding, convert it first (iconv -f latin1 -t utf-8)"
-        fail(f"{printable(path)}: {at} is not UTF-8; {how}; {EXPECTED}")
+        at = f"{printable(path)}: byte {offset + error.start:,} (0x{part[error.start]:02x})"
+        fail(f"{at} is not UTF-8; convert another encoding first (iconv -f latin1 -t utf-8); {EXPECTED}")
 
 
-def separator_pattern(separator, any_line_end):
-    """Return a regular expression (bytes) for a separator. any_line_end: a line end in it matches each of
-    \\n, \\r\\n and \\r, but never half of one."""
-    parts = re.split(r"\r\n|\r|\n", separator) if any_line_end else [separator]
+def separator_pattern(flag, keep_crlf):
+    """Return a regular expression (bytes) for a --separator, in which \\n, \\r and \\t stand for these
+    characters. Unless they are kept, a line end in it matches \\n, \\r\\n and \\r, but never half of one."""
+    separator = flag.replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t")
+    parts = [separator] if keep_crlf else re.split(r"\r\n|\r|\n", separator)
     return re.compile(rb"(?:\r\n|\r(?!\n)|\n)".join(re.escape(part.encode()) for part in parts))
 
 
@@ -160,34 +149,26 @@ def next_block(file):
 
 
 def separated(file, path, start, offset, line, options):
-    """Yield the documents of a text that end at options.separator (of separator_pattern) or at the end of the
-    file; those of white space alone are left out."""
+    """Yield the documents of a text, which end at a separator, but for those of white space alone."""
     go_to(file, offset)
-    longest = 2 * len(options.separator.pattern)  # no match is longer
-    rest = b""
-    begin = searched = 0  # a document begins at rest[begin]
-    while True:
-        match = options.separator.search(rest, searched)
-        if match:
-            end, after = match.span()
-        else:
-            rest = rest[begin:]
-            begin = 0
-            searched = max(0, len(rest) - longest)
-            block = next_block(file)
-            rest += block
-            if len(rest) > LARGEST:
-                fail(f"{printable(path)}: no separator within {LARGEST:,} bytes")
-            if block:
-                continue
-            end = after = len(rest)
-        if begin == len(rest):
-            return
-        text = decode(path, rest[begin:end], offset)
-        offset += after - begin
-        begin = searched = after
-        if text.strip():
-            yield offset, 0, text
+    pattern = separator_pattern(options.separator, options.keep_crlf)
+    rest, block = b"", b"begin"
+    while block:
+        block = next_block(file)
+        rest += block
+        if len(rest) > LARGEST:
+            fail(f"{printable(path)}: no separator within {LARGEST:,} bytes")
+        spans = [match.span() for match in pattern.finditer(rest)]
+        if not block:  # the end of the file ends a document, too
+            spans.append((len(rest), len(rest)))
+        begin = 0
+        for end, after in spans:
+            text = decode(path, rest[begin:end], offset)
+            offset += after - begin
+            begin = after
+            if text.strip():
+                yield offset, 0, text
+        rest = rest[begin:]
 
 
 def whole_lines(file, path, line):
@@ -199,14 +180,15 @@ def whole_lines(file, path, line):
         yield line, raw
 
 
-def no_column(what, column, fields):
-    """Exit with 2, since the column of the texts is missing in a file or a line."""
-    fail(f"{what} has no column {column!r}, but {printable(fields)}; name the text with --column=")
+def need_column(what, column, names):
+    """Exit with 2 if the column of the texts is not one of the names in a file or a line."""
+    if column not in names:
+        names = printable(", ".join(names))
+        fail(f"{what} has no column {column!r}, but {names}; name the text with --column=")
 
 
 def json_lines(file, path, start, offset, line, options):
-    """Yield the documents of a file of JSON objects, one a line. The first one must have the column; if a
-    later one does not, its value is None."""
+    """Yield the documents of a file of JSON objects, one a line; only the first one must have the column."""
     go_to(file, offset)
     column = options.column
     is_first = line == 0
@@ -220,22 +202,20 @@ def json_lines(file, path, start, offset, line, options):
         except (ValueError, RecursionError) as error:  # also if it is not UTF-8
             fail(f"{what} is not JSON ({error}); expected one object a line")
         if not isinstance(row, dict):
-            no_column(what, column, type(row).__name__)
-        if is_first and column not in row:
-            no_column(what, column, ", ".join(row))
+            fail(f"{what} has no column {column!r}: it is {type(row).__name__}, expected an object")
+        if is_first:
+            need_column(what, column, row)
         is_first = False
         yield offset, number, row.get(column)
 
 
 def table_rows(file, path, start, offset, line, options):
-    """Yield the documents of a table in text, whose first row, at byte `start`, names the columns. A row may
-    have several lines, if a cell is quoted; with plain_quotes quotes are characters as all others.
-
-    Exits with 2 if a cell has quotes that do not fit its beginning and end, or if quotes join lines of a .tsv
-    file that are whole rows without them: the writer of such a file does not quote cells."""
+    """Yield the documents of a table in text, whose first row, at byte `start`, names the columns. A quoted
+    cell may have several lines; with plain_quotes quotes are characters. Exits with 2 if quotes do not fit a
+    cell, or join lines of a .tsv file that are whole rows without them: its writer does not quote cells."""
     go_to(file, start)
     csv.field_size_limit(LARGEST)
-    delimiter = "\t" if kind_of(path)[0] == "tsv" else ","
+    delimiter = {"csv": ",", "tsv": "\t"}[kind_of(path)[0]]
     quoting = csv.QUOTE_NONE if options.plain_quotes else csv.QUOTE_MINIMAL
     current = start  # the byte after the lines that were read
     number = line  # the last line of the last row
@@ -251,8 +231,7 @@ def table_rows(file, path, start, offset, line, options):
     rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         names = next(rows, [])
-        if options.column not in names:
-            no_column(printable(path), options.column, ", ".join(names))
+        need_column(printable(path), options.column, names)
         at = names.index(options.column)
         number = max(line, rows.line_num)
         if offset > start:
@@ -267,40 +246,34 @@ def table_rows(file, path, start, offset, line, options):
             if row:
                 yield current, number, row[at] if at < len(row) else None
     except csv.Error as error:
-        how = "" if options.plain_quotes else '; if its " are characters of the text, set --plain_quotes'
+        how = '; if its " are characters of the text, set --plain_quotes' * (not options.plain_quotes)
         fail(f"{printable(path)}: the row at line {number + 1} cannot be read: {error}{how}")
 
 
 def parquet_rows(file, path, start, offset, line, options):
     """Yield the documents of a .parquet file after its row `line`; offset is a row's share of the bytes."""
-    column = options.column
     parquet = library("pyarrow.parquet", "pyarrow")
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow's own error is one
         fail(f"{printable(path)} is not a parquet file: {error}")
-    if column not in file.schema_arrow.names:
-        no_column(printable(path), column, ", ".join(file.schema_arrow.names))
+    need_column(printable(path), options.column, file.schema_arrow.names)
     size = os.path.getsize(path)
     row = 0
     for group in range(file.num_row_groups):
-        in_group = file.metadata.row_group(group).num_rows
-        if row + in_group <= line:
-            row += in_group
+        following = row + file.metadata.row_group(group).num_rows
+        if following <= line:
+            row = following
             continue
-        for value in arrow_values(file.read_row_group(group, [column])[column]):
+        column = file.read_row_group(group, [options.column])[options.column]
+        for value in arrow_values(column):
             row += 1
             if row > line:
                 yield size * row // file.metadata.num_rows, row, value
 
 
-READERS = {
-    "txt": separated,
-    "jsonl": json_lines,
-    "csv": table_rows,
-    "tsv": table_rows,
-    "parquet": parquet_rows,
-}
+READERS = {"txt": separated, "jsonl": json_lines, "parquet": parquet_rows}
+READERS |= {"csv": table_rows, "tsv": table_rows}
 
 
 def arrow_values(column):
@@ -311,22 +284,19 @@ def arrow_values(column):
         return column.cast("binary").to_pylist()
 
 
-def text_of(value, column, place):
-    """Return (text, '') of a value, or ('', why it has none). Exits with 2 if it is something else than text;
-    `column` and `place` say where it stands."""
+def piece_of(value, column, place, split):
+    """Return the piece (sources.py) that a value of a column is. Exits with 2 if it is of another type."""
     if value is None or value != value:  # NaN is how tables of numbers write a missing text
-        return "", "null"
+        return None, "null", place, ""
     if isinstance(value, bytes):
         try:
             value = value.decode()
         except UnicodeDecodeError:
-            return "", "not UTF-8"
+            return None, "not UTF-8", place, ""
     if not isinstance(value, str):
         fail(f"{column!r} in {place} is {type(value).__name__}, not text; name the text with --column=")
     try:
         value.encode()
     except UnicodeEncodeError:
-        return "", "half a surrogate pair"
-    if not value.strip():
-        return "", "empty"
-    return value, ""
+        return None, "half a surrogate pair", place, ""
+    return (split, value, True, True) if value.strip() else (None, "empty", place, "")

@@ -1,11 +1,11 @@
 """
 Data sets and files of the Hugging Face hub, or of a local folder laid out like one.
 
-The hub's libraries (datasets, huggingface_hub and what they use for HTTP) have no common type of error, so
-errors are told apart by the names of their types and by words of their text.
+Its libraries have no common type of error: the names of the types and words of the text distinguish them.
 """
 
 import os
+import re
 import sys
 import time
 
@@ -19,9 +19,12 @@ class Hub:
     """One split of a data set, streamed: the column of cfg.repo (a name or a local folder) with the text."""
 
     def __init__(self, cfg, hub_split, split):
-        self.cfg = cfg
-        self.split = split
-        self.revision = cfg.revision = commit(cfg)  # the data set may be changed before this is resumed
+        self.cfg, self.split = cfg, split
+        if not os.path.isdir(cfg.repo):  # name the commit: the branch may change before this is resumed
+            api = library("huggingface_hub").HfApi()
+            info = ask(lambda: api.dataset_info(cfg.repo, revision=cfg.revision or None), named(cfg))
+            cfg.revision = info.sha
+        self.revision = cfg.revision
         self.data = open_split(cfg, cfg.config, hub_split)
         self.done = 0  # rows read
         self.unusable = 0  # of these, rows without a text
@@ -30,17 +33,16 @@ class Hub:
             fail(f"column = {cfg.column!r} is not in {cfg.repo}; it has {', '.join(columns)}")
         # the others need not be decoded; as a table of arrow a text may be something else than UTF-8
         self.data = self.data.select_columns([cfg.column]).with_format("arrow")
-        known = (self.data.info.splits or {}).get(hub_split)
-        self.total = getattr(known, "num_examples", 0)
-        self.size = getattr(known, "num_bytes", 0)
+        info = (self.data.info.splits or {}).get(hub_split)
+        self.total = getattr(info, "num_examples", 0)
+        self.size = getattr(info, "num_bytes", 0)
         if cfg.max_documents:
             self.total = min(cfg.max_documents, self.total or cfg.max_documents)
 
     def pieces(self, state):
         self.done = self.unusable = 0
         if state:
-            self.done = state["done"]
-            self.unusable = state.get("unusable", 0)
+            self.done, self.unusable = state["done"], state.get("unusable", 0)
             self.data.load_state_dict(state["hub"])
         for row in self.rows():  # a table of one row
             if self.done - self.unusable == self.cfg.max_documents > 0:
@@ -48,29 +50,20 @@ class Hub:
             self.done += 1
             value = formats.arrow_values(row[self.cfg.column])[0]
             place = f"row {self.done:,} of {self.cfg.repo}"
-            text, fault = formats.text_of(value, self.cfg.column, place)
-            if fault:
-                self.unusable += 1
-                yield None, fault, place, ""
-            else:
-                yield self.split, text, True, True
+            piece = formats.piece_of(value, self.cfg.column, place, self.split)
+            self.unusable += piece[0] is None
+            yield piece
 
     def rows(self):
-        """Yield the rows of the data set. Exits with 2 if a file of it cannot be read: what datasets reads in
-        blocks, as .jsonl and .csv, has no next row then."""
-        rows = iter(self.data)
-        while True:
-            try:
-                row = next(rows, None)
-            except Exception as error:  # pyarrow, pandas and datasets have no common type for it
-                if is_network(error):
-                    raise
-                where = f"repo = {self.cfg.repo!r}: a file after row {self.done:,} cannot be read"
-                how = "prepare/text.py --files= reads its files, downloaded, and skips rows without text"
-                fail(f"{where} ({described(error)}); {how}")
-            if row is None:
-                return
-            yield row
+        """Yield the rows of the data set. Exits with 2 if a file of it cannot be read."""
+        try:
+            yield from self.data
+        except Exception as error:  # pyarrow, pandas and datasets have no common type for it
+            if is_network(error):
+                raise
+            where = f"repo = {self.cfg.repo!r}: a file after row {self.done:,} cannot be read"
+            how = "prepare/text.py --files= reads its files, downloaded, and skips rows without text"
+            fail(f"{where} ({described(error)}); {how}")
 
     def state(self):
         return {"done": self.done, "unusable": self.unusable, "hub": self.data.state_dict()}
@@ -84,14 +77,6 @@ class Hub:
         return shard.get("shard_idx", 0) / self.data.num_shards or None
 
 
-def commit(cfg):
-    """Return the commit that cfg.revision of cfg.repo is now; of a local folder, cfg.revision itself."""
-    if os.path.isdir(cfg.repo):
-        return cfg.revision
-    api = library("huggingface_hub").HfApi()
-    return ask(lambda: api.dataset_info(cfg.repo, revision=cfg.revision or None), named(cfg)).sha
-
-
 def open_split(cfg, config_name, split):
     """Return a split of cfg.repo as datasets streams it."""
     datasets = library("datasets")
@@ -103,15 +88,14 @@ def open_split(cfg, config_name, split):
 
 def named(cfg):
     """Return the data set as errors name it."""
-    revision = f", revision = {cfg.revision!r}" * bool(cfg.revision)
-    return f"repo = {cfg.repo!r}{revision}"
+    return f"repo = {cfg.repo!r}" + f", revision = {cfg.revision!r}" * bool(cfg.revision)
 
 
 def model_file(repo, name):
     """Return the local path of a file of a model repository, downloaded."""
     hub = library("huggingface_hub")
-    how = "expected a file, a hub repository that holds one, or the name of an encoding"
-    missing = f"has no {name} (a tokenizer.json is not supported); {how}"
+    expected = "expected a file, a hub repository that holds one, or the name of an encoding"
+    missing = f"has no {name} (a tokenizer.json is not supported); {expected}"
     return ask(lambda: hub.hf_hub_download(repo, name), f"tokenizer = {repo!r}", missing)
 
 
@@ -161,5 +145,4 @@ def is_network(error):
         return True
     if "NotFoundError" in names or "GatedRepoError" in names:  # they are HTTP errors, too
         return False
-    signs = ("Connect", "Timeout", "HTTP", "Http", "Protocol", "Network", "IncompleteRead")
-    return any(sign in names for sign in signs)
+    return re.search("Connect|Timeout|HTTP|Http|Protocol|Network|IncompleteRead", names) is not None

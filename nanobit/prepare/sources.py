@@ -1,21 +1,19 @@
 """
-Documents of files. A source (Files here, Hub in hub.py) is read in order, piece by piece, never as a whole,
-and knows where it stands:
+Documents of files. A source (Files here, Hub in hub.py) is read in order, piece by piece, and has
 
-    pieces(state)   yield (split, text, first, last): a part of a document, and whether it is its first and
-                    its last part; from the start (None) or from a state. A row that holds no text is
-                    (None, why not, which row, '')
+    pieces(state)   yield (split, text, first, last) from the start (None) or a state: a part of a document,
+                    and whether it is its first and last part. split is '' if the text decides whether it is
+                    held out. A row that holds no text is (None, why not, which row, '')
     state()         where it stands after the last piece, as JSON
     fraction()      the part of it that is read, 0 to 1, or None if that is not known
     size            bytes of text in all, 0 if that is not known
     revision        the commit of the hub that it reads, or ''
-
-split is '' if the document's text decides whether it is held out.
 """
 
 import glob
 import hashlib
 import json
+import math
 import os
 
 from tqdm import tqdm
@@ -30,31 +28,23 @@ class Files:
     """Text files, each of the format that its ending names, in the order of their names.
 
     Without a separator a text is one document, and the last val_fraction of the bytes of all texts, cut at a
-    line end, is held out; documents of the other formats, and separated ones, are held out by their text.
-    Line ends become \\n, unless keep_crlf is set. plain_quotes: as in formats.table_rows. The offset of a
-    state is a byte of the unpacked file.
-    """
+    line end, is held out; other documents are held out by their text. Line ends become \\n, unless keep_crlf
+    is set. The offset of a state is a byte of the unpacked file."""
 
     revision = ""
 
-    def __init__(
-        self, paths, column, separator, val_fraction, max_documents=0, keep_crlf=False, plain_quotes=False
-    ):
-        self.column = column
-        self.keep_crlf = keep_crlf
-        self.plain_quotes = plain_quotes
-        self.max_documents = max_documents
-        self.separator = separator_of(separator, keep_crlf)
-        whole = [path for path in paths if is_text(path) and not separator]  # each one document
-        beyond = set(whole[max_documents or len(whole) :])
+    def __init__(self, paths, cfg):
+        self.cfg = cfg
+        texts = [path for path in paths if is_text(path) and not cfg.separator]  # each one document
+        beyond = set(texts[cfg.max_documents or len(texts) :])
         self.paths = [path for path in paths if path not in beyond]
         self.sizes = [os.path.getsize(path) for path in self.paths]
         self.size = sum(self.sizes)
         self.starts = [formats.text_start(path) for path in self.paths]
         # where a whole text ends, and where its held-out tail begins, in bytes: {number of the file: byte}
-        numbers = [i for i, path in enumerate(self.paths) if is_text(path) and not separator]
+        numbers = [i for i, path in enumerate(self.paths) if is_text(path) and not cfg.separator]
         self.ends = {i: formats.text_size(self.paths[i]) for i in numbers}
-        self.borders = borders(self.paths, self.ends, val_fraction)
+        self.borders = borders(self.paths, self.ends, cfg.val_fraction)
         self.documents = 0
         self.place = {}  # {file, offset, line} after the last piece
         self.raw = None  # the open file, as it lies on the disk
@@ -71,7 +61,7 @@ class Files:
                     yield from self.text(i, file)
                     continue
                 for piece in self.rows(i, file):
-                    if self.documents == self.max_documents > 0:
+                    if self.documents == self.cfg.max_documents > 0:
                         return
                     self.documents += piece[0] is not None
                     yield piece
@@ -84,13 +74,10 @@ class Files:
         packing = formats.kind_of(self.paths[i])[1]
         position = self.raw.tell() if packing else self.place["offset"]
         share = (sum(self.sizes[:i]) + position) / self.size
-        if self.max_documents:
-            share = max(share, self.documents / self.max_documents)
-        return share
+        return max(share, self.documents / (self.cfg.max_documents or math.inf))
 
     def text(self, i, file):
-        """Yield a text as one document, or two at the border of what is held out, in parts of at most LONGEST
-        bytes that end at a line end if they have one."""
+        """Yield a text, split where its held-out tail begins, in parts that end at a line end."""
         path = self.paths[i]
         offset = max(self.place["offset"], self.starts[i])
         formats.go_to(file, offset)
@@ -102,9 +89,7 @@ class Files:
                 part = rest + file.read(size - len(rest))
                 if len(part) < size:
                     fail(f"{printable(path)} has become shorter while it was read")
-                at = len(part)
-                if offset + at < end:
-                    at = last_break(path, part)
+                at = last_break(path, part) if offset + size < end else size
                 rest = part[at:]
                 text = self.unified(formats.decode(path, part[:at], offset))
                 offset += at
@@ -114,24 +99,21 @@ class Files:
 
     def unified(self, text):
         """Return text with \\n for every line end, unless they are kept."""
-        if self.keep_crlf or "\r" not in text:
+        if self.cfg.keep_crlf or "\r" not in text:
             return text
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
     def rows(self, i, file):
         """Yield the documents of a file that holds several."""
-        path, start = self.paths[i], self.starts[i]
+        path = self.paths[i]
         kind = formats.kind_of(path)[0]
         unit = "row" if kind == "parquet" else "line"
-        where = (start, max(start, self.place["offset"]), self.place["line"])
-        for offset, line, value in formats.READERS[kind](file, path, *where, self):
+        where = (self.starts[i], max(self.starts[i], self.place["offset"]), self.place["line"])
+        for offset, line, value in formats.READERS[kind](file, path, *where, self.cfg):
             self.place = {"file": i, "offset": offset, "line": line}
             place = f"{unit} {line:,} of {printable(path)}"
-            text, fault = formats.text_of(value, self.column, place)
-            if fault:
-                yield None, fault, place, ""
-            else:
-                yield "", self.unified(text), True, True
+            split, text, *ends = formats.piece_of(value, self.cfg.column, place, split="")
+            yield split, self.unified(text), *ends
 
 
 def last_break(path, part):
@@ -156,16 +138,9 @@ def is_text(path):
     return formats.kind_of(path)[0] == "txt"
 
 
-def separator_of(flag, keep_crlf):
-    """Return the pattern of a --separator, in which \\n, \\r and \\t stand for these characters."""
-    for name, char in (("\\r", "\r"), ("\\n", "\n"), ("\\t", "\t")):
-        flag = flag.replace(name, char)
-    return formats.separator_pattern(flag, any_line_end=not keep_crlf)
-
-
 def find(pattern):
-    """Return the files of a glob pattern (** for folders below), sorted. The name of an existing file or
-    folder stands for itself, whatever characters it has. Exits with 2 if there are none, or all are empty."""
+    """Return the files of a glob pattern (** for folders below), sorted; the name of an existing file or
+    folder stands for itself. Exits with 2 if there are none, or all are empty."""
     folder, name = os.path.split(pattern)
     if os.path.isfile(pattern):
         pattern = glob.escape(pattern)
@@ -190,7 +165,7 @@ def warn_of_separator(paths, separator, keep_crlf):
     texts = [path for path in paths if is_text(path)]
     if not separator or not texts:
         return
-    pattern = separator_of(separator, keep_crlf)
+    pattern = formats.separator_pattern(separator, keep_crlf)
     longest = 2 * len(pattern.pattern)  # no match is longer
     for path in texts:
         with formats.opened(path) as (file, _):
@@ -204,8 +179,7 @@ def warn_of_separator(paths, separator, keep_crlf):
 
 
 def borders(paths, ends, val_fraction):
-    """Return {i: byte} for texts paths[i] of ends[i] bytes: where what is held out begins, so that it is the
-    last val_fraction of all bytes."""
+    """Return {i: byte} for texts paths[i] of ends[i] bytes: where the last val_fraction begins."""
     left = (1 - val_fraction) * sum(ends.values())  # bytes to train on in this text and later ones
     found = {}
     inside = None  # (i, byte) of a text that is to be cut inside its last line
@@ -234,8 +208,7 @@ def line_end(path, at, size):
 def word_end(path, at):
     """Return the end of the word at byte `at` of a file, or of the character if the word does not end."""
     block = block_at(path, at)
-    space = block.find(b" ")
-    return at + (space if space >= 0 else character_end(block))
+    return at + (block.index(b" ") if b" " in block else character_end(block))
 
 
 def block_at(path, at):
@@ -266,7 +239,6 @@ def fingerprint(paths):
 
 
 def stamp(paths):
-    """Return a short hash of the names, sizes and times of files: while it is the same, their content counts
-    as unchanged without being read."""
+    """Return a short hash of the names, sizes and times of files, which stands for that of their content."""
     known = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]

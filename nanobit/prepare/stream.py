@@ -1,14 +1,14 @@
 """
 The preparation of any number of documents as token files, on all cores.
 
-Every few seconds, once the tokens are on the disk, progress.json is written: how many tokens of each split
-there are, and where the source then stood. A preparation that was killed continues from there, to the same
-bytes.
+Every few seconds, once the tokens are on the disk, progress.json is written: how many tokens each split has,
+and where the source stood. A preparation that was killed continues from there, to the same bytes.
 """
 
 import contextlib
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -39,7 +39,7 @@ FLAGS = {
     "max_bad_rows": Flag(1000, "rows without a text (null, NaN, not UTF-8) to skip; empty rows do not count"),
 }
 NOT_WRITTEN = ("name", "workers", "max_bad_rows")  # flags that do not change what is written
-NEWER = ("keep_crlf", "plain_quotes")  # flags that some data sets were made before
+NEWER = ("keep_crlf", "plain_quotes")  # flags that some data sets were made before: left out at the default
 HUB_FLAGS = {
     "repo": Flag("", "data set of the Hugging Face hub, or a folder laid out like one"),
     "config": Flag("", "its config; '' = the default one"),
@@ -51,13 +51,11 @@ HUB_FLAGS = {
 
 
 def prepare(cfg, open_streams, options, paths=()):
-    """Write data_dir/name from the documents of open_streams() -> [Hub or Files, ...], or continue it if an
-    earlier process was stopped; print a summary at the end. options: those that decide what is written;
-    paths: files whose content decides it, too.
+    """Write data_dir/name from the documents of open_streams() -> [Hub or Files, ...], or continue it.
+    options: those that decide what is written; paths: files whose content decides it, too.
 
     Exits with 2 for a user's mistake, with 1 for a full disk or a lost hub, with 130 for Ctrl-C. What is
-    written by then stays, for the same command to continue, as after kill -9; if nothing is, no file stays.
-    """
+    written stays, for the same command to continue, as after kill -9; if nothing is, no file stays."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = os.path.join(cfg.data_dir, cfg.name)
     source, stamp = source_now(folder, options, paths)
@@ -79,10 +77,10 @@ def prepare(cfg, open_streams, options, paths=()):
         streams = open_streams()
         if progress:
             print(f"continuing after {sum(progress['documents'].values()):,} documents")
+            if "stamp" in progress:
+                progress["stamp"] = stamp
         else:
             progress = dict(source=source, stamp=stamp) | begin(cfg, folder, streams, open_streams)
-        if "stamp" in progress:
-            progress["stamp"] = stamp
         writer = encode(cfg, folder, streams, progress)
         if "train" not in progress["tokens"]:  # the corrected command would find another data set here
             for name in ("progress.json", *progress["shards"]):
@@ -114,13 +112,11 @@ def begin(cfg, folder, streams, open_streams):
     spec, marks, vocab_size = vocab.pick(cfg, folder, chunks.texts(cfg, open_streams()))
     progress = dict(tokenizer=spec, **marks, vocab_size=vocab_size, revision=streams[0].revision)
     progress |= dict(mark=chunks.START, tokens={}, bytes={}, documents={}, seconds=0.0)
-    progress["stream_began"] = [0, 0]  # tokens and bytes before the stream under way
-    return progress
+    return progress | dict(stream_began=[0, 0])  # tokens and bytes before the stream under way
 
 
 def encode(cfg, folder, streams, progress):
-    """Tokenize all documents from progress on, and keep progress.json up to date; return the Writer of the
-    finished token files."""
+    """Tokenize all documents from progress on, and keep it up to date; return the Writer of the files."""
     writer = token_files.Writer(folder, progress)
     tokenizer = with_content(progress["tokenizer"], folder)
     marks = {key: progress[key] for key in ("eot", "bos") if key in progress}
@@ -155,8 +151,8 @@ def encode(cfg, folder, streams, progress):
                         check_room(folder, tokens_left * writer.dtype.itemsize)
             writer.finish()
     except OSError as error:
-        how = "free some space, then the same command continues"
-        fail(f"cannot write {folder}: {error.strerror or error}; {how}", code=1)
+        reason = error.strerror or error
+        fail(f"cannot write {folder}: {reason}; free some space, then the same command continues", code=1)
     finally:
         with contextlib.suppress(OSError):  # a full disk again
             writer.close()  # on Windows discard cannot remove what is open
@@ -164,11 +160,15 @@ def encode(cfg, folder, streams, progress):
 
 
 def leave(folder, before, end):
-    """End an unfinished preparation with exit code 130 for Ctrl-C, or with the code of `end`. Remove what it
-    has put into the folder if no token is written yet."""
+    """End an unfinished preparation with exit code 130 for Ctrl-C, or with that of `end`. If no token is
+    written, remove what it has put into a folder that held the names `before`, and the folder if empty."""
     is_kept = bool(read_json(os.path.join(folder, "progress.json")).get("tokens"))
-    if not is_kept:
-        discard(folder, before)
+    for name in [] if is_kept else os.listdir(folder):
+        is_ours = re.fullmatch(r"\.lock.*|(train|val)_\d{5}\.bin\.partial|(meta|progress)\.json.*", name)
+        if is_ours or (name.startswith("tokenizer.") and name not in before):
+            os.remove(os.path.join(folder, name))
+    if not os.listdir(folder):
+        os.rmdir(folder)
     if isinstance(end, KeyboardInterrupt):
         state = "the same command continues" if is_kept else "nothing was written yet"
         print(f"\nstopped; {state}", file=sys.stderr)
@@ -178,28 +178,14 @@ def leave(folder, before, end):
     raise end
 
 
-def discard(folder, before):
-    """Remove what this preparation has put into a folder that held the names `before`, and the folder if
-    nothing is left."""
-    for name in os.listdir(folder):
-        is_ours = re.fullmatch(r"\.lock.*|(train|val)_\d{5}\.bin\.partial|(meta|progress)\.json.*", name)
-        if is_ours or (name.startswith("tokenizer.") and name not in before):
-            os.remove(os.path.join(folder, name))
-    if not os.listdir(folder):
-        os.rmdir(folder)
-
-
 def source_now(folder, options, paths):
     """Return (meta.json's source: the options and a hash of the files' content, a hash of their sizes and
-    times). The files are not read if these are the same as when a folder was written. Exits with 2 if the
-    folder holds something else."""
+    times); files whose sizes and times are known are not read. Exits with 2 if folder has another."""
     known = [read_json(os.path.join(folder, name)) for name in ("meta.json", "progress.json")]
-    known = [content for content in known if content]
-    source = options
-    stamp = ""
+    known = list(filter(None, known))
+    source, stamp = options, ""
     if paths:
-        stamp = sources.stamp(paths)
-        content = ""
+        stamp, content = sources.stamp(paths), ""
         for former in known[:1]:  # an earlier version wrote the stamp in the place of the content's hash
             hashed = token_files.source_in(former).rpartition(" ")[2]
             if stamp in (hashed, former.get("stamp")):
@@ -211,9 +197,8 @@ def source_now(folder, options, paths):
             continue
         fault = f" holds another data set ({printable(was)})"
         if paths and was.rpartition(" ")[0] == options:
-            fault = ": the files have changed since it was made"
-            if "stamp" not in former:
-                fault += ", or were copied (an earlier version made it, which compares only their times)"
+            copied = ", or were copied (an earlier version made it, which compares only their times)"
+            fault = f": the files have changed since it was made{copied * ('stamp' not in former)}"
         fail(f"{folder}{fault}; choose another --name=, or delete it")
     return source, stamp
 
@@ -240,27 +225,25 @@ def too_few(cfg, progress):
         state, size, without = "held out", "larger", "train.py"
     else:
         state, size, without = "left to train on", "smaller", "--val_fraction=0 and train.py"
-    change = f"a {size} --val_fraction= or more documents may change that"
+    how = f"a {size} --val_fraction= or more documents may change that"
     if getattr(cfg, "separator", ""):
-        change += ", or a --separator= that occurs more often, or none: then the end of the text is held out"
-    without += " --eval_every=0 --patience=0"
-    what = f"val_fraction = {cfg.val_fraction}: no document was {state} of {n:,}"
-    return f"{what}; {change}; without a validation set: {without}"
+        how += ", or a --separator= that occurs more often, or none: then the end of the text is held out"
+    how += f"; without a validation set: {without} --eval_every=0 --patience=0"
+    return f"val_fraction = {cfg.val_fraction}: no document was {state} of {n:,}; {how}"
 
 
 def check_room(folder, need):
     """Exit with 1 if the disk has no room for so many more bytes."""
     free = shutil.disk_usage(folder).free
     if need > free:
-        text = f"{folder} needs about {need / 1e6:,.1f} MB more, the disk has {free / 1e6:,.1f} MB free"
-        fail(text, code=1)
+        has = f"the disk has {free / 1e6:,.1f} MB free"
+        fail(f"{folder} needs about {need / 1e6:,.1f} MB more, {has}", code=1)
 
 
 def read_json(path):
     """Return the object that a JSON file holds; {} if it does not exist or is damaged."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        value = json.loads(pathlib.Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -270,12 +253,9 @@ def summarize(folder):
     """Print what a complete data set holds."""
     meta = read_json(os.path.join(folder, "meta.json"))
     for split, count in meta["tokens"].items():
-        n = meta["documents"][split]
-        size = meta["bytes"][split]
-        print(
-            f"{folder}: {split}: {n:,} documents, {count:,} tokens, {size:,} bytes of text, "
-            f"{count / max(1, size):.4f} tokens per byte"
-        )
+        n, size = meta["documents"][split], meta["bytes"][split]
+        ratio = f"{count / max(1, size):.4f} tokens per byte"
+        print(f"{folder}: {split}: {n:,} documents, {count:,} tokens, {size:,} bytes of text, {ratio}")
     if skipped := meta.get("skipped"):
         print(f"skipped: {chunks.counted(skipped)}")
     total = sum(meta["tokens"].values())
@@ -284,11 +264,10 @@ def summarize(folder):
 
 
 def source_of(script, cfg, flags):
-    """Return meta.json's source: the script and every flag that decides what it writes. A flag that is newer
-    than some data sets is left out at its default, so that they are recognised."""
-    given = [key for key in flags if key not in NOT_WRITTEN]
-    given = [key for key in given if key not in NEWER or getattr(cfg, key) != flags[key][0]]
-    return " ".join([script, *(f"--{key}={getattr(cfg, key)}" for key in given)])
+    """Return meta.json's source, of all flags that decide what is written."""
+    names = [name for name in flags if name not in NOT_WRITTEN]
+    names = [name for name in names if name not in NEWER or getattr(cfg, name) != flags[name][0]]
+    return token_files.source_of(script, cfg, names)
 
 
 def prepare_hub(doc, script, defaults):
@@ -298,9 +277,6 @@ def prepare_hub(doc, script, defaults):
     flags |= {name: flags[name]._replace(default=value) for name, value in defaults.items()}
     cfg = config.load(doc=doc, flags=flags, only=("data_dir",))
 
-    def open_streams():
-        if not cfg.val_split:
-            return [hub.Hub(cfg, cfg.split, "")]
-        return [hub.Hub(cfg, cfg.val_split, "val"), hub.Hub(cfg, cfg.split, "train")]
-
-    prepare(cfg, open_streams, source_of(script, cfg, flags))
+    splits = [(cfg.val_split, "val"), (cfg.split, "train")] if cfg.val_split else [(cfg.split, "")]
+    source = source_of(script, cfg, flags)
+    prepare(cfg, lambda: [hub.Hub(cfg, *names) for names in splits], source)

@@ -1,9 +1,10 @@
 """Token files and their meta.json, written so that half a data set never looks whole."""
 
+import glob
 import hashlib
 import json
 import os
-import shutil
+import pathlib
 import sys
 import time
 
@@ -24,10 +25,26 @@ def char_tokenizer(chars):
     return {"kind": "char", "chars": chars, "sha256": hashlib.sha256(chars.encode()).hexdigest()}
 
 
+def source_of(script, cfg, names):
+    """Return meta.json's source: the script and the flags, by name, that decide what it writes."""
+    return " ".join([script, *(f"--{name}={getattr(cfg, name)}" for name in names)])
+
+
+def write_characters(folder, texts, chars, source, task):
+    """Write the data set of a task: texts {split: bytes} of these chars (ASCII), a token for each."""
+    ids = np.zeros(256, np.uint16)
+    ids[list(chars.encode())] = range(len(chars))
+    shards = {}
+    for split, text in texts.items():
+        shards |= write_split(folder, split, ids[np.frombuffer(text, np.uint8)], len(chars))
+    sizes = {split: len(text) for split, text in texts.items()}
+    made = dict(tokenizer=char_tokenizer(chars), eot=0, vocab_size=len(chars), source=source)
+    write_meta(folder, **made, tokens=sizes, bytes=sizes, shards=shards, task=task)
+
+
 def open_data_set(data_dir, name, source, anew=True):
-    """Make the folder data_dir/name and return its path. If it is written anew, its meta.json is removed, so
-    that no training starts on half a data set. Exits with 2 if the folder cannot be written, or holds tokens
-    from another source."""
+    """Make the folder data_dir/name and return its path. anew: remove its meta.json, so that no training
+    starts on half a data set. Exits with 2 if it cannot be written, or holds tokens from another source."""
     if not name:
         fail("name = '' is not the name of a folder")
     folder = os.path.join(data_dir, name)
@@ -35,8 +52,7 @@ def open_data_set(data_dir, name, source, anew=True):
     try:
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                former = source_in(json.load(file))
+            former = source_in(json.loads(pathlib.Path(path).read_bytes()))
             if former != source:
                 fail(f"{folder} holds another data set ({former}); choose another --name=, or delete it")
             if anew:
@@ -49,8 +65,7 @@ def open_data_set(data_dir, name, source, anew=True):
 
 
 def source_in(meta):
-    """Return the source that the content of a meta.json or progress.json names; of another file, that it
-    names none."""
+    """Return the source that the content of a meta.json or progress.json names."""
     if isinstance(meta, dict) and isinstance(meta.get("source"), str):
         return meta["source"]
     return "its meta.json names no source"
@@ -62,18 +77,14 @@ def dtype_of(vocab_size):
 
 
 def write_split(folder, split, ids, vocab_size):
-    """Write the ids (array) of a split as shards, each under a temporary name first; return {file: {tokens,
-    sha256}}. Exits if the disk has no room for them."""
+    """Write the ids (array) of a split; return {shard: {tokens, sha256}}."""
     ids = ids.astype(dtype_of(vocab_size))
-    free = shutil.disk_usage(folder).free
-    if ids.nbytes > free:
-        fail(f"{folder}: {split} needs {ids.nbytes:,} bytes, the disk has {free:,} free")
     shards = {}
-    for number, start in enumerate(range(0, ids.size, SHARD_TOKENS)):
+    for start in range(0, ids.size, SHARD_TOKENS):
         part = ids[start : start + SHARD_TOKENS]
-        name = f"{split}_{number:05d}.bin"
+        name = f"{split}_{start // SHARD_TOKENS:05d}.bin"
         write_file(os.path.join(folder, name), part.tobytes())
-        shards[name] = {"tokens": part.size, "sha256": hashlib.sha256(part.tobytes()).hexdigest()}
+        shards[name] = {"tokens": part.size, "sha256": hashlib.sha256(part).hexdigest()}
     return shards
 
 
@@ -86,8 +97,7 @@ def write_file(path, content):
 
 
 def write_meta(folder, **fields):
-    """Write meta.json of those of the fields that are META, of a data set that is complete unless they have
-    complete=False. tokens, bytes: {split: tokens, bytes of its text}."""
+    """Write meta.json of those fields that are in META, with complete=True unless they have it."""
     meta = {"dataset": os.path.basename(folder), "dtype": dtype_of(fields["vocab_size"]).name}
     fields = {"complete": True} | fields
     meta |= {key: fields[key] for key in META if key in fields}
@@ -95,32 +105,29 @@ def write_meta(folder, **fields):
 
 
 class Split:
-    """The token files of one split, of which n tokens are known to be on the disk: what is beyond them is
+    """The token files of one split, of which n tokens are known to be on the disk; what is beyond them is
     dropped. A shard is train_00000.bin.partial until it is full."""
 
     def __init__(self, folder, split, dtype, n):
-        self.folder = folder
-        self.split = split
-        self.dtype = dtype
+        self.prefix = os.path.join(folder, f"{split}_")
         self.n = n
         number, rest = divmod(n, SHARD_TOKENS)
-        for name in os.listdir(folder):
-            if name.startswith(split + "_") and name[len(split) + 1 :][:5] > f"{number:05d}":
-                os.remove(os.path.join(folder, name))
+        for path in glob.glob(glob.escape(self.prefix) + "*"):
+            if path.removeprefix(self.prefix)[:5] > f"{number:05d}":
+                os.remove(path)
         if os.path.exists(self.path(number)):  # killed after the renaming: not yet known to be whole
             os.rename(self.path(number), self.path(number) + ".partial")
         self.open(number)
-        if os.path.getsize(self.file.name) < rest * dtype.itemsize:
+        size = rest * dtype.itemsize
+        if os.path.getsize(self.file.name) < size:
             fail(f"{self.file.name} has lost tokens that progress.json counts; delete {folder} to start over")
-        self.file.truncate(rest * dtype.itemsize)
-        self.file.seek(rest * dtype.itemsize)
+        self.file.truncate(size)
 
     def path(self, number):
-        return os.path.join(self.folder, f"{self.split}_{number:05d}.bin")
+        return f"{self.prefix}{number:05d}.bin"
 
     def open(self, number):
-        path = self.path(number) + ".partial"
-        self.file = open(path, "r+b" if os.path.exists(path) else "w+b")
+        self.file = open(self.path(number) + ".partial", "ab")
 
     def write(self, ids):
         """Append ids (array); start a new shard when one is full."""
@@ -166,13 +173,10 @@ class Writer:
     """The token files of a data set, and progress.json, which counts what of them is on the disk.
 
     progress: {tokenizer, eot, bos, vocab_size, source, tokens, bytes, documents, shards, mark, seconds, ...}.
-    After progress.json, never before it, a meta.json is written that is not complete: what it lists is never
-    taken back, so that training may read it (data.py).
-    """
+    An incomplete meta.json follows it, for training (data.py): what that lists is never taken back."""
 
     def __init__(self, folder, progress):
-        self.folder = folder
-        self.progress = progress
+        self.folder, self.progress = folder, progress
         self.dtype = dtype_of(progress["vocab_size"])
         self.splits = {name: Split(folder, name, self.dtype, n) for name, n in progress["tokens"].items()}
         self.began = time.perf_counter() - progress["seconds"]
@@ -192,7 +196,7 @@ class Writer:
             self.progress[key][name] = self.progress[key].get(name, 0) + more
 
     def save(self):
-        """Flush the tokens to the disk, then write progress.json and meta.json."""
+        """Flush the tokens to the disk, then write progress.json and, never before it, meta.json."""
         for split in self.splits.values():
             split.sync()
         self.count()
@@ -200,7 +204,7 @@ class Writer:
         self.write_meta(complete=False, command=command_line(["python", *sys.argv]))
 
     def count(self):
-        """Bring the counts of `progress` up to date. Finished shards that it has are not read again."""
+        """Bring the counts of `progress` up to date."""
         known = self.progress.get("shards", {})
         self.progress["tokens"] = {name: split.n for name, split in self.splits.items()}
         self.progress["shards"] = {}

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import re
 
 from tqdm import tqdm
@@ -21,12 +22,16 @@ LLAMA2 = "hf-internal-testing/llama-tokenizer"  # a copy of LLaMA-2's tokenizer.
 
 
 def pick(cfg, folder, texts):
-    """Return (spec, marks, vocab_size) of cfg.tokenizer; what it needs is written into folder. marks is
-    {"eot": id}, with "bos" if another token than eot begins a text. texts: an iterable of the training text,
-    of which a new tokenizer is made."""
+    """Return (spec, marks, vocab_size) of cfg.tokenizer; its file is written into folder. marks:
+    {"eot": id}, with "bos" if another token begins a text. A new tokenizer is made of texts, an iterable."""
     wanted = cfg.tokenizer
     if wanted == "char":
-        chars = "\0" + "".join(sorted(characters(texts)))  # id 0 ends a text
+        chars = set().union(*map(set, tqdm(texts, desc="characters", unit=" texts", disable=None)))
+        if "\0" in chars:
+            fail("the text holds a NUL character, which the char tokenizer needs for itself: is it text?")
+        if not chars:
+            fail("there is no text to make a tokenizer of")
+        chars = "\0" + "".join(sorted(chars))  # id 0 ends a text
         return token_files.char_tokenizer(chars), {"eot": 0}, len(chars)
     if wanted.endswith(".model") and not os.path.isfile(wanted):
         fail(f"tokenizer = {wanted!r} does not exist; expected a file, org/name on the hub, or an encoding")
@@ -40,27 +45,16 @@ def pick(cfg, folder, texts):
     return spec, marks, vocab_size
 
 
-def characters(texts):
-    """Return the set of all characters of the texts."""
-    chars = set().union(*map(set, watched("characters", texts)))
-    if "\0" in chars:
-        fail("the text holds a NUL character, which the char tokenizer needs for itself: is it text?")
-    if not chars:
-        fail("there is no text to make a tokenizer of")
-    return chars
-
-
 def sentencepiece(cfg, path, texts):
-    """Return (spec, content, marks, vocab_size) of a SentencePiece model: a file, one from the hub, or one
-    trained here."""
-    spm, wanted = library("sentencepiece"), cfg.tokenizer
+    """Return (spec, content, marks, vocab_size) of SentencePiece: a file, of the hub, or trained here."""
+    wanted = cfg.tokenizer
     if wanted == "sentencepiece":
-        content = train(cfg, spm, texts)
+        content = train(cfg, library("sentencepiece"), texts)
+    elif os.path.isdir(wanted) and not os.path.isfile(path):
+        fail(no_model(wanted))
     else:
-        if os.path.isdir(wanted) and not os.path.isfile(path):
-            fail(no_model(wanted))
-        with open(path if os.path.isfile(path) else hub.model_file(wanted, MODEL), "rb") as file:
-            content = file.read()
+        local = path if os.path.isfile(path) else hub.model_file(wanted, MODEL)
+        content = pathlib.Path(local).read_bytes()
     model = sentencepiece_model(content, wanted)
     probe = "two  spaces,\na line"
     if model.decode(model.encode(probe)) != probe:
@@ -81,12 +75,10 @@ def no_model(folder):
 
 
 def entry_beside(path, content):
-    """Return the tokenizer entry of the data set or export of this project whose folder holds the tokenizer
-    file, or None: what is prepared with the same file has the same layout."""
+    """Return the tokenizer entry of the data set or export beside the file at path, or None."""
     for name in ("meta.json", "config.json"):
         try:
-            with open(os.path.join(os.path.dirname(path), name), encoding="utf-8") as file:
-                beside = json.load(file)
+            beside = json.loads(pathlib.Path(path).with_name(name).read_bytes())
             spec = beside["tokenizer"] | beside if name == "meta.json" else beside["nanobit"]["tokenizer"]
             if spec["sha256"] == hashlib.sha256(content).hexdigest() and spec["eot"] >= 0:
                 return spec
@@ -97,14 +89,13 @@ def entry_beside(path, content):
 
 def train(cfg, spm, texts):
     """Return a new SentencePiece model of the first TRAIN_CHARS of the text, like LLaMA's: BPE with bytes for
-    what has no piece, each digit alone, nothing normalised, so that decoding gives the text back."""
-    failures = []
-    left = TRAIN_CHARS
+    what has no piece, each digit alone, nothing normalised."""
+    failures, left = [], TRAIN_CHARS
 
     def lines():
         nonlocal left
         try:
-            for text in watched("tokenizer", texts):
+            for text in tqdm(texts, desc="tokenizer", unit=" texts", disable=None):
                 for line in text.split("\n"):
                     if line.strip():
                         yield line[:65536]
@@ -115,22 +106,13 @@ def train(cfg, spm, texts):
             failures.append(error)
 
     out = io.BytesIO()
+    options = dict(model_type="bpe", vocab_size=cfg.vocab_size, byte_fallback=True, split_digits=True)
+    options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    options |= dict(allow_whitespace_only_pieces=True, character_coverage=0.9999)
+    options |= dict(max_sentence_length=2**20)  # bytes: a longer line would silently be left out
+    options |= dict(num_threads=1)  # the same model each time
     try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=lines(),
-            model_writer=out,
-            model_type="bpe",
-            vocab_size=cfg.vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            character_coverage=0.9999,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=2**20,  # bytes: a longer line would silently be left out
-            num_threads=1,  # the same model each time
-            minloglevel=2,
-        )
+        spm.SentencePieceTrainer.train(sentence_iterator=lines(), model_writer=out, **options)
     except (RuntimeError, OSError) as error:  # a vocabulary too large or too small for the text
         if not failures:
             explain(cfg.vocab_size, " ".join(str(error).split()), TRAIN_CHARS - left)
@@ -150,8 +132,7 @@ def explain(vocab_size, error, n_chars):
 
 
 def suited(size):
-    """Return the flag for a tokenizer that suits so many characters of text: with some hundred characters, so
-    about 50 tokens or more, for each token of the vocabulary."""
+    """Return the flag for a tokenizer that suits so many characters of text: 200 or more for each token."""
     vocab_size = 2 ** int(math.log2(max(1, size / 200)))
     return f"--vocab_size={vocab_size}" if vocab_size >= 512 else "--tokenizer=char"
 
@@ -159,23 +140,13 @@ def suited(size):
 def warn_if_large(vocab_size, n_tokens, size):
     """Print a warning if a tokenizer trained here has too little text (tokens, bytes) for its vocabulary."""
     if n_tokens < 50 * vocab_size and suited(size) != f"--vocab_size={vocab_size}":
-        often = f"{n_tokens / vocab_size:.1f} times on average"
-        what = f"vocab_size = {vocab_size:,} is large for {n_tokens:,} tokens of text"
+        what = f"vocab_size = {vocab_size:,} is large for {n_tokens:,} tokens of text: a model sees each"
         how = f"{suited(size)} suits so little text (under another --name=)"
-        print(f"warning: {what}: a model sees each {often}; {how}")
-
-
-def watched(desc, texts):
-    """Yield the texts, and count their characters on a bar if stderr is a terminal."""
-    with tqdm(desc=desc, unit="char", unit_scale=True, disable=None) as bar:
-        for text in texts:
-            yield text
-            bar.update(len(text))
+        print(f"warning: {what} {n_tokens / vocab_size:.1f} times on average; {how}")
 
 
 def tiktoken(name):
-    """Return (spec, content, marks, vocab_size) of an encoding of tiktoken: its ranks, in the form of a
-    .tiktoken file."""
+    """Return (spec, content of a .tiktoken file, marks, vocab_size) of an encoding of tiktoken."""
     lib = library("tiktoken")
     if name not in lib.list_encoding_names():
         if os.path.isdir(name):

@@ -17,11 +17,9 @@ PIECE_CHARS = 2**17  # characters of a document that are tokenized at a time, cu
 
 
 def encoded(chunks, workers, spec, marks, dtype):
-    """Yield (what encode_chunk returns, mark, share) of chunks (pieces, mark, share), in their order.
-
-    spec: the tokenizer, with its content. marks: {eot, bos}. Exits with 1 if a worker is killed. Close the
-    generator (contextlib.closing) to end the workers early.
-    """
+    """Yield (what encode_chunk returns, mark, share) of chunks (pieces, mark, share), in their order. spec:
+    the tokenizer, with its content; marks: {eot, bos}. Exits with 1 if a worker is killed. Close it to end
+    the workers early."""
     context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, context, start_worker, (spec, marks, dtype.str))
@@ -76,8 +74,7 @@ def encode_chunk(pieces):
     ends with the end-of-text token and, if the marks {eot, bos} have one, begins with bos."""
     tokenizer, marks, dtype = worker
     ids = collections.defaultdict(list)
-    documents = collections.Counter()
-    size = collections.Counter()
+    documents, size = collections.Counter(), collections.Counter()
     for split, text, first, last in pieces:
         if first and "bos" in marks:
             ids[split].append(np.array([marks["bos"]], dtype))
@@ -93,8 +90,8 @@ def encode_chunk(pieces):
 
 
 def parts_of(text):
-    """Yield (part, its place in text) of at most PIECE_CHARS characters, cut after a line end, or before a
-    space: a tokenizer's time and memory for a text without an end grow faster than the text."""
+    """Yield (part, its place in text) of at most PIECE_CHARS, cut after a line end or before a space: time
+    and memory of a tokenizer grow faster than its text."""
     start = 0
     while len(text) - start > PIECE_CHARS:
         end = text.rfind("\n", start + 1, start + PIECE_CHARS) + 1
