@@ -31,8 +31,7 @@ from nanobit.tokenizer import bos_of
 
 
 def meta(cfg, split="", verify=False):
-    """Return meta.json of cfg.dataset, checked, with its shards as in check_shards. Exits with 2 if anything
-    is wrong, or if the data set is not complete without cfg.tokenize_on_fly."""
+    """Return meta.json of cfg.dataset, checked as in checked_meta. Exits with 2 if anything is wrong."""
     folder = os.path.join(cfg.data_dir, cfg.dataset)
     path = os.path.join(folder, "meta.json")
     is_waiting = False

@@ -120,8 +120,6 @@ def read_meta(folder):
     again = f"restore it from a copy, or delete {folder} and prepare it again"
     try:
         meta = json.loads(pathlib.Path(path).read_bytes())
-    except FileNotFoundError:
-        raise Damaged(f"{path} is missing; {again}") from None
     except OSError as error:
         raise Damaged(unreadable(path, error)) from None
     except (ValueError, RecursionError) as error:

@@ -97,8 +97,7 @@ def holder(path):
 
 
 def is_locked(path):
-    """Return whether a live process holds lock(path). If this process may only read the file, and cannot know
-    it, it counts as held."""
+    """Return whether a live process holds lock(path); if that cannot be known, it counts as held."""
     if not (os.path.exists(path) or os.path.exists(f"{path}.owner")):
         return False
     try:

@@ -109,8 +109,7 @@ def host_of(folder):
 
 
 def read_checked(path):
-    """Return {host: {shard: entry}} of a .checked.json. It is only a cache: one that is missing, damaged, or
-    written before it held hosts is empty."""
+    """Return {host: {shard: entry}} of a .checked.json, a cache: {} if it is missing or damaged."""
     try:
         hosts = json.loads(pathlib.Path(path).read_bytes())
         return {host: shards for host, shards in hosts.items() if type(shards) is dict}

@@ -130,8 +130,7 @@ def make_tokenizer(spec):
 
 
 def with_content(spec, folder):
-    """Return a spec with the content (bytes) of the file in folder that it names, if it does. Exits with 2 if
-    that is missing or has another sha256."""
+    """Return a spec with the content (bytes) of its file in folder, if it has one. Exits with 2 if bad."""
     if "file" not in spec:
         return spec
     path = pathlib.Path(folder, spec["file"])

@@ -1,5 +1,4 @@
-"""What the tasks of text share (LAMBADA, BLiMP): rows from the hub or from files, and data/<name>/ with an
-example a line, for each model's own tokenizer."""
+"""What the preparations of tasks of text share (LAMBADA, BLiMP): flags, rows of hub or files, writing."""
 
 import json
 import os

@@ -95,8 +95,7 @@ def go_to(file, offset, current=0):
 
 
 def text_start(path):
-    """Return the byte at which the text of a file starts: 0, or 3 after a byte order mark. Exits with 2 if
-    the file is not UTF-8 text: UTF-16, or an archive or a picture, which have NUL bytes."""
+    """Return the byte at which the text of a file starts. Exits with 2 if it is not UTF-8 text."""
     shown = printable(path)
     match kind_of(path):
         case "parquet", "":
@@ -110,9 +109,9 @@ def text_start(path):
             fail(f"{shown} is {name}; convert it: iconv -f {name} -t UTF-8 {shown} > utf8.txt")
         if head.startswith(mark):
             fail(f"{shown} is a {name} file, not text; save its text as a .txt file first; {EXPECTED}")
-    if b"\0" in head:
+    if b"\0" in head:  # an archive or a picture
         fail(f"{shown} is not text: byte {head.index(0):,} is NUL; {EXPECTED}")
-    return 3 if head.startswith(codecs.BOM_UTF8) else 0
+    return 3 if head.startswith(codecs.BOM_UTF8) else 0  # after a byte order mark
 
 
 def text_size(path):

@@ -45,36 +45,34 @@ class Files:
         numbers = [i for i, path in enumerate(self.paths) if is_text(path) and not cfg.separator]
         self.ends = {i: formats.text_size(self.paths[i]) for i in numbers}
         self.borders = borders(self.paths, self.ends, cfg.val_fraction)
-        self.documents = 0
-        self.place = {}  # {file, offset, line} after the last piece
+        self.place = {}  # {file, offset, line, documents} after the last piece
         self.raw = None  # the open file, as it lies on the disk
 
     def pieces(self, state):
-        state = state or {"file": 0, "offset": 0, "line": 0, "documents": 0}
-        self.documents = state["documents"]
-        self.place = {key: state[key] for key in ("file", "offset", "line")}
-        for i in range(state["file"], len(self.paths)):
-            if i > state["file"]:
-                self.place = {"file": i, "offset": 0, "line": 0}
+        start = state or dict(file=0, offset=0, line=0, documents=0)
+        self.place = dict(start)
+        for i in range(start["file"], len(self.paths)):
+            if i > start["file"]:
+                self.place |= dict(file=i, offset=0, line=0)
             with formats.opened(self.paths[i]) as (file, self.raw):
                 if i in self.ends:
                     yield from self.text(i, file)
                     continue
                 for piece in self.rows(i, file):
-                    if self.documents == self.cfg.max_documents > 0:
+                    if self.place["documents"] == self.cfg.max_documents > 0:
                         return
-                    self.documents += piece[0] is not None
+                    self.place["documents"] += piece[0] is not None
                     yield piece
 
     def state(self):
-        return self.place | {"documents": self.documents}
+        return dict(self.place)
 
     def fraction(self):
         i = self.place["file"]
         packing = formats.kind_of(self.paths[i])[1]
         position = self.raw.tell() if packing else self.place["offset"]
         share = (sum(self.sizes[:i]) + position) / self.size
-        return max(share, self.documents / (self.cfg.max_documents or math.inf))
+        return max(share, self.place["documents"] / (self.cfg.max_documents or math.inf))
 
     def text(self, i, file):
         """Yield a text, split where its held-out tail begins, in parts that end at a line end."""
@@ -93,7 +91,7 @@ class Files:
                 rest = part[at:]
                 text = self.unified(formats.decode(path, part[:at], offset))
                 offset += at
-                self.place = {"file": i, "offset": offset, "line": 0}
+                self.place["offset"] = offset
                 yield split, text, first, offset == end
                 first = False
 
@@ -110,7 +108,7 @@ class Files:
         unit = "row" if kind == "parquet" else "line"
         where = (self.starts[i], max(self.starts[i], self.place["offset"]), self.place["line"])
         for offset, line, value in formats.READERS[kind](file, path, *where, self.cfg):
-            self.place = {"file": i, "offset": offset, "line": line}
+            self.place |= dict(offset=offset, line=line)
             place = f"{unit} {line:,} of {printable(path)}"
             split, text, *ends = formats.piece_of(value, self.cfg.column, place, split="")
             yield split, self.unified(text), *ends
