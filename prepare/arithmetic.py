@@ -36,8 +36,8 @@ CHARS = "\n+-x=0123456789"  # ids 0 to 14; the end of a line is the end of a tex
 
 
 def is_held_out(a, op, b):
-    """Return whether a op b belongs to the val split: by a hash, the same for both orders of the operands."""
-    low, high = sorted((a, b))  # if both have one digit it is a fact from which all else follows: never
+    """Return whether a op b is held out: by a hash of both orders, but never if both have one digit."""
+    low, high = sorted((a, b))  # problems of one digit are the facts that all else follows from
     return high > 9 and hashlib.sha256(f"{low}{op}{high}".encode()).digest()[0] < 33  # of 256: 12.9 %
 
 
