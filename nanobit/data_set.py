@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pathlib
 import re
 
 from nanobit.terminal import printable
@@ -119,7 +118,8 @@ def read_meta(folder):
     path = os.path.join(folder, "meta.json")
     again = f"restore it from a copy, or delete {folder} and prepare it again"
     try:
-        meta = json.loads(pathlib.Path(path).read_bytes())
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
     except OSError as error:
         raise Damaged(unreadable(path, error)) from None
     except (ValueError, RecursionError) as error:

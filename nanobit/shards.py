@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
 import platform
 import sys
 import time
@@ -62,8 +61,11 @@ def check_shards(folder, meta, split="", verify=False):
     saved = time.monotonic()
     try:
         for name, entry in to_read.items():
-            known.pop(name, None)  # until it is read
-            check_shard(folder, name, meta, dtype, bar.update)
+            try:
+                check_shard(folder, name, meta, dtype, bar.update)
+            except Damaged:
+                known.pop(name, None)
+                raise
             known[name] = entry
             if time.monotonic() - saved > SAVE_SECONDS:
                 write_checked(cache, host, known)
@@ -111,7 +113,8 @@ def host_of(folder):
 def read_checked(path):
     """Return {host: {shard: entry}} of a .checked.json, a cache: {} if it is missing or damaged."""
     try:
-        hosts = json.loads(pathlib.Path(path).read_bytes())
+        with open(path, encoding="utf-8") as file:
+            hosts = json.load(file)
         return {host: shards for host, shards in hosts.items() if type(shards) is dict}
     except (OSError, ValueError, RecursionError, AttributeError):
         return {}
