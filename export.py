@@ -56,8 +56,8 @@ cfg = config.load(doc=__doc__, flags=FLAGS, only=(), derive=derive)
 
 import torch
 
-from nanobit import checkpoint, cli, data, record, weights
-from nanobit.export import card, gguf_file, hf, llama, verify
+from nanobit import checkpoint, cli, data, files, record, weights
+from nanobit.export import card, gguf_file, hf, verify
 
 torch.set_grad_enabled(False)
 
@@ -138,7 +138,7 @@ needed = {"hf": ["safetensors", "tokenizers"], "gguf": ["gguf"]}[cfg.format]
 if cfg.verify:
     needed += {"hf": ["transformers", "accelerate"], "gguf": ["cyllama"]}[cfg.format]
 cli.need_packages(needed, "export,verify" if cfg.verify else "export")
-if llama.is_folder(cfg.ckpt):
+if files.is_hf_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is a folder for transformers already; give a run, as the one it was made from")
 part, folder = weights.trained(cfg.ckpt)
 run_dir = os.path.dirname(os.path.dirname(os.path.abspath(folder)))

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from types import ModuleType, SimpleNamespace
 
-from nanobit import cli, terminal
+from nanobit import cli, files, terminal
 from nanobit.cli import ROOT, WORLD, Flag, coerce, fail
 
 DEFAULT = os.path.join(ROOT, "config", "default.py")
@@ -228,12 +228,10 @@ def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=Fals
 def take_shape(cfg):
     """Give shape settings at their defaults the values of the Llama whose folder init_from names; the others
     are compared when its weights are read. Returns faults."""
-    if not cfg.init_from:
+    if not files.is_hf_folder(cfg.init_from):
         return []
-    from nanobit.export import llama  # only for this: train.py needs no other part of an export
+    from nanobit.export import llama  # only for such a folder: train.py needs no other part of an export
 
-    if not llama.is_folder(cfg.init_from):
-        return []
     shape, positions = llama.shape(cfg.init_from)
     source = f"init_from {cfg.init_from}"
     if cfg.seq_len > positions:

@@ -127,3 +127,11 @@ def set_aside(folder):
         path += "x"
     os.rename(folder, path)
     return path
+
+
+def is_hf_folder(path):
+    """Return whether a path is a folder with a model in the form of Hugging Face, whole or not."""
+    if not os.path.isdir(path):
+        return False
+    names = os.listdir(path)
+    return "generation_config.json" in names or any(name.endswith(".safetensors") for name in names)

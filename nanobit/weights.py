@@ -8,7 +8,7 @@ import torch
 
 import config
 from model import Transformer
-from nanobit import checkpoint, distributed, parts
+from nanobit import checkpoint, distributed, files, parts
 from nanobit.cli import fail
 from nanobit.terminal import printable
 
@@ -48,10 +48,10 @@ def trained(path):
 def exported(path, to_train=False):
     """Return the part that an exported folder stands for, see hf.read, or None for another path. Exits with 2
     if a weight is not finite."""
-    from nanobit.export import hf, llama  # here, so that training loads nothing of export without need
-
-    if not llama.is_folder(path):
+    if not files.is_hf_folder(path):
         return None
+    from nanobit.export import hf  # here, so that training loads it only for such a folder
+
     part = hf.read(path, to_train)
     try:
         parts.check_finite(part["model"])

@@ -89,10 +89,11 @@ def test_quant_imports_torch_and_kernels_only():
     assert imports("quant") - sys.stdlib_module_names == {"torch", "nanobit.kernels"}
 
 
-def test_config_imports_the_command_line_only():
+def test_config_imports_the_command_line_and_files_only():
     """The settings are read before torch is imported, and know no part of training."""
-    assert ours("config", lazy=False) <= {"nanobit.cli", "nanobit.terminal"}
-    assert ours("config") <= {"nanobit.cli", "nanobit.terminal", "nanobit.export", "nanobit.export.llama"}
+    lowest = {"nanobit.cli", "nanobit.files", "nanobit.terminal"}
+    assert ours("config", lazy=False) <= lowest
+    assert ours("config") <= lowest | {"nanobit.export", "nanobit.export.llama"}
 
 
 @pytest.mark.parametrize("name", FLAT)
@@ -152,6 +153,15 @@ def test_a_step_of_training_loads_nothing_of_the_commands(data_dir, out_dir):
     assert "nanobit.schedule" in modules
     assert "nanobit.trackers" not in modules
     assert {name for name in modules if name.split(".")[1] in FOLDERS} == set()
+
+
+def test_init_from_a_checkpoint_loads_nothing_of_the_commands(data_dir, out_dir):
+    """Training that begins with the weights of a run loads no reader of exported folders."""
+    train(data_dir, out_dir, "r", max_steps=1)
+    flags = dict(max_steps=1, init_from=f"{out_dir}/r", patch=faults.print_modules())
+    _, err = train(data_dir, out_dir, "x", **flags)
+    names = [name.split(".") for name in loaded(err)]
+    assert not [name for name in names if name[0] == "nanobit" and len(name) > 1 and name[1] in FOLDERS]
 
 
 def test_help_of_a_preparation_is_quick():

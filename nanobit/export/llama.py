@@ -29,14 +29,6 @@ LEFT_OUT = dict(
 MOST = 2**24  # of any size: what is built to compare it with the tensors stays possible
 
 
-def is_folder(path):
-    """Return whether a path is a folder of this form, whole or not."""
-    if not os.path.isdir(path):
-        return False
-    names = os.listdir(path)
-    return "generation_config.json" in names or any(name.endswith(".safetensors") for name in names)
-
-
 def weight_files(folder):
     """Return the paths of the safetensors files of a folder. Exits with 2 if there are none."""
     names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
