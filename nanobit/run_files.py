@@ -1,8 +1,4 @@
-"""
-What a run has written, read from its files only.
-
-What is missing or damaged is left out, so that reading works beside a process that writes.
-"""
+"""What a run has written, by its files only. What is missing or damaged is left out: it may still train."""
 
 import functools
 import json
@@ -30,12 +26,10 @@ def defaults():
 
 def is_setting(name, value):
     """Return whether a setting may have this value. A name that this version lacks may have any plain one."""
-    if name not in defaults():
-        return record.is_number(value) or type(value) in (str, bool)
-    default_type = type(defaults()[name])
-    if default_type in (int, float):
+    wanted = type(defaults().get(name, value))
+    if wanted in (int, float):
         return record.is_number(value)
-    return type(value) is default_type
+    return type(value) is wanted and wanted in (str, bool, list)
 
 
 def read_config(run_dir):
@@ -47,13 +41,10 @@ def read_config(run_dir):
         settings = config.with_ratios({name: entry["value"] for name, entry in content["settings"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {"settings": {}}
-    facts = {"settings": {name: value for name, value in settings.items() if is_setting(name, value)}}
-    for name, wanted in (("pid", int), ("host", str), ("device", str)):
-        if type(content.get(name)) is wanted:
-            facts[name] = content[name]
-    if type(content.get("params")) is dict:
-        facts["params"] = {name: number(value) for name, value in content["params"].items()}
-    return facts
+    types = dict(pid=int, host=str, device=str, params=dict)
+    facts = {name: content[name] for name, wanted in types.items() if type(content.get(name)) is wanted}
+    facts["params"] = {name: number(value) for name, value in facts.get("params", {}).items()}
+    return facts | {"settings": {name: value for name, value in settings.items() if is_setting(name, value)}}
 
 
 def checkpoints(run_dir):

@@ -20,9 +20,7 @@ def warnings(run, now, limit, window):
     faults += quality(run, now, window)
     if is_running:
         faults.append(throughput(run))
-    faults += fractions(now["bitnet"] or {})
-    if is_due:
-        faults.append(flips(run, now, window))
+    faults += codes(run, now, window, is_due)
     dead = [row.get("dead") or 0 for row in run["routers"][-3:]]
     if is_running and len(dead) == 3 and min(dead) > 0:
         remedy = "raise router_balance or lower learning_rate"
@@ -41,11 +39,9 @@ def process(run, now, limit):
         end = f"process {now['pid']} was killed, by a person, a lack of memory or the end of the machine"
         return f"dead process: {silent}, and {end}; {resume}"
     if now["state"] == "stopped writing":
-        whereabouts = "still exists" if now["pid_alive"] else "may be on another machine"
-        return (
-            f"stopped writing: {silent}, {clock(limit)} is long for it; process {now['pid']} {whereabouts}: "
-            f"if it does not compute (top, nvidia-smi), end it and {resume}"
-        )
+        where = "still exists" if now["pid_alive"] else "may be on another machine"
+        check = f"process {now['pid']} {where}: if it does not compute (top, nvidia-smi), end it and {resume}"
+        return f"stopped writing: {silent}, {clock(limit)} is long for it; {check}"
     if now["state"] != "failed":
         return None
     error = now["why"] or "by an error that is not known"
@@ -69,18 +65,14 @@ def steps(run, now, window):
     skipped = sum(row.get("steps") or 1 for row in skips)
     is_lost = run["rows"] and now["loss"] is None
     if now["state"] != "failed" and (skipped or is_lost):
-        yield (
-            f"not finite: {skipped or 1} steps skipped after step {horizon:,}; if more come, continue with "
-            "a lower learning_rate or longer warmup_steps: five in a row end the run"
-        )
+        remedy = "continue with a lower learning_rate or longer warmup_steps: five in a row end the run"
+        yield f"not finite: {skipped or 1} steps skipped after step {horizon:,}; if more come, {remedy}"
     if now["state"] != "finished" and any(row.get("what") == "save failed" for row in recent):
         yield "save failed: see train.log, free disk space; the run continues and tries again"
     need = now["disk_need_gb"] or 0
     if need > now["disk_free_gb"]:
-        yield (
-            f"disk: the checkpoints to come take about {need:.3g} GB, {now['disk_free_gb']:.3g} GB are "
-            "free; free some, or continue with a larger save_every"
-        )
+        room = f"the checkpoints to come take about {need:.3g} GB, {now['disk_free_gb']:.3g} GB are free"
+        yield f"disk: {room}; free some, or continue with a larger save_every"
 
 
 def is_late(run, now):
@@ -114,18 +106,15 @@ def quality(run, now, window):
         k = min(len(before), len(after), window)
         training = trend(before[-k:] + after[-k:], 2 * k)
         if training and training["word"] == "falling":
-            yield (
-                f"overfitting: val_loss was best, {best['val_loss']:.4f}, at step {best['step']:,}, and is "
-                f"{later[-1]:.4f} while the training loss falls; use that checkpoint, or train with more "
-                "data, a smaller model or dropout; --patience=3 ends such a run by itself"
-            )
+            was_best = f"val_loss was best, {best['val_loss']:.4f}, at step {best['step']:,}"
+            text = f"{was_best}, and is {later[-1]:.4f} while the training loss falls; use that checkpoint"
+            yield f"overfitting: {text}, more data, a smaller model or dropout; --patience=3 ends such runs"
     repeats = repetition(run)
     if len(repeats) > 1 and repeats[-1] > statistics.mean(repeats[-4:-1]) + 0.1:
         usual = statistics.mean(repeats[-4:-1])
-        yield (
-            f"repetition: {repeats[-1]:.2f} of the 4-grams of the greedy samples, {usual:.2f} before; if "
-            "the top_k samples of samples.jsonl repeat too, look for duplicate data or lower learning_rate"
-        )
+        share = f"{repeats[-1]:.2f} of the 4-grams of the greedy samples, {usual:.2f} before"
+        remedy = "if the top_k samples repeat too, look for duplicate data or lower learning_rate"
+        yield f"repetition: {share}; {remedy}"
 
 
 def throughput(run):
@@ -138,8 +127,10 @@ def throughput(run):
     return f"throughput: {recent}, {usual}; look for another process on the device, heat, a slow disk"
 
 
-def fractions(health):
-    """Yield what to do about unusual fractions of the codes."""
+def codes(run, now, window, is_due):
+    """Yield what to do about unusual fractions of the codes and, if it is due, about a flip rate that does
+    not fall with the learning rate."""
+    health = now["bitnet"] or {}
     zero = health.get("zero")
     near = health.get("near_threshold")
     if zero is not None and not 0.25 <= zero <= 0.55:
@@ -147,16 +138,11 @@ def fractions(health):
         yield f"ternary: {zero:.1%} of the codes are 0, 30 to 45 % is usual; {remedy}"
     if near is not None and near > 0.15:
         yield f"ternary: {near:.1%} of the weights are near a threshold, usual is 6 %; lower lr"
-
-
-def flips(run, now, window):
-    """Return what to do about a flip rate that does not fall with the learning rate, or None."""
-    rate = (now["bitnet"] or {}).get("flip_rate") or 0
+    rate = health.get("flip_rate") or 0
     rates = column(run["health"], "flip_rate")
-    if len(rates) < window or rate <= 0.001:
-        return None
-    word = trend(rates, window)["word"]
-    if word == "falling" or (word == "flat" and not is_late(run, now)):
-        return None
-    name = "min_lr_ratio" if is_late(run, now) else "learning_rate"
-    return f"ternary: the flip rate, {rate:.4f} a line, is {word} and should fall with the rate; lower {name}"
+    if is_due and len(rates) >= window and rate > 0.001:
+        word = trend(rates, window)["word"]
+        if word == "rising" or (word == "flat" and is_late(run, now)):
+            name = "min_lr_ratio" if is_late(run, now) else "learning_rate"
+            text = f"the flip rate, {rate:.4f} a line, is {word} and should fall with the rate"
+            yield f"ternary: {text}; lower {name}"

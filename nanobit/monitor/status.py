@@ -20,11 +20,10 @@ BEGINS_OR_ENDS = ("start", "resume", "interrupt", "finish", "failed")  # events 
 
 def is_alive(run_config):
     """Return whether the process of a run exists, or None if this machine cannot know."""
-    pid = run_config.get("pid")
+    pid = run_config.get("pid", 0)
     here = platform.node()
-    if type(pid) is not int or pid < 1 or run_config.get("host", here) != here:
-        return None
-    if os.name == "nt":  # os.kill(pid, 0) would send Ctrl-C there
+    # on Windows os.kill(pid, 0) would send Ctrl-C
+    if pid < 1 or run_config.get("host", here) != here or os.name == "nt":
         return None
     try:
         os.kill(pid, 0)
@@ -53,20 +52,16 @@ def silence(run, now):
         # the first gap has compiling and an evaluation in it, the newest have evaluations, samples and saves
         limit = max(60, 5 * statistics.median(gaps), 2 * max(gaps[:1] + gaps[-50:]))
     written = column(run["rows"] + run["events"], "time")
-    if not written:
-        return None, limit
-    return max(0.0, now - max(written)), limit
+    return (max(0.0, now - max(written)) if written else None), limit
 
 
 def state_of(run, alive, age, limit):
     """Return the state of a run, and why it ended or None. alive: see is_alive; age, limit: see silence."""
     end = newest([row for row in run["events"] if row.get("event") in BEGINS_OR_ENDS])
-    if end.get("event") == "finish":
-        return "finished", end.get("why")
-    if end.get("event") == "interrupt":
-        return "interrupted", f"signal {end.get('signal')}"
-    if end.get("event") == "failed":
-        return "failed", end.get("what")
+    ended = dict(finish=("finished", end.get("why")), failed=("failed", end.get("what")))
+    ended["interrupt"] = ("interrupted", f"signal {end.get('signal')}")
+    if end.get("event") in ended:
+        return ended[end["event"]]
     if alive is False:
         return "dead process", None
     if age is None and alive is None:
@@ -118,10 +113,8 @@ def best_evaluation(run):
     """Return {step, val_loss} of the best evaluation, or None. As in best.json, that of the initial weights
     counts only if it is the only one."""
     trained = [row for row in run["evals"] if row["step"] > 0] or run["evals"]
-    if not trained:
-        return None
-    best = min(trained, key=lambda row: row["val_loss"])
-    return {key: best[key] for key in ("step", "val_loss")}
+    best = min(trained, key=lambda row: row["val_loss"], default=None)
+    return best and {key: best[key] for key in ("step", "val_loss")}
 
 
 def status(run_dir, window=50):
@@ -150,7 +143,7 @@ def status(run_dir, window=50):
         last_line_age=age,
         step=step,
         max_steps=settings.get("max_steps"),
-        progress=None,
+        progress=step / settings["max_steps"] if settings.get("max_steps") else None,
         eta_seconds=eta_seconds(run, step, now),
         **{key: number(last_row.get(key)) for key in LOGGED},
         # without the older half of a run: its beginning falls, which hides what comes after it
@@ -170,8 +163,6 @@ def status(run_dir, window=50):
         sample={key: sample[key] for key in ("step", "prompt", "generated_text") if key in sample} or None,
         repetition=next(reversed(repetition(run)), None),
     )
-    if facts["max_steps"]:
-        facts["progress"] = step / facts["max_steps"]
     if state == "finished":
         facts |= dict(eta_seconds=0.0, disk_need_gb=0.0)
     return plain(facts | {"warnings": warnings(run, facts, limit, window)})

@@ -11,12 +11,10 @@ JUMP = 8  # standard errors that noise rarely reaches: in 1 to 4 of 1,000 window
 def trend(values, window):
     """Return how the newest values move: {word, lines, change, error, jump}, or None for fewer than 6.
 
-    change: the mean of the newest `lines` = window // 2 values less that of as many before; error: its
-    standard error; jump: see jump_of. word: rising after a jump, else falling or rising if the change is more
-    than twice its error, else flat.
-
-    The variance of single values is half the mean square of the differences between neighbours, which a
-    trend does not inflate (von Neumann et al., "The mean square successive difference", 1941).
+    change: the mean of the newest `lines` = window // 2 values less that of as many before, significant
+    beyond twice its standard error. The variance of single values is half the mean square of the differences
+    between neighbours, which a trend does not inflate (von Neumann et al., "The mean square successive
+    difference", 1941). jump: see jump_of.
     """
     k = min(window, len(values)) // 2
     if k < 3:
@@ -37,16 +35,11 @@ def trend(values, window):
 
 def jump_of(values):
     """Return how far the mean of the newest 5 values lies above the lowest mean of 5; 0.0 if noise may do so.
-
-    A jump inflates the mean square of the differences, so the noise comes from their median: 0.954 of the
-    standard deviation.
-    """
+    A jump inflates the mean square of the differences: their median is 0.954 of the standard deviation."""
     means = [sum(values[i : i + 5]) / 5 for i in range(len(values) - 4)]
     noise = statistics.median(abs(b - a) for a, b in zip(values, values[1:])) / 0.954 / math.sqrt(5)
     jump = means[-1] - min(means)
-    if jump > max(JUMP * noise, 0.01 * abs(min(means))):
-        return jump
-    return 0.0
+    return jump if jump > max(JUMP * noise, 0.01 * abs(min(means))) else 0.0
 
 
 def moves(loss):
@@ -87,8 +80,7 @@ def steady(run):
 
 
 def anomalies(run):
-    """Return the anomaly events, one of each step and description: a step that was made again may have
-    reported it twice."""
+    """Return the anomaly events, one of each step and description: steps that were repeated report twice."""
     events = [row for row in run["events"] if row.get("event") == "anomaly"]
     return list({(row["step"], row.get("what")): row for row in events}.values())
 
