@@ -108,10 +108,9 @@ def table(states, width):
     """Return several runs as lines, one each, below a line of headings; a narrow one has fewer columns."""
     rows = [("run_id", "state", "step", "%", "loss", "val", "age")]
     for now in states:
-        name = printable(os.path.basename(os.path.abspath(now["run_dir"])))
         numbers = [known((now["progress"], "{:.0%}")), known((now["loss"], "{:.3f}"))]
         numbers += [known((now["val_loss"], "{:.3f}")), " ".join(clock(now["last_line_age"]).split()[:2])]
-        rows.append((name, now["state"].split()[0], step_of(now, "/", "{}"), *numbers))
+        rows.append((printable(now["run_id"]), now["state"].split()[0], step_of(now, "/", "{}"), *numbers))
     if width < 76:
         rows = [row[:3] + row[4:6] for row in rows]
     sizes = [max(map(len, column)) for column in zip(*rows)]
@@ -121,43 +120,46 @@ def table(states, width):
 
 
 def is_run(path):
-    """whether a folder is one of a run, or an empty one, which may become one"""
+    """Return whether a folder is one of a run, or an empty one, which may become one."""
     names = os.listdir(path)
     return not names or "config.json" in names or "metrics" in names
 
 
 def check(cfg, folders):
-    """exit with 2, and a line for each fault, where the command asks for what cannot be"""
+    """Exit with 2, and a line for each fault, if a run, or the folder of a picture, is missing."""
     faults = []
     for path in folders:
         if not os.path.isdir(path):
             faults.append(f"{path} is no run: no such folder; `python monitor.py` lists those of out_dir")
         elif not is_run(path):
-            faults.append(
-                f"{path} is no run: it has no config.json and no metrics; did you mean a folder in it?"
-            )
+            faults.append(f"{path} is no run: it has no config.json or metrics; did you mean a folder in it?")
     if not folders and not os.path.isdir(cfg.out_dir):
         faults.append(f"out_dir = {cfg.out_dir!r} is no folder; name a run, or where they are")
-    for key, path in (("plot", cfg.plot), ("codes", cfg.codes)):
+    pictures = (("plot", cfg.plot, "a run", folders), ("codes", cfg.codes, "one run", len(folders) == 1))
+    for key, path, needed, is_given in pictures:
         if path and not path.endswith((".png", ".pdf", ".svg")):
             faults.append(f"{key} = {path!r} must end in .png, .pdf or .svg")
         if path and not os.path.isdir(os.path.dirname(path) or "."):
             faults.append(f"{key} = {path!r}: there is no folder {os.path.dirname(path)}; make it first")
-        if path and (not folders or key == "codes" and len(folders) > 1):
-            faults.append(f"--{key} needs {'one run' if key == 'codes' else 'a run'}: the folder of it")
+        if path and not is_given:
+            faults.append(f"--{key} needs {needed}: the folder of it")
     if faults:
         fail(*faults)
 
 
 def main(argv=None):
     cfg = config.load(argv, __doc__, FLAGS, only=("out_dir",), takes_paths=True)
-    folders = cfg.paths
-    inside = [os.path.join(cfg.out_dir, path) for path in folders]
-    folders = [b if os.path.isdir(b) and not os.path.isdir(a) else a for a, b in zip(folders, inside)]
+    folders = list(cfg.paths)
+    for i, path in enumerate(folders):
+        if not os.path.isdir(path) and os.path.isdir(os.path.join(cfg.out_dir, path)):
+            folders[i] = os.path.join(cfg.out_dir, path)
     on_terminal = sys.stdout.isatty() and not cfg.json
     while True:
         check(cfg, folders)
-        run_dirs = folders or runs_of(cfg.out_dir)
+        run_dirs = folders
+        if not folders:
+            paths = (os.path.join(cfg.out_dir, name) for name in sorted(os.listdir(cfg.out_dir)))
+            run_dirs = [path for path in paths if os.path.isdir(path) and is_run(path)]
         size = shutil.get_terminal_size((80, 50))
         lines = shown(cfg, folders, run_dirs, max(60, min(80, size.columns)))
         if cfg.watch and on_terminal:  # from the top left over what is there: no flicker
@@ -172,15 +174,8 @@ def main(argv=None):
         time.sleep(cfg.every)
 
 
-def runs_of(out_dir):
-    """Return the folders of the runs in out_dir."""
-    paths = [os.path.join(out_dir, name) for name in sorted(os.listdir(out_dir))]
-    return [path for path in paths if os.path.isdir(path) and is_run(path)]
-
-
 def shown(cfg, folders, run_dirs, width):
-    """Write the pictures that are asked for; return the lines to print about the runs. folders: those of them
-    that the command names."""
+    """Write the pictures; return the lines to print about the runs, of which the command names `folders`."""
     if cfg.plot:
         plots.plot(run_dirs, cfg.plot)
         print(f"wrote {cfg.plot}", file=sys.stderr)
@@ -188,15 +183,11 @@ def shown(cfg, folders, run_dirs, width):
         number = plots.plot_codes(run_dirs[0], cfg.matrix, cfg.codes)
         print(f"wrote {cfg.codes}, with {number}", file=sys.stderr)
     states = [status(path, cfg.window) for path in run_dirs]
-    if cfg.json and len(folders) == 1:
-        return [record.to_json(states[0])]
     if cfg.json:
-        return [record.to_json({"runs": states})]
+        return [record.to_json(states[0] if len(folders) == 1 else {"runs": states})]
     if folders and not cfg.plot and not cfg.codes:
         return [line for now in states for line in [*screen(now, width), ""]][:-1]
-    if not states:
-        return [f"no run in {cfg.out_dir}"]
-    return table(states, width)
+    return table(states, width) if states else [f"no run in {cfg.out_dir}"]
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ def quality(run, now, window):
         training = trend(before[-k:] + after[-k:], 2 * k)
         if training and training["word"] == "falling":
             was_best = f"val_loss was best, {best['val_loss']:.4f}, at step {best['step']:,}"
-            text = f"{was_best}, and is {later[-1]:.4f} while the training loss falls; use that checkpoint"
-            yield f"overfitting: {text}, more data, a smaller model or dropout; --patience=3 ends such runs"
+            text = f"{was_best}, and is {later[-1]:.4f} while the training loss falls; use that checkpoint,"
+            yield f"overfitting: {text} or more data, a smaller model or dropout; --patience=3 ends such runs"
     repeats = repetition(run)
     if len(repeats) > 1 and repeats[-1] > statistics.mean(repeats[-4:-1]) + 0.1:
         usual = statistics.mean(repeats[-4:-1])

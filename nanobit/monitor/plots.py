@@ -3,6 +3,7 @@
 import difflib
 import io
 import os
+import re
 import statistics
 import sys
 
@@ -38,20 +39,7 @@ def label_of(name):
 
     known = get_font(findfont(FontProperties())).get_charmap()
     text = "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in printable(name))
-    if text.startswith("_"):
-        text = " " + text
-    return text.replace("$", r"\$")
-
-
-def title_of(name, run):
-    """Return the title of the picture of one run: its name, size and data set."""
-    size = run["config"].get("params", {}).get("total")
-    data_set = run["config"]["settings"].get("dataset")
-    if size:
-        name += f": {size:,} parameters"
-    if data_set:
-        name += f", {label_of(data_set)}"
-    return name
+    return re.sub("^_", " _", text).replace("$", r"\$")
 
 
 def draw(ax, rows, key, line="-", **style):
@@ -89,16 +77,14 @@ def draw_run(axes, name, run, start, color, val_color, width):
 
 
 def plot(run_dirs, path):
-    """Write a picture of runs over their steps: losses, learning rate, fractions of the codes, how many
-    change. Exits with 2 if a run has no training line yet."""
+    """Write a picture of runs over their steps. Exits with 2 if a run has no training line yet."""
     figures = cli.library("matplotlib.figure", "matplotlib")
     names = [os.path.basename(os.path.abspath(run_dir)) for run_dir in run_dirs]
     if len(set(names)) < len(names):
         names = run_dirs
     runs = {label_of(name): read_run(run_dir) for name, run_dir in zip(names, run_dirs)}
-    for name, run in runs.items():
-        if not run["rows"]:
-            fail(f"{name} has no training line yet: there is nothing to plot; wait for its first")
+    if empty := [name for name, run in runs.items() if not run["rows"]]:
+        fail(f"{empty[0]} has no training line yet: there is nothing to plot; wait for its first")
     labels = ["loss (nats per token)", "learning rate (1e-3)"]
     if any(run["health"] for run in runs.values()):
         labels += ["fraction of codes", "share of codes changed\nsince the last line"]
@@ -108,16 +94,19 @@ def plot(run_dirs, path):
     lines = [row for run in runs.values() for row in run["rows"]]
     last = lines[-1]
     start = max(row["step"] for row in lines) / 50
+    title = ", ".join(runs)
     for i, (name, run) in enumerate(runs.items()):
         color = COLORS[i % len(COLORS)]
-        if len(runs) == 1:
-            figure.suptitle(title_of(name, run), wrap=True)
-            draw_run(axes, name, run, start, color, val_color="black", width=1.8)
-        else:  # what comes later is thinner, so that equal lines all show
-            figure.suptitle(", ".join(runs), wrap=True)
+        if len(runs) > 1:  # what comes later is thinner, so that equal lines all show
             draw_run(axes, name, run, start, color, val_color=color, width=max(1.2, 3 - i))
-    later = column([row for row in lines if row["step"] > start], "loss")
-    if later:
+            continue
+        draw_run(axes, name, run, start, color, val_color="black", width=1.8)
+        if size := run["config"].get("params", {}).get("total"):
+            title += f": {size:,} parameters"
+        if data_set := run["config"]["settings"].get("dataset"):
+            title += f", {label_of(data_set)}"
+    figure.suptitle(title, wrap=True)
+    if later := column([row for row in lines if row["step"] > start], "loss"):
         axes[0].set_ylim(top=max(later) + 0.1 * (max(later) - min(later)) + 0.01)
     for ax, label in zip(axes, labels):
         ax.set_ylabel(label)
@@ -136,14 +125,12 @@ def plot(run_dirs, path):
 
 
 def shown_checkpoints(run_dir):
-    """Return {step: folder} of the whole checkpoints, those of them that a picture shows. Prints which ones
-    are damaged."""
+    """Return {step: folder} of the whole checkpoints, and of those to show. Print the damaged ones."""
     from nanobit import checkpoint
 
     whole = {}
     for step, folder in checkpoints(run_dir).items():
-        fault = checkpoint.fault(folder, checkpoint.MODEL)
-        if fault:
+        if fault := checkpoint.fault(folder, checkpoint.MODEL):
             print(printable(f"skipped {folder}: {fault}"), file=sys.stderr)
         else:
             whole[step] = folder
@@ -187,10 +174,7 @@ def draw_histogram(ax, step, ratio, codes):
 def plot_codes(run_dir, matrix, path):
     """Write a picture of one ternary matrix at up to 8 checkpoints: a corner of its codes, those that flipped
     from each checkpoint to the next, and histograms of its latent weights at the first and the last one.
-
-    Returns in words how many are shown. Exits with 2 for a float run, an unknown matrix, fewer than two
-    checkpoints.
-    """
+    Return in words how many are shown. Exits with 2 for a float run, an unknown matrix, or one checkpoint."""
     figures = cli.library("matplotlib.figure", "matplotlib")
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -210,8 +194,8 @@ def plot_codes(run_dir, matrix, path):
     axes = upper.subplots(2, len(steps))
     histograms = dict(zip((steps[0], steps[-1]), lower.subplots(1, 2, sharey=True)))
     before = None
-    former = None
-    for (top, bottom), step in zip(axes.T, steps):
+    for i, step in enumerate(steps):
+        top, bottom = axes[:, i]
         w = checkpoint.load(folders[step])["model"][f"{matrix}.weight"]
         codes, scale = quant.ternarize(w)
         ratio = (w.float() * scale).flatten(0, -2).numpy()
@@ -223,13 +207,12 @@ def plot_codes(run_dir, matrix, path):
             bottom.axis("off")
         else:
             flipped = codes != before
-            style = dict(cmap="Greys", vmin=0, vmax=1)
-            bottom.imshow(flipped[:CORNER, :CORNER], interpolation="nearest", **style)
-            bottom.set_title(f"{flipped.mean():.2%} flipped\nsince {former:,}", fontsize=11)
+            corner = flipped[:CORNER, :CORNER]
+            bottom.imshow(corner, interpolation="nearest", cmap="Greys", vmin=0, vmax=1)
+            bottom.set_title(f"{flipped.mean():.2%} flipped\nsince {steps[i - 1]:,}", fontsize=11)
         if step in histograms:
             draw_histogram(histograms[step], step, ratio, codes)
         before = codes
-        former = step
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     rows, columns = before.shape
@@ -238,8 +221,8 @@ def plot_codes(run_dir, matrix, path):
     below = "below, what flipped, with the share of the whole matrix"
     name = label_of(os.path.basename(os.path.abspath(run_dir)))
     figure.suptitle(f"{name}, {matrix}: {corner}; {below}", wrap=True)
-    names = {-1: "-1", 0: "0", 1: "+1"}
-    patches = [Patch(facecolor=CODE_COLORS[code], edgecolor="gray", label=names[code]) for code in names]
+    names = ("-1", "0", "+1")
+    patches = [Patch(fc=color, ec="gray", label=name) for color, name in zip(CODE_COLORS.values(), names)]
     upper.legend(handles=patches, ncols=3, loc="outside lower center")
     write(figure, path)
     return shown
