@@ -65,9 +65,9 @@ def screen_rows(now):
         state += f" ({now['why']})"
     age = now["last_line_age"]
     yield "state", state if age is None else f"{state}, last line {clock(age)} ago"
-    has_eta = now["eta_seconds"] and now["state"] not in ("finished", "failed")
-    to_go = clock(now["eta_seconds"]) if has_eta else None
-    progress = ((now["progress"], "{:.1%}"), (now["epoch"], "epoch {:.2f}"), (to_go, "{} to go"))
+    progress = [(now["progress"], "{:.1%}"), (now["epoch"], "epoch {:.2f}")]
+    if now["eta_seconds"] and now["state"] not in ("finished", "failed"):
+        progress.append((clock(now["eta_seconds"]), "{} to go"))
     yield "step", known((step_of(now, " of ", "{:,}"), "{}"), *progress)
     trend = now["loss_trend"] and moves(now["loss_trend"])
     yield "loss", known((now["loss"], "{:.4f}"), (trend, "{}"))

@@ -1,12 +1,13 @@
 """What a run has written, by its files only. What is missing or damaged is left out: it may still train."""
 
-import functools
 import json
 import os
 
 import config
 from nanobit import record
 from nanobit.run_dir import step_dir, steps
+
+DEFAULTS = config.assignments(config.DEFAULT)
 
 
 def number(value):
@@ -19,14 +20,9 @@ def column(rows, key):
     return [row[key] for row in rows if number(row.get(key)) is not None]
 
 
-@functools.cache
-def defaults():
-    return config.assignments(config.DEFAULT)
-
-
 def is_setting(name, value):
     """Return whether a setting may have this value. A name that this version lacks may have any plain one."""
-    wanted = type(defaults().get(name, value))
+    wanted = type(DEFAULTS.get(name, value))
     if wanted in (int, float):
         return record.is_number(value)
     return type(value) is wanted and wanted in (str, bool, list)
@@ -47,14 +43,10 @@ def read_config(run_dir):
     return facts | {"settings": {name: value for name, value in settings.items() if is_setting(name, value)}}
 
 
-def checkpoints(run_dir):
-    """Return {step: folder} of the checkpoints that have a manifest, oldest first."""
-    return {step: step_dir(run_dir, step) for step in reversed(steps(run_dir))}
-
-
 def read_run(run_dir):
     """Return what a run has written, as a dict of lists, oldest first: rows (of training), evals, health,
-    routers, events, greedy (samples), starts (times at which a process began); and config and checkpoints."""
+    routers, events, greedy (samples), starts (times at which a process began); and config, and checkpoints
+    with a manifest, {step: folder}."""
     scalars = record.read(run_dir, record.SCALARS)
     events = record.read(run_dir, record.EVENTS)
     return dict(
@@ -66,5 +58,5 @@ def read_run(run_dir):
         events=events,
         greedy=[row for row in record.read(run_dir, record.SAMPLES) if row["mode"] == "greedy"],
         starts=column([row for row in events if row.get("event") in ("start", "resume")], "time"),
-        checkpoints=checkpoints(run_dir),
+        checkpoints={step: step_dir(run_dir, step) for step in reversed(steps(run_dir))},
     )

@@ -51,31 +51,22 @@ def evaluations(run_dir):
 
 def twin_of(run_dir):
     """Return the run beside this one that differs in `ternary` and in its name only, or None."""
-    free = {"run_id", "ternary", "out_dir", "resume"}
-
-    def split(path):
-        settings = run_files.read_config(path)["settings"]
-        return settings.get("ternary"), {key: settings[key] for key in settings.keys() - free}
-
-    ternary, settings = split(run_dir)
-    if not settings:
-        return None
     root = os.path.dirname(os.path.abspath(run_dir))
+    settings = run_files.read_config(run_dir)["settings"]
     for name in sorted(os.listdir(root)):
-        path = os.path.join(root, name)
-        other_ternary, other = split(path)
-        if other == settings and other_ternary != ternary:
-            return path
+        other = run_files.read_config(os.path.join(root, name))["settings"]
+        keys = (settings.keys() | other.keys()) - {"run_id", "out_dir", "resume"}
+        if [key for key in keys if settings.get(key) != other.get(key)] == ["ternary"]:
+            return os.path.join(root, name)
     return None
 
 
 def code(text):
     """Return text as inline code, which Markdown shows as it is: no HTML, link or image of another's file."""
     text = printable(text) or "-"
-    if "`" not in text:
-        return f"`{text}`"
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text))))
-    return f"{ticks} {text} {ticks}"
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    ticks = "`" * (longest + 1)
+    return f"{ticks} {text} {ticks}" if longest else f"`{text}`"
 
 
 def shell(text):
@@ -94,12 +85,10 @@ def former_settings(run_dir, step):
             resumes = [former for former in resumes if former["step"] < row["step"]] + [row]
     former = {}
     for row in resumes:
-        if row["step"] < step:
-            for name, value in (row.get("changed") or {}).items():
+        for name, value in (row.get("changed") or {}).items():
+            if row["step"] < step:
                 former.setdefault(name, []).append((value, row["step"]))
-    if resumes and resumes[0]["event"] == "resume":
-        return former, resumes[0]["step"]
-    return former, 0
+    return former, next((row["step"] for row in resumes), 0)  # a start has the step 0
 
 
 def curve(losses, step):
@@ -114,22 +103,16 @@ def curve(losses, step):
 
 def changed_settings(cfg, former):
     """Return the settings that differ from the defaults, or did earlier in the run, one a line."""
-    default = run_files.defaults()
     lines = []
-    for name, value in sorted(cfg.items()):
-        olds = former.get(name, [])
-        if name not in default or name in ("run_id", *hf.PRIVATE) or not (olds or value != default[name]):
-            continue
-        line = f"{name} = {value!r}"
-        if olds:
-            line += "  # " + ", ".join(f"{old!r} up to step {at:,}" for old, at in olds)
-        lines.append(printable(line))
+    for name, default in sorted(run_files.DEFAULTS.items()):
+        olds = ", ".join(f"{old!r} up to step {at:,}" for old, at in former.get(name, []))
+        if name not in ("run_id", *hf.PRIVATE) and (olds or cfg.get(name, default) != default):
+            lines.append(printable(f"{name} = {cfg[name]!r}  # {olds}").removesuffix("  # "))
     return "\n".join(lines)
 
 
 def write(part, out, run_dir, latent=False):
-    """Write README.md in the folder `out`, for the checkpoint `part` of a run; latent: as float master
-    weights."""
+    """Write README.md in the folder `out`, for the checkpoint `part` of a run; latent: as master weights."""
     cfg = part["config"]
     step = part["step"]
     total = sum(w.numel() for w in {w.data_ptr(): w for w in part["model"].values()}.values())
@@ -138,7 +121,7 @@ def write(part, out, run_dir, latent=False):
     former, branched = former_settings(run_dir, step)
     losses = evaluations(run_dir)
     texts = dict.fromkeys(("init", "warning", "command", "twin", "speed", "branch"), "")
-    texts["weights"] = "ternary (BitNet b1.58)" if cfg["ternary"] else "float"
+    texts["weights"], other = ("ternary (BitNet b1.58)", "float") if cfg["ternary"] else ("float", "ternary")
     if cfg["init_from"]:
         texts["init"] = " It began with the weights of another."
     if latent and cfg["ternary"]:
@@ -151,28 +134,16 @@ def write(part, out, run_dir, latent=False):
     twin = twin_of(run_dir)
     twin_loss = twin and evaluations(twin).get(step)
     if twin_loss is not None and step in losses:
-        weights = "float" if cfg["ternary"] else "ternary"
-        name = f"{code(os.path.basename(twin))} ({weights}, the same data in the same order)"
+        name = f"{code(os.path.basename(twin))} ({other}, the same data in the same order)"
         gap = f"this one is {losses[step] - twin_loss:+.4f} from it"
         texts["twin"] = f"Its twin {name} has {twin_loss:.4f}: {gap}.\n\n"
     rows = record.read(run_dir, record.SCALARS)
-    speeds = [row["tokens_per_sec"] for row in rows if row.get("tokens_per_sec")]
-    if speeds:
+    if speeds := [row["tokens_per_sec"] for row in rows if row.get("tokens_per_sec")]:
         texts["speed"] = f"Training ran at {statistics.median_high(speeds):,.0f} tokens/s (median).\n"
     if branched:
         texts["branch"] = f"\nIts first {branched:,} steps are those of another run.\n"
-    card = CARD.format(
-        name=code(cfg["run_id"]),
-        total=total,
-        step=step,
-        tokens=part["tokens"],
-        dataset=code(cfg["dataset"]),
-        prompt=json.dumps(prompt),
-        curve=curve(losses, step),
-        size=size,
-        bits=8 * size / total,
-        settings=changed_settings(cfg, former),
-        **texts,
-    )
+    texts |= dict(name=code(cfg["run_id"]), dataset=code(cfg["dataset"]), prompt=json.dumps(prompt))
+    texts |= dict(curve=curve(losses, step), settings=changed_settings(cfg, former))
+    numbers = dict(total=total, step=step, tokens=part["tokens"], size=size, bits=8 * size / total)
     with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as file:
-        file.write(card)
+        file.write(CARD.format(**texts, **numbers))

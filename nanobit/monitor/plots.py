@@ -9,7 +9,7 @@ import sys
 
 from nanobit import cli, files
 from nanobit.cli import fail
-from nanobit.run_files import checkpoints, column, number, read_run
+from nanobit.run_files import column, number, read_run
 from nanobit.terminal import printable
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, 2008
@@ -72,8 +72,7 @@ def draw_run(axes, name, run, start, color, val_color, width):
         boundary = run["rows"][stages.index(2) - 1]["step"]
         for ax in axes:
             ax.axvline(boundary, color="gray", linestyle=":")
-        style = dict(xytext=(4, 4), textcoords="offset points", color="dimgray")
-        axes[1].annotate("stage 2", (boundary, 0), **style)
+        axes[1].annotate("stage 2", (boundary, 0), (4, 4), textcoords="offset points", color="dimgray")
 
 
 def plot(run_dirs, path):
@@ -129,7 +128,7 @@ def shown_checkpoints(run_dir):
     from nanobit import checkpoint
 
     whole = {}
-    for step, folder in checkpoints(run_dir).items():
+    for step, folder in read_run(run_dir)["checkpoints"].items():
         if fault := checkpoint.fault(folder, checkpoint.MODEL):
             print(printable(f"skipped {folder}: {fault}"), file=sys.stderr)
         else:
@@ -218,9 +217,8 @@ def plot_codes(run_dir, matrix, path):
     rows, columns = before.shape
     shown = f"{len(steps)} of {len(whole)} checkpoints"
     corner = f"{min(CORNER, rows)} x {min(CORNER, columns)} of its {rows} x {columns} codes, at {shown}"
-    below = "below, what flipped, with the share of the whole matrix"
     name = label_of(os.path.basename(os.path.abspath(run_dir)))
-    figure.suptitle(f"{name}, {matrix}: {corner}; {below}", wrap=True)
+    figure.suptitle(f"{name}, {matrix}: {corner}; below, what flipped, of the whole matrix", wrap=True)
     names = ("-1", "0", "+1")
     patches = [Patch(fc=color, ec="gray", label=name) for color, name in zip(CODE_COLORS.values(), names)]
     upper.legend(handles=patches, ncols=3, loc="outside lower center")

@@ -36,12 +36,6 @@ def is_alive(run_config):
     return not is_zombie and pid != os.getpid()  # a new container counts pids from 1 again
 
 
-def last_process(run):
-    """Return the events of the last process of a run: others may be about steps that were made again."""
-    began = max(run["starts"], default=0)
-    return [row for row in run["events"] if (number(row.get("time")) or 0) >= began]
-
-
 def silence(run, now):
     """Return the seconds since the newest line, None without one, and how many of them are too long."""
     began = max(run["starts"], default=math.inf)
@@ -103,18 +97,12 @@ def disk_need_gb(run, step):
     return (4 * left + 8 * trainers) * params / 1e9
 
 
-def newest_checkpoint(run, now):
-    """Return {step, age in seconds} of the newest checkpoint, or None."""
-    for step, folder in reversed(run["checkpoints"].items()):
-        return {"step": step, "age": max(0.0, now - os.path.getmtime(folder))}
-
-
 def best_evaluation(run):
     """Return {step, val_loss} of the best evaluation, or None. As in best.json, that of the initial weights
     counts only if it is the only one."""
     trained = [row for row in run["evals"] if row["step"] > 0] or run["evals"]
     best = min(trained, key=lambda row: row["val_loss"], default=None)
-    return best and {key: best[key] for key in ("step", "val_loss")}
+    return {key: best[key] for key in ("step", "val_loss")} if best else None
 
 
 def status(run_dir, window=50):
@@ -131,8 +119,12 @@ def status(run_dir, window=50):
     sample = newest(run["greedy"])
     losses = column(run["rows"], "loss")
     odd_steps = anomalies(run)
-    written = [row for row in (last_row, last_eval, *last_process(run)) if row]
-    step = max((row["step"] for row in written), default=0)
+    # events of earlier processes may be about steps that were made again
+    began = max(run["starts"], default=0)
+    recent = [row for row in run["events"] if (number(row.get("time")) or 0) >= began]
+    step = max((row["step"] for row in (last_row, last_eval, *recent) if row), default=0)
+    newest_folder = list(run["checkpoints"].items())[-1:]
+    saved = [dict(step=at, age=max(0.0, now - os.path.getmtime(folder))) for at, folder in newest_folder]
     facts = dict(
         run_id=os.path.basename(os.path.abspath(run_dir)),  # a copy has the name of its folder
         run_dir=run_dir,
@@ -151,7 +143,7 @@ def status(run_dir, window=50):
         val_loss=last_eval.get("val_loss"),
         val_step=last_eval.get("step"),
         best=best_evaluation(run),
-        checkpoint=newest_checkpoint(run, now),
+        checkpoint=newest(saved) or None,
         anomalies={"count": len(odd_steps), "last": odd_steps[-3:]},
         ternary=settings.get("ternary"),
         bitnet={key: number(value) for key, value in newest(run["health"]).items()} or None,

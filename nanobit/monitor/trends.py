@@ -56,8 +56,7 @@ def clock(seconds):
     """Return seconds in words: 12 s, 5 min, 3 h 12 min, 2 d 4 h; - if they are not known."""
     if seconds is None:
         return "-"
-    minutes = int(seconds / 60)
-    hours = int(seconds / 3600)
+    minutes, hours = int(seconds / 60), int(seconds / 3600)
     if seconds < 90:
         return f"{seconds:.0f} s"
     if minutes < 90:
