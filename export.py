@@ -6,10 +6,9 @@ Write a trained model for other engines: a folder for transformers, or a GGUF fi
     python export.py --ckpt=runs/train_text --format=gguf --out=text.gguf --type=q2_0
     python export.py --ckpt=runs/train_text --format=hf --out=text_hf --verify
 
---verify loads what was written with another reader (transformers; the llama.cpp binding cyllama) and compares
-logits and, where the data set of the run is here, the validation loss, and shows greedy text beside; the last
-line of stdout is then one JSON object. Needs `pip install -e ".[export]"`, and for --verify
-`".[export,verify]"`.
+--verify loads what was written with another reader (transformers, or cyllama, a binding of llama.cpp) and
+compares logits, greedy text and, if the data set is here, the validation loss; stdout then ends with one JSON
+line. Needs `pip install -e ".[export]"`, and for --verify `".[export,verify]"`.
 """
 
 import os
@@ -23,14 +22,10 @@ from nanobit.cli import Flag, fail
 TYPES = ("tq2_0", "q2_0", "tq1_0", "q8_0", "q5_0", "q4_0", "f16", "f32")
 FLAGS = {
     "ckpt": Flag("", "a run folder, RUN/best, a step folder or a checkpoint.pt", required=True),
-    "format": Flag(
-        "", "hf: a folder for transformers | gguf: a file for llama.cpp", ("hf", "gguf"), required=True
-    ),
+    "format": Flag("", "hf: for transformers | gguf: for llama.cpp", ("hf", "gguf"), required=True),
     "out": Flag("", "the folder or file to write", required=True),
     "latent": Flag(False, "the float master weights, for further training", only_with="format=hf"),
-    "type": Flag(
-        "", f"{' | '.join(TYPES)}; '' = the smallest that fits", ("", *TYPES), only_with="format=gguf"
-    ),
+    "type": Flag("", f"{' | '.join(TYPES)}; '' = the smallest", ("", *TYPES), only_with="format=gguf"),
     "embed": Flag("q8_0", f"{' | '.join(TYPES[3:])}: embedding and head", TYPES[3:], only_with="format=gguf"),
     "force": Flag(False, "replace what an earlier export has written to out"),
     "verify": Flag(False, "load it with an independent reader and compare"),
@@ -45,10 +40,8 @@ def derive(cfg):
     cfg.out = given.rstrip("/" + os.sep)
     if cfg.origin["out"] != "default" and not cfg.out:
         return [f"out = {given!r} is not a name; give the folder or file to write"]
-    if cfg.format == "gguf" and not cfg.out.endswith(".gguf"):
-        return [f"out = {given!r} must end in .gguf"]
-    if cfg.format == "hf" and cfg.out.endswith(".gguf"):
-        return [f"out = {given!r} ends in .gguf, but --format=hf writes a folder"]
+    if cfg.format and (cfg.format == "gguf") != cfg.out.endswith(".gguf"):
+        return [f"out = {given!r} must end in .gguf for --format=gguf, and only for that"]
     return []
 
 
@@ -75,14 +68,11 @@ def make_room():
 
 
 def validation(part):
-    """Return windows (inputs, targets), each (1, T), of the validation set of a run, if it is here."""
+    """Return windows (inputs, targets), each (1, T), of the validation set of a run, [] if it is missing."""
     data_dir = part["config"]["data_dir"] if cfg.origin["data_dir"] == "default" else cfg.data_dir
     folder = os.path.join(data_dir, part["config"]["dataset"])
-    if not cfg.eval_tokens:
-        print("no loss is compared: eval_tokens = 0")
-        return []
-    if not os.path.exists(os.path.join(folder, "meta.json")):
-        print(f"no loss is compared: {folder} is not here")
+    if not (cfg.eval_tokens and os.path.exists(os.path.join(folder, "meta.json"))):
+        print(f"no loss is compared: that needs {folder} and eval_tokens above 0")
         return []
     _, val_windows = data.of_trained(part, "val", data_dir=data_dir)
     return list(val_windows.fixed(cfg.eval_tokens, 1, torch.device("cpu")))
@@ -111,11 +101,10 @@ def write(part, run_dir, kind):
     finally:
         if os.path.exists(f"{partial}.old") and not os.path.exists(cfg.out):
             os.rename(f"{partial}.old", cfg.out)
-        for path in (partial, f"{partial}.old"):
-            if os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
-            elif os.path.exists(path):
-                os.remove(path)
+        shutil.rmtree(f"{partial}.old", ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        if os.path.exists(partial):
+            os.remove(partial)
 
 
 def report(part, kind):
@@ -123,7 +112,7 @@ def report(part, kind):
     paths = [entry.path for entry in os.scandir(cfg.out)] if cfg.format == "hf" else [cfg.out]
     size = sum(map(os.path.getsize, paths))
     whole = sum(w.nbytes for w in {w.data_ptr(): w for w in part["model"].values()}.values())
-    types = f", {kind}, embedding {cfg.embed}" if cfg.format == "gguf" else ""
+    types = {"hf": "", "gguf": f", {kind}, embedding {cfg.embed}"}[cfg.format]
     share = f"{size / whole:.0%} of the float32 weights"
     print(f"wrote {cfg.out}: {size:,} bytes ({share}){types}, step {part['step']:,}")
     if cfg.format == "gguf" and kind == "q2_0":
@@ -152,9 +141,7 @@ write(part, run_dir, kind)
 report(part, kind)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if cfg.verify:
-    if cfg.format == "gguf":
-        result = verify.gguf(part, cfg.out, kind, cfg.embed, windows)
-    else:
-        result = verify.hf(part, cfg.out, cfg.latent, windows)
+    options = dict(hf=[cfg.latent], gguf=[kind, cfg.embed])[cfg.format]
+    result = getattr(verify, cfg.format)(part, cfg.out, *options, windows)
     print(record.to_json(result))
-    raise SystemExit(0 if result["good"] else 1)
+    raise SystemExit(int(not result["good"]))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from types import SimpleNamespace
 
 import torch
@@ -25,39 +26,38 @@ from nanobit.files import write_json
 from nanobit.infer import packed
 from nanobit.tokenizer import bos_of, marks_of, sentencepiece_model, with_content
 
-OURS = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-BLOCK = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn.router": "block_sparse_moe.gate",
-} | {f"attn.{x}_proj": f"self_attn.{x}_proj" for x in "qkvo"}
-BLOCK |= {f"ffn.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+NAMES |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}  # of each block
+NAMES |= {f"attn.{x}_proj": f"self_attn.{x}_proj" for x in "qkvo"}
+NAMES |= {f"ffn.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+NAMES |= {"ffn.router": "block_sparse_moe.gate"}
 EXPERT = {"ffn.gate_proj": "w1", "ffn.up_proj": "w3", "ffn.down_proj": "w2"}
 DEQUANTISED = "ternary experts, dequantised: a Mixtral rounds no input to int8"
+FILES = """README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
+tokenizer.model tokenizer.tiktoken""".split()
+WITHIN = dict(n_expert=[0], vocab_size=range(1, 2**24 + 1), vocab_multiple=range(1, 2**24 + 1))  # of a reader
+PLAIN = dict(attention_bias=False, mlp_bias=False, rope_scaling=None, rope_type="default", hidden_act="silu")
 # paths and accounts, which are nobody's business
 PRIVATE = "out_dir data_dir resume init_from prepare wandb_entity wandb_project wandb_name".split()
 
 
-def their_name(name):
-    """Return the name without .weight of one of our tensors, except experts."""
+def their_name(name, names=NAMES, blocks="model.layers"):
+    """Return the name without .weight of one of our tensors, except experts; blocks: what theirs are."""
     path = name.removesuffix(".weight")
-    if path in OURS:
-        return OURS[path]
+    if path in names:
+        return names[path]
     _, i, rest = path.split(".", 2)
-    return f"model.layers.{i}.{BLOCK[rest]}"
+    return f"{blocks}.{i}.{names[rest]}"
 
 
 def our_name(name):
     """Return our name of one of their tensors, or None."""
     path, _, what = name.rpartition(".")  # weight or weight_scale
-    if path in OURS.values():
-        ours = {theirs: ours for ours, theirs in OURS.items()}
-        return f"{ours[path]}.{what}"
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path)
-    ours = {theirs: ours for ours, theirs in BLOCK.items()}
-    if not match or match[2] not in ours:
+    block = re.match(r"(model\.layers\.\d+\.)?", path)[0]
+    ours = {theirs: ours for ours, theirs in NAMES.items()}.get(path.removeprefix(block))
+    if ours is None:
         return None
-    return f"blocks.{match[1]}.{ours[match[2]]}.{what}"
+    return f"{block.replace('model.layers', 'blocks')}{ours}.{what}"
 
 
 def is_ternary(part, name):
@@ -67,8 +67,7 @@ def is_ternary(part, name):
 
 def tensors(part, latent=False):
     """Return {their name: tensor} of a checkpoint's part: ternary matrices packed, with their scale, or the
-    float master weights (latent). A tied head is not written twice, rows of padding only with latent. Exits
-    with 2 if a width cannot be packed."""
+    float master weights and rows of padding (latent). Exits with 2 if a width cannot be packed."""
     cfg = part["config"]
     written = {}
     for name, w in part["model"].items():
@@ -89,8 +88,8 @@ def tensors(part, latent=False):
         elif not has_codes:
             written[f"{their_name(name)}.weight"] = w.clone()
         elif len(w) % 4:
-            remedy = "--latent and --format=gguf --type=f16 take any width"
-            fail(f"{name} has {len(w)} rows, which is not a multiple of 4: they cannot be packed; {remedy}")
+            fault = f"{name} has {len(w)} rows, which is not a multiple of 4: they cannot be packed"
+            fail(f"{fault}; --latent and --format=gguf --type=f16 take any width")
         else:
             codes, scale = quant.ternarize(w)
             written[f"{their_name(name)}.weight"] = packed.pack(codes)
@@ -102,18 +101,10 @@ def model_config(part, latent=False):
     """Return the content of config.json."""
     cfg = part["config"]
     spec = part["tokenizer"]
-    theirs = dict(
-        architectures=["LlamaForCausalLM"],
-        model_type="llama",
-        hidden_act="silu",
-        attention_bias=False,
-        mlp_bias=False,
-        head_dim=cfg["n_embd"] // cfg["n_head"],
-        bos_token_id=bos_of(spec),
-        eos_token_id=spec["eot"],
-        dtype="float32",
-        **{name: cfg[setting] for name, setting in llama.SETTINGS.items()},
-    )
+    theirs = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu")
+    theirs |= dict(attention_bias=False, mlp_bias=False, head_dim=cfg["n_embd"] // cfg["n_head"])
+    theirs |= dict(bos_token_id=bos_of(spec), eos_token_id=spec["eot"], dtype="float32")
+    theirs |= {name: cfg[setting] for name, setting in llama.SETTINGS.items()}
     if latent:
         theirs["vocab_size"] = len(part["model"]["embed.weight"])
     if cfg["n_expert"]:
@@ -134,8 +125,7 @@ def check(part):
     """Exit with 2 if no stock model computes what this one does."""
     cfg = part["config"]
     if cfg["n_expert"] and cfg["n_expert_active"] == 1:
-        ours = "our router multiplies the one expert by its probability, that of a Mixtral does not"
-        fail(f"n_expert_active = 1: {ours}; train with 2")
+        fail("n_expert_active = 1: a Mixtral multiplies a single expert by no probability; train with 2")
     if part["tokenizer"]["kind"] == "sentencepiece":
         tokenizer_files.pieces(part["tokenizer"])
 
@@ -162,30 +152,19 @@ def write(part, out, latent=False):
             save_file(written, path, metadata={"format": "pt", "pad": "." * (-start % 64)})
     except library("safetensors").SafetensorError as error:  # a full disk, too
         raise OSError(str(error)) from None
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)  # the library makes it private
     theirs = model_config(part, latent)
     theirs["nanobit"]["sha256"] = sha256(path)
     write_json(os.path.join(out, "config.json"), theirs)
+    shutil.copymode(os.path.join(out, "config.json"), path)  # the library makes it private
     marks = {key: theirs[key] for key in ("bos_token_id", "eos_token_id")}
     write_json(os.path.join(out, "generation_config.json"), marks)
     tokenizer_files.write(part["tokenizer"], out, part["config"]["seq_len"])
 
 
-# reading
-
-
-FILES = set(
-    "README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json "
-    "tokenizer.model tokenizer.tiktoken".split()
-)
-
-
 def is_ours(path):
-    """Return whether a folder is an export of this project, as it was written, and nothing else is in it."""
+    """Return whether a folder holds an export of this project, as it was written, and nothing else."""
     try:
-        if os.path.islink(path) or set(os.listdir(path)) - FILES:
+        if os.path.islink(path) or set(os.listdir(path)) - set(FILES):
             return False
         with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
             own = json.load(file)["nanobit"]
@@ -198,19 +177,17 @@ def check_own(own, settings):
     """Raise ValueError if what export.py noted in a config.json is damaged, or contradicts the rest of it."""
     default = config.assignments(config.DEFAULT)
     for key, value in own.get("config", {}).items():
-        if key in default and type(value) is not type(default[key]):
+        if type(value) is not type(default.get(key, value)) or value not in WITHIN.get(key, [value]):
             raise ValueError(f"nanobit: {key} = {value!r}")
         # with latent, vocab_size counts the rows of padding
         if key in settings and key != "vocab_size" and value != settings[key]:
             raise ValueError(f"nanobit: {key} = {value!r}, beside it {settings[key]!r}")
-        if key == "n_expert" and value or key in ("vocab_size", "vocab_multiple") and not 1 <= value <= 2**24:
-            raise ValueError(f"nanobit: {key} = {value!r}")
     if own:
         int(own["sha256"], 16)
         spec = own["tokenizer"]
-        marks = (spec["eot"], bos_of(spec))
         file = spec["chars"] if spec["kind"] == "char" else spec["file"]
-        are_ids = all(type(i) is int and 0 <= i < own["config"]["vocab_size"] for i in marks)
+        ids = range(own["config"]["vocab_size"])
+        are_ids = all(type(i) is int and i in ids for i in (spec["eot"], bos_of(spec)))
         if not (are_ids and spec["sha256"] and spec["kind"]) or type(file) is not str:
             raise ValueError(f"nanobit: tokenizer {spec}")
 
@@ -235,13 +212,9 @@ def read_config(folder, to_train):
     if not to_train and not own and (packing or not os.path.exists(os.path.join(folder, "tokenizer.model"))):
         usable = "of other folders only float Llamas with a tokenizer.model can be used"
         faults.append(f"it is not an export of export.py, its tokenizer cannot be read: {usable}")
-    for key in ("attention_bias", "mlp_bias", "rope_scaling"):
-        if theirs.get(key):
-            faults.append(f"{key} = {theirs[key]!r}: our blocks have none")
-    if theirs.get("rope_type", "default") != "default":
-        faults.append(f"rope_type = {theirs['rope_type']!r}: our positions are plain rotary ones")
-    if theirs.get("hidden_act", "silu") != "silu":
-        faults.append(f"hidden_act = {theirs['hidden_act']!r}: our blocks have silu")
+    for key, value in PLAIN.items():
+        if (theirs.get(key) or value) != value:
+            faults.append(f"{key} = {theirs[key]!r}: in our blocks it is {value!r}")
     if faults:
         fail(*(f"{folder}: {text}" for text in faults))
     # without a note it is a float model of another origin
@@ -259,10 +232,10 @@ def read_weights(folder, own, to_train):
             content = load_file(path)
         except Exception as error:  # the library has errors of its own
             fail(f"{path} is damaged ({type(error).__name__}: {error}); copy or export it again")
+        fault = f"{path} is not the file that was exported (sha256): trained further, or damaged"
+        if not is_whole and not to_train:
+            fail(f"{fault}; copy or export it again (train.py --init_from= takes one trained further)")
         if not is_whole:
-            fault = f"{path} is not the file that was exported (sha256): trained further, or damaged"
-            if not to_train:
-                fail(f"{fault}; copy or export it again (train.py --init_from= takes one trained further)")
             print(f"init_from: {fault}")
         for key, w in content.items():
             if our_name(key) is None and "rotary_emb" not in key:
@@ -285,21 +258,10 @@ def check_shapes(folder, settings, weights, is_packed):
     parts.check_shapes(folder, weights, needed, "copy or export it again")
 
 
-def tokenizer_of(folder):
-    """Return the spec with content of the SentencePiece model beside a Llama of another origin, or None."""
-    path = os.path.join(folder, "tokenizer.model")
-    if not os.path.exists(path):
-        return None
-    with open(path, "rb") as file:
-        content = file.read()
-    spec = dict(kind="sentencepiece", file="tokenizer.model", sha256=hashlib.sha256(content).hexdigest())
-    return spec | marks_of(sentencepiece_model(content, path)) | dict(content=content)
-
-
 def read(folder, to_train=False):
-    """Return the part of a checkpoint.pt that a folder stands for. Packed matrices stay as they are, uint8
-    beside their weight_scale. to_train: a Llama of any origin, whose tokenizer is what is known of it, or
-    None, but nothing packed. Exits with 2 if it is not a Llama, damaged or incomplete."""
+    """Return the part of a checkpoint.pt that a folder stands for; packed matrices stay uint8, beside their
+    weight_scale. to_train: a float Llama of any origin, whose tokenizer is what is known of it, or None.
+    Exits with 2 if it is not a Llama, damaged or incomplete."""
     settings, own, is_packed = read_config(folder, to_train)
     weights = read_weights(folder, own, to_train)
     # rows of padding were not written, and a product with fewer rows adds in another order
@@ -309,7 +271,11 @@ def read(folder, to_train=False):
     if settings.get("tie_embeddings") and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
     check_shapes(folder, settings, weights, is_packed)
-    spec = own.get("tokenizer") or tokenizer_of(folder)
+    spec = own.get("tokenizer")
+    path = os.path.join(folder, "tokenizer.model")
     if own and not to_train:
         spec = with_content(spec, folder)
+    elif not own and os.path.exists(path):  # beside a Llama of another origin
+        spec = with_content(dict(kind="sentencepiece", file="tokenizer.model", sha256=sha256(path)), folder)
+        spec |= marks_of(sentencepiece_model(spec["content"], path))
     return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0))

@@ -1,32 +1,20 @@
-"""
-The shape of a Llama by its config.json, in the names of our settings.
-
-It imports no torch, since the loader of settings reads it for init_from.
-"""
+"""The shape of a Llama by its config.json, in our settings; without torch, for the loader of settings."""
 
 import json
-import math
 import os
 
 from nanobit.cli import fail
 
-SETTINGS = {  # config.json of a Llama and the settings that it stands for
-    "hidden_size": "n_embd",
-    "intermediate_size": "ffn_dim",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_kv_head",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "seq_len",
-    "rms_norm_eps": "norm_eps",
-    "rope_theta": "rope_theta",
-    "tie_word_embeddings": "tie_embeddings",
-}
+# config.json of a Llama and the settings that it stands for
+SETTINGS = dict(hidden_size="n_embd", intermediate_size="ffn_dim", num_hidden_layers="n_layer")
+SETTINGS |= dict(num_attention_heads="n_head", num_key_value_heads="n_kv_head", vocab_size="vocab_size")
+SETTINGS |= dict(max_position_embeddings="seq_len", rms_norm_eps="norm_eps", rope_theta="rope_theta")
+SETTINGS |= dict(tie_word_embeddings="tie_embeddings")
 # what a file means that leaves one out: the defaults of transformers' LlamaConfig
-LEFT_OUT = dict(
-    rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False, max_position_embeddings=2048
-)
+LEFT_OUT = dict(rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, max_position_embeddings=2048)
 MOST = 2**24  # of any size: what is built to compare it with the tensors stays possible
+NUMBER = ((int, float), 1e-300, 1e300, "a number above 0")
+WANTED = dict(rms_norm_eps=NUMBER, rope_theta=NUMBER, tie_word_embeddings=((bool,), 0, 1, "true or false"))
 
 
 def weight_files(folder):
@@ -51,18 +39,12 @@ def shapes(folder):
     return tensors
 
 
-def fault(name, value):
-    """Return what is wrong with a value of config.json by itself, or ''."""
-    if name == "tie_word_embeddings":
-        is_right = type(value) is bool
-        wanted = "true or false"
-    elif name in ("rms_norm_eps", "rope_theta"):
-        is_right = type(value) in (int, float) and 0 < value < math.inf
-        wanted = "a number above 0"
-    else:
-        is_right = type(value) is int and 1 <= value <= MOST
-        wanted = f"a whole number from 1 to {MOST:,}"
-    return "" if is_right else f"{name} = {value!r} is not {wanted}"
+def faults(theirs):
+    """Yield what is wrong with single values of a config.json."""
+    for name in SETTINGS:
+        types, least, most, words = WANTED.get(name, ((int,), 1, MOST, f"a whole number from 1 to {MOST:,}"))
+        if not (type(theirs[name]) in types and least <= theirs[name] <= most):
+            yield f"{name} = {theirs[name]!r} is not {words}"
 
 
 def contradictions(theirs, tensors):
@@ -84,8 +66,8 @@ def contradictions(theirs, tensors):
 
 
 def read(folder):
-    """Return (settings, the whole config.json) of the folder of a Llama. Exits with 2 if it is another model,
-    or the file asks for sizes that its tensors do not have."""
+    """Return (settings, the whole config.json) of a Llama's folder. Exits with 2 if it is another model, or
+    its tensors have other sizes."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             theirs = json.load(file)
@@ -95,21 +77,19 @@ def read(folder):
         if theirs.get("num_key_value_heads") is None:
             theirs["num_key_value_heads"] = theirs["num_attention_heads"]
         settings = {ours: theirs[name] for name, ours in SETTINGS.items()}
-        if faults := list(filter(None, (fault(name, theirs[name]) for name in SETTINGS))):
-            raise ValueError("; ".join(faults))
+        if wrong := list(faults(theirs)):
+            raise ValueError("; ".join(wrong))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        fault_text = f"{type(error).__name__}: {error}"
-        fail(f"{folder}/config.json cannot be read ({fault_text}); expected the folder of a Llama model")
-    if faults := list(contradictions(theirs, shapes(folder))):
-        fail(*(f"{folder}/config.json: {text}; copy or export it again" for text in faults))
+        fail(f"{folder}/config.json cannot be read ({type(error).__name__}: {error}); give a Llama's folder")
+    if wrong := list(contradictions(theirs, shapes(folder))):
+        fail(*(f"{folder}/config.json: {text}; copy or export it again" for text in wrong))
     for key in ("norm_eps", "rope_theta"):
         settings[key] = float(settings[key])
     return settings, theirs
 
 
 def shape(folder):
-    """Return ({setting: value} of the shape that a run must have to begin with the weights of a folder, the
-    largest seq_len)."""
+    """Return ({setting: value} of the shape of a run that begins with a folder, the largest seq_len)."""
     settings, theirs = read(folder)
     own = theirs.get("nanobit")
     if type(own) is dict and type(own.get("config")) is dict:

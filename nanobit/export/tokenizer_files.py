@@ -1,7 +1,4 @@
-"""
-A tokenizer in the terms of other engines: the files that AutoTokenizer reads, the pieces and merges that a
-GGUF file lists.
-"""
+"""A tokenizer for other engines: the files that AutoTokenizer reads, the pieces and merges of a GGUF file."""
 
 import os
 
@@ -29,10 +26,8 @@ def pieces(spec):
         fail("the SentencePiece tokenizer has user-defined symbols, which no merge makes: not to be written")
     text = " \uff21  \ufb01\t."  # a wide A and a ligature, which NFKC replaces
     if model.normalize(text) != ("\u2581" + text).replace(" ", "\u2581"):
-        fail(
-            "the SentencePiece tokenizer normalises text (or puts no space before it), which is not written; "
-            "train it with --normalization_rule_name=identity --remove_extra_whitespaces=false"
-        )
+        remedy = "train it with --normalization_rule_name=identity --remove_extra_whitespaces=false"
+        fail(f"the SentencePiece tokenizer normalises text, or puts no space before it: {remedy}")
     return rows
 
 
@@ -49,31 +44,27 @@ def merge_of(ranks, token):
 
 def visible(token):
     """Return bytes as the characters of byte-level BPE (GPT-2): printable ones as themselves."""
-    return "".join(VISIBLE[b] for b in token)
+    return token.decode("latin-1").translate(VISIBLE)
 
 
-SAME = [*range(33, 127), *range(161, 173), *range(174, 256)]
-VISIBLE = {b: chr(b) for b in SAME}
-VISIBLE |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SAME)}
+SAME = {*range(33, 127), *range(161, 173), *range(174, 256)}
+VISIBLE = {b: 256 + i for i, b in enumerate(b for b in range(256) if b not in SAME)}
 
 
 def bpe_of(spec):
     """Return (vocab {text: id}, merges [(left, right)]) of a tiktoken tokenizer in visible characters."""
     ranks = ranks_of(spec)
-    ordered = sorted(ranks.items(), key=lambda item: item[1])
-    merges = [tuple(map(visible, merge_of(ranks, token))) for token, _ in ordered if len(token) > 1]
-    return {visible(token): rank for token, rank in ordered}, merges
+    ordered = sorted(ranks, key=ranks.get)
+    merges = [tuple(map(visible, merge_of(ranks, token))) for token in ordered if len(token) > 1]
+    return {visible(token): ranks[token] for token in ordered}, merges
 
 
 def fast_tokenizer(spec):
-    """Return (tokenizer of the tokenizers library, name of the token that begins a text, name of the one that
-    ends it) of a spec with content."""
+    """Return (tokenizer of the tokenizers library, names of the tokens that begin and end a text)."""
     lib = library("tokenizers")
-    models = lib.models
-    pre = lib.pre_tokenizers
-    decoders = lib.decoders
+    models, pre, decoders = lib.models, lib.pre_tokenizers, lib.decoders
     if spec["kind"] == "char":
-        names = [END if char == "\0" else char for char in spec["chars"]]
+        names = [char.replace("\0", END) for char in spec["chars"]]
         # an unknown character is an error: this name is not in the vocabulary
         made = lib.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
         made.pre_tokenizer = pre.Split(lib.Regex(r"[\s\S]"), "isolated")
@@ -95,8 +86,7 @@ def fast_tokenizer(spec):
         order = []
         for piece, score, kind in rows:
             cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if kind == "normal"]
-            cuts = [(a, b) for a, b in cuts if a in vocab and b in vocab]
-            order += [(-score, vocab[a], vocab[b], (a, b)) for a, b in cuts]
+            order += [(-score, vocab[a], vocab[b], (a, b)) for a, b in cuts if {a, b} <= vocab.keys()]
         merges = [pair for *_, pair in sorted(order)]
         unknown = next(piece for piece, _, kind in rows if kind == "unknown")
         made = lib.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
@@ -107,8 +97,7 @@ def fast_tokenizer(spec):
         made.decoder = decoders.Sequence(parts)
         special = [piece for piece, _, kind in rows if kind == "control"]
         made.add_special_tokens([lib.AddedToken(piece, special=True, normalized=False) for piece in special])
-    begin = names[bos_of(spec)]
-    end = names[spec["eot"]]
+    begin, end = names[bos_of(spec)], names[spec["eot"]]
     made.add_special_tokens([lib.AddedToken(name, special=True, normalized=False) for name in (begin, end)])
     template = dict(single=f"{begin} $A", special_tokens=[(begin, bos_of(spec))])
     made.post_processor = lib.processors.TemplateProcessing(**template)
@@ -119,8 +108,7 @@ def fast_tokenizer(spec):
 
 
 def write(spec, out, seq_len):
-    """Write the files from which AutoTokenizer makes this tokenizer. It puts the token that begins a text
-    before it, as in training."""
+    """Write the files from which AutoTokenizer makes this tokenizer, with the first token of a text."""
     made, begin, end = fast_tokenizer(spec)
     made.save(os.path.join(out, "tokenizer.json"))
     content = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end)

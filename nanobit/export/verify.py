@@ -1,8 +1,6 @@
 """
-What an export computes, by readers that are not ours: transformers, and a binding of llama.cpp.
-
-They read the written files alone, with the tokenizer in them, and are compared with our own float32 forward,
-eager, on the CPU.
+What an export computes, by readers that are not ours: transformers, and a binding of llama.cpp. They read
+the written files alone, and are compared with our own float32 forward, eager, on the CPU.
 """
 
 import torch
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 
 import quant
 from nanobit.cli import fail, library
+from nanobit.export.hf import is_ternary
 from nanobit.generate import generate
 from nanobit.infer.restore import restore
 from nanobit.tokenizer import bos_of, continuation, encode_prompt, make_tokenizer
@@ -24,21 +23,10 @@ def probe(part):
     return torch.randint(cfg["vocab_size"], (2, min(64, cfg["seq_len"])), generator=generator)
 
 
-def as_float(part):
-    """Return the part of a float model with the master weights of this one."""
-    return part | dict(config=part["config"] | dict(ternary=False))
-
-
 def dequantised(part):
     """Return the part of a float model with the ternary values of this one: it rounds no input."""
-    matrices = {name: w for name, w in part["model"].items() if name.endswith("_proj.weight")}
-    matrices = {name: quant.dequantised(w) for name, w in matrices.items()}
-    return as_float(part) | dict(model=part["model"] | matrices)
-
-
-def greedy(model, ids, n):
-    """Return n greedy tokens after ids, a list."""
-    return [token.item() for token in generate(model, torch.tensor([ids]), n, temperature=0.0)]
+    matrices = {name: quant.dequantised(w) for name, w in part["model"].items() if is_ternary(part, name)}
+    return part | dict(config=part["config"] | dict(ternary=False), model=part["model"] | matrices)
 
 
 def loss_of(logits, windows):
@@ -50,12 +38,11 @@ def loss_of(logits, windows):
 @torch.no_grad()
 def compare(part, windows, reference, bound, name, logits, tokenize, write):
     """Print and return the differences between what a reader computes and a reference of ours, the part of a
-    model.
+    model; windows: (inputs, targets) for the loss of both. Exits with 1 if its tokenizer is another.
 
     `good`: no logit differs by more than `bound` times their spread, and the loss by no more than bound / 10
     or 0.01 nats (0 for a bound of 0). The reader has logits(ids (B, T)), tokenize(text) -> ids and
-    write(ids, n) -> n greedy tokens. windows: (inputs, targets) for the loss, ours and the reader's. Exits
-    with 1 if its tokenizer is another.
+    write(ids, n) -> n greedy tokens.
     """
     ours = restore(reference, torch.device("cpu"))
     tokenizer = make_tokenizer(part["tokenizer"])
@@ -73,31 +60,25 @@ def compare(part, windows, reference, bound, name, logits, tokenize, write):
             continue
         if tokenize(text) != ids:
             fail(f"the tokenizer that was written makes {tokenize(text)} of {text!r}, ours {ids}", code=1)
-        new = greedy(ours, ids, n)
-        theirs = write(ids, n)
+        new = [token.item() for token in generate(ours, torch.tensor([ids]), n, temperature=0.0)]
+        theirs = list(write(ids, n))
         facts["same"] += sum(a == b for a, b in zip(new, theirs))
         facts["tokens"] += n
-        line = f"{text!r} continues with {continuation(tokenizer, ids, new)!r}"
-        if theirs != new:
-            line += f" here, {continuation(tokenizer, ids, theirs)!r} there"
-        print(line)
+        other = f" here, {continuation(tokenizer, ids, theirs)!r} there" if theirs != new else ""
+        print(f"{text!r} continues with {continuation(tokenizer, ids, new)!r}{other}")
     if windows:
         own = restore(part, torch.device("cpu"), packed=part["config"]["ternary"])
         facts |= dict(val_tokens=sum(y.numel() for _, y in windows), val_loss=loss_of(own, windows))
         facts["reader_val_loss"] = loss_of(logits, windows)
         allowed = max(0.01, bound / 10) if bound else 0
         facts["good"] &= abs(facts["reader_val_loss"] - facts["val_loss"]) <= allowed
-    allowed = f"at most {bound:g} of that is good" if bound else "0 is good"
-    print(
-        f"{name}: largest difference of logits {difference:.3g}, of which the standard deviation is "
-        f"{spread:.3g} ({allowed}); {facts['same']} of {facts['tokens']} greedy tokens the same: "
-        f"{'good' if facts['good'] else 'BAD'}"
-    )
+    logit_text = f"largest difference of logits {difference:.3g}, their standard deviation {spread:.3g}"
+    verdict = "good" if facts["good"] else "BAD"
+    same = f"{facts['same']} of {facts['tokens']} greedy tokens the same"
+    print(f"{name}: {logit_text} (at most {bound:g} of it is good); {same}: {verdict}")
     if windows:
-        print(
-            f"loss on {facts['val_tokens']:,} tokens of the validation set: {facts['val_loss']:.5f} nats "
-            f"here, {facts['reader_val_loss']:.5f} there"
-        )
+        losses = "{val_loss:.5f} nats here, {reader_val_loss:.5f} there".format(**facts)
+        print(f"loss on {facts['val_tokens']:,} tokens of the validation set: {losses}")
     return facts
 
 
@@ -110,25 +91,20 @@ def hf(part, folder, latent=False, windows=()):
     tokenizer = lib.AutoTokenizer.from_pretrained(folder)
     model.generation_config.eos_token_id = None  # ours continues after the end of a text
 
-    def logits(x):
-        return model(x).logits
-
-    def tokenize(text):
-        return tokenizer(text)["input_ids"]
-
     def write(ids, n):
         return model.generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False)[0, len(ids) :].tolist()
 
     name = f"transformers {lib.__version__}"
     reference = part
     if latent and part["config"]["ternary"]:
-        reference = part = as_float(part)
+        reference = part = part | dict(config=part["config"] | dict(ternary=False))
         name += ", a float model here and there"
-    elif part["config"]["n_expert"] and part["config"]["ternary"]:
+    elif part["config"]["n_expert"]:
         reference = dequantised(part)
     bound = 1e-5 if part["config"]["n_expert"] else 0.0
     with torch._dynamo.config.patch(disable=True):  # parts of its BitNet code are compiled
-        return compare(part, windows, reference, bound, name, logits, tokenize, write)
+        reader = (lambda x: model(x).logits, tokenizer.encode, write)
+        return compare(part, windows, reference, bound, name, *reader)
 
 
 class Llama:
@@ -158,11 +134,14 @@ class Llama:
         batch.set_batch(ids, n_past, all_logits)
         self.context.decode(batch)
 
-    def logits(self, ids):
-        """Return the logits (T, V) of a list of ids."""
-        self.context.kv_cache_clear()
-        self.read(ids, all_logits=True)
-        return torch.stack([torch.tensor(self.context.get_logits_ith(i)) for i in range(len(ids))])
+    def logits(self, x):
+        """Return the logits (B, T, V) of ids (B, T)."""
+        rows = []
+        for ids in x.tolist():
+            self.context.kv_cache_clear()
+            self.read(ids, all_logits=True)
+            rows.append(torch.stack([torch.tensor(self.context.get_logits_ith(i)) for i in range(len(ids))]))
+        return torch.stack(rows)
 
     def tokenize(self, text):
         return self.model.get_vocab().tokenize(text, True, False)
@@ -191,14 +170,6 @@ def gguf(part, path, kind, embed, windows=()):
     except ValueError:
         reason = "q2_0 is newer than its llama.cpp; --type=f16 can be" if kind == "q2_0" else "it is damaged"
         fail(f"{path} is written, but cyllama cannot load it, so it is not verified: {reason}", code=1)
-
-    def logits(x):
-        return torch.stack([llama.logits(row.tolist()) for row in x])
-
-    def write(ids, n):
-        return list(llama.write(ids, n))
-
-    reference = dequantised(part) if part["config"]["ternary"] else part
     bound = max(BOUNDS[kind], BOUNDS[embed])
-    name = "llama.cpp (cyllama)"
-    return compare(part, windows, reference, bound, name, logits, llama.tokenize, write)
+    reader = (llama.logits, llama.tokenize, llama.write)
+    return compare(part, windows, dequantised(part), bound, "llama.cpp (cyllama)", *reader)
