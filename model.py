@@ -25,12 +25,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         Linear = BitLinear if cfg.ternary else nn.Linear
-        n_padding = -cfg.vocab_size % cfg.vocab_multiple
-        self.embed = nn.Embedding(cfg.vocab_size + n_padding, cfg.n_embd)
+        n_rows = cfg.vocab_size + -cfg.vocab_size % cfg.vocab_multiple
+        self.embed = nn.Embedding(n_rows, cfg.n_embd)
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, Linear) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
-        self.head = nn.Linear(cfg.n_embd, cfg.vocab_size + n_padding, bias=False)
+        self.head = nn.Linear(cfg.n_embd, n_rows, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         self.init_positions()
@@ -38,10 +38,9 @@ class Transformer(nn.Module):
 
     def init_positions(self):
         """Compute the tables cos, sin (seq_len, D) of the rotary angles, which no checkpoint holds."""
-        cfg = self.cfg
-        cos, sin = rope_tables(cfg.seq_len, cfg.n_embd // cfg.n_head, cfg.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        tables = rope_tables(self.cfg.seq_len, self.cfg.n_embd // self.cfg.n_head, self.cfg.rope_theta)
+        for name, table in zip(("cos", "sin"), tables):
+            self.register_buffer(name, table, persistent=False)
 
     def init_weights(self):
         """Draw the weights from normal distributions, so that the first loss is near ln(V).
@@ -75,7 +74,7 @@ class Transformer(nn.Module):
             x, router = block(x, cos, sin, cache)
             routers.append(router)
         if cache is not None:
-            cache.advance(T)
+            cache.length += T  # which every layer has stored
             x = x[:, -1:]
         x = self.norm(x).to(self.head.weight.dtype)  # a head may be bfloat16: restore.lighten_head
         logits = self.head(x)[..., : self.cfg.vocab_size].float()  # without the rows of padding
@@ -85,33 +84,26 @@ class Transformer(nn.Module):
         return loss, torch.stack(routers) if self.cfg.n_expert else None
 
     def counts(self):
-        """Return the numbers of parameters: total, active per token, ternary, full_precision; a tied matrix
-        counts once."""
+        """Return the numbers of parameters (total, active per token, ...); a tied matrix counts once."""
         total = sum(p.numel() for p in self.parameters())
         ternary = sum(layer.weight.numel() for layer in bit_layers(self).values())
-        idle = 0
-        if self.cfg.n_expert:
-            experts = sum(p.numel() for p in self.parameters() if p.dim() == 3)
-            idle = experts // self.cfg.n_expert * (self.cfg.n_expert - self.cfg.n_expert_active)
+        experts = sum(p.numel() for p in self.parameters() if p.dim() == 3)
+        idle = experts // max(1, self.cfg.n_expert) * (self.cfg.n_expert - self.cfg.n_expert_active)
         return dict(total=total, active=total - idle, ternary=ternary, full_precision=total - ternary)
 
     def flops_per_token(self):
         """Return the FLOPs of forward and backward: 6 for each weight that is multiplied, and 12 L C T for
         attention (PaLM, arXiv 2204.02311, appendix B). An untied embedding is only looked up."""
         cfg = self.cfg
-        multiplied = self.counts()["active"]
-        if not cfg.tie_embeddings:
-            multiplied -= self.embed.weight.numel()
-        return 6 * multiplied + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
+        looked_up = 0 if cfg.tie_embeddings else self.embed.weight.numel()
+        return 6 * (self.counts()["active"] - looked_up) + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
 
 
 class Block(nn.Module):
     """Attention, then feed-forward: each reads x through a norm, and its output is added to x.
 
-    PackedBlock (nanobit/infer/packed.py) repeats this forward, with all that it calls, for a single token.
-    The two are compared when a model is loaded. If you change something here, PackedBlock is not used, a line
-    on stderr reports that, and text is generated more slowly until you change it too. Other engines cannot
-    know of a change: export with --verify.
+    PackedBlock (nanobit/infer/packed.py) repeats this forward for a single token. If you change one, the
+    other is not used: they are compared when a model is loaded. For other engines, export with --verify.
     """
 
     def __init__(self, cfg, Linear):
@@ -175,8 +167,7 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in fp32 (arXiv 1910.07467), in the order of the Llama code in transformers, whose
-    forward of an export must equal ours bit for bit."""
+    """x / rms(x) * weight, in fp32 (arXiv 1910.07467), bit for bit as in the Llama code of transformers."""
 
     def __init__(self, n_embd, eps):
         super().__init__()

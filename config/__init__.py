@@ -2,12 +2,12 @@
 
 import difflib
 import glob
+import json
 import os
 import re
 import runpy
 import signal
 import sys
-from functools import partial
 from types import ModuleType, SimpleNamespace
 
 from nanobit import cli, files, terminal
@@ -76,12 +76,9 @@ def with_ratios(settings):
 def run_settings(path, given, known):
     """Return (file, known settings) of the run that a `resume` path lies in, without those of one command,
     and without its length if one is given. Raises ValueError if it is missing or cannot be read."""
-    import json  # here only, so that --help stays quick
-
     folder = os.path.abspath(path)
-    if os.path.isfile(folder):  # checkpoint.pt
-        folder = os.path.dirname(folder)
-    if os.path.basename(folder) == "best" and not os.path.exists(folder):  # as in checkpoint.locate
+    is_best = os.path.basename(folder) == "best" and not os.path.exists(folder)  # as in checkpoint.locate
+    if is_best or os.path.isfile(folder):  # checkpoint.pt
         folder = os.path.dirname(folder)
     if os.path.basename(os.path.dirname(folder)) == "checkpoints":  # a step folder
         folder = os.path.dirname(os.path.dirname(folder))
@@ -95,14 +92,11 @@ def run_settings(path, given, known):
         return source, {}
     try:
         with open(source, encoding="utf-8") as file:
-            rows = json.load(file)["settings"]
-        values = with_ratios({name: row["value"] for name, row in rows.items()})
+            values = with_ratios({name: row["value"] for name, row in json.load(file)["settings"].items()})
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{source} cannot be read ({terminal.printable(reason)}), so the settings of that run are not "
-            "known; name its config file and flags as before, with --resume=auto"
-        ) from None
+        remedy = "name the config file and flags of that run, with --resume=auto"
+        raise ValueError(f"{source} cannot be read ({terminal.printable(reason)}); {remedy}") from None
     left_out = {"resume", "init_from", "verify_data"}
     if lengths:
         left_out |= {"max_steps", "total_tokens"}
@@ -115,12 +109,11 @@ def run_settings(path, given, known):
 def read_file(path):
     """Return (path, settings) of a config file. Raises ValueError if it is missing or cannot be run."""
     here = os.path.join(ROOT, path)
-    near = difflib.get_close_matches(path, glob.glob("config/train_*.py"), n=1, cutoff=0.4)
     fault = "does not exist"
     if os.path.isfile(path) and path.endswith(".py"):
         try:
             return path, assignments(path)
-        except Exception as error:  # the file is the user's own code: whatever it raises is its fault
+        except Exception as error:  # the file is the user's own code
             fault = f"cannot be read: {type(error).__name__}: {error}"
     elif os.path.isfile(path) and os.path.basename(path) == "config.json":
         fault = f"is not Python; --resume={os.path.dirname(path) or '.'} takes the settings of that run"
@@ -132,7 +125,7 @@ def read_file(path):
         fault = f"is not a file; did you mean --{path}?"
     elif os.path.isfile(here):
         fault += f": paths are relative to the current folder; first cd {ROOT}, or give {here}"
-    elif near:
+    elif near := difflib.get_close_matches(path, glob.glob("config/train_*.py"), n=1, cutoff=0.4):
         fault += f"; did you mean {near[0]}?"
     raise ValueError(f"config file {path} {fault}")
 
@@ -148,27 +141,30 @@ def path_fault(path, flags):
 
 
 def put(cfg, known, name, value, source):
-    """Set one setting. Raises ValueError or TypeError if there is no such setting, or its type is another."""
+    """Set one setting; yield the fault if its name or type is wrong."""
     if RATIOS.get(name) in known:
-        fault = f"{name} is now {RATIOS[name]} = {name} / learning_rate"
+        ratio = ""
         if isinstance(value, (int, float)) and cfg.learning_rate:
-            fault += f"; here {value / cfg.learning_rate:.6g}"
-        raise ValueError(fault)
-    if name not in known:
-        raise ValueError(cli.unknown(name, known))
-    setattr(cfg, name, coerce(name, value, type(known[name].default)))
-    cfg.origin[name] = source
+            ratio = f"; here {value / cfg.learning_rate:.6g}"
+        yield f"{source}: {name} is now {RATIOS[name]} = {name} / learning_rate{ratio}"
+    elif name not in known:
+        yield f"{source}: {cli.unknown(name, known)}"
+    else:
+        try:
+            setattr(cfg, name, coerce(name, value, type(known[name].default)))
+            cfg.origin[name] = source
+        except TypeError as error:
+            yield f"{source}: {error}"
 
 
 def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=False):
     """Return the settings of a command line: an object with attributes and `origin`, {name: source}. Exits
     with 2 and one `error:` line per fault; with --help, prints `doc` and all settings and exits with 0.
 
-    argv: None = of this program; then Ctrl-C and an output that cannot be written end it from now on. flags:
-    {name: Flag} of the script itself; they shadow a setting of the same name. only: names of the settings
-    that this script takes, none of them from files; None = those of a run, all. derive: a function of cfg
-    that may change it before the settings are compared, and returns faults. takes_paths: keep the arguments
-    that are not flags as cfg.paths.
+    argv: None = of this program; then Ctrl-C and an output that cannot be written end it from now on.
+    flags: {name: Flag} of the script itself; they shadow a setting of the same name. only: names of the
+    settings that it takes, none from files; None = all, those of a run. derive: a function that may change
+    cfg before the settings are compared, and returns faults. takes_paths: keep other arguments as cfg.paths.
     """
     if argv is None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -190,34 +186,30 @@ def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=Fals
         cfg.paths, paths = paths, []
     elif only is not None and paths:
         faults.append(path_fault(paths.pop(), flags))
-    readers = [partial(read_file, path) for path in paths]
     texts = {name: text for name, text, _ in given}
+    readers = [(read_file, path) for path in paths]
     if only is None and not paths and texts.get("resume", "") not in ("", "auto"):
-        readers.append(partial(run_settings, texts["resume"], texts.keys(), known))
+        readers = [(run_settings, texts["resume"], texts.keys(), known)]
     layers = []
-    for reader in readers:
+    for reader, *args in readers:
         try:
-            layers.append(reader())
+            source, values = reader(*args)
+            layers.append([(name, value, source) for name, value in values.items()])
         except ValueError as error:
             faults.append(str(error))
     types = {name: type(flag.default) for name, flag in known.items()}
-    # a former rate is compared with the learning_rate beside it, which comes first
-    given.sort(key=lambda row: row[0] in RATIOS)
-    typed = [(arg, {name: cli.parse(text, types.get(name))}) for name, text, arg in given]
-    for source, values in layers + typed:
-        for name in sorted(values, key=RATIOS.__contains__):
-            try:
-                put(cfg, known, name, values[name], source)
-            except (TypeError, ValueError) as error:
-                faults.append(f"{source}: {error}")
+    typed = [(name, cli.parse(text, types.get(name)), arg) for name, text, arg in given]
+    for layer in [*layers, typed]:
+        # a former rate is compared with the learning_rate beside it, which comes first
+        for row in sorted(layer, key=lambda row: row[0] in RATIOS):
+            faults += put(cfg, known, *row)
     faults += cli.check(cfg, known)
     if derive:
         faults += derive(cfg)
     if only is None and len(layers) == len(readers):
         file = os.path.basename((paths or ["default"])[-1])
         cfg.run_id = cfg.run_id or os.path.splitext(file)[0]
-        faults += take_shape(cfg)
-        faults += contradictions(cfg)
+        faults += [*take_shape(cfg), *contradictions(cfg)]
         if not (faults or cfg.max_steps):
             faults.append("the run has no length; name a config file (config/train_simple.py) or --max_steps")
     if faults:
@@ -227,21 +219,20 @@ def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=Fals
 
 def take_shape(cfg):
     """Give shape settings at their defaults the values of the Llama whose folder init_from names; the others
-    are compared when its weights are read. Returns faults."""
+    are compared when its weights are read. Yields the fault of a seq_len that it does not have."""
     if not files.is_hf_folder(cfg.init_from):
-        return []
+        return
     from nanobit.export import llama  # only for such a folder: train.py needs no other part of an export
 
     shape, positions = llama.shape(cfg.init_from)
     source = f"init_from {cfg.init_from}"
     if cfg.seq_len > positions:
-        if cfg.origin["seq_len"] != "default":
-            return [f"seq_len = {cfg.seq_len} is more than the {positions:,} positions of {source}"]
         shape["seq_len"] = positions
+        if cfg.origin["seq_len"] != "default":
+            yield f"seq_len = {cfg.seq_len} is more than the {positions:,} positions of {source}"
     unset = {name: value for name, value in shape.items() if cfg.origin[name] == "default"}
     vars(cfg).update(unset)
     cfg.origin |= dict.fromkeys(unset, source)
-    return []
 
 
 def shape_faults(cfg):
@@ -262,8 +253,7 @@ def shape_faults(cfg):
 def divide_batch(cfg):
     """Derive cfg.total_batch_size (tokens) and cfg.accumulation (micro-steps); yield the fault of a rest."""
     micro = cfg.batch_size * cfg.seq_len * WORLD
-    total = cfg.total_batch_size or micro
-    cfg.total_batch_size = total
+    total = cfg.total_batch_size = cfg.total_batch_size or micro
     cfg.accumulation, rest = divmod(total, micro)
     if not rest:
         return
@@ -286,8 +276,7 @@ def contradictions(cfg):
     if cfg.dtype == "float16" and (cfg.n_expert or cfg.fsdp):
         yield "dtype = 'float16' does not work with n_expert or fsdp; use bfloat16 or float32"
     if cfg.max_steps and cfg.total_tokens:
-        lengths = f"max_steps = {cfg.max_steps}, total_tokens = {cfg.total_tokens}"
-        yield f"{lengths}: both give the length of the run; set the one that is not meant to 0"
+        yield f"max_steps = {cfg.max_steps}, total_tokens = {cfg.total_tokens}: give one length, not both"
     elif cfg.total_tokens:
         cfg.max_steps = -(-cfg.total_tokens // max(1, cfg.total_batch_size))
     if cfg.init_from and cfg.resume not in ("", "auto"):

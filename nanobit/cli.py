@@ -49,13 +49,11 @@ def explain_missing(error_type, error, trace):
     """Print one line with the remedy if a required module is missing, and exit with 2; an excepthook."""
     if not (issubclass(error_type, ModuleNotFoundError) and error.name in REQUIRED):
         return sys.__excepthook__(error_type, error, trace)
-    venv = os.path.join(ROOT, ".venv")
     remedy = "install the requirements first: make setup, or pip install -r requirements.txt"
+    venv = os.path.join(ROOT, ".venv")
     if os.path.isdir(venv) and os.path.realpath(sys.prefix) != os.path.realpath(venv):
-        activate = ["source", f"{venv}/bin/activate"]
-        if os.name == "nt":
-            activate = [f"{venv}\\Scripts\\activate"]
-        remedy = f"activate the environment first: {terminal.command_line(activate)}"
+        script = [f"{venv}\\Scripts\\activate"] if os.name == "nt" else ["source", f"{venv}/bin/activate"]
+        remedy = f"activate the environment first: {terminal.command_line(script)}"
     fail(f"{sys.executable} has no module {error.name}; {remedy}")
 
 
@@ -69,12 +67,8 @@ def library(name, package=""):
 
 def need_packages(names, extra):
     """Exit with 2 if packages are missing, naming all of them and the extra of pyproject.toml with them."""
-    missing = [name for name in names if not importlib.util.find_spec(name)]
-    if missing:
-        remedy = (
-            f'pip install {" ".join(missing)}, or, in the folder of this project, pip install -e ".[{extra}]"'
-        )
-        fail(f"this needs {', '.join(missing)}, not installed: {remedy}")
+    if missing := " ".join(name for name in names if not importlib.util.find_spec(name)):
+        fail(f'this needs {missing}: pip install {missing}, or here pip install -e ".[{extra}]"')
 
 
 sys.excepthook = explain_missing  # every command imports this file before torch and numpy
@@ -131,12 +125,10 @@ def split(argv, flags):
         elif not equals and types.get(name.removeprefix("no_")) is bool:
             name = name.removeprefix("no_")
             text = "False"
-        elif not equals and name in flags:
-            if not args or following.startswith("--"):
-                faults.append(f"{arg} needs a value: {arg}=...")
-                continue
-            text = args.pop(0)
-        elif not equals and is_value(following):  # the value of an unknown name
+        elif not equals and name in flags and (not args or following.startswith("--")):
+            faults.append(f"{arg} needs a value: {arg}=...")
+            continue
+        elif not equals and (name in flags or is_value(following)):  # the value of an unknown name, too
             text = args.pop(0)
         given.append((name, text, arg))
     return paths, given, faults
@@ -162,8 +154,7 @@ def coerce(name, value, wanted):
         raise TypeError(f"{name} = {value} must be finite")
     if type(value) is tuple:
         value = list(value)
-    items = value if type(value) is list else []
-    if type(value) is not wanted or not all(type(item) is str for item in items):
+    if type(value) is not wanted or (wanted is list and not all(type(item) is str for item in value)):
         in_words = {bool: "bool (True or False)", list: f"""a list of strings: --{name}="['a', 'b']\""""}
         expected = in_words.get(wanted, wanted.__name__)
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}")

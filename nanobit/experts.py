@@ -25,8 +25,7 @@ class Experts(nn.Module):
         self.gate_proj = Stack(cfg.n_expert, cfg.n_embd, cfg.ffn_dim)
         self.up_proj = Stack(cfg.n_expert, cfg.n_embd, cfg.ffn_dim)
         self.down_proj = Stack(cfg.n_expert, cfg.ffn_dim, cfg.n_embd)
-        # sizes differ from batch to batch: compiled, each would be another program. A bound method would make
-        # a copy of this module run the layers of the original
+        # compiled, each batch would be another program; bound, a copy would run the original's layers
         self.run_eagerly = torch.compiler.disable(Experts.loop)
 
     def forward(self, x):
@@ -65,8 +64,7 @@ class Experts(nn.Module):
 
 
 # The first numbers that a router reports; the load of each expert follows (E,), its fraction of the tokens.
-# balance  E sum_e(load_e * mean probability_e), 1 if even: the auxiliary loss of the Switch Transformer
-#          (arXiv 2101.03961, equation 4), over all k choices; the means are over a micro-batch
+# balance  E sum_e(load_e * mean probability_e), 1 if even, over a micro-batch (arXiv 2101.03961, equation 4)
 # z        mean square of the log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, equation 5)
 # entropy  of the probabilities, in nats per token: ln(E) if all are equal
 ROUTER = ("balance", "z", "entropy")
@@ -106,13 +104,11 @@ class BitExperts(FloatExperts):
 
 
 def grouped_mm_pays(x, weight):
-    """Return whether one product for all experts is correct, and faster than a loop. Its kernel is for
-    bfloat16 on Hopper. Elsewhere torch itself loops, and waits for the device; on Blackwell the gradient of
-    an expert without tokens is not zero (PyTorch issues 186620 and 172439)."""
-    _, n_out, n_in = weight.shape
-    if not x.is_cuda or output_dtype(x) != torch.bfloat16 or n_out % 8 or n_in % 8:
-        return False
-    return torch.cuda.get_device_capability(x.device)[0] == 9
+    """Return whether one product for all experts is correct and faster: in bfloat16 on Hopper. Elsewhere
+    torch itself loops, or, on Blackwell, the gradient of an expert without tokens is wrong (PyTorch issues
+    186620 and 172439)."""
+    is_eligible = x.is_cuda and output_dtype(x) == torch.bfloat16 and not any(n % 8 for n in weight.shape[1:])
+    return is_eligible and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def bit_layers(model):

@@ -25,28 +25,20 @@ class KVCache:
         """Store k, v (B, K, T, D) of the next T tokens. Return those of all tokens (B, K, length + T, D), and
         their mask (T, length + T), None if causal attention needs none: for one token or the first ones."""
         B, K, T, D = k.shape
-        if layer not in self.k_cache:
-            self.k_cache[layer] = k.new_zeros(B, K, self.size, D)  # finite, though StaticCache masks it
-            self.v_cache[layer] = v.new_zeros(B, K, self.size, D)
-        k_cache = self.k_cache[layer]
-        v_cache = self.v_cache[layer]
-        k_cache.narrow(2, self.length, T).copy_(k)
-        v_cache.narrow(2, self.length, T).copy_(v)
         end = self.length + T
+        for store, new in ((self.k_cache, k), (self.v_cache, v)):
+            if layer not in store:
+                store[layer] = new.new_zeros(B, K, self.size, D)  # finite, though StaticCache masks it
+            store[layer].narrow(2, self.length, T).copy_(new)
         mask = None
         if self.length > 0 and T > 1:
             mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(self.length)
-        return k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end), mask
-
-    def advance(self, n):
-        """Count n tokens, which every layer has stored."""
-        self.length += n
+        return self.k_cache[layer].narrow(2, 0, end), self.v_cache[layer].narrow(2, 0, end), mask
 
 
 class StaticCache(KVCache):
-    """A cache that gives each token after the prompt tensors of the same shape and address, so that a CUDA
-    graph can be replayed: the whole store, and a mask of the part that is filled. The caller adds 1 to
-    `position`, a tensor, after each of these tokens."""
+    """A cache of constant shapes and addresses after the prompt, so that a CUDA graph can be replayed: the
+    whole store, and a mask of what is filled. The caller adds 1 to `position`, a tensor, after each token."""
 
     def positions(self, n):
         return self.position if self.length else super().positions(n)
@@ -62,8 +54,7 @@ class StaticCache(KVCache):
 
 
 def replayed(model, cache, new):
-    """Return a function new (B, 1) -> logits (B, 1, V) that continues after a StaticCache by one CUDA graph:
-    one launch instead of hundreds."""
+    """Return a function new (B, 1) -> logits (B, 1, V) that continues a StaticCache by one CUDA graph."""
     token = new.clone()
     length = cache.length
     side = torch.cuda.Stream()
@@ -80,7 +71,7 @@ def replayed(model, cache, new):
     def step(new):
         token.copy_(new)
         graph.replay()
-        cache.advance(1)
+        cache.length += 1
         cache.position += 1
         return logits
 
@@ -132,8 +123,7 @@ def generate(
         yield new
 
 
-# The samples of a run: each prompt greedy, top-k and nucleus, with the same seed.
-
+# the samples of a run
 MODES = {
     "greedy": dict(temperature=0.0),
     "top_k": dict(temperature=0.8, top_k=50),

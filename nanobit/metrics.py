@@ -16,8 +16,7 @@ def mean_loss(model, batches, stop=lambda: False):
     was_training = model.training
     model.eval()
     batches = iter(batches)
-    losses = []
-    sizes = []
+    losses, sizes = [], []
     stopped = False
     while not stopped and (group := list(itertools.islice(batches, distributed.WORLD))):
         sizes += [targets.numel() for _, targets in group]
@@ -28,10 +27,10 @@ def mean_loss(model, batches, stop=lambda: False):
     model.train(was_training)
     if stopped:
         return None
-    table = torch.zeros(len(sizes), dtype=torch.float64)
+    sizes = torch.tensor(sizes, dtype=torch.float64)
+    table = torch.zeros_like(sizes)
     own_losses = table[distributed.RANK :: distributed.WORLD]
     own_losses[:] = torch.stack(losses).cpu().double()[: len(own_losses)]
-    sizes = torch.tensor(sizes, dtype=torch.float64)
     return (distributed.total(table) @ sizes / sizes.sum()).item()
 
 
@@ -45,12 +44,10 @@ def router_health(router):
         return named((*ROUTER, "load_max"), numbers) | {"dead": int((loads == 0).sum())}
 
     router = router.float().cpu()
-    values = router[:, : len(ROUTER)]
-    loads = router[:, len(ROUTER) :]
-    layers = []
-    for block_values, block_loads in zip(values, loads):
-        load = [float(f"{share:.4g}") for share in block_loads.tolist()]
-        layers.append(row(block_values, block_loads) | {"load": load})
+    values, loads = router.tensor_split([len(ROUTER)], 1)
+    layers = [row(*block) for block in zip(values, loads)]
+    for layer, block_loads in zip(layers, loads.tolist()):
+        layer["load"] = [float(f"{load:.4g}") for load in block_loads]
     return {"total": row(values.mean(0), loads), "layers": layers}
 
 
@@ -68,8 +65,7 @@ def codes(model):
 
 @torch.no_grad()
 def activation_absmax(model, idx):
-    """Return {name: max|x|} of the input of every ternary layer in one extra forward of idx (B, T), as 0-dim
-    tensors on the device."""
+    """Return {name: max|x|}, 0-dim tensors, of the inputs of ternary layers in an extra forward of idx."""
     names = {layer: name for name, layer in bit_layers(model).items()}
     absmax = dict.fromkeys(names.values(), torch.zeros((), device=idx.device))
 
@@ -105,23 +101,20 @@ def health(model, before, idx):
     """
     absmax = activation_absmax(model, idx)
     now = {}
-    rows = []
-    sizes = []
+    rows, sizes = [], []
     for name, layer in bit_layers(model).items():
         w = distributed.whole(layer.weight)
         codes, scale = ternarize(w)
         now[name] = codes.to(torch.int8)
         near = ((w.float().abs() * scale - 0.5).abs() < 0.05).float().mean()
-        flips = torch.zeros_like(near)
-        if before:
-            flips = (now[name] != before[name]).float().mean()
+        flips = (now[name] != before[name]).float().mean() if before else torch.zeros_like(near)
         fractions = [(codes == value).float().mean() for value in (0, 1, -1)]
         rows.append(torch.stack([*fractions, (1 / scale).mean(), near, flips, absmax[name]]))
         sizes.append(codes.numel())
     table = torch.stack(rows).cpu().double()  # (layers, len(HEALTH)); MPS has no float64
     total = (table * torch.tensor(sizes, dtype=torch.float64)[:, None]).sum(0) / sum(sizes)
     total[HEALTH.index("scale")] = table[:, HEALTH.index("scale")].mean()
-    total[HEALTH.index("act_absmax")] = table[:, HEALTH.index("act_absmax")].max()
+    total[-1] = table[:, -1].max()  # act_absmax
     records = [named(HEALTH, row.tolist()) for row in (total, *table)]
     if not before:
         records = [record | {"flip_rate": None} for record in records]

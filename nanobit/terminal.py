@@ -21,6 +21,8 @@ class Lossy:
     """A text stream that drops what cannot be written, because a terminal was closed, the reader of a pipe
     has ended or a disk is full: a run must not end because of what it prints."""
 
+    errors = (OSError, ValueError)  # ValueError: the stream is closed
+
     def __init__(self, stream):
         self.stream = stream
         if hasattr(stream, "reconfigure"):
@@ -29,14 +31,17 @@ class Lossy:
     def write(self, text):
         try:
             return self.stream.write(text)
-        except (OSError, ValueError):  # ValueError: the stream is closed
-            return len(text)
+        except self.errors as error:
+            return self.lose(error, len(text))
 
     def flush(self):
         try:
             self.stream.flush()
-        except (OSError, ValueError):
-            pass
+        except self.errors as error:
+            self.lose(error)
+
+    def lose(self, error, n_chars=0):
+        return n_chars
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -61,27 +66,16 @@ class Vital(Lossy):
     """A text stream that carries the result of its program, which ends with exit code 1 if that cannot be
     written: without a word if the reader of a pipe has ended, else with an error line."""
 
-    def write(self, text):
-        try:
-            return self.stream.write(text)
-        except OSError as error:
-            self.end(error)
+    errors = OSError
 
-    def flush(self):
-        try:
-            self.stream.flush()
-        except OSError as error:
-            self.end(error)
-
-    def end(self, error):
+    def lose(self, error, n_chars=0):
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # Windows reports the second for the first
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(1)  # an exit would flush, and fail, again
 
 
 def end_with_output():
-    """End the program from now on if stdout cannot be written, see Vital: in `sample.py ... | head` the
-    reader may end first. Characters that the encoding lacks are shown as escapes such as \\u65e5."""
+    """Make stdout Vital from now on: in `sample.py ... | head` the reader may end first."""
     if not isinstance(sys.stdout, Vital):
         sys.stdout = Vital(sys.stdout)
 
@@ -90,6 +84,6 @@ def progress_bar(total, done, hidden=False):
     """Return a bar on stderr that fits 60 columns; without a terminal it only passes lines on."""
     from tqdm import tqdm
 
-    is_shown = sys.stderr.isatty() and not hidden
+    hidden = hidden or not sys.stderr.isatty()
     layout = "{n_fmt}/{total_fmt} {percentage:3.0f}% |{bar}| {desc}{remaining}"
-    return tqdm(total=total, initial=done, disable=not is_shown, dynamic_ncols=True, bar_format=layout)
+    return tqdm(total=total, initial=done, disable=hidden, dynamic_ncols=True, bar_format=layout)

@@ -24,8 +24,7 @@ def initial(path):
 
 
 def trained(path):
-    """Return (part, folder) of a trained model: a checkpoint, see locate, or a folder that export.py wrote.
-    Print on stderr which step is used, and how to use the best one."""
+    """Return (part, folder) of a checkpoint, see locate, or of an exported folder; print which step it is."""
     if part := exported(path):
         print(f"using {path}, step {part['step']}", file=sys.stderr)
         part["config"] = config.assignments(config.DEFAULT) | config.with_ratios(part["config"])

@@ -1,11 +1,10 @@
 """
 Ternary layers for inference: four codes in a byte instead of float master weights, and the same output bits.
 
-The layout is that of transformers, on disk and in memory. On a CPU a C function reads it (packed.c, compiled
-in half a second when a model is loaded): it unpacks codes in registers, so a weight costs a quarter of a byte
-of memory traffic. Without a C compiler, codes are unpacked to int8 when a model is loaded. Many rows at a
-time are unpacked and multiplied as in training (kernels.exact_matmul). On CUDA, a Triton kernel computes
-single rows (packed_cuda.py).
+The layout is that of transformers, on disk and in memory. On a CPU a C function (packed.c, compiled in half a
+second when a model is loaded) unpacks codes in registers, so a weight costs a quarter of a byte of memory
+traffic; without a compiler, codes are unpacked to int8. Many rows at a time are unpacked and multiplied as
+in training (kernels.exact_matmul). On CUDA, a Triton kernel computes single rows (packed_cuda.py).
 """
 
 import ctypes
@@ -22,7 +21,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from model import Block
-from nanobit.experts import BitExperts, Experts, bit_layers
+from nanobit.experts import BitExperts, bit_layers
 from nanobit.generate import KVCache
 from nanobit.kernels import exact_matmul
 from quant import output_dtype, quantize_activations, ternarize
@@ -32,9 +31,8 @@ FEW = 384  # rows up to which the C function is faster than unpacking
 
 
 def pack(codes):
-    """Return codes {-1, 0, 1} (out, in) as uint8 (R, in), R = out / 4, in the layout of transformers: a byte
-    of row r holds codes + 1 of the rows r, r + R, r + 2R and r + 3R, lowest bits first. ValueError unless
-    out is a multiple of 4."""
+    """Return codes {-1, 0, 1} (out, in) as uint8 (R, in), R = out / 4: a byte of row r holds codes + 1 of the
+    rows r, r + R, r + 2R and r + 3R, lowest bits first. ValueError unless out is a multiple of 4."""
     if len(codes) % 4:
         raise ValueError(f"pack: {len(codes)} output rows are not a multiple of 4")
     quarters = (codes + 1).to(torch.uint8).chunk(4)
@@ -44,9 +42,6 @@ def pack(codes):
 def unpack(packed):
     """Return the int8 codes {-1, 0, 1} (out, in) of uint8 (out / 4, in): the inverse of pack."""
     return torch.cat([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])
-
-
-# the C functions
 
 
 class Matrix(ctypes.Structure):
@@ -67,8 +62,7 @@ def build(compiler, flags, folder):
         raise OSError(last_line or f"exit code {result.returncode}")
     lib = ctypes.CDLL(path)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    lib.packed_linear.argtypes = [pointer, number, number, number, pointer, pointer, pointer]
-    lib.packed_linear.argtypes += [ctypes.c_float, pointer, pointer, pointer]
+    lib.packed_linear.argtypes = [pointer, *3 * [number], *3 * [pointer], ctypes.c_float, *3 * [pointer]]
     lib.rotate.argtypes = [pointer, number, number, pointer, pointer]
     lib.packed_linear.restype = lib.rotate.restype = None
     return lib
@@ -173,15 +167,11 @@ NAMES += ["ffn.down_proj", "attn_norm.weight", "ffn_norm.weight"]
 
 class PackedBlock(nn.Module):
     """A Block of packed layers that computes one token of one text in a dozen calls instead of a hundred: a
-    call of torch costs microseconds, as much as a packed layer.
-
-    It repeats Block.forward (model.py) and all that this calls. Whoever changes one changes the other;
-    pack_blocks checks that they agree.
-    """
+    call of torch costs microseconds, as much as a packed layer. It repeats Block.forward (model.py) and all
+    that this calls; pack_blocks compares them. ValueError or KeyError for a block that has other layers,
+    widths or parameters: C would read and write beyond their ends."""
 
     def __init__(self, block):
-        """Take over a block. ValueError or KeyError if it has other layers, widths or parameters than forward
-        assumes: C would read and write beyond their ends."""
         super().__init__()
         layers = packed_layers(block)
         shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
@@ -218,16 +208,11 @@ def packed_layers(module):
 
 
 def packed_linear(w):
-    """Return the PackedLinear of master weights (out, in)."""
+    """Return the PackedLinear of master weights (out, in), or PackedExperts of those of BitExperts."""
+    if w.dim() == 3:
+        return PackedExperts(map(packed_linear, w))
     codes, scale = ternarize(w)
     return PackedLinear(pack(F.pad(codes, (0, 0, 0, -len(codes) % 4))), scale, len(codes))
-
-
-def as_packed(layer):
-    """Return the packed form of a BitLinear or BitExperts."""
-    if isinstance(layer, BitExperts):
-        return PackedExperts(map(packed_linear, layer.weight))
-    return packed_linear(layer.weight)
 
 
 def difference(ours, theirs):
@@ -241,23 +226,17 @@ def pack_layers(model):
     """Give the ternary layers of a model integer weights: the same function, which cannot be trained. A
     packed layer repeats BitLinear.forward (quant.py); one layer of each shape is compared with it, on a few
     random rows. If the two differ, nothing is packed, and a line on stderr reports that."""
-    packed = {}
-    compared = set()
-    for name, layer in bit_layers(model).items():
-        packed[name] = as_packed(layer)
-        if layer.weight.shape in compared:
-            continue
-        compared.add(layer.weight.shape)
+    layers = bit_layers(model)
+    packed = {name: packed_linear(layer.weight) for name, layer in layers.items()}
+    for name in {layer.weight.shape: name for name, layer in layers.items()}.values():  # one of each shape
+        layer = layers[name]
         n_rows = model.cfg.n_expert or 4
         sizes = [[1] * n_rows] if isinstance(layer, BitExperts) else []
         x = torch.randn(n_rows, layer.weight.shape[-1], generator=torch.Generator().manual_seed(0))
         x = x.to(layer.weight.device)
         if off := difference(packed[name](x, *sizes), layer(x, *sizes)):
-            print(
-                f"{name}: {type(layer).__name__} (quant.py) does not compute what packed.py does (largest "
-                f"difference {off:.3g}): its own forward is used, with the float weights, which is slower",
-                file=sys.stderr,
-            )
+            found = f"does not compute what packed.py does (largest difference {off:.3g})"
+            print(f"{name} (quant.py) {found}: its float weights are used, which is slower", file=sys.stderr)
             return
     for name, layer in packed.items():
         model.set_submodule(name, layer)
@@ -267,14 +246,10 @@ def pack_layers(model):
 def pack_blocks(model):
     """Put PackedBlocks in the place of the Blocks of packed layers, if the logits of single tokens stay the
     same to the last bit. If not, the Blocks stay, and the reason is printed on stderr."""
-    blocks = {}
-    for name, block in model.named_modules():
-        if not isinstance(block, Block) or isinstance(getattr(block, "ffn", None), Experts):
-            continue
-        layers = packed_layers(block).values()
-        if layers and all(layer.uses_c and layer.out_features == layer.padded_out for layer in layers):
-            blocks[name] = block
-    if not blocks:
+    blocks = {name: block for name, block in model.named_modules() if isinstance(block, Block)}
+    layers = packed_layers(model).values()
+    fit = [layer.uses_c and layer.out_features == layer.padded_out for layer in layers]
+    if model.cfg.n_expert or not layers or not all(fit):
         return
     with torch.random.fork_rng(devices=[]):  # a Block that was changed may draw random numbers
         plain = single_token_logits(model)
@@ -288,11 +263,8 @@ def pack_blocks(model):
     if problem:
         for name, block in blocks.items():
             model.set_submodule(name, block)
-        print(
-            f"PackedBlock (packed.py) does not compute what Block (model.py) does: {problem}; so each token "
-            "goes through Block, which is slower",
-            file=sys.stderr,
-        )
+        found = f"PackedBlock (packed.py) does not compute what Block (model.py) does: {problem}"
+        print(f"{found}; so each token goes through Block, which is slower", file=sys.stderr)
 
 
 def single_token_logits(model):

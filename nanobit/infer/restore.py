@@ -12,8 +12,7 @@ from nanobit.infer.packed import PackedLinear, pack_blocks, pack_layers
 
 def restore(part, device, packed=False):
     """Return the model of `part`, a loaded checkpoint.pt, on the device and ready for use. packed: its
-    ternary layers hold integer weights, which compute the same and cannot be trained. Layers that are packed
-    in the part (hf.read) stay packed."""
+    ternary layers hold integer weights, as those of hf.read always do."""
     with torch.device("meta"):
         model = Transformer(SimpleNamespace(**part["config"]))
     # copied: the order in which some products add depends on where a tensor begins in memory
@@ -36,13 +35,11 @@ def restore(part, device, packed=False):
 
 
 def pack(model):
-    """Give the ternary layers of a model in eval mode integer weights, and a fast path to single tokens, if
-    both compute what quant.py and model.py do."""
+    """Give a model in eval mode integer weights and a fast path to single tokens, if these change no bit."""
     pack_layers(model)
     pack_blocks(model)
 
 
 def lighten_head(model):
-    """Keep the head in bfloat16, for generating token by token: half the memory to read, which for a packed
-    model is most of it. Logits then differ by rounding to 8 bits."""
+    """Keep the head in bfloat16, half the memory to read for each token; logits are rounded to 8 bits."""
     model.head.weight = nn.Parameter(model.head.weight.detach().bfloat16(), requires_grad=False)
