@@ -186,6 +186,7 @@ STATED = {
     "train_arithmetic": 5_118_976,
     "train_tictactoe": 12_069_888,
     "train_tinystories": 12_194_688,
+    "train_laptop": 787_584 + 128 * 4096,
     "train_text": 10_621_824 + 384 * 4096,  # with the vocabulary that prepare/text.py makes by default
     "train_baseline_95m": 95_367_936,
     "train_best_95m": 95_367_936,
@@ -203,6 +204,7 @@ FORMER = {  # learning_rate, stage2_lr and min_lr, when all three were rates
     "train_tictactoe": (1.5e-3, 1e-3, 1.5e-5),
     "train_tinystories": (1.5e-3, 1e-3, 1.5e-5),
     "train_text": (1.5e-3, 1e-3, 1.5e-5),
+    "train_laptop": (8e-3, None, None),  # it was written after the rates had become ratios
     "train_baseline_95m": (1.5e-3, 1e-3, 1.5e-5),
     "train_best_95m": (1.5e-3, 1e-3, 1.5e-5),
     "train_dense_300m": (6e-4, None, 6e-5),  # its schedule and that of the mixture have no stage 2
