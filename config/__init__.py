@@ -235,21 +235,6 @@ def take_shape(cfg):
     cfg.origin |= dict.fromkeys(unset, source)
 
 
-def shape_faults(cfg):
-    """Yield the contradictions among the sizes of the model."""
-    head_size, rest = divmod(cfg.n_embd, cfg.n_head)
-    if rest:
-        yield f"n_embd = {cfg.n_embd} is not divisible by n_head = {cfg.n_head}"
-    elif head_size % 2:
-        yield f"n_embd / n_head = {head_size} is odd; rotary positions need an even head size"
-    if cfg.n_head % cfg.n_kv_head:
-        yield f"n_head = {cfg.n_head} is not divisible by n_kv_head = {cfg.n_kv_head}"
-    if cfg.ternary and max(cfg.n_embd, cfg.ffn_dim) * 127 >= 2**24:
-        yield f"n_embd = {cfg.n_embd}, ffn_dim = {cfg.ffn_dim}: a ternary layer has at most 132,103 inputs"
-    if cfg.n_expert > 0 and not 1 <= cfg.n_expert_active <= cfg.n_expert:
-        yield f"n_expert_active = {cfg.n_expert_active} must be from 1 to n_expert = {cfg.n_expert}"
-
-
 def divide_batch(cfg):
     """Derive cfg.total_batch_size (tokens) and cfg.accumulation (micro-steps); yield the fault of a rest."""
     micro = cfg.batch_size * cfg.seq_len * WORLD
@@ -269,16 +254,10 @@ def divide_batch(cfg):
 
 def contradictions(cfg):
     """Yield all contradictions among the settings of a run; derive max_steps and those of divide_batch."""
-    sizes = (cfg.batch_size, cfg.seq_len, cfg.n_embd, cfg.n_head, cfg.n_kv_head)
-    if min(sizes) > 0 and cfg.total_batch_size >= 0:
-        yield from shape_faults(cfg)
-        yield from divide_batch(cfg)
     if cfg.dtype == "float16" and (cfg.n_expert or cfg.fsdp):
         yield "dtype = 'float16' does not work with n_expert or fsdp; use bfloat16 or float32"
     if cfg.max_steps and cfg.total_tokens:
-        yield f"max_steps = {cfg.max_steps}, total_tokens = {cfg.total_tokens}: give one length, not both"
-    elif cfg.total_tokens:
-        cfg.max_steps = -(-cfg.total_tokens // max(1, cfg.total_batch_size))
+        yield f"max_steps = {cfg.max_steps}, total_tokens = {cfg.total_tokens}: set one of them to 0"
     if cfg.init_from and cfg.resume not in ("", "auto"):
         yield "resume and init_from exclude each other: resume continues a run, init_from begins at step 0"
     if cfg.tokenize_on_fly and os.name == "nt":
@@ -287,3 +266,19 @@ def contradictions(cfg):
         yield "eval_tokens = 0 (all) does not work with tokenize_on_fly; set it, or set eval_every = 0"
     if cfg.patience > 0 and cfg.eval_every <= 0:
         yield f"patience = {cfg.patience} needs evaluations; set eval_every"
+    if cfg.n_expert > 0 and not 1 <= cfg.n_expert_active <= cfg.n_expert:
+        yield f"n_expert_active = {cfg.n_expert_active} must be from 1 to n_expert = {cfg.n_expert}"
+    sizes = (cfg.batch_size, cfg.seq_len, cfg.n_embd, cfg.n_head, cfg.n_kv_head)
+    if min(sizes) <= 0 or cfg.total_batch_size < 0:
+        return
+    head_size, rest = divmod(cfg.n_embd, cfg.n_head)
+    if rest:
+        yield f"n_embd = {cfg.n_embd} is not divisible by n_head = {cfg.n_head}"
+    elif head_size % 2:
+        yield f"n_embd / n_head = {head_size} is odd; rotary positions need an even head size"
+    if cfg.n_head % cfg.n_kv_head:
+        yield f"n_head = {cfg.n_head} is not divisible by n_kv_head = {cfg.n_kv_head}"
+    if cfg.ternary and max(cfg.n_embd, cfg.ffn_dim) * 127 >= 2**24:
+        yield f"n_embd = {cfg.n_embd}, ffn_dim = {cfg.ffn_dim}: a ternary layer has at most 132,103 inputs"
+    yield from divide_batch(cfg)
+    cfg.max_steps = cfg.max_steps or -(-cfg.total_tokens // cfg.total_batch_size)

@@ -1,5 +1,4 @@
 # Additions, subtractions and products of numbers with one to three digits. 5M parameters.
-# Data: python prepare/arithmetic.py --ops=+-x --digits=3 --train_problems=2000000 --name=arithmetic3
 
 dataset = "arithmetic3"
 prepare = "python prepare/arithmetic.py --ops=+-x --digits=3 --train_problems=2000000 --name=arithmetic3"

@@ -1,5 +1,4 @@
 # One megabyte of your own text, about six minutes on two CPU cores: 0.9M parameters.
-# Data: python prepare/text.py --files=input.txt --vocab_size=1024 --name=shakespeare
 
 dataset = "shakespeare"
 prepare = "python prepare/text.py --files=input.txt --vocab_size=1024 --name=shakespeare"

@@ -1,5 +1,4 @@
 # Your own text: 10M parameters in the blocks, and 384 for each token of the vocabulary.
-# Data: python prepare/text.py --files='*.txt'
 
 dataset = "text"
 prepare = "python prepare/text.py --files='*.txt'"

@@ -30,8 +30,7 @@ LOWER = {"[": (operator.ge, "at least"), "(": (operator.gt, "more than")}
 UPPER = {"]": (operator.le, "at most"), ")": (operator.lt, "less than")}
 SEED = "[0, 9223372036854775808)"  # what torch takes: less than 2^63
 on_fail = []  # functions that fail() hands its faults to, as one text, before it exits
-# what torchrun says about this process: facts, not settings
-LAUNCHER = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+LAUNCHER = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # facts of torchrun, not settings
 RANK = int(LAUNCHER.get("RANK", 0))
 WORLD = int(LAUNCHER.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(LAUNCHER.get("LOCAL_RANK", 0))
@@ -72,9 +71,6 @@ def need_packages(names, extra):
 
 
 sys.excepthook = explain_missing  # every command imports this file before torch and numpy
-
-
-# flags
 
 
 class Flag(NamedTuple):

@@ -19,7 +19,8 @@ from nanobit import checkpoint, data, machine, optim
 from nanobit.bench import planner
 from nanobit.experts import router_loss
 from nanobit.generate import generate
-from nanobit.infer.restore import lighten_head, pack
+from nanobit.infer.packed import pack_layers
+from nanobit.infer.restore import lighten_head
 from nanobit.metrics import mean_loss
 
 
@@ -198,7 +199,7 @@ def writer(cfg, ternary, head, device, prompt, n_new):
     name = "ternary, master weights" if ternary else "float"
     if ternary and cfg.packed:
         name = "ternary"
-        pack(model)
+        pack_layers(model)
     if head == "bfloat16":
         name += ", bfloat16 head"
         lighten_head(model)

@@ -95,8 +95,7 @@ class Matrices:
         self.n_out = sum(matrix.n_out for matrix in self.array)
 
     def __call__(self, x, norm=None, factor=None, residual=None):
-        """Return y (..., n_out) for x (..., in), fp32 and contiguous. x is first normalized by norm, an
-        RMSNorm, then multiplied by factor; residual is added to y."""
+        """Return y (..., n_out) for x (..., in), fp32 and contiguous: W (norm(x) * factor) + residual."""
         y = x.new_empty(*x.shape[:-1], self.n_out)
         mean, weight, eps = None, None, 0.0
         if norm is not None:
@@ -109,8 +108,8 @@ class Matrices:
 
 
 class PackedLinear(nn.Module):
-    """A BitLinear that has only its codes: packed (out / 4, in), see pack, and scale (1, 1). It stays on the
-    device where it was made. If out_features is not a multiple of 4, packed ends with rows of zeros."""
+    """A BitLinear that has only its codes: packed (out / 4, in), see pack, with rows of zeros at the end if
+    out_features is not a multiple of 4, and scale (1, 1). It stays on the device where it was made."""
 
     def __init__(self, packed, scale, out_features):
         super().__init__()
@@ -223,9 +222,9 @@ def difference(ours, theirs):
 
 @torch.no_grad()
 def pack_layers(model):
-    """Give the ternary layers of a model integer weights: the same function, which cannot be trained. A
-    packed layer repeats BitLinear.forward (quant.py); one layer of each shape is compared with it, on a few
-    random rows. If the two differ, nothing is packed, and a line on stderr reports that."""
+    """Give the ternary layers of a model in eval mode integer weights, and its blocks the fast path of
+    pack_blocks: the same function, which cannot be trained. One layer of each shape is compared with the
+    BitLinear (quant.py) on a few rows; if they differ, a line reports that, and nothing is packed."""
     layers = bit_layers(model)
     packed = {name: packed_linear(layer.weight) for name, layer in layers.items()}
     for name in {layer.weight.shape: name for name, layer in layers.items()}.values():  # one of each shape
@@ -240,12 +239,11 @@ def pack_layers(model):
             return
     for name, layer in packed.items():
         model.set_submodule(name, layer)
+    pack_blocks(model)
 
 
-@torch.no_grad()
 def pack_blocks(model):
-    """Put PackedBlocks in the place of the Blocks of packed layers, if the logits of single tokens stay the
-    same to the last bit. If not, the Blocks stay, and the reason is printed on stderr."""
+    """Replace the Blocks by PackedBlocks, if the logits of single tokens keep every bit; else report it."""
     blocks = {name: block for name, block in model.named_modules() if isinstance(block, Block)}
     layers = packed_layers(model).values()
     fit = [layer.uses_c and layer.out_features == layer.padded_out for layer in layers]
@@ -268,8 +266,7 @@ def pack_blocks(model):
 
 
 def single_token_logits(model):
-    """Return the logits (1, 4, V) of four tokens, read one by one after a prompt of 16; both are fixed, and
-    shorter if the context is."""
+    """Return the logits (1, 4, V) of four tokens, read one by one after 16; fewer in a short context."""
     n = min(20, model.cfg.seq_len)
     ids = (7 * torch.arange(n)[None] + 1) % model.cfg.vocab_size
     cache = KVCache(n)

@@ -7,7 +7,7 @@ from torch import nn
 
 from model import Transformer
 from nanobit.cli import fail
-from nanobit.infer.packed import PackedLinear, pack_blocks, pack_layers
+from nanobit.infer.packed import PackedLinear, pack_layers
 
 
 def restore(part, device, packed=False):
@@ -30,14 +30,8 @@ def restore(part, device, packed=False):
         model.init_positions()
     model.eval()
     if packed:
-        pack(model)
+        pack_layers(model)
     return model
-
-
-def pack(model):
-    """Give a model in eval mode integer weights and a fast path to single tokens, if these change no bit."""
-    pack_layers(model)
-    pack_blocks(model)
 
 
 def lighten_head(model):
