@@ -1,11 +1,10 @@
 """
 The transformer: a plain Llama, so that stock engines can run what is trained here.
 
-Pre-norm RMSNorm, rotary positions that rotate halves, grouped-query attention, SwiGLU, no biases, and a head
-that may share the matrix of the embedding. With cfg.ternary every linear layer of attention and feed-forward
-is a BitLinear (quant.py); embedding, head, norms and routers stay in full precision. Without it the model is
-an ordinary float model of the same shape, the twin. With cfg.n_expert the feed-forward network of each block
-is a mixture of experts (nanobit/experts.py).
+Pre-norm RMSNorm, rotary positions that rotate halves, grouped-query attention, SwiGLU, no biases. With
+cfg.ternary every linear layer of attention and feed-forward is a BitLinear (quant.py); embedding, head, norms
+and routers stay in full precision. Without it the model is a float model of the same shape, the twin. With
+cfg.n_expert the feed-forward network of each block is a mixture of experts (nanobit/experts.py).
 
 Shapes: B sequences, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V = vocab_size, E = n_expert.
 """
@@ -43,12 +42,9 @@ class Transformer(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     def init_weights(self):
-        """Draw the weights from normal distributions, so that the first loss is near ln(V).
-
-        The std is 0.02 for embedding, head and routers, and 1 / sqrt(inputs) for the matrices of the blocks,
-        whose outputs then have the same size at every width. The two matrices per block that write into the
-        residual stream get 1 / sqrt(2 n_layer) of that (GPT-2, section 2.3).
-        """
+        """Draw the weights from normal distributions, so that the first loss is near ln(V). The std is 0.02
+        for embedding, head and routers, and 1 / sqrt(inputs) for the matrices of the blocks. Those that write
+        into the residual stream, two per block, get 1 / sqrt(2 n_layer) of that (GPT-2, section 2.3)."""
         for name, p in self.named_parameters():
             if name.endswith("_proj.weight"):  # (out, in), or (E, out, in) of experts
                 inverse_variance = p.shape[-1]
@@ -59,12 +55,10 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, idx, targets=None, cache=None):
-        """Return logits (B, T, V) in fp32 for idx (B, T).
-
-        With targets (B, T), return (loss, router) instead: the mean cross entropy in nats, and the numbers of
-        the routers (n_layer, 3 + E), see experts.ROUTER, or None. With a cache (generate.KVCache), idx
-        continues the tokens that it holds, and the logits are those of the last position (B, 1, V).
-        """
+        """Return logits (B, T, V) in fp32 for idx (B, T). With targets (B, T), return (loss, router) instead:
+        the mean cross entropy in nats, and the numbers of the routers (n_layer, 3 + E), see experts.ROUTER,
+        or None. With a cache (generate.KVCache), idx continues the tokens that it holds, and the logits are
+        those of the last position (B, 1, V)."""
         T = idx.shape[1]
         positions = slice(T) if cache is None else cache.positions(T)
         cos, sin = self.cos[positions], self.sin[positions]
@@ -100,11 +94,9 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward: each reads x through a norm, and its output is added to x.
-
-    PackedBlock (nanobit/infer/packed.py) repeats this forward for a single token. If you change one, the
-    other is not used: they are compared when a model is loaded. For other engines, export with --verify.
-    """
+    """Attention, then feed-forward: each reads x through a norm, and its output is added to x. PackedBlock
+    (nanobit/infer/packed.py) repeats this for a single token. Both are compared when a model is loaded: if
+    you change this one, the other is not used. For other engines, export with --verify."""
 
     def __init__(self, cfg, Linear):
         super().__init__()

@@ -8,6 +8,7 @@ import re
 import runpy
 import signal
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 from nanobit import cli, files, terminal
@@ -38,11 +39,8 @@ def settings_of(cfg):
 
 def assignments(path):
     """Return {name: value} of a config file, without names that start with _, functions and modules."""
-    return {
-        name: value
-        for name, value in runpy.run_path(path).items()
-        if not (name.startswith("_") or callable(value) or isinstance(value, ModuleType))
-    }
+    rows = runpy.run_path(path).items()
+    return {k: v for k, v in rows if not (k.startswith("_") or callable(v) or isinstance(v, ModuleType))}
 
 
 def sections():
@@ -60,8 +58,8 @@ def sections():
 
 
 def with_ratios(settings):
-    """Return the saved settings of a run with stage2_lr_ratio and min_lr_ratio. Earlier versions saved the
-    rates themselves; such a number stays beside its ratio if the product is not the same float."""
+    """Return the saved settings of a run with ratios instead of the rates that earlier versions saved. Such a
+    rate stays beside its ratio if the product is not the same float."""
     settings = dict(settings)
     peak = settings.get("learning_rate")
     for former, ratio in RATIOS.items():
@@ -132,12 +130,11 @@ def read_file(path):
 
 def path_fault(path, flags):
     """Return the fault of a path on the command line of a script that takes flags only."""
-    remedy = "--help lists them"
-    for name in ("files", "ckpt"):
-        for existing in (os.path.join("runs", path), path):
-            if name in flags and os.path.exists(existing):
-                remedy = f"did you mean --{name}={existing}?"
-    return f"{path}: this script takes no file, only flags; {remedy}"
+    existing = filter(os.path.exists, (path, os.path.join("runs", path)))
+    near = [
+        f"did you mean --{name}={file}?" for file in existing for name in ("ckpt", "files") if name in flags
+    ]
+    return f"{path}: this script takes no file, only flags; {next(iter(near), '--help lists them')}"
 
 
 def put(cfg, known, name, value, source):
@@ -157,15 +154,12 @@ def put(cfg, known, name, value, source):
             yield f"{source}: {error}"
 
 
-def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=False):
+def load(argv=None, doc="", flags=None, only=None, derive=lambda cfg: [], takes_paths=False):
     """Return the settings of a command line: an object with attributes and `origin`, {name: source}. Exits
     with 2 and one `error:` line per fault; with --help, prints `doc` and all settings and exits with 0.
-
-    argv: None = of this program; then Ctrl-C and an output that cannot be written end it from now on.
-    flags: {name: Flag} of the script itself; they shadow a setting of the same name. only: names of the
-    settings that it takes, none from files; None = all, those of a run. derive: a function that may change
-    cfg before the settings are compared, and returns faults. takes_paths: keep other arguments as cfg.paths.
-    """
+    argv: None = of this program. flags: {name: Flag} of the script itself; they shadow settings. only: names
+    of the settings that it takes, none from files; None = all, those of a run. derive: may change cfg before
+    the settings are compared, and returns faults. takes_paths: keep other arguments as cfg.paths."""
     if argv is None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         terminal.end_with_output()
@@ -186,10 +180,10 @@ def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=Fals
         cfg.paths, paths = paths, []
     elif only is not None and paths:
         faults.append(path_fault(paths.pop(), flags))
-    texts = {name: text for name, text, _ in given}
+    typed = {name: value for name, value, _ in given}
     readers = [(read_file, path) for path in paths]
-    if only is None and not paths and texts.get("resume", "") not in ("", "auto"):
-        readers = [(run_settings, texts["resume"], texts.keys(), known)]
+    if only is None and not paths and typed.get("resume", "") not in ("", "auto"):
+        readers = [(run_settings, typed["resume"], typed.keys(), known)]
     layers = []
     for reader, *args in readers:
         try:
@@ -197,18 +191,14 @@ def load(argv=None, doc="", flags=None, only=None, derive=None, takes_paths=Fals
             layers.append([(name, value, source) for name, value in values.items()])
         except ValueError as error:
             faults.append(str(error))
-    types = {name: type(flag.default) for name, flag in known.items()}
-    typed = [(name, cli.parse(text, types.get(name)), arg) for name, text, arg in given]
-    for layer in [*layers, typed]:
+    for layer in [*layers, given]:
         # a former rate is compared with the learning_rate beside it, which comes first
         for row in sorted(layer, key=lambda row: row[0] in RATIOS):
             faults += put(cfg, known, *row)
     faults += cli.check(cfg, known)
-    if derive:
-        faults += derive(cfg)
+    faults += derive(cfg)
     if only is None and len(layers) == len(readers):
-        file = os.path.basename((paths or ["default"])[-1])
-        cfg.run_id = cfg.run_id or os.path.splitext(file)[0]
+        cfg.run_id = cfg.run_id or Path((paths or ["default"])[-1]).stem
         faults += [*take_shape(cfg), *contradictions(cfg)]
         if not (faults or cfg.max_steps):
             faults.append("the run has no length; name a config file (config/train_simple.py) or --max_steps")

@@ -24,7 +24,6 @@ schedule = "cosine"
 warmup_steps = 2000
 learning_rate = 6e-4
 min_lr_ratio = 0.1
-
 log_every = 10
 eval_every = 1000
 eval_tokens = 4_194_304

@@ -16,9 +16,7 @@ ffn_dim = 384
 optimizer = "muon"  # trains small ternary models best: docs/results.md
 learning_rate = 8e-3
 warmup_steps = 50
-
 compile = False  # in a run this short, compiling takes longer than it saves
-
 log_every = 50
 eval_every = 200
 eval_tokens = 0  # all of the held-out text

@@ -23,7 +23,6 @@ schedule = "cosine"
 warmup_steps = 1000
 learning_rate = 1e-3
 min_lr_ratio = 0.1
-
 log_every = 10
 eval_every = 500
 eval_tokens = 2_097_152

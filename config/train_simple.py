@@ -18,9 +18,7 @@ learning_rate = 2e-3
 stage2_lr_ratio = 0.65
 min_lr_ratio = 0.0075
 warmup_steps = 50
-
 compile = False  # in a run this short, compiling takes longer than it saves
-
 eval_every = 500
 eval_tokens = 16384
 sample_every = 500

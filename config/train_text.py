@@ -14,7 +14,6 @@ ffn_dim = 1152
 dropout = 0.1  # for small texts, which are read many times
 
 warmup_steps = 200
-
 log_every = 50
 eval_every = 500
 sample_every = 500

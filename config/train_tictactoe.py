@@ -15,7 +15,6 @@ n_embd = 512
 ffn_dim = 1280
 
 warmup_steps = 200
-
 eval_every = 2000
 eval_tokens = 65536
 sample_every = 2000

@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import importlib
 import importlib.util
 import math
 import operator
@@ -90,7 +89,7 @@ JSON = Flag(False, "end stdout with one JSON line on a terminal, too; elsewhere 
 
 
 def split(argv, flags):
-    """Return (paths, [(name, text, flag as typed)], faults) of a command line with these {name: Flag}."""
+    """Return (paths, [(name, value, flag as typed)], faults) of a command line with these {name: Flag}."""
     types = {name: type(flag.default) for name, flag in flags.items()}
     paths, given, faults = [], [], []
     args = list(argv)
@@ -115,9 +114,7 @@ def split(argv, flags):
             faults.append(f"{arg} {following}: write it without spaces around =: --{name}={value}")
             continue
         if not equals and types.get(name) is bool:
-            text = "True"
-            if following.lower() in ("true", "false"):
-                text = args.pop(0)
+            text = args.pop(0) if following.lower() in ("true", "false") else "True"
         elif not equals and types.get(name.removeprefix("no_")) is bool:
             name = name.removeprefix("no_")
             text = "False"
@@ -126,7 +123,7 @@ def split(argv, flags):
             continue
         elif not equals and (name in flags or is_value(following)):  # the value of an unknown name, too
             text = args.pop(0)
-        given.append((name, text, arg))
+        given.append((name, parse(text, types.get(name)), arg))
     return paths, given, faults
 
 
@@ -169,7 +166,7 @@ def unknown(name, known):
 
 
 def range_fault(value, within):
-    """Return what a number must be to lie in one of the intervals of Flag.within, or '' if it does."""
+    """Return what a number must be to lie in an interval of Flag.within, or '' if it does."""
     expected = []
     for interval in within.split(" or "):
         low, high = interval[1:-1].split(", ")
@@ -208,9 +205,8 @@ def check(cfg, flags):
     faults = []
     for name, flag in flags.items():
         if cfg.origin[name] == "default":
-            others = flag.unless.split()
-            if flag.required and not any(map(is_on, others)):
-                expected = " or --".join([f"{name}=...", *others])
+            if flag.required and not any(map(is_on, flag.unless.split())):
+                expected = " or --".join([f"{name}=...", *flag.unless.split()])
                 faults.append(f"--{expected} is missing; --help explains it")
             continue
         if fault := value_fault(name, getattr(cfg, name), flag):
@@ -226,7 +222,6 @@ def check(cfg, flags):
 
 def print_help(doc, sections, takes_files):
     """Print a command's docstring, then each flag of {section: {name: Flag}} with default and comment."""
-    terminal.end_with_output()
     width = min(100, max(50, os.get_terminal_size().columns)) if sys.stdout.isatty() else 100
     print(doc.strip())
     for title, flags in sections.items():

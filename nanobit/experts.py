@@ -8,12 +8,9 @@ from quant import BitLinear, TernaryLinear, output_dtype
 
 
 class Experts(nn.Module):
-    """n_expert SwiGLU networks, of which each token uses n_expert_active (Mixtral, arXiv 2401.04088, 2.1).
-
-    A router gives each expert a probability. The outputs of the most probable experts are added, weighted by
-    their probabilities, divided by the sum of these. A single active expert is weighted by its probability
-    itself, as in the Switch Transformer. No token is dropped, so no token's output depends on another token.
-    """
+    """n_expert SwiGLU networks, of which each token uses n_expert_active (Mixtral, arXiv 2401.04088, 2.1). A
+    router gives each expert a probability, by which the outputs of the most probable ones are weighted,
+    divided by their sum if they are several. No token is dropped, so none depends on another token."""
 
     def __init__(self, cfg, Linear):
         super().__init__()
@@ -88,8 +85,7 @@ class FloatExperts(nn.Module):
         """Return y (N, out) for x (N, in). sizes lists the rows of each expert; as a tensor, int32, it holds
         the ends of their rows, and one grouped product computes all experts."""
         if torch.is_tensor(sizes):  # grouped_mm ignores autocast: both operands are cast by hand
-            w = self.weight.bfloat16().transpose(-2, -1)
-            return F.grouped_mm(x.bfloat16(), w, offs=sizes)
+            return F.grouped_mm(x.bfloat16(), self.weight.bfloat16().transpose(-2, -1), offs=sizes)
         return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), self.weight.unbind())])
 
 
@@ -97,21 +93,17 @@ class BitExperts(FloatExperts):
     """FloatExperts whose products are ternary, as BitLinear's; each matrix has its own scale."""
 
     def forward(self, x, sizes):
-        """Return y (N, out) for x (N, in), whose first sizes[0] rows belong to expert 0, and so on."""
-        dtype = output_dtype(x)
         parts = zip(x.split(sizes), self.weight.unbind())
-        return torch.cat([TernaryLinear.apply(rows, w, dtype) for rows, w in parts])
+        return torch.cat([TernaryLinear.apply(rows, w, output_dtype(x)) for rows, w in parts])
 
 
 def grouped_mm_pays(x, weight):
-    """Return whether one product for all experts is correct and faster: in bfloat16 on Hopper. Elsewhere
-    torch itself loops, or, on Blackwell, the gradient of an expert without tokens is wrong (PyTorch issues
-    186620 and 172439)."""
+    """Return whether one product for all experts is correct and faster: in bfloat16 on Hopper. Other devices
+    loop inside it, or give wrong gradients to experts without tokens (PyTorch issues 186620, 172439)."""
     is_eligible = x.is_cuda and output_dtype(x) == torch.bfloat16 and not any(n % 8 for n in weight.shape[1:])
     return is_eligible and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def bit_layers(model):
     """Return {name: BitLinear or BitExperts} of a model, in its order."""
-    ternary = (BitLinear, BitExperts)
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, ternary)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, (BitLinear, BitExperts))}

@@ -14,8 +14,7 @@ class KVCache:
     def __init__(self, size):
         self.size = size
         self.length = 0
-        self.k_cache = {}
-        self.v_cache = {}
+        self.k_cache, self.v_cache = {}, {}
 
     def positions(self, n):
         """Return the positions of the next n tokens, as an index of the tables of rotary angles."""
@@ -98,33 +97,28 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.no_grad()
-def generate(
-    model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, cuda_graph=False
-):
+def generate(model, idx, max_new_tokens, cuda_graph=False, **sampling):
     """Yield the tokens (B, 1) that follow the prompts idx (B, T), one at a time. When the context is full,
-    its later half is read again and generation continues after that. cuda_graph: see replayed."""
+    its later half is read again. cuda_graph: see replayed; sampling: the options of sample_token."""
     size = model.cfg.seq_len
     Cache = StaticCache if cuda_graph else KVCache
-    cache = Cache(size)
+    cache, step = Cache(size), None
     idx = new = idx[:, -size:]
-    step = None
     for _ in range(max_new_tokens):
         if cache.length + new.shape[1] > size:
-            cache = Cache(size)
+            cache, step = Cache(size), None
             new = idx[:, -(size // 2) :]
-            step = None
         if cuda_graph and cache.length:
             step = step or replayed(model, cache, new)
             logits = step(new)
         else:
             logits = model(new, cache=cache)
-        new = sample_token(logits[:, -1], temperature, top_k, top_p, generator)
+        new = sample_token(logits[:, -1], **sampling)
         idx = torch.cat((idx, new), 1)[:, -size:]
         yield new
 
 
-# the samples of a run
-MODES = {
+MODES = {  # of the samples of a run
     "greedy": dict(temperature=0.0),
     "top_k": dict(temperature=0.8, top_k=50),
     "nucleus": dict(temperature=0.8, top_p=0.95),

@@ -8,11 +8,8 @@ HAS_INT8 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_c
 
 
 def exact_matmul(x_int, codes):
-    """Return x_int (N, in) @ codes (out, in)^T as fp32 (N, out), exact.
-
-    x_int holds whole floats in [-128, 127]; codes are floats or int8. AssertionError if in is so large that
-    a sum could reach 2^24, beyond which fp32 is not exact.
-    """
+    """Return x_int (N, in) @ codes (out, in)^T as fp32 (N, out), exact. x_int holds whole floats in
+    [-128, 127]; codes are floats or int8. AssertionError if a sum could reach 2^24."""
     n_out, n_in = codes.shape
     assert n_in * 127 < 2**24, "sums of this width are not exact in fp32"
     if not int_matmul_pays(x_int.device, x_int.shape[0], n_in, n_out):

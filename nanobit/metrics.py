@@ -36,8 +36,7 @@ def mean_loss(model, batches, stop=lambda: False):
 
 def router_health(router):
     """Return {"total": row, "layers": [row per block]} of routers (L, 3 + E), averaged over batches. A row
-    has balance, z, entropy, load_max (load of the busiest expert over the mean) and dead (experts without a
-    token); that of a block also the load of each expert, its fraction of the tokens."""
+    has ROUTER, load_max (busiest expert over the mean) and dead (without a token); of a block also load."""
 
     def row(values, loads):
         numbers = [*values.tolist(), (loads.max() * loads.shape[-1]).item()]
@@ -96,9 +95,7 @@ def health(model, before, idx):
         near_threshold      fraction of |W| / mean|W| within 0.05 of 0.5, the border between 0 and 1
         flip_rate           fraction of codes that changed since `before`
         act_absmax          largest |x| that went into the layer
-    In the total, fractions are averaged over weights, scale and act_absmax are the mean and the maximum over
-    layers. All numbers leave the device in one transfer.
-    """
+    In the total, fractions are averaged over weights, scale over layers; act_absmax is the largest."""
     absmax = activation_absmax(model, idx)
     now = {}
     rows, sizes = [], []

@@ -3,12 +3,12 @@
 import errno
 import os
 import shlex
+import subprocess
 import sys
 
 
 def printable(text):
-    """Return text with control characters, line breaks and lone surrogates as escapes such as \\x1b: a name
-    from a file could otherwise move the cursor, or add a line to an error."""
+    """Return text with control characters, line breaks and lone surrogates as escapes such as \\x1b."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -18,8 +18,7 @@ sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 class Lossy:
-    """A text stream that drops what cannot be written, because a terminal was closed, the reader of a pipe
-    has ended or a disk is full: a run must not end because of what it prints."""
+    """A text stream that drops what cannot be written (a closed terminal or pipe, a full disk)."""
 
     errors = (OSError, ValueError)  # ValueError: the stream is closed
 
@@ -48,18 +47,14 @@ class Lossy:
 
 
 def survive_lost_output():
-    """Drop what cannot be written to stdout and stderr from now on, instead of raising an error."""
+    """Drop what cannot be written from now on: a run must not end because of what it prints."""
     sys.stdout = Lossy(getattr(sys.stdout, "stream", sys.stdout))  # no longer Vital
     sys.stderr = Lossy(sys.stderr)
 
 
 def command_line(args):
     """Return args (a list) as one line, quoted for the shell of this system."""
-    if os.name == "nt":
-        from subprocess import list2cmdline  # slow to import, and needed here only
-
-        return list2cmdline(args)
-    return shlex.join(args)
+    return subprocess.list2cmdline(args) if os.name == "nt" else shlex.join(args)
 
 
 class Vital(Lossy):

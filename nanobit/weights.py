@@ -37,16 +37,15 @@ def trained(path):
     run_dir = os.path.normpath(os.path.join(folder, "..", ".."))
     with checkpoint.reading():
         best = checkpoint.best_step(run_dir)
-    hint = ""
+    line = f"using run {printable(part['config']['run_id'])}, step {part['step']}"
     if best not in (None, part["step"]):
-        hint = f"; its best evaluation was at step {best}: --ckpt={os.path.join(run_dir, 'best')}"
-    print(f"using run {printable(part['config']['run_id'])}, step {part['step']}{hint}", file=sys.stderr)
+        line += f"; its best evaluation was at step {best}: --ckpt={os.path.join(run_dir, 'best')}"
+    print(line, file=sys.stderr)
     return part, folder
 
 
 def exported(path, to_train=False):
-    """Return the part that an exported folder stands for, see hf.read, or None for another path. Exits with 2
-    if a weight is not finite."""
+    """Return the part of an exported folder, see hf.read, or None for another path. Exits with 2 for NaN."""
     if not files.is_hf_folder(path):
         return None
     from nanobit.export import hf  # here, so that training loads it only for such a folder

@@ -92,6 +92,6 @@ def test_a_replayed_token_is_an_eager_one(dtype):
             right = transformer(idx[:, i : i + 1], cache=caches[1])
             caches[1].position += 1
             assert torch.equal(step(idx[:, i : i + 1]), right), i
-        text = list(generate.generate(transformer, idx, 30, 0.0, cuda_graph=True))  # past the context
+        text = list(generate.generate(transformer, idx, 30, True, temperature=0.0))  # past the context
         assert len(text) == 30
         assert all(0 <= token.item() < 28 for token in text)

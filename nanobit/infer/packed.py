@@ -1,10 +1,9 @@
 """
 Ternary layers for inference: four codes in a byte instead of float master weights, and the same output bits.
 
-The layout is that of transformers, on disk and in memory. On a CPU a C function (packed.c, compiled in half a
-second when a model is loaded) unpacks codes in registers, so a weight costs a quarter of a byte of memory
-traffic; without a compiler, codes are unpacked to int8. Many rows at a time are unpacked and multiplied as
-in training (kernels.exact_matmul). On CUDA, a Triton kernel computes single rows (packed_cuda.py).
+The layout is that of transformers. On a CPU a C function (packed.c, compiled when a model is loaded) unpacks
+codes in registers; without a compiler, they are unpacked to int8. Many rows at a time are unpacked and
+multiplied as in training (kernels.py). On CUDA, a Triton kernel computes single rows (packed_cuda.py).
 """
 
 import ctypes
@@ -58,8 +57,7 @@ def build(compiler, flags, folder):
     command = [compiler, *exact, *flags, source, "-o", path, "-lm"]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode:
-        last_line = " ".join(result.stderr.strip().splitlines()[-1:])
-        raise OSError(last_line or f"exit code {result.returncode}")
+        raise OSError(" ".join(result.stderr.splitlines()[-1:]) or f"exit code {result.returncode}")
     lib = ctypes.CDLL(path)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     lib.packed_linear.argtypes = [pointer, *3 * [number], *3 * [pointer], ctypes.c_float, *3 * [pointer]]
@@ -80,7 +78,6 @@ def library():
             except (OSError, AttributeError) as error:  # it fails, or its library cannot be loaded here
                 problem = f"{compiler}: {error}"
     print(f"ternary layers compute from int8, which is slower: {problem}", file=sys.stderr)
-    return None
 
 
 def address(tensor):
@@ -97,11 +94,11 @@ class Matrices:
     def __call__(self, x, norm=None, factor=None, residual=None):
         """Return y (..., n_out) for x (..., in), fp32 and contiguous: W (norm(x) * factor) + residual."""
         y = x.new_empty(*x.shape[:-1], self.n_out)
-        mean, weight, eps = None, None, 0.0
+        rms = (None, None, 0.0)
         if norm is not None:
             mean = x.pow(2).mean(-1, keepdim=True)  # torch sums in an order that C does not repeat
-            weight, eps = norm.weight, norm.eps
-        inputs = (address(x), address(mean), address(weight), eps, address(factor), address(residual))
+            rms = (address(mean), address(norm.weight), norm.eps)
+        inputs = (address(x), *rms, address(factor), address(residual))
         sizes = (len(self.array), x.shape[:-1].numel(), x.shape[-1])
         library().packed_linear(ctypes.addressof(self.array), *sizes, *inputs, address(y))
         return y
@@ -124,8 +121,7 @@ class PackedLinear(nn.Module):
         on_cpu = packed.device.type == "cpu"
         self.uses_c = on_cpu and library() is not None
         self.uses_triton = packed.is_cuda and has_triton() and any(map(shutil.which, COMPILERS))
-        # unpacking for each token would take longer than the product
-        self.codes = unpack(packed) if on_cpu and not self.uses_c else None
+        self.codes = unpack(packed) if on_cpu and not self.uses_c else None  # once, not for each token
 
     def _apply(self, *args, **kwargs):
         raise RuntimeError("a packed layer stays on the device where it was made: C has its address")
@@ -156,7 +152,6 @@ class PackedExperts(nn.ModuleList):
     """BitExperts as one PackedLinear each."""
 
     def forward(self, x, sizes):
-        """Return y (N, out) for x (N, in), whose first sizes[0] rows belong to expert 0, and so on."""
         return torch.cat([layer(rows) for layer, rows in zip(self, x.split(sizes))])
 
 
@@ -165,10 +160,9 @@ NAMES += ["ffn.down_proj", "attn_norm.weight", "ffn_norm.weight"]
 
 
 class PackedBlock(nn.Module):
-    """A Block of packed layers that computes one token of one text in a dozen calls instead of a hundred: a
-    call of torch costs microseconds, as much as a packed layer. It repeats Block.forward (model.py) and all
-    that this calls; pack_blocks compares them. ValueError or KeyError for a block that has other layers,
-    widths or parameters: C would read and write beyond their ends."""
+    """A Block of packed layers that computes one token of one text in a dozen calls instead of a hundred. It
+    repeats Block.forward (model.py) and all that this calls. ValueError or KeyError for a block that has
+    other layers, widths or parameters: C would read and write beyond their ends."""
 
     def __init__(self, block):
         super().__init__()
@@ -227,8 +221,7 @@ def pack_layers(model):
     BitLinear (quant.py) on a few rows; if they differ, a line reports that, and nothing is packed."""
     layers = bit_layers(model)
     packed = {name: packed_linear(layer.weight) for name, layer in layers.items()}
-    for name in {layer.weight.shape: name for name, layer in layers.items()}.values():  # one of each shape
-        layer = layers[name]
+    for name, layer in {row[1].weight.shape: row for row in layers.items()}.values():  # one of each shape
         n_rows = model.cfg.n_expert or 4
         sizes = [[1] * n_rows] if isinstance(layer, BitExperts) else []
         x = torch.randn(n_rows, layer.weight.shape[-1], generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,4 @@
-"""
-One token through a ternary matrix packed to two bits, on CUDA: a Triton kernel. Only imported there.
-
-PackedLinear computes the same in torch: unpack, then kernels.exact_matmul. Not measured on a GPU yet.
-"""
+"""A token through a ternary matrix packed to two bits, by a Triton kernel; not measured on a GPU yet."""
 
 import torch
 import triton
