@@ -38,10 +38,7 @@ from nanobit.tokenizer import bos_of, make_tokenizer, spec_of
 
 if not distributed.is_main:
     sys.stdout = open(os.devnull, "w")
-if cfg.tensorboard or cfg.wandb or cfg.trackio:
-    from nanobit.trackers import need
-
-    need(cfg)
+cli.need_packages(config.trackers(cfg), "track")
 device = machine.pick(cfg.device)
 dtype = machine.pick_dtype(cfg.dtype, device)
 machine.explain_out_of_memory(cfg, device)

@@ -37,6 +37,11 @@ def settings_of(cfg):
     return {name: value for name, value in vars(cfg).items() if name not in ("origin", "json")}
 
 
+def trackers(cfg):
+    """Return the names of the trackers that are on, which are also those of their packages."""
+    return [name for name in ("tensorboard", "wandb", "trackio") if getattr(cfg, name)]
+
+
 def assignments(path):
     """Return {name: value} of a config file, without names that start with _, functions and modules."""
     rows = runpy.run_path(path).items()

@@ -87,7 +87,7 @@ class RunDir:
         """Show a progress bar on a terminal, and start the trackers."""
         self.cfg = cfg
         self.bar = terminal.progress_bar(cfg.max_steps, step, hidden=RANK > 0)
-        if RANK == 0 and (cfg.tensorboard or cfg.wandb or cfg.trackio):
+        if RANK == 0 and config.trackers(cfg):
             from nanobit import trackers
 
             self.trackers = trackers

@@ -5,7 +5,6 @@ A separate thread feeds each tracker: one that fails or hangs costs a warning, n
 run resumes from step k, TensorBoard hides the old values from k on; W&B and trackio draw them twice.
 """
 
-import contextlib
 import hashlib
 import html
 import math
@@ -19,20 +18,10 @@ from functools import partial
 
 from config import settings_of
 from nanobit import record
-from nanobit.cli import library
 from nanobit.terminal import printable
 
-LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 TIMEOUT = 60  # seconds that W&B may take to begin, and to end
 HANGS = 100  # seconds without an answer that count as hanging
-
-
-def need(cfg):
-    """Import what the settings ask for, before the run starts; exit with 2 if it is not installed."""
-    for name, module in LIBRARIES.items():
-        if getattr(cfg, name):
-            with contextlib.suppress(Exception):  # installed but broken: its thread will fail and warn
-                library(module, name)
 
 
 def mirrored(cfg, name, row):
