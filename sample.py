@@ -67,7 +67,7 @@ from nanobit.tasks.play import play
 from nanobit.tokenizer import TextStream, bos_of, encode_prompt, make_tokenizer
 
 with contextlib.suppress(ModuleNotFoundError):  # Windows: its console edits lines by itself
-    import readline  # noqa: F401 -- input() then edits lines, and takes a paste of several at once
+    import readline  # noqa: F401 -- input() then edits lines, and accepts several pasted lines
 
 HELP = """you and the model write one text in turns, each on a new line. It is a base model: it was
 not trained to answer. If it has ended the text, your next message begins another. Several lines pasted

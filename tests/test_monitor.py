@@ -241,9 +241,9 @@ def test_bad_commands_end_with_one_line(real, tmp_path):
     (tmp_path / "other" / "file").write_text("")
     (tmp_path / "dir.png").mkdir()
     for args, says in (
-        ([f"{tmp_path}/gone"], "gone is no run"),
+        ([f"{tmp_path}/gone"], "gone is not a run"),
         ([f"{tmp_path}/other"], "no config.json"),
-        ([f"{tmp_path}/other/file"], "is no run"),
+        ([f"{tmp_path}/other/file"], "is not a run"),
         ([f"--out_dir={tmp_path}/gone"], "out_dir ="),
         ([f"{real}/r", f"--plot={tmp_path}/gone/x.png"], "make it first"),
         ([f"{real}/r", f"--plot={tmp_path}/x.txt"], "must end in"),

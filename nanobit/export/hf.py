@@ -230,7 +230,7 @@ def read_weights(folder, own, to_train):
         try:
             is_whole = not own or sha256(path) == own["sha256"]
             content = load_file(path)
-        except Exception as error:  # the library has errors of its own
+        except Exception as error:  # the library has its own errors
             fail(f"{path} is damaged ({type(error).__name__}: {error}); copy or export it again")
         fault = f"{path} is not the file that was exported (sha256): trained further, or damaged"
         if not is_whole and not to_train:
