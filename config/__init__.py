@@ -8,7 +8,7 @@ import re
 import runpy
 import signal
 import sys
-from pathlib import Path
+from pathlib import PurePath
 from types import ModuleType, SimpleNamespace
 
 from nanobit import cli, files, terminal
@@ -203,7 +203,7 @@ def load(argv=None, doc="", flags=None, only=None, derive=lambda cfg: [], takes_
     faults += cli.check(cfg, known)
     faults += derive(cfg)
     if only is None and len(layers) == len(readers):
-        cfg.run_id = cfg.run_id or Path((paths or ["default"])[-1]).stem
+        cfg.run_id = cfg.run_id or PurePath((paths or ["default"])[-1]).stem
         faults += [*take_shape(cfg), *contradictions(cfg)]
         if not (faults or cfg.max_steps):
             faults.append("the run has no length; name a config file (config/train_simple.py) or --max_steps")
