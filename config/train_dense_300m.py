@@ -28,4 +28,9 @@ log_every = 10
 eval_every = 1000
 eval_tokens = 4_194_304
 patience = 10  # evaluations: the run ends 10,000 steps after the best one
-sample_prompts = ["The capital of France is", "Water boils when", "In 1905, Albert Einstein"]
+sample_prompts = [
+    "The capital of France is",
+    "Water boils when",
+    "Once upon a time",
+    "In 1905, Albert Einstein",
+]
