@@ -6,7 +6,8 @@ cfg.ternary every linear layer of attention and feed-forward is a BitLinear (qua
 and routers stay in full precision. Without it the model is a float model of the same shape, the twin. With
 cfg.n_expert the feed-forward network of each block is a mixture of experts (nanobit/experts.py).
 
-Shapes: B sequences, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V = vocab_size, E = n_expert.
+Shapes: B sequences, T tokens, C = n_embd, L = n_layer, H = n_head, K = n_kv_head, D = C / H, V = vocab_size,
+E = n_expert.
 """
 
 import torch
@@ -36,7 +37,7 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_positions(self):
-        """Compute the tables cos, sin (seq_len, D) of the rotary angles, which no checkpoint holds."""
+        """Compute the tables cos, sin (seq_len, D) of the rotary angles. Checkpoints do not hold them."""
         tables = rope_tables(self.cfg.seq_len, self.cfg.n_embd // self.cfg.n_head, self.cfg.rope_theta)
         for name, table in zip(("cos", "sin"), tables):
             self.register_buffer(name, table, persistent=False)
@@ -70,7 +71,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += T  # which every layer has stored
             x = x[:, -1:]
-        x = self.norm(x).to(self.head.weight.dtype)  # a head may be bfloat16: restore.lighten_head
+        x = self.norm(x).to(self.head.weight.dtype)  # the head may be bfloat16: see infer/restore.py
         logits = self.head(x)[..., : self.cfg.vocab_size].float()  # without the rows of padding
         if targets is None:
             return logits
@@ -137,10 +138,15 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self, k, v)
-        is_causal = mask is None and T > 1
-        is_grouped = self.n_head != self.n_kv_head
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,  # a single new token sees all that is stored
+            enable_gqa=self.n_head != self.n_kv_head,
+        )  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -132,9 +132,7 @@ def check(cfg, folders):
         if not os.path.isdir(path):
             faults.append(f"{path} is not a run: no such folder; `python monitor.py` lists those of out_dir")
         elif not is_run(path):
-            faults.append(
-                f"{path} is not a run: it has no config.json or metrics; name a folder in it?"
-            )
+            faults.append(f"{path} is not a run: it has no config.json or metrics; name a folder in it")
     if not folders and not os.path.isdir(cfg.out_dir):
         faults.append(f"out_dir = {cfg.out_dir!r} is not a folder; name a run, or the folder of runs")
     pictures = (("plot", cfg.plot, "a run", folders), ("codes", cfg.codes, "one run", len(folders) == 1))
@@ -142,9 +140,7 @@ def check(cfg, folders):
         if path and not path.endswith((".png", ".pdf", ".svg")):
             faults.append(f"{key} = {path!r} must end in .png, .pdf or .svg")
         if path and not os.path.isdir(os.path.dirname(path) or "."):
-            faults.append(
-                f"{key} = {path!r}: {os.path.dirname(path)} does not exist; make it first"
-            )
+            faults.append(f"{key} = {path!r}: {os.path.dirname(path)} does not exist; make it first")
         if path and not is_given:
             faults.append(f"--{key} needs {needed}: the folder of it")
     if faults:

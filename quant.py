@@ -11,19 +11,19 @@ figures 3 and 4):
     forward      y = (q @ t^T) / (s * a)
     backward     dx = dy @ (t / s)    dW = dy^T @ (q / a)
 
-mean|W| and max|x| count as at least 1e-5, and round is half to even. The backward pretends that nothing was
-rounded or clipped (the straight-through estimator, arXiv 1308.3432), so a master weight keeps moving between
-two thresholds until its code flips.
+mean|W| and max|x| are clamped to at least 1e-5, and round is half to even. The backward pretends that nothing
+was rounded or clipped (the straight-through estimator, arXiv 1308.3432), so a master weight keeps moving
+between two thresholds until its code flips.
 
-The forward is the integer forward of a deployed model, not "fake quantization" in floats. The two differ by
-an ulp now and then, and one ulp can flip the rounding of an activation in a later layer. Every form of the
-integer product (nanobit/kernels.py) is exact, so all of them give the same bits.
+The forward is the integer forward of a deployed model, not "fake quantization" in floats. The two differ in
+the last bit of a float now and then, and one such bit can flip the rounding of an activation in a later
+layer. Every form of the integer product (nanobit/kernels.py) is exact, so all of them give the same bits.
 
 The backward keeps t and q as int8. Training still takes as much memory as a float model, because the master
 weights and the optimizer state stay fp32: the exported model is the small one.
 
 This file has no norm inside the layer, no bias, no quantization of embeddings, head or norms, and no median
-or per-group scales. Never ternarize weights that are already ternary: their scale would shrink.
+or per-group scales. Never ternarize the weights of an export again: their scale would shrink.
 """
 
 import torch
