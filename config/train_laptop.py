@@ -5,7 +5,7 @@ prepare = "python prepare/text.py --files=input.txt --vocab_size=1024 --name=sha
 seq_len = 128  # about 300 characters
 batch_size = 8
 total_batch_size = 1024  # tokens: 8 x 128
-max_steps = 2200  # 2.3M tokens: a megabyte of text five times
+max_steps = 1800  # 1.8M tokens: a megabyte of text almost four times
 
 n_layer = 4
 n_head = 4
@@ -20,5 +20,5 @@ compile = False  # in a run this short, compiling takes longer than it saves
 log_every = 50
 eval_every = 200
 eval_tokens = 0  # all of the held-out text
-sample_every = 550
-save_every = 550
+sample_every = 600
+save_every = 600
