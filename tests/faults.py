@@ -520,8 +520,9 @@ def print_modules():
 
 @injected
 def print_modules_at_exit():
-    """Print the names of all loaded modules when the interpreter ends."""
+    """Print the names of the modules that are loaded from now on, when the interpreter ends."""
     import atexit
     import sys
 
-    atexit.register(lambda: print("modules:", *sorted(sys.modules), file=sys.stderr))
+    before = set(sys.modules)  # what a sitecustomize has loaded is not the script's
+    atexit.register(lambda: print("modules:", *sorted(set(sys.modules) - before), file=sys.stderr))
