@@ -140,3 +140,11 @@ def test_what_is_due(task, changes, steps):
 def test_what_ends_a_run(step, max_minutes, seconds, reason):
     """A run ends at max_steps, or after max_minutes if that is not 0."""
     assert schedule.ending(settings(max_steps=24, max_minutes=max_minutes), step, seconds) == reason
+
+
+def test_what_is_forced_is_due_at_any_step_unless_it_is_off():
+    """The end of a run, or a repeated evaluation, forces what is due; a setting of 0 keeps it off."""
+    cfg = settings(schedule="constant", eval_every=7, sample_every=0, **BASE)
+    assert not schedule.due("eval", cfg, 3)
+    assert schedule.due("eval", cfg, 3, "max_steps")
+    assert not schedule.due("sample", cfg, 3, "max_steps")

@@ -14,6 +14,7 @@ from conftest import SCALARS, lines, settings, train
 
 import config
 from nanobit import cli, record, trackers
+from nanobit import run_dir as run_dir_module
 from nanobit.run_dir import RunDir
 
 WANDB = """
@@ -237,3 +238,11 @@ def test_wandb_offline_for_real(data_dir, out_dir, monkeypatch):
     ]
     assert sent == kept and ("*", "step") in metrics
     assert [row["step"] for row in rows if any(key.startswith("sample/0") for key in row)] == [12]
+
+
+def test_only_rank_0_starts_trackers(tmp_path, monkeypatch):
+    """Of several ranks only the first one sends lines to the trackers."""
+    monkeypatch.setattr(run_dir_module, "RANK", 1)
+    run = RunDir(str(tmp_path))
+    run.start_log(settings(wandb=True, max_steps=3), 0)
+    assert run.trackers is None
