@@ -28,10 +28,10 @@ terminal.survive_lost_output()
 import torch  # after the settings, so that --help and wrong flags answer quickly
 
 from model import Transformer
-from nanobit import checkpoint, data, distributed, generate, machine, metrics, optim, record, resume, schedule
+from nanobit import data, distributed, generate, machine, metrics, optim, record, saving, schedule, start
 from nanobit.cli import fail
 from nanobit.experts import router_loss
-from nanobit.run_dir import RunDir, step_dir
+from nanobit.run_dir import RunDir, has_manifest, step_dir
 from nanobit.tokenizer import bos_of, make_tokenizer, spec_of
 
 # machine and data
@@ -58,7 +58,7 @@ prompts = generate.encode_prompts(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg
 
 distributed.leave_on_signal()  # a signal before training removes the empty folder of the run
 run = RunDir(os.path.join(cfg.out_dir, cfg.run_id))
-origin = distributed.from_main(lambda: resume.find(cfg, run))
+origin = distributed.from_main(lambda: start.find(cfg, run))
 torch.manual_seed(cfg.seed)
 model = Transformer(cfg)  # initialized on the CPU: the same weights on every device
 n_params = model.counts()
@@ -67,13 +67,13 @@ if cfg.fsdp:
 model.to(device)
 optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-state, saved_settings = resume.load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler)
+state, saved_settings = start.load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler)
 step_model, is_compiled = machine.compiled(model, cfg.compile, device)
 if not cfg.fsdp:
     with machine.autocast(device, dtype):
         step_model = distributed.replicate(step_model, device, (cfg.batch_size, cfg.seq_len))
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=n_params)
-repeat_eval, repeat_samples = resume.begin(cfg, run, origin, state, saved_settings, facts)
+repeat_eval, repeat_samples = start.begin(cfg, run, origin, state, saved_settings, facts)
 if warning := train_data.repetition(cfg.max_steps * cfg.total_batch_size):
     print(f"warning: {warning}")
 distributed.listen()
@@ -91,12 +91,12 @@ codes = metrics.codes(model) if cfg.ternary and state.step % cfg.log_every == 0 
 
 def save(reason):
     """Save the run after state.step updates. Return whether it is on disk; a full disk only warns."""
-    if distributed.share(checkpoint.has_manifest(run.path, state.step)):
+    if distributed.share(has_manifest(run.path, state.step)):
         return True
     now = replace(state, best=before_eval.best, stale_evals=before_eval.stale_evals)
-    contents = resume.contents(cfg, now, skips.total(), tokenizer_spec, meta, model, optimizers, scaler)
+    contents = saving.contents(cfg, now, skips.total(), tokenizer_spec, meta, model, optimizers, scaler)
     keep_steps = schedule.boundary_steps(cfg) | {state.best.get("step", -1)}
-    is_saved = distributed.is_main and checkpoint.try_save(cfg, run, state.step, contents, reason, keep_steps)
+    is_saved = distributed.is_main and saving.try_save(cfg, run, state.step, contents, reason, keep_steps)
     return distributed.share(is_saved)
 
 
@@ -153,7 +153,7 @@ def update_best(loss):
         state.stale_evals = 0
         is_written = distributed.is_main and run.write_best(state.best)
         if is_written and former_step != state.step and not schedule.due("save", cfg, former_step):
-            checkpoint.remove(step_dir(run.path, former_step))
+            saving.remove(step_dir(run.path, former_step))
 
 
 def end_if_out_of_patience():
@@ -205,7 +205,7 @@ def log_step(lr, weight_decay, loss_sum, norm, health_input):
         run.write(record.ROUTER, step=state.step, **metrics.router_health(mean))
         state.routers = torch.zeros((), device=device)
         state.n_router_samples = 0
-    resume.report_skips(cfg, run, state, int(skipped), int(worst_row))
+    run.report_skips(cfg, state, int(skipped), int(worst_row))
     skips.reset_row()
 
 
@@ -287,8 +287,9 @@ while True:
     # unscale and clip the gradients, one optimizer step, clear them; sums loss_sum over the ranks
     norm, skipped = optim.update(model, optimizers, scaler, cfg.grad_clip, loss_sum)
     skips.add(skipped)
-    state.routers = state.routers + router_sum
-    state.n_router_samples += cfg.accumulation * distributed.WORLD
+    if cfg.n_expert:
+        state.routers = state.routers + router_sum
+        state.n_router_samples += cfg.accumulation * distributed.WORLD
     state.step += 1
     speed.count()
     run.bar.update()

@@ -1,83 +1,24 @@
 """
-Checkpoints: written beside their place, flushed, renamed; verified before they are used; pruned only if there
-are newer ones.
-
-runs/<run_id>/checkpoints/step_000500/
-    checkpoint.pt    format, step, tokens, config, tokenizer, model: all that using the model needs
-    trainer.pt       optimizer, best, counters: all that resuming needs besides
-    manifest.json    bytes and sha256 of each file, written last: without it the folder is not a checkpoint
+The reader of checkpoints: it finds them, verifies them against their manifest, and loads them.
 
 A checkpoint is usable if checkpoint.pt agrees with the manifest, resumable if trainer.pt does too. torch.load
 itself notices a truncated file, but not a flipped bit, which would load as one wrong weight.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import pickle
 import re
-import shutil
 import sys
 import warnings
 
 import torch
 
-from nanobit import record
 from nanobit.cli import fail
-from nanobit.files import set_aside, sync_folder, write_json
 from nanobit.parts import check_model, check_trainer
-from nanobit.run_dir import has_manifest, step_dir, step_folders, steps
+from nanobit.run_dir import FORMAT, MODEL, TRAINER, has_manifest, reading, step_dir, step_folders
 from nanobit.terminal import printable
-
-FORMAT = 2  # 1: one optimizer in trainer.pt, no scaler; its weights are read, it is not resumed
-MODEL = "checkpoint.pt"
-TRAINER = "trainer.pt"
-
-
-def save(run_dir, step, model_part, trainer_part):
-    """Write both parts (dicts of tensors and plain values) as the checkpoint of `step`. Return its folder.
-
-    On any failure (OSError, or RuntimeError from inside torch.save) the partial is removed; older files stay.
-    """
-    final = step_dir(run_dir, step)
-    partial = f"{final}.tmp-{os.getpid()}"
-    try:
-        os.makedirs(partial)
-        manifest = {"format": FORMAT, "step": step, "files": {}}
-        for name, part in ((MODEL, model_part), (TRAINER, trainer_part)):
-            with open(os.path.join(partial, name), "w+b") as file:
-                torch.save(part, file)
-                size = file.tell()
-                file.seek(0)
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-            manifest["files"][name] = {"bytes": size, "sha256": sha256}
-        write_json(os.path.join(partial, "manifest.json"), manifest)
-        sync_folder(partial)
-        if os.path.isdir(final):  # without a manifest, perhaps with good weights
-            set_aside(final)
-        os.rename(partial, final)
-        sync_folder(os.path.dirname(final))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
-
-
-def try_save(cfg, run, step, contents, reason, keep_steps):
-    """Save a checkpoint of the run and prune older ones. contents: those of checkpoint.pt and trainer.pt.
-    Return whether it is on disk: a failure is logged, and leaves what was there."""
-    try:
-        record.flush(run.path)
-        folder = save(run.path, step, *contents)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a failed write
-        run.log(f"warning: step {step} was not saved ({error}); its partial is removed, earlier ones stay")
-        run.event("anomaly", step=step, what="save failed", error=str(error))
-        return False
-    run.event("save", step=step, path=folder, why=reason)
-    prune(run.path, cfg.keep_last, keep_steps)
-    return True
 
 
 def fault(folder, name):
@@ -102,19 +43,6 @@ def fault(folder, name):
 def checkpoint_fault(folder, resumable):
     """Return what is wrong with the files that using, or resuming, a checkpoint needs, or None."""
     return fault(folder, MODEL) or (fault(folder, TRAINER) if resumable else None)
-
-
-@contextlib.contextmanager
-def reading():
-    """Exit with 1 if a file cannot be read now: using an older checkpoint would lose what was trained."""
-    try:
-        yield
-    except OSError as error:
-        fail(
-            f"{error.filename} cannot be read now ({error.strerror}); repair that and run the same command "
-            "again, or name the folder of another checkpoint",
-            code=1,
-        )
 
 
 def newest(run_dir, resumable):
@@ -186,31 +114,6 @@ def locate(path, resumable=False, setting="ckpt", also=""):
     return folder
 
 
-def kept_bytes(cfg, params, steps):
-    """Return the bytes that the checkpoints of so many steps take: the weights of all, and what resumes a run
-    of the newest and of four more (two at the boundary, the best, the end)."""
-    saves = steps // cfg.save_every if cfg.save_every else 0
-    resumable = min(saves, cfg.keep_last or saves) + 4
-    return 4 * params * (saves + 4) + 8 * params * resumable  # fp32, and AdamW holds two numbers for each
-
-
-def check_disk(cfg, run_dir, params, steps_left):
-    """Exit with 2 if the disk has no room for two checkpoints; warn if it has none for all that are kept."""
-    free = shutil.disk_usage(run_dir).free
-    least = 2.2 * 12 * params
-    if free < least:
-        fail(
-            f"out_dir = {cfg.out_dir!r}: {free / 1e9:.2f} GB are free, two checkpoints of this model need "
-            f"{least / 1e9:.2f} GB; free some, or choose another folder with --out_dir="
-        )
-    need = kept_bytes(cfg, params, steps_left)
-    if need > free:
-        print(
-            f"warning: the checkpoints of this run take about {need / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free; raise save_every"
-        )
-
-
 def load(folder, name=MODEL, mmap=False):
     """Return one file of a verified checkpoint, on the CPU; with mmap its tensors are read when they are
     used, and the processes of a machine share them. Exits with 2 if it does not hold what it should, whoever
@@ -238,43 +141,3 @@ def load(folder, name=MODEL, mmap=False):
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         fail(f"{path} is damaged ({type(error).__name__}: {printable(error)}); use another step folder")
     return part
-
-
-def remove(folder):
-    """Delete a checkpoint under the name of a temporary, which a kill may leave half deleted."""
-    partial = f"{folder}.tmp-{os.getpid()}"
-    try:
-        os.rename(folder, partial)
-        shutil.rmtree(partial)
-    except OSError as error:
-        print(f"warning: {folder} was not removed: {error.strerror}", file=sys.stderr)
-
-
-def prune(run_dir, keep_last, keep_steps):
-    """Delete trainer.pt beyond the newest keep_last (0 = all) resumable checkpoints, except in keep_steps."""
-    try:
-        folders = {step: step_dir(run_dir, step) for step in steps(run_dir)}
-        resumable = [s for s, folder in folders.items() if os.path.exists(os.path.join(folder, TRAINER))]
-        for step in resumable[keep_last:]:
-            if keep_last and step not in keep_steps and not os.path.islink(folders[step]):
-                os.remove(os.path.join(folders[step], TRAINER))
-    except OSError as error:
-        print(f"warning: older checkpoints were not pruned: {error.strerror}", file=sys.stderr)
-
-
-def clean(run_dir, after):
-    """Make room for a run that continues from step `after`, and print what is renamed.
-
-    Only the temporaries of killed processes are deleted. Checkpoints of later steps, which belong to another
-    course of the run, and step folders without a manifest are renamed. Other folders stay as they are.
-    """
-    folder = os.path.join(run_dir, "checkpoints")
-    for name in os.listdir(folder):
-        if re.fullmatch(r"step_\d{6,}\.tmp-\d+", name):
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    for step in step_folders(run_dir):
-        if step > after or not has_manifest(run_dir, step):
-            is_later = has_manifest(run_dir, step)
-            reason = "is later than the step this run continues from" if is_later else "has no manifest.json"
-            path = step_dir(run_dir, step)
-            print(f"renamed: {path}, which {reason}, to {os.path.basename(set_aside(path))}")

@@ -1,4 +1,11 @@
-"""The folder of a run: its lock, config.json, best.json, the folders of its checkpoints, how to resume it."""
+"""
+The folder of a run: its lock, config.json, best.json, its checkpoints, and how it is resumed.
+
+runs/<run_id>/checkpoints/step_000500/
+    checkpoint.pt    format, step, tokens, config, tokenizer, model: all that using the model needs
+    trainer.pt       optimizer, best, counters: all that resuming needs besides
+    manifest.json    bytes and sha256 of each file, written last: without it the folder is not a checkpoint
+"""
 
 import atexit
 import contextlib
@@ -8,13 +15,39 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
+from dataclasses import dataclass, field
 from importlib import metadata
 
 import config
 from nanobit import cli, files, record, terminal
 from nanobit.cli import RANK, WORLD, fail
 from nanobit.terminal import command_line
+
+FORMAT = 2  # of a checkpoint. 1: one optimizer, no scaler; its weights are read, it is not resumed
+MODEL = "checkpoint.pt"
+TRAINER = "trainer.pt"
+
+
+@dataclass
+class Origin:
+    """The checkpoint that a run continues from."""
+
+    folder: str | None = None  # its step folder; None: the run starts
+    is_own: bool = False  # it is of this run, not of another one; also if this run starts over
+    skipped: list = field(default_factory=list)  # (step, fault) of newer checkpoints
+
+
+@contextlib.contextmanager
+def reading():
+    """Exit with 1 if a file cannot be read now: using an older checkpoint would lose what was trained."""
+    try:
+        yield
+    except OSError as error:
+        fail(
+            f"{error.filename} cannot be read now ({error.strerror}); repair that and run the same command "
+            "again, or name the folder of another checkpoint",
+            code=1,
+        )
 
 
 def step_dir(run_dir, step):
@@ -192,6 +225,25 @@ class RunDir:
         script = os.path.join(os.path.dirname(sys.argv[0]), "train.py")
         return command_line([*command, script, f"--resume={self.path}"])
 
+    def report_skips(self, cfg, state, skipped, worst_row):
+        """Report the steps skipped since the last report. Five in a row end the run with exit code 1, and
+        name the last good checkpoint. skipped: all of them; worst_row: the longest row."""
+        new_skips = skipped - state.skips_reported
+        if new_skips:
+            self.event("anomaly", step=state.step, what="not finite, skipped", steps=new_skips)
+            self.log(f"warning: {new_skips} steps skipped, their loss or gradient was not finite")
+            state.skips_reported = skipped
+        if worst_row < 5:
+            return
+        from nanobit import checkpoint  # here: a run that ends well reads none
+
+        folder, _ = checkpoint.newest(self.path, resumable=True)
+        remedy = "no checkpoint was saved before; start again with a lower learning_rate"
+        if folder:
+            command = f"{self.resume_command()} --learning_rate={cfg.learning_rate / 2:g}"
+            remedy = f"the last finite checkpoint is {folder}; with a lower rate: {command}"
+        fail(f"{worst_row} steps in a row were not finite by step {state.step}; {remedy}", code=1)
+
     def finished(self, cfg, step, patience):
         """Return what ended the run if it is at its end, at this step and with these settings, or ''.
         patience: the setting then."""
@@ -207,28 +259,3 @@ def git_commit():
     command = ["git", "-C", cli.ROOT, "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # git is not installed
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-def opening(cfg, facts):
-    """Return what a run prints first: the settings that differ from the defaults, model, device and length.
-    facts: as for write_config."""
-    defaults = config.assignments(config.DEFAULT)
-    values = config.settings_of(cfg)
-    changed = [f"{name}={values[name]!r}" for name in defaults if values[name] != defaults[name]]
-    params = facts["params"]
-    model = f"{params['total']:,} parameters, {params['ternary']:,} ternary"
-    if cfg.n_expert:
-        model += f", {params['active']:,} active per token"
-    device = facts["device"]
-    batch = f"{cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}"
-    if WORLD > 1:
-        device = f"{WORLD} x {device}"
-        batch = f"{WORLD} x {batch}"
-    compiled = "compiled: the first step takes longer" if facts["compile"] else "not compiled"
-    total = cfg.max_steps * cfg.total_batch_size
-    return (
-        f"{textwrap.fill('settings: ' + ', '.join(changed), 100, subsequent_indent='  ')}\n"
-        f"model: {model}\n"
-        f"device: {device}, {facts['dtype']}, {compiled}\n"
-        f"length: {cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens ({batch}), {total:,} in all"
-    )

@@ -10,6 +10,7 @@ import config
 from model import Transformer
 from nanobit import checkpoint, distributed, files, parts
 from nanobit.cli import fail
+from nanobit.run_dir import reading
 from nanobit.terminal import printable
 
 HF = ", or an export for transformers"
@@ -35,7 +36,7 @@ def trained(path):
         needed = Transformer(SimpleNamespace(**part["config"])).state_dict()
     parts.check_shapes(folder, part["model"], needed)
     run_dir = os.path.normpath(os.path.join(folder, "..", ".."))
-    with checkpoint.reading():
+    with reading():
         best = checkpoint.best_step(run_dir)
     line = f"using run {printable(part['config']['run_id'])}, step {part['step']}"
     if best not in (None, part["step"]):

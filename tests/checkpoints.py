@@ -9,14 +9,14 @@ import pytest
 import torch
 from parts import part_of
 
-from nanobit import checkpoint
+from nanobit import checkpoint, saving
 from nanobit.files import write_json
 
 
 def save(run_dir, step):
     """Save a checkpoint whose weights are its step; returns its folder."""
     part = dict(format=1, step=step, model={"w": torch.full((1000,), float(step))})
-    return checkpoint.save(str(run_dir), step, part, dict(format=checkpoint.FORMAT, step=step, optimizer={}))
+    return saving.save(str(run_dir), step, part, dict(format=checkpoint.FORMAT, step=step, optimizer={}))
 
 
 def write(run_dir, step=60, content=None, trainer=None, **changes):
@@ -26,7 +26,7 @@ def write(run_dir, step=60, content=None, trainer=None, **changes):
     part["config"]["run_id"] = "r"
     part |= {key: part[key] | value if type(value) is dict else value for key, value in changes.items()}
     state = dict(format=checkpoint.FORMAT, step=step, data={}, optimizer=[], best={}, stale_evals=0)
-    folder = checkpoint.save(run_dir, step, part, state | (trainer or {}))
+    folder = saving.save(run_dir, step, part, state | (trainer or {}))
     if content is not None:
         with open(os.path.join(folder, checkpoint.MODEL), "wb") as file:
             file.write(content)

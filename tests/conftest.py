@@ -24,7 +24,7 @@ from fork import Script  # noqa: E402
 import config  # noqa: E402
 from nanobit import checkpoint  # noqa: E402
 from nanobit.prepare import token_files  # noqa: E402
-from nanobit.run_dir import RunDir  # noqa: E402
+from nanobit.run_dir import RunDir, step_dir  # noqa: E402
 
 SCALARS, EVENTS = "metrics/scalars.jsonl", "metrics/events.jsonl"
 CHARS = "\nabcdefghijklmnopqrstuvwxyz "
@@ -120,7 +120,7 @@ def lines(run_dir, name):
 
 def final(run_dir, step=24):
     """weights and optimizer state at the end of a run"""
-    folder = checkpoint.step_dir(run_dir, step)
+    folder = step_dir(run_dir, step)
     return checkpoint.load(folder)["model"], checkpoint.load(folder, checkpoint.TRAINER)["optimizer"]
 
 

@@ -471,25 +471,25 @@ def own_os(module):
 @injected
 def kill_in_save(function, number):
     """Kill the process in a call, with this number, of os.fsync or os.rename for a checkpoint."""
-    from nanobit import checkpoint
+    from nanobit import saving
 
     def action(n):
         if n == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    before_call(own_os(checkpoint), function, action)
+    before_call(own_os(saving), function, action)
 
 
 @injected
 def no_room_for_saves(first, last=10**9):
     """Fail as a full disk does in the calls of os.fsync for a checkpoint from `first` to `last`."""
-    from nanobit import checkpoint
+    from nanobit import saving
 
     def action(n):
         if first <= n <= last:
             raise OSError(28, "No space left on device")
 
-    before_call(own_os(checkpoint), "fsync", action)
+    before_call(own_os(saving), "fsync", action)
 
 
 @injected
@@ -500,9 +500,9 @@ def no_waiting():
 
 @injected
 def endless_save():
-    from nanobit import checkpoint
+    from nanobit import saving
 
-    checkpoint.save = lambda *args: time.sleep(100)
+    saving.save = lambda *args: time.sleep(100)
 
 
 # imports

@@ -10,7 +10,7 @@ from conftest import CHARS, settings
 
 import config
 from model import Transformer
-from nanobit import checkpoint
+from nanobit import checkpoint, saving
 from nanobit.export import card
 from nanobit.record import EVENTS, SCALARS
 
@@ -28,7 +28,7 @@ def run_of(root, name, losses, step=7, **changes):
     weights = Transformer(settings(**changes)).state_dict()
     spec = dict(kind="char", sha256="x", eot=0, chars=CHARS)
     part = dict(format=checkpoint.FORMAT, config=values, tokenizer=spec, model=weights, step=step, tokens=448)
-    checkpoint.save(str(folder), step, part, {})
+    saving.save(str(folder), step, part, {})
     return part, str(folder)
 
 

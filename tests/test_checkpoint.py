@@ -6,9 +6,9 @@ import pytest
 from checkpoints import flip, no_room, refusal, save, write
 from parts import part_of
 
-from nanobit import checkpoint, weights
+from nanobit import checkpoint, saving, weights
 from nanobit.checkpoint import MODEL, TRAINER, step_dir
-from nanobit.run_dir import RunDir
+from nanobit.run_dir import RunDir, steps
 
 
 def truncate(path):
@@ -69,7 +69,7 @@ def test_without_a_manifest_there_is_no_checkpoint(run_dir):
     """A folder without a manifest, as a killed save leaves it, is not a checkpoint."""
     save(run_dir, 5), save(run_dir, 10)
     os.remove(os.path.join(step_dir(run_dir, 10), "manifest.json"))
-    assert checkpoint.steps(run_dir) == [5]
+    assert steps(run_dir) == [5]
 
 
 def test_a_folder_without_a_manifest_does_not_stand_in_the_way(run_dir):
@@ -77,7 +77,7 @@ def test_a_folder_without_a_manifest_does_not_stand_in_the_way(run_dir):
     save(run_dir, 5), save(run_dir, 10)
     os.remove(os.path.join(step_dir(run_dir, 10), "manifest.json"))
     save(run_dir, 10)
-    assert checkpoint.steps(run_dir) == [10, 5]
+    assert steps(run_dir) == [10, 5]
     assert checkpoint.fault(step_dir(run_dir, 10), MODEL) is None
 
 
@@ -129,8 +129,8 @@ def test_pruning_keeps_the_newest_and_what_is_named(run_dir):
     """Pruning keeps trainer.pt of the newest checkpoints and of the steps that are named to it."""
     for step in range(1, 8):
         save(run_dir, step)
-    checkpoint.prune(run_dir, 2, {3})
-    resumable = [s for s in checkpoint.steps(run_dir) if not checkpoint.fault(step_dir(run_dir, s), TRAINER)]
+    saving.prune(run_dir, 2, {3})
+    resumable = [s for s in steps(run_dir) if not checkpoint.fault(step_dir(run_dir, s), TRAINER)]
     assert resumable == [7, 6, 3]
 
 
@@ -138,7 +138,7 @@ def test_pruning_keeps_all_weights(run_dir):
     """Pruning never removes a checkpoint.pt."""
     for step in range(1, 8):
         save(run_dir, step)
-    checkpoint.prune(run_dir, 2, {3})
+    saving.prune(run_dir, 2, {3})
     assert [checkpoint.fault(step_dir(run_dir, step), MODEL) for step in range(1, 8)] == [None] * 7
 
 
@@ -146,7 +146,7 @@ def test_keep_last_0_keeps_all(run_dir):
     """Pruning removes nothing with keep_last = 0."""
     for step in range(1, 8):
         save(run_dir, step)
-    checkpoint.prune(run_dir, 0, set())
+    saving.prune(run_dir, 0, set())
     assert [checkpoint.fault(step_dir(run_dir, step), TRAINER) for step in range(1, 8)] == [None] * 7
 
 
@@ -155,7 +155,7 @@ def test_pruning_leaves_a_linked_folder_alone(run_dir, tmp_path):
     save(run_dir, 5), save(run_dir, 10)
     os.rename(step_dir(run_dir, 5), tmp_path / "kept")
     os.symlink(tmp_path / "kept", step_dir(run_dir, 5))
-    checkpoint.prune(run_dir, 1, set())
+    saving.prune(run_dir, 1, set())
     assert os.path.exists(tmp_path / "kept" / TRAINER)
 
 
@@ -167,22 +167,22 @@ def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(run_dir, monkeypatc
 
     save(run_dir, 5), save(run_dir, 10)
     monkeypatch.setattr(os, "remove", refuse)
-    checkpoint.prune(run_dir, 1, set())
+    saving.prune(run_dir, 1, set())
     monkeypatch.setattr(os, "rename", refuse)
-    checkpoint.remove(step_dir(run_dir, 5))
+    saving.remove(step_dir(run_dir, 5))
     assert capsys.readouterr().err.count("warning: ") == 2
-    assert checkpoint.steps(run_dir) == [10, 5]
+    assert steps(run_dir) == [10, 5]
 
 
 def test_later_steps_are_renamed_not_lost(run_dir):
     """A run that continues from step 5 renames its step 10, from which it must not resume again."""
     save(run_dir, 5), save(run_dir, 10)
     os.makedirs(step_dir(run_dir, 15) + ".tmp-1")
-    checkpoint.clean(run_dir, 5)
-    assert checkpoint.steps(run_dir) == [5]
+    saving.clean(run_dir, 5)
+    assert steps(run_dir) == [5]
     assert checkpoint.fault(step_dir(run_dir, 10) + ".aside", MODEL) is None
     save(run_dir, 10)
-    checkpoint.clean(run_dir, 5)
+    saving.clean(run_dir, 5)
     assert len(folders(run_dir)) == 3, "step 5, and step 10 of two courses of the run"
 
 
@@ -192,7 +192,7 @@ def test_only_own_temporaries_are_deleted(run_dir, capsys):
     for name in ("mine", "step_000005.bak", "step_000003", "step_000007.tmp-12", "notes.tmp-1"):
         os.makedirs(os.path.join(folder, name))
         open(os.path.join(folder, name, "checkpoint.pt"), "w").close()
-    checkpoint.clean(run_dir, 10)
+    saving.clean(run_dir, 10)
     assert folders(run_dir) == ["mine", "notes.tmp-1", "step_000003.aside", "step_000005.bak"]
     assert "step_000003, which has no manifest.json, to step_000003.aside" in capsys.readouterr().out
 
@@ -283,7 +283,7 @@ def other_format(request, tmp_path):
     """(folder, format) of a checkpoint of an older or a newer version, from before there were experts"""
     part = part_of(n_layer=7) | dict(format=request.param, step=3)
     del part["config"]["n_expert"]
-    return checkpoint.save(str(tmp_path), 3, part, part), request.param
+    return saving.save(str(tmp_path), 3, part, part), request.param
 
 
 def test_state_of_another_format_is_not_resumed(other_format):

@@ -17,8 +17,9 @@ from histories import noisy, write_run
 
 import monitor
 import quant
-from nanobit import checkpoint
+from nanobit import checkpoint, saving
 from nanobit.monitor import plots, status
+from nanobit.run_dir import step_dir, steps
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,9 @@ def real(tmp_path_factory):
     data_dir = write_data(folder / "data")
     train(data_dir, f"{folder}/runs", "r", n_embd=72, learning_rate=0.02)
     write_run(folder / "runs" / "f", losses=noisy(0.01, n=24), evals=[(0, 2.5)], run_id="f", ternary=False)
-    part = checkpoint.load(checkpoint.step_dir(f"{folder}/runs/r", 5))
+    part = checkpoint.load(step_dir(f"{folder}/runs/r", 5))
     part["config"]["ternary"] = False
-    checkpoint.save(f"{folder}/runs/f", 5, part, {"format": 1})
+    saving.save(f"{folder}/runs/f", 5, part, {"format": 1})
     return f"{folder}/runs"
 
 
@@ -115,14 +116,14 @@ def codes_figure(real):
     """(the steps, the axes of codes, of flips, of histograms) of --codes on the ternary run"""
     with pytest.MonkeyPatch.context() as patch:
         figure = caught(patch, [f"{real}/r", "--codes=x.png", "--matrix", NAME])
-    steps = sorted(checkpoint.steps(f"{real}/r"))
-    n = len(steps)
-    return steps, figure.axes[:n], figure.axes[n : 2 * n], figure.axes[2 * n :]
+    shown = sorted(steps(f"{real}/r"))
+    n = len(shown)
+    return shown, figure.axes[:n], figure.axes[n : 2 * n], figure.axes[2 * n :]
 
 
 def latent(real, step):
     """the latent weights of the matrix of --codes"""
-    return checkpoint.load(checkpoint.step_dir(f"{real}/r", step))["model"][f"{NAME}.weight"]
+    return checkpoint.load(step_dir(f"{real}/r", step))["model"][f"{NAME}.weight"]
 
 
 def codes_of(real, step):
@@ -171,7 +172,7 @@ def test_codes_of_experts(data_dir, out_dir, monkeypatch):
     """The experts of a mixture are shown one below the other, each with its own scale."""
     train(data_dir, out_dir, "r", n_expert=2, max_steps=10, sample_every=0, eval_every=0)
     figure = caught(monkeypatch, [f"{out_dir}/r", "--codes=x.png", "--matrix=blocks.0.ffn.up_proj"])
-    weight = checkpoint.load(checkpoint.step_dir(f"{out_dir}/r", 10))["model"]["blocks.0.ffn.up_proj.weight"]
+    weight = checkpoint.load(step_dir(f"{out_dir}/r", 10))["model"]["blocks.0.ffn.up_proj.weight"]
     codes = torch.cat([quant.ternarize(expert)[0] for expert in weight]).numpy()
     shown = figure.axes[len(figure.axes) // 2 - 2].images[0].get_array()
     assert codes.shape == (96, 32)
@@ -193,11 +194,11 @@ def test_codes_needs_two_checkpoints_of_a_ternary_run(real, tmp_path, capsys):
     assert "blocks.0.ffn.gate_proj" in error(f"{real}/r", "--matrix=blocks.0.gate_proj")
     assert "no whole checkpoint" in error(write_run(tmp_path / "none", losses=[1.0]))
     os.makedirs(tmp_path / "one" / "metrics")
-    part = checkpoint.load(checkpoint.step_dir(f"{real}/r", 5))
-    checkpoint.save(f"{tmp_path}/one", 5, part, {"format": 1})
+    part = checkpoint.load(step_dir(f"{real}/r", 5))
+    saving.save(f"{tmp_path}/one", 5, part, {"format": 1})
     assert "only one" in error(f"{tmp_path}/one", "--matrix=blocks.0.attn.q_proj")
     # a flipped bit: torch.load would not notice
-    checkpoint.save(f"{tmp_path}/one", 6, part, {"format": 1})
+    saving.save(f"{tmp_path}/one", 6, part, {"format": 1})
     with open(f"{tmp_path}/one/checkpoints/step_000006/checkpoint.pt", "r+b") as file:
         file.seek(5000)
         byte = file.read(1)
@@ -333,10 +334,10 @@ def test_a_picture_is_whole_or_missing(tmp_path, monkeypatch):
 def test_more_checkpoints_than_panels(tmp_path, real, monkeypatch, capsys):
     """bugs guarded: checkpoints left out without a word; the pair at a stage boundary that takes the panel of
     another"""
-    part = checkpoint.load(checkpoint.step_dir(f"{real}/r", 5))
+    part = checkpoint.load(step_dir(f"{real}/r", 5))
     os.makedirs(tmp_path / "r" / "metrics")
     for step in (500, 1000, 1500, 1999, 2000, 2500, 3000, 3500, 4000):
-        checkpoint.save(f"{tmp_path}/r", step, part | {"step": step}, {"format": 1})
+        saving.save(f"{tmp_path}/r", step, part | {"step": step}, {"format": 1})
     figure = caught(monkeypatch, [f"{tmp_path}/r", "--codes=x.png"])
     steps = [int(ax.get_title()[5:].replace(",", "")) for ax in figure.axes[:8]]
     assert steps == list(range(500, 4001, 500))

@@ -7,7 +7,8 @@ import torch
 from conftest import RUN, final, rows, settings, start_ranks, train
 from documents import started, stopped, text_flags
 
-from nanobit import checkpoint, data
+from nanobit import data
+from nanobit.run_dir import steps
 
 
 def test_batches_read_while_the_preparation_writes(corpus, tmp_path, monkeypatch):
@@ -60,7 +61,7 @@ def test_train_beside_a_preparation_that_dies_and_goes_on(corpus, tmp_path):
     assert "error:" in err
     assert "prepare/text.py --files" in err
     assert "train.py --resume=" in err
-    assert checkpoint.steps(tmp_path / "runs" / "fly")[0] > 0, "what was trained is saved"
+    assert steps(tmp_path / "runs" / "fly")[0] > 0, "what was trained is saved"
     child = started(flags, place, f"hold_writes({str(tmp_path / 'go')!r})")
     more = dict(data_dir=tmp_path, out_dir=tmp_path / "runs", run_id="fly", resume="auto")
     for is_last in (False, True):

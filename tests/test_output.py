@@ -13,7 +13,8 @@ from conftest import EVENTS, ROOT, RUN, final, flags, lines, train, write_data
 from fork import Script
 from test_recovery import assert_same_run
 
-from nanobit import checkpoint, terminal
+from nanobit import terminal
+from nanobit.run_dir import steps
 
 pty = pytest.importorskip("pty")
 
@@ -90,7 +91,7 @@ def test_a_closed_terminal_saves_the_step(tmp_path, whole, out_dir, during, modu
     assert code == 128 + signal.SIGHUP
     end = lines(f"{out_dir}/closed", EVENTS)[-1]
     assert end["event"] == "interrupt"
-    assert end["step"] in checkpoint.steps(f"{out_dir}/closed")
+    assert end["step"] in steps(f"{out_dir}/closed")
     train(data_dir, out_dir, "closed", resume="auto")
     assert_same_run(unbroken, f"{out_dir}/closed")
 

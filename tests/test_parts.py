@@ -11,7 +11,7 @@ import torch
 from checkpoints import refusal, write
 from parts import part_of
 
-from nanobit import checkpoint, weights
+from nanobit import checkpoint, saving, weights
 from nanobit.checkpoint import TRAINER
 
 
@@ -171,5 +171,5 @@ def test_a_tensor_that_is_missing_is_named(run_dir):
     tensors = part_of()["model"]
     del tensors["blocks.1.ffn_norm.weight"]
     part = part_of() | dict(format=checkpoint.FORMAT, step=1, model=tensors)
-    folder = checkpoint.save(run_dir, 1, part, {})
+    folder = saving.save(run_dir, 1, part, {})
     assert "blocks.1.ffn_norm.weight: shape none in the file" in refusal(weights.trained, folder)

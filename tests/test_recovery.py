@@ -31,8 +31,9 @@ from conftest import (
 from fork import Script
 
 import config
-from nanobit import checkpoint, data
+from nanobit import checkpoint, data, saving
 from nanobit.checkpoint import MODEL, TRAINER, step_dir
+from nanobit.run_dir import steps
 
 ROUTER, SAMPLES = "metrics/router.jsonl", "samples/samples.jsonl"
 
@@ -178,7 +179,7 @@ def test_a_run_from_before_the_ratios_keeps_its_rates(data_dir, out_dir):
     assert cfg["learning_rate"] * cfg["stage2_lr_ratio"] != cfg["stage2_lr"] == 1.3e-3
     for name in config.RATIOS.values():  # which such a checkpoint does not have
         del cfg[name]
-    checkpoint.save(f"{out_dir}/half", 5, part, trainer)
+    saving.save(f"{out_dir}/half", 5, part, trainer)
     out, _ = train(data_dir, out_dir, "half", resume="auto", **changes)
     assert "resume: from step 5" in out
     assert "changed" not in out
@@ -372,9 +373,9 @@ def test_retention_keeps_boundary_best_and_newest(data_dir, out_dir):
     losses = val_losses(run_dir)
     del losses[0]
     assert best["val_loss"] == min(losses.values()) == losses[best["step"]]
-    steps = checkpoint.steps(run_dir)
-    assert set(steps) == {4, 8, 11, 12, 16, 20, 24, best["step"]}
-    resumable = {step for step in steps if checkpoint.fault(step_dir(run_dir, step), TRAINER) is None}
+    saved = steps(run_dir)
+    assert set(saved) == {4, 8, 11, 12, 16, 20, 24, best["step"]}
+    resumable = {step for step in saved if checkpoint.fault(step_dir(run_dir, step), TRAINER) is None}
     assert {11, 12, 24, best["step"]} <= resumable <= {11, 12, 20, 24, best["step"]}
 
 
@@ -384,7 +385,7 @@ def test_a_validation_loss_that_is_not_a_number_is_not_the_best(data_dir, out_di
     train(data_dir, out_dir, "r", patch=faults.nan_validation_at(4), **changes)
     best = best_of(f"{out_dir}/r")
     assert best["step"] in (3, 6)
-    assert best["step"] in checkpoint.steps(f"{out_dir}/r")
+    assert best["step"] in steps(f"{out_dir}/r")
 
 
 def test_a_skipped_step_is_reported_after_a_resume(data_dir, out_dir):
@@ -414,7 +415,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(copied, name):
     """A run whose newest checkpoint has a flipped bit resumes from the one before, prints and records that,
     and makes the newest again."""
     data_dir, out_dir = copied
-    newest, earlier, *_ = checkpoint.steps(f"{out_dir}/a")
+    newest, earlier, *_ = steps(f"{out_dir}/a")
     assert newest == 10
     flip(f"{step_dir(f'{out_dir}/a', 10)}/{name}", -300, 4)
     out, _ = train(data_dir, out_dir, "a", max_steps=10, sample_every=0, resume="auto")
@@ -423,7 +424,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(copied, name):
     assert event["passed_over"][0][0] == 10
     assert name in event["passed_over"][0][1]
     assert "skipped step 10" in out
-    assert checkpoint.steps(f"{out_dir}/a")[0] == 10
+    assert steps(f"{out_dir}/a")[0] == 10
 
 
 def test_without_a_whole_checkpoint_the_old_run_is_kept(data_dir, out_dir):
@@ -443,7 +444,7 @@ def test_a_disk_that_fills_loses_nothing(data_dir, out_dir):
     """A save that fails is reported and recorded, and the run saves again when there is room."""
     _, err = train(data_dir, out_dir, "r", patch=faults.no_room_for_saves(3, 6), **NO_EXTRAS)
     assert "was not saved" in err
-    assert checkpoint.steps(f"{out_dir}/r")[0] == 24
+    assert steps(f"{out_dir}/r")[0] == 24
     assert events(f"{out_dir}/r", "anomaly")
 
 

@@ -7,7 +7,7 @@ from checkpoints import flip, refusal, save, write
 from conftest import settings
 
 from model import Transformer
-from nanobit import resume
+from nanobit import resume, start
 from nanobit.checkpoint import TRAINER, step_dir
 from nanobit.run_dir import RunDir
 
@@ -49,7 +49,7 @@ def test_a_link_to_another_disk_is_the_same_run(tmp_path):
     os.symlink(tmp_path / "disk", os.path.join(run_dir, "checkpoints"))
     save(run_dir, 5), save(run_dir, 10)
     run = RunDir(run_dir)
-    origin = resume.find(settings(resume=run_dir, run_id="r", out_dir=str(tmp_path)), run)
+    origin = start.find(settings(resume=run_dir, run_id="r", out_dir=str(tmp_path)), run)
     assert origin == resume.Origin(step_dir(run_dir, 10), True, [])
     run.lock.release()
 

@@ -21,7 +21,7 @@ import torch
 from conftest import CHARS, ROOT, run, settings, token_files
 
 from model import Transformer
-from nanobit import checkpoint, data
+from nanobit import checkpoint, data, saving
 from nanobit.generate import KVCache
 from nanobit.infer.restore import restore
 from nanobit.tasks import game
@@ -100,7 +100,7 @@ def save(folder, spec, eot=0, **changes):
     cfg = settings(**dict(vocab_size=len(spec.get("chars", range(285)))) | changes)
     config = {key: value for key, value in vars(cfg).items() if key != "origin"}
     part = dict(format=checkpoint.FORMAT, step=1, tokens=0, config=config, tokenizer=spec | {"eot": eot})
-    checkpoint.save(str(folder), 1, part | {"model": Transformer(cfg).state_dict()}, {})
+    saving.save(str(folder), 1, part | {"model": Transformer(cfg).state_dict()}, {})
     return f"--ckpt={folder}"
 
 

@@ -19,6 +19,7 @@ import torch
 from conftest import EVENTS, ROOT, RUN, SCALARS, final, flags, lines, rows, run, train, write_data
 
 from nanobit import checkpoint
+from nanobit.run_dir import step_dir
 
 HALF = dict(ternary=False, dtype="float16", sample_every=0, eval_every=0)
 
@@ -302,7 +303,7 @@ def test_ternary_health_has_a_row_for_each_layer(written):
 
 def test_a_checkpoint_has_three_files(written):
     """A checkpoint is its two parts and the manifest; checkpoint.pt holds all that use needs."""
-    folder = checkpoint.step_dir(written[0], 6)
+    folder = step_dir(written[0], 6)
     assert set(os.listdir(folder)) == {"checkpoint.pt", "trainer.pt", "manifest.json"}
     assert set(checkpoint.load(folder)) == {"format", "step", "tokens", "config", "tokenizer", "model"}
 

@@ -10,7 +10,7 @@ import datetime
 import math
 from types import SimpleNamespace
 
-from nanobit import checkpoint, record, run_files, schedule
+from nanobit import record, run_files, saving, schedule
 from nanobit.cli import fail
 
 # L(N, D) = E + A / N^a + B / D^b for N parameters and D tokens (Hoffmann et al., arXiv 2203.15556, section
@@ -134,7 +134,7 @@ def row(cfg, counts, steps, cost):
     plan = dict(steps=steps, tokens=tokens, hours=training, hours_total=total, finish=finish)
     plan |= dict(tokens_per_param=tokens / counts["total"], tokens_per_active_param=tokens / counts["active"])
     plan["epochs"] = tokens / cost["dataset_tokens"] if cost["dataset_tokens"] else None
-    plan["checkpoint_gb"] = checkpoint.kept_bytes(cfg, counts["total"], steps) / 1e9
+    plan["checkpoint_gb"] = saving.kept_bytes(cfg, counts["total"], steps) / 1e9
     plan["log_gb"] = log_bytes(cfg, steps) / 1e9
     plan["price"] = total * cost["per_hour"] if cost["per_hour"] else None
     plan["spare_hours"] = cost["budget_hours"] - total if cost["budget_hours"] else None

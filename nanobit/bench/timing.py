@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from model import Transformer
-from nanobit import checkpoint, data, machine, optim
+from nanobit import data, machine, optim, saving
 from nanobit.bench import planner
 from nanobit.experts import router_loss
 from nanobit.generate import generate
@@ -260,6 +260,6 @@ def once_seconds(cfg, device, dtype):
         weights = model.state_dict()
         moments = [{name: w.clone() for name, w in weights.items()} for _ in range(2)]
         began = time.perf_counter()
-        checkpoint.save(folder, 0, dict(model=weights), dict(optimizer=moments))
+        saving.save(folder, 0, dict(model=weights), dict(optimizer=moments))
         save = time.perf_counter() - began
     return evaluation, samples, save
