@@ -315,7 +315,6 @@ result = dict(
 )
 run.event("finish", step=state.step, why=reason, result=result)
 distributed.stop()
-summary = (
-    f"run {cfg.run_id} ended by {reason} at step {state.step:,} after {speed.seconds() / 60:.1f} minutes"
-)
+minutes = result["seconds"] / 60
+summary = f"run {cfg.run_id} ended by {reason} at step {state.step:,} after {minutes:.1f} minutes"
 record.print_result(result, cfg.json, f"{summary}\nnext: python sample.py --ckpt={run.path} --prompt=...")
