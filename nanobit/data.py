@@ -1,14 +1,11 @@
 """
 Token files and the order of batches.
 
-data/<name>/ holds train_00000.bin, ..., val_00000.bin (little-endian token ids) and meta.json. Window i of a
-shard is its tokens [i * seq_len, i * seq_len + seq_len], so that each token but the first is a target once.
-The batch is a pure function of (seed, step): sample number step * sequences_per_step + slot counts through
-epochs, an epoch through the shards in order, and inside a shard through a keyed permutation of its windows.
-So resuming needs the step alone, and any number of devices sees the same tokens.
-
-A data set may still be growing (tokenize_on_fly). Its meta.json lists the shards that are finished and never
-change. Training waits for tokens that are not written yet; the first epoch ends when the set is complete.
+Window i of a shard is its tokens [i * seq_len, i * seq_len + seq_len]: each token but the first is a target
+once. The batch is a pure function of (seed, step): sample number step * sequences_per_step + slot counts
+through epochs, an epoch through the shards in order, and inside a shard through a keyed permutation of its
+windows. So resuming needs the step alone, and any number of devices sees the same tokens. Training waits for
+the tokens of a data set that still grows; its first epoch ends when the set is complete.
 """
 
 import glob
@@ -25,7 +22,7 @@ from nanobit import distributed
 from nanobit.cli import fail
 from nanobit.data_set import Damaged, read_meta
 from nanobit.files import is_locked
-from nanobit.shards import Shards, check_shards, say
+from nanobit.shards import Shards, bad_shard, check_shards, say
 from nanobit.terminal import command_line, printable
 from nanobit.tokenizer import bos_of
 
@@ -52,9 +49,9 @@ def how_to_make(cfg):
     """Return the remedy for a data set that does not exist: the command that makes it, if one is known."""
     where = "" if cfg.data_dir == "data" else " " + command_line([f"--data_dir={cfg.data_dir}"])
     command = cfg.prepare
-    is_flag = {key: cfg.origin[key].startswith("--") for key in ("dataset", "prepare")}
+    flags = [key for key in ("dataset", "prepare") if cfg.origin[key].startswith("--")]
     script = f"prepare/{cfg.dataset}.py"
-    if not command or (is_flag["dataset"] and not is_flag["prepare"]):  # or it makes another data set
+    if not command or flags == ["dataset"]:  # prepare, of a config file, makes another data set
         command = f"python {script}" if os.path.exists(script) else ""
     if command:
         return f"make it: {command}{where}; or name the folder that holds it with --data_dir"
@@ -76,8 +73,8 @@ def checked_meta(cfg, folder, split="", verify=False):
         how = "set it to 0"
         if source.startswith("init_from"):
             how = f"it is that of {source}: prepare the data set with the tokenizer there"
-        n = meta["vocab_size"]
-        raise Damaged(f"vocab_size = {cfg.vocab_size} is less than the {n} ids of {folder}; {how}")
+        fault = f"vocab_size = {cfg.vocab_size} is less than the {meta['vocab_size']} ids of {folder}"
+        raise Damaged(f"{fault}; {how}")
     check_shards(folder, meta, split, verify)
     return meta
 
@@ -171,8 +168,7 @@ class Windows:
         self.cfg, self.meta, self.split = cfg, meta, split
         self.folder = os.path.join(cfg.data_dir, cfg.dataset)
         self.seq_len = cfg.seq_len
-        self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        self.shards = Shards(self.folder)
+        self.shards = Shards(self.folder, meta["dtype"])
         self.update_shards()
         needed = max(1, cfg.eval_tokens // self.seq_len) if split == "val" else 1
         if fault := self.wait_for(needed - 1):
@@ -180,33 +176,33 @@ class Windows:
 
     def update_shards(self):
         """Take in the shards of meta: counts, the windows of each; ends, their running sum; shards."""
-        names = sorted(name for name in self.meta["shards"] if name.startswith(self.split + "_"))
-        sizes = [self.meta["shards"][name]["tokens"] for name in names]
-        n_finished = len(names)
-        growing = self.meta["tokens"].get(self.split, 0) - sum(sizes)  # tokens that are on the disk already
+        shards = sorted(self.meta["shards"].items())
+        sizes = {name: shard["tokens"] for name, shard in shards if name.startswith(self.split + "_")}
+        n_finished = len(sizes)
+        growing = self.meta["tokens"].get(self.split, 0) - sum(sizes.values())  # they are on the disk already
         if growing and self.split == "val" and not self.meta["complete"]:
-            names.append(f"val_{n_finished:05d}.bin")
-            sizes.append(growing)
-        if not names and self.meta["complete"]:
+            sizes[f"val_{n_finished:05d}.bin"] = growing
+        if not sizes and self.meta["complete"]:
             how = "see --split"
             if self.split == "val":
                 how = "hold out more or none: train.py --eval_every=0 --patience=0, export.py --eval_tokens=0"
             present = ", ".join(self.meta["tokens"])
             fail(f"data set {self.folder} has no split {self.split!r}, but {present}; {how}")
-        self.counts = [max(0, n - 1) // self.seq_len for n in sizes]  # windows per shard
+        self.counts = [max(0, n - 1) // self.seq_len for n in sizes.values()]
         self.ends = np.cumsum(self.counts, dtype=np.int64)
         self.ready = sum(self.counts)
         self.total = self.ready if self.meta["complete"] else None
         if self.total == 0:
-            how = f"seq_len can be at most {max(sizes) - 1}; or prepare more text"
+            largest = max(sizes.values())
+            how = f"seq_len can be at most {largest - 1}; or prepare more text"
             if self.split == "val":
                 how += ", or hold out more (--val_fraction=), or none (train.py --eval_every=0 --patience=0)"
-            largest = f"the largest {self.split} shard of {self.folder} has {max(sizes):,} tokens"
-            fail(f"seq_len = {self.seq_len} is longer than the data: {largest}, so {how}")
-        self.shards.update(names, n_finished)
+            fault = f"the largest {self.split} shard of {self.folder} has {largest:,} tokens"
+            fail(f"seq_len = {self.seq_len} is longer than the data: {fault}, so {how}")
+        self.shards.update([*sizes], n_finished)
 
     def last_sample(self, step):
-        """Return the number of the last training sample of a step, over all ranks."""
+        """Return the number of the last training sample of a step, of all ranks."""
         return (step + 1) * self.cfg.batch_size * self.cfg.accumulation * distributed.WORLD - 1
 
     def epochs(self, tokens):
@@ -223,7 +219,6 @@ class Windows:
         rank must ask. say(line) reports the wait and its end."""
         is_waiting = False
         while not self.has(sample) and not stop():
-            # rank 0 looks for all
             is_growing, new, fault = distributed.share(self.look() if distributed.is_main else None)
             if fault:
                 return fault
@@ -261,18 +256,16 @@ class Windows:
 
     def read(self, shard, i):
         """Return window i of a shard: seq_len + 1 token ids."""
-        itemsize = self.dtype.itemsize
-        raw = self.shards.read(shard, i * self.seq_len * itemsize, (self.seq_len + 1) * itemsize)
-        return np.frombuffer(raw, self.dtype)
+        return self.shards.read(shard, i * self.seq_len, self.seq_len + 1)
 
     def tensor(self, places, device):
         """Return the windows at (shard, i) places as inputs and targets (B, T), views of one tensor."""
         rows = np.stack([self.read(shard, i) for shard, i in places])
         vocab_size = self.meta["vocab_size"]
         if rows.max() >= vocab_size:  # a GPU would report it as a failed assertion
-            row = int(rows.max(axis=1).argmax())
+            shard, _ = places[int(rows.max(axis=1).argmax())]
             state = f"holds token id {rows.max()} since it was checked, but vocab_size is {vocab_size}"
-            self.shards.stop(places[row][0], state)
+            self.shards.end(bad_shard(self.shards.paths[shard], state))
         rows = torch.from_numpy(rows.astype(np.int64))
         if device.type == "cuda":
             rows = rows.pin_memory()

@@ -41,11 +41,11 @@ def check_shards(folder, meta, split="", verify=False):
         try:
             stat = os.stat(path)
         except FileNotFoundError:
-            raise Damaged(bad_shard(folder, name, f"is missing, meta.json says {size:,} bytes")) from None
+            raise Damaged(bad_shard(path, f"is missing, meta.json says {size:,} bytes")) from None
         except OSError as error:
             raise Damaged(unreadable(path, error)) from None
         if stat.st_size != size:
-            raise Damaged(bad_shard(folder, name, f"has {stat.st_size:,} bytes, meta.json says {size:,}"))
+            raise Damaged(bad_shard(path, f"has {stat.st_size:,} bytes, meta.json says {size:,}"))
         entry = [size, stat.st_mtime_ns, shard["sha256"], meta["vocab_size"]]
         if seen.get(name) == entry:
             known[name] = entry
@@ -57,21 +57,18 @@ def check_shards(folder, meta, split="", verify=False):
     if size >= LARGE:
         say(f"{folder}: checking {len(to_read)} shards, {size / 1e9:.1f} GB, once on each machine")
     options = dict(unit="B", unit_scale=True, delay=1, leave=False, disable=None)  # shown after a second
-    bar = tqdm(total=size, desc=f"checking {folder}", **options)
     saved = time.monotonic()
     try:
-        for name, entry in to_read.items():
-            try:
-                check_shard(folder, name, meta, dtype, bar.update)
-            except Damaged:
-                known.pop(name, None)
-                raise
-            known[name] = entry
-            if time.monotonic() - saved > SAVE_SECONDS:
-                write_checked(cache, host, known)
-                saved = time.monotonic()
+        with tqdm(total=size, desc=f"checking {folder}", **options) as bar:
+            for name, entry in to_read.items():
+                if fault := check_shard(folder, name, meta, dtype, bar.update):
+                    known.pop(name, None)
+                    raise Damaged(fault)
+                known[name] = entry
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    write_checked(cache, host, known)
+                    saved = time.monotonic()
     finally:
-        bar.close()
         remembered[folder] = known
         write_checked(cache, host, known)
     if verify:
@@ -79,7 +76,7 @@ def check_shards(folder, meta, split="", verify=False):
 
 
 def check_shard(folder, name, meta, dtype, progress):
-    """Read a shard once. Raises Damaged if an id is over the vocabulary or the sha256 is not meta.json's."""
+    """Read a shard once. Return '', or the line for an id over the vocabulary, another sha256 or a fault."""
     path = os.path.join(folder, name)
     sha256, largest = hashlib.sha256(), 0
     buffer = memoryview(bytearray(2**22))
@@ -91,18 +88,18 @@ def check_shard(folder, name, meta, dtype, progress):
                 largest = max(largest, int(ids.max(initial=0)))
                 progress(n)
     except OSError as error:
-        raise Damaged(unreadable(path, error)) from None
+        return unreadable(path, error)
     if largest >= meta["vocab_size"]:
-        state = f"holds token id {largest}, but vocab_size is {meta['vocab_size']}"
-        raise Damaged(bad_shard(folder, name, state))
+        return bad_shard(path, f"holds token id {largest}, but vocab_size is {meta['vocab_size']}")
     if sha256.hexdigest() != meta["shards"][name]["sha256"]:
-        raise Damaged(bad_shard(folder, name, "has changed: its sha256 is not the one in meta.json"))
+        return bad_shard(path, "has changed: its sha256 is not the one in meta.json")
+    return ""
 
 
-def bad_shard(folder, name, state):
+def bad_shard(path, state):
     """Return the line for a shard that is damaged: its state and the remedy."""
-    how = f"copy it again from where it came, or delete {folder} and prepare it again"
-    return f"shard {os.path.join(folder, name)} {state}; {how}"
+    remedy = f"copy it again from where it came, or delete {os.path.dirname(path)} and prepare it again"
+    return f"shard {path} {state}; {remedy}"
 
 
 def host_of(folder):
@@ -133,16 +130,15 @@ class Shards:
     """The files of one split. A few are open at a time, so that any number of shards can be read; one that is
     open outlives its name. One that is cut or cannot be read ends the program with 1, after on_damage()."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, dtype):
         self.folder = folder
-        self.names = []
-        self.n_finished = 0  # those from here on are still being written
+        self.dtype = np.dtype(dtype).newbyteorder("<")
         self.on_damage = lambda: None
         self.files = {}  # {shard: file}, the most recently used last
 
     def update(self, names, n_finished):
-        """Take in the shards by name, of which the first n_finished will not change."""
-        self.names = names
+        """Take in the shards by name; those from n_finished on are still being written. Open a few."""
+        self.paths = [os.path.join(self.folder, name) for name in names]
         self.n_finished = n_finished
         for shard in range(min(len(names), MAX_OPEN)):
             self.file(shard)
@@ -156,32 +152,26 @@ class Shards:
         return file
 
     def open(self, shard):
-        path = os.path.join(self.folder, self.names[shard])
+        path = self.paths[shard]
         try:
-            if shard >= self.n_finished and os.path.exists(path + ".partial"):
+            if shard >= self.n_finished:
                 with contextlib.suppress(FileNotFoundError):  # renamed by now
                     return open(path + ".partial", "rb", buffering=0)  # and stays open when it is renamed
             return open(path, "rb", buffering=0)
-        except FileNotFoundError:
-            self.stop(shard, "is missing")
         except OSError as error:
             self.end(unreadable(path, error))
 
-    def read(self, shard, start, size):
-        """Return `size` bytes of a shard from byte `start` on."""
+    def read(self, shard, start, n):
+        """Return n token ids of a shard from number `start` on."""
         file = self.file(shard)
         try:
-            file.seek(start)
-            content = file.read(size)
+            file.seek(start * self.dtype.itemsize)
+            content = file.read(n * self.dtype.itemsize)
         except OSError as error:
-            self.end(unreadable(os.path.join(self.folder, self.names[shard]), error))
-        if len(content) < size:
-            self.stop(shard, "has become shorter since it was checked")
-        return content
-
-    def stop(self, shard, state):
-        """End the program because a shard is in a damaged state."""
-        self.end(bad_shard(self.folder, self.names[shard], state))
+            self.end(unreadable(self.paths[shard], error))
+        if len(content) < n * self.dtype.itemsize:
+            self.end(bad_shard(self.paths[shard], "has become shorter since it was checked"))
+        return np.frombuffer(content, self.dtype)
 
     def end(self, line):
         """End the program with this line, after on_damage()."""
