@@ -13,7 +13,7 @@ class Damaged(Exception):
 
 
 # The schema of meta.json. A rule is (what is expected, test), the {field: rule} of an object, or the
-# {pattern: rule} of an object whose fields all match it. A field with ? may be missing; others may exist.
+# [pattern, rule] of an object whose fields all match the pattern. An object may have more fields.
 
 
 def whole(least, most):
@@ -31,49 +31,42 @@ TEXT = matching("a text that is not empty", r"(?s).+")
 SHA256 = matching("64 hexadecimal digits", r"[0-9a-f]{64}")
 FILE = matching("the name of a file in this folder", r"[\w-][\w.-]*")
 KIND = matching("'char' or 'sentencepiece' or 'tiktoken'", "char|sentencepiece|tiktoken")
-SPLIT = re.compile(r"\w+")
-SHARD = re.compile(r"\w+_\d{5}\.bin")
-ANY = re.compile(r"(?s).*")
 META = {
     "complete": YES_NO,
     "dtype": matching("'uint16' or 'uint32'", "uint16|uint32"),
     "vocab_size": whole(1, 2**24),
     "eot": ID,
-    "bos?": ID,
-    "tokens": {SPLIT: COUNT},
-    "bytes": {SPLIT: COUNT},
-    "shards": {SHARD: {"tokens": whole(1, 2**40), "sha256": SHA256}},
+    "tokens": [r"\w+", COUNT],
+    "bytes": [r"\w+", COUNT],
+    "shards": [r"\w+_\d{5}\.bin", {"tokens": whole(1, 2**40), "sha256": SHA256}],
     "tokenizer": {"kind": KIND, "sha256": SHA256},
-    "task?": TEXT,
-    "command?": TEXT,
 }
+OPTIONAL = {"bos": ID, "task": TEXT, "command": TEXT}
 TOKENIZER = {  # what each kind has besides
     "char": {"chars": TEXT},
     "sentencepiece": {"file": FILE},
-    "tiktoken": {"file": FILE, "name": TEXT, "pattern": TEXT, "special": {ANY: ID}},
+    "tiktoken": {"file": FILE, "name": TEXT, "pattern": TEXT, "special": ["(?s).*", ID]},
 }
 
 
 def fault(value, rule, name):
-    """Return what is wrong with a value that is called `name` in the line, or ''."""
+    """Return what is wrong with a value, called `name` in the line, or ''."""
     if isinstance(rule, tuple):
         expected, is_right = rule
         return "" if is_right(value) else f"{name} = {shown(value)}, expected {expected}"
     if type(value) is not dict:
         return f"{name or 'its content'} is {shown(value)}, expected an object"
+    if isinstance(rule, list):
+        pattern, part = rule
+        if strange := [field for field in value if not re.fullmatch(pattern, field)]:
+            return f"{name} has the entry {shown(strange[0])}"
+        rule = dict.fromkeys(value, part)
     prefix = f"{name}." if name else ""
-    for key, part in rule.items():
-        if isinstance(key, re.Pattern):
-            fields = list(value)
-            if strange := [field for field in fields if not key.fullmatch(field)]:
-                return f"{name} has the entry {shown(strange[0])}"
-        elif key not in value and not key.endswith("?"):
-            return f"{prefix}{key} is missing"
-        else:
-            fields = [field for field in (key.rstrip("?"),) if field in value]
-        for field in fields:
-            if text := fault(value[field], part, prefix + printable(field)):
-                return text
+    for field, part in rule.items():
+        if field not in value:
+            return f"{prefix}{field} is missing"
+        if text := fault(value[field], part, prefix + printable(field)):
+            return text
     return ""
 
 
@@ -128,6 +121,7 @@ def read_meta(folder):
         how = f"not tokens to train on; to score a model: evaluate.py --dataset={os.path.basename(folder)}"
         raise Damaged(f"data set {folder} is a task of text, {how}")
     text = fault(meta, META, "")
+    text = text or fault(meta, {field: rule for field, rule in OPTIONAL.items() if field in meta}, "")
     text = text or fault(meta["tokenizer"], TOKENIZER[meta["tokenizer"]["kind"]], "tokenizer")
     if text := text or contradiction(meta):
         raise Damaged(f"{path} is damaged: {text}; {again}")
