@@ -1,14 +1,11 @@
 """
-Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE.
-
-A tokenizer is described by a spec, the `tokenizer` entry of meta.json: {kind, sha256, ...}. Those of
-SentencePiece and tiktoken live in a file beside the token files; a checkpoint holds its content, too. The id
-`eot` ends a text and `bos` begins one; without `bos` the end-of-text token does both. All have size, the
-number of ids, and
+Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE. All have size, the number of ids, and
 
     encode(text)       the ids of a text; decode gives it back, but for U+2581 of SentencePiece
     encode_on(text)    the ids of text that continues earlier text
     decode(ids)        the text, without ids of no token: a model may have more rows than its tokenizer
+
+A spec, {kind, sha256, eot, ...} and perhaps the content of a file, describes one; see spec_of.
 """
 
 import base64
@@ -43,8 +40,9 @@ class CharTokenizer:
         return "".join(self.chars[i] for i in ids if i < len(self.chars))
 
 
-def sentencepiece_model(content, path):
-    """Return the model of a SentencePiece file's content. Exits with 2 if it is none, or has no eos."""
+def read_sentencepiece(content, path):
+    """Return (model, marks) of a SentencePiece file's content: {"eot": id}, and "bos" if another token begins
+    a text. Exits with 2 if it is none, or has no eos."""
     model = library("sentencepiece").SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(content)
@@ -53,15 +51,10 @@ def sentencepiece_model(content, path):
         fail(f"tokenizer {path} is not a SentencePiece model; {how}")
     if model.eos_id() < 0:
         fail(f"tokenizer {path} has no end-of-text token (eos)")
-    return model
-
-
-def marks_of(model):
-    """Return {"eot": id}, and "bos" if a SentencePiece model begins a text with another token."""
-    marks = {"eot": model.eos_id(), "bos": model.bos_id()}
-    if marks["bos"] in (-1, marks["eot"]):
-        del marks["bos"]
-    return marks
+    marks = {"eot": model.eos_id()}
+    if model.bos_id() not in (-1, model.eos_id()):
+        marks["bos"] = model.bos_id()
+    return model, marks
 
 
 class SentencePieceTokenizer:
@@ -113,7 +106,8 @@ KINDS = {"char": CharTokenizer, "sentencepiece": SentencePieceTokenizer, "tiktok
 
 
 def spec_of(meta, folder):
-    """Return what a checkpoint needs to make the tokenizer of a data set in this folder, by its meta.json."""
+    """Return what a checkpoint needs of a data set's tokenizer, by its meta.json: the entry `tokenizer`, the
+    content of the file in this folder, eot, the id that ends a text, and bos if another begins one."""
     spec = {key: meta[key] for key in ("eot", "bos") if key in meta}
     return spec | with_content(meta["tokenizer"], folder)
 
@@ -153,16 +147,15 @@ def encode_prompt(tokenizer, bos, text):
 
 
 def continuation(tokenizer, prompt, new):
-    """Return the text that the ids `new` add to a prompt (ids of encode_prompt). All are decoded together: a
-    SentencePiece text alone loses its leading space."""
+    """Return the text that the ids `new` add to a prompt (ids of encode_prompt)."""
+    # decoded together: a SentencePiece text alone loses its leading space
     return tokenizer.decode(prompt[1:] + new)[len(tokenizer.decode(prompt[1:])) :]
 
 
 class TextStream:
-    """The text of tokens that come one by one after the ids of earlier text.
-
-    A character of which only some tokens have come waits for the others, three at most, since UTF-8 has four
-    bytes for it. Decodes a window of 8 to 16 tokens each time: all of them would take O(n^2)."""
+    """The text of tokens that come one by one after the ids of earlier text. A character of which only some
+    tokens have come waits for the others, three at most, since UTF-8 has four bytes for it. Decodes a window
+    of 8 to 16 tokens each time: all of them would take O(n^2)."""
 
     def __init__(self, tokenizer, before):
         self.decode = tokenizer.decode

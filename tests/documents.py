@@ -107,7 +107,7 @@ PATCHED = [
     (chunks, "CHUNK_CHARS"),
     (formats, "LONGEST"),
     (stream, "SAVE_SECONDS"),
-    (stream, "with_content"),
+    (stream, "spec_of"),
     (token_files, "SHARD_TOKENS"),
     (token_files, "write_bytes"),
     (token_files.Split, "write"),

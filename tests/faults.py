@@ -55,8 +55,8 @@ def tokenize_here():
     """Tokenize in the process itself: no worker process has to start."""
     from nanobit.prepare import workers
 
-    def encoded(chunks, n_workers, spec, marks, dtype):
-        workers.load(spec, marks, dtype)
+    def encoded(chunks, n_workers, spec, dtype):
+        workers.load(spec, dtype)
         for pieces, mark, share in chunks:
             yield workers.encode_chunk(pieces), mark, share
 
@@ -127,7 +127,7 @@ def no_tokenizer():
     """End with exit code 2 where a preparation that continues reads its tokenizer."""
     from nanobit.prepare import stream
 
-    stream.with_content = lambda *args: stream.fail("no")
+    stream.spec_of = lambda *args: stream.fail("no")
 
 
 def small_tiktoken():

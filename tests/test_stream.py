@@ -451,8 +451,8 @@ def test_an_endless_line(tmp_path, text):
     with open(__file__, encoding="utf-8") as file:
         content = vocab.train(cfg, sentencepiece, [file.read()])
     (tmp_path / "tokenizer.model").write_bytes(content)
-    spec = dict(kind="sentencepiece", content=content)
-    workers.load(spec, {"eot": 2}, "<u2")
+    spec = dict(kind="sentencepiece", content=content, eot=2)
+    workers.load(spec, "<u2")
     began = time.time()
     ids, documents, size = workers.encode_chunk([("train", text, True, True)])["train"]
     assert make_tokenizer(spec).decode(ids[:-1].tolist()) == text

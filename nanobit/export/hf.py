@@ -24,7 +24,7 @@ from nanobit.cli import fail, library
 from nanobit.export import llama, tokenizer_files
 from nanobit.files import write_json
 from nanobit.infer import packed
-from nanobit.tokenizer import bos_of, marks_of, sentencepiece_model, with_content
+from nanobit.tokenizer import bos_of, read_sentencepiece, with_content
 
 NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 NAMES |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}  # of each block
@@ -277,5 +277,5 @@ def read(folder, to_train=False):
         spec = with_content(spec, folder)
     elif not own and os.path.exists(path):  # beside a Llama of another origin
         spec = with_content(dict(kind="sentencepiece", file="tokenizer.model", sha256=sha256(path)), folder)
-        spec |= marks_of(sentencepiece_model(spec["content"], path))
+        spec |= read_sentencepiece(spec["content"], path)[1]
     return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0))

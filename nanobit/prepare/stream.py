@@ -22,7 +22,7 @@ from nanobit import files
 from nanobit.cli import Flag, fail
 from nanobit.prepare import chunks, hub, sources, token_files, vocab, workers
 from nanobit.terminal import printable
-from nanobit.tokenizer import with_content
+from nanobit.tokenizer import spec_of
 
 SAVE_SECONDS = 10.0  # between two states from which a killed preparation can continue
 FLAGS = {
@@ -118,11 +118,9 @@ def begin(cfg, folder, streams, open_streams):
 def encode(cfg, folder, streams, progress):
     """Tokenize all documents from progress on, and keep it up to date; return the Writer of the files."""
     writer = token_files.Writer(folder, progress)
-    tokenizer = with_content(progress["tokenizer"], folder)
-    marks = {key: progress[key] for key in ("eot", "bos") if key in progress}
     rest = chunks.chunks(cfg, streams, progress["mark"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    results = workers.encoded(rest, cfg.workers or cores, tokenizer, marks, writer.dtype)
+    results = workers.encoded(rest, cfg.workers or cores, spec_of(progress, folder), writer.dtype)
     began = saved = time.perf_counter()
     n_before = writer.n()
     done = sum(progress["bytes"].values())

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nanobit.cli import fail, library
 from nanobit.prepare import hub, token_files
-from nanobit.tokenizer import marks_of, sentencepiece_model
+from nanobit.tokenizer import read_sentencepiece
 
 TRAIN_CHARS = 50_000_000  # characters of text that a new SentencePiece model is trained on
 MODEL = "tokenizer.model"
@@ -55,11 +55,10 @@ def sentencepiece(cfg, path, texts):
     else:
         local = path if os.path.isfile(path) else hub.model_file(wanted, MODEL)
         content = pathlib.Path(local).read_bytes()
-    model = sentencepiece_model(content, wanted)
+    model, marks = read_sentencepiece(content, wanted)
     probe = "two  spaces,\na line"
     if model.decode(model.encode(probe)) != probe:
         print(f"warning: tokenizer = {wanted!r} changes white space: decoding does not give the text back")
-    marks = marks_of(model)
     if wanted == "sentencepiece":  # one trained here has a bos, too, but eot plays both parts
         marks = {"eot": marks["eot"]}
     elif entry := entry_beside(path, content):

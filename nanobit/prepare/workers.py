@@ -16,13 +16,12 @@ from nanobit.tokenizer import make_tokenizer
 PIECE_CHARS = 2**17  # characters of a document that are tokenized at a time, cut at a line end
 
 
-def encoded(chunks, workers, spec, marks, dtype):
+def encoded(chunks, workers, spec, dtype):
     """Yield (what encode_chunk returns, mark, share) of chunks (pieces, mark, share), in their order. spec:
-    the tokenizer, with its content; marks: {eot, bos}. Exits with 1 if a worker is killed. Close it to end
-    the workers early."""
+    spec_of the tokenizer. Exits with 1 if a worker is killed. Close it to end the workers early."""
     context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(workers, context, start_worker, (spec, marks, dtype.str))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (spec, dtype.str))
     waiting = collections.deque()
     try:
         for pieces, mark, share in chunks:
@@ -55,35 +54,34 @@ def submit(pool, pieces):
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start_worker(spec, marks, dtype):
+def start_worker(spec, dtype):
     """Prepare a worker process: make its tokenizer, and let it end as soon as its parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    load(spec, marks, dtype)
+    load(spec, dtype)
 
 
-def load(spec, marks, dtype):
+def load(spec, dtype):
     """Make the tokenizer of this process."""
     global worker
-    worker = make_tokenizer(spec), marks, np.dtype(dtype)
+    worker = make_tokenizer(spec), spec, np.dtype(dtype)
 
 
 def encode_chunk(pieces):
     """Return {split: (ids, documents, bytes of text)} of pieces (split, text, first, last): each document
-    ends with the end-of-text token and, if the marks {eot, bos} have one, begins with bos."""
-    tokenizer, marks, dtype = worker
+    ends with eot, the end-of-text token, and begins with bos if the spec has one."""
+    tokenizer, spec, dtype = worker
     ids = collections.defaultdict(list)
     documents, size = collections.Counter(), collections.Counter()
     for split, text, first, last in pieces:
-        if first and "bos" in marks:
-            ids[split].append(np.array([marks["bos"]], dtype))
+        if first and "bos" in spec:
+            ids[split].append(np.array([spec["bos"]], dtype))
         for part, start in parts_of(text):
-            is_begin = first and start == 0
-            encode = tokenizer.encode if is_begin else tokenizer.encode_on
+            encode = tokenizer.encode if first and start == 0 else tokenizer.encode_on
             ids[split].append(np.array(encode(part), dtype))
         if last:
-            ids[split].append(np.array([marks["eot"]], dtype))
+            ids[split].append(np.array([spec["eot"]], dtype))
         documents[split] += last
         size[split] += len(text.encode())
     return {split: (np.concatenate(ids[split]), documents[split], size[split]) for split in ids}
