@@ -33,7 +33,7 @@ FLAGS = {
 }
 cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir", "verify_data", "device"))
 
-from nanobit import data, machine, record, weights
+from nanobit import machine, record, weights
 from nanobit.infer.restore import restore
 from nanobit.metrics import mean_loss
 from nanobit.tasks import arithmetic, text, tictactoe
@@ -57,7 +57,7 @@ if is_text:
     task, examples = text.read(data_set)
     print(f"{folder} on {cfg.dataset}: {len(examples):,} examples")
 else:
-    meta, windows = data.of_trained(part, cfg.split, cfg.dataset, cfg.data_dir, cfg.verify_data)
+    meta, windows = weights.data_of(part, cfg.split, cfg.dataset, cfg.data_dir, cfg.verify_data)
     task = meta.get("task", "") if cfg.split == "val" else ""
     if task not in ("", "arithmetic", "tictactoe"):
         fail(f"{data_set}: task {task!r} is unknown; this version scores arithmetic, tictactoe")

@@ -49,7 +49,7 @@ cfg = config.load(doc=__doc__, flags=FLAGS, only=(), derive=derive)
 
 import torch
 
-from nanobit import checkpoint, cli, data, files, record, weights
+from nanobit import checkpoint, cli, files, record, weights
 from nanobit.export import card, gguf_file, hf, verify
 
 torch.set_grad_enabled(False)
@@ -74,7 +74,7 @@ def validation(part):
     if not (cfg.eval_tokens and os.path.exists(os.path.join(folder, "meta.json"))):
         print(f"no loss is compared: that needs {folder} and eval_tokens above 0")
         return []
-    _, val_windows = data.of_trained(part, "val", data_dir=data_dir)
+    _, val_windows = weights.data_of(part, "val", data_dir=data_dir)
     return list(val_windows.fixed(cfg.eval_tokens, 1, torch.device("cpu")))
 
 

@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from nanobit.data_set import Damaged, read_meta
 from nanobit.files import is_locked
 from nanobit.shards import Shards, bad_shard, check_shards, say
 from nanobit.terminal import command_line, printable
-from nanobit.tokenizer import bos_of
 
 
 def meta(cfg, split="", verify=False):
@@ -85,26 +83,6 @@ def check_vocabulary(cfg, meta, tokenizer):
         fault = f"vocab_size = {meta['vocab_size']}, but its tokenizer has {tokenizer.size} ids"
         how = "correct it, or prepare the data set again; to pad rows: --vocab_multiple"
         fail(f"{os.path.join(cfg.data_dir, cfg.dataset, 'meta.json')}: {fault}; {how}")
-
-
-def of_trained(part, split, dataset="", data_dir="", verify=False):
-    """Return (meta, windows of a split, as long as the model's context) of the data set on which the model of
-    a checkpoint was trained, or of another that its tokenizer made. Exits with 2 if another tokenizer did."""
-    trained = part["config"]
-    changes = dict(dataset=dataset or trained["dataset"], data_dir=data_dir or trained["data_dir"])
-    changes |= dict(vocab_size=0, tokenize_on_fly=False, origin=dict(dataset="", prepare=""))
-    cfg = SimpleNamespace(**trained | changes)
-    cfg.prepare = trained["prepare"] if cfg.dataset == trained["dataset"] else ""
-    found = meta(cfg, split, verify)
-    if found["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
-        how = "name one that the model's tokenizer made, or its folder with --data_dir"
-        fail(f"dataset = {cfg.dataset!r} has another tokenizer than the model; {how}")
-    bos, expected = bos_of(found), bos_of(part["tokenizer"])
-    if bos != expected:
-        how = "prepare it with --tokenizer= and the folder of the model's own data set or export"
-        fault = f"its texts begin with token {bos}, the model's with {expected}"
-        fail(f"dataset = {cfg.dataset!r}: {fault}; {how}")
-    return found, Windows(cfg, found, split)
 
 
 def bits_per_byte(meta, loss):

@@ -1,4 +1,4 @@
-"""A trained model as a dict: the part of a checkpoint.pt, or what an exported folder holds instead of it."""
+"""A trained model as a dict: the part of a checkpoint.pt or of an exported folder. And its data set."""
 
 import os
 import sys
@@ -8,10 +8,11 @@ import torch
 
 import config
 from model import Transformer
-from nanobit import checkpoint, distributed, files, parts
+from nanobit import checkpoint, data, distributed, files, parts
 from nanobit.cli import fail
 from nanobit.run_dir import reading
 from nanobit.terminal import printable
+from nanobit.tokenizer import bos_of
 
 HF = ", or an export for transformers"
 
@@ -57,3 +58,22 @@ def exported(path, to_train=False):
     except ValueError as error:
         fail(f"{path}: {error}; export an earlier step")
     return part
+
+
+def data_of(part, split, dataset="", data_dir="", verify=False):
+    """Return (meta, windows of a split, as long as the model's context) of the data set on which the model of
+    a part was trained, or of another that its tokenizer made. Exits with 2 if another tokenizer did."""
+    trained = part["config"]
+    changes = dict(dataset=dataset or trained["dataset"], data_dir=data_dir or trained["data_dir"])
+    changes |= dict(vocab_size=0, tokenize_on_fly=False, origin=dict(dataset="", prepare=""))
+    cfg = SimpleNamespace(**trained | changes)
+    cfg.prepare = trained["prepare"] if cfg.dataset == trained["dataset"] else ""
+    meta = data.meta(cfg, split, verify)
+    if meta["tokenizer"]["sha256"] != part["tokenizer"]["sha256"]:
+        remedy = "name one that the model's tokenizer made, or its folder with --data_dir"
+        fail(f"dataset = {cfg.dataset!r} has another tokenizer than the model; {remedy}")
+    if bos_of(meta) != bos_of(part["tokenizer"]):
+        fault = f"its texts begin with token {bos_of(meta)}, the model's with {bos_of(part['tokenizer'])}"
+        remedy = "prepare it with --tokenizer= and the folder of the model's own data set or export"
+        fail(f"dataset = {cfg.dataset!r}: {fault}; {remedy}")
+    return meta, data.Windows(cfg, meta, split)

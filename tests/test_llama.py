@@ -122,10 +122,8 @@ def test_a_run_begins_with_the_llama(folders, tmp_path):
 
 def hf_windows(folders):
     """(meta, validation windows) that a run of 32 tokens and 64 for an evaluation reads"""
-    from nanobit import data
-
     part = dict(config=vars(settings(folders, "--seq_len=32", "--dataset=books")), tokenizer=books(folders))
-    found, windows = data.of_trained(part, "val", data_dir=str(folders["data"]))
+    found, windows = weights.data_of(part, "val", data_dir=str(folders["data"]))
     return found, list(windows.fixed(64, 1, torch.device("cpu")))
 
 
