@@ -26,13 +26,12 @@ def matching(expected, pattern):
 
 COUNT = whole(0, 2**50)
 ID = whole(0, 2**24 - 1)
-YES_NO = "true or false", lambda v: type(v) is bool
 TEXT = matching("a text that is not empty", r"(?s).+")
 SHA256 = matching("64 hexadecimal digits", r"[0-9a-f]{64}")
 FILE = matching("the name of a file in this folder", r"[\w-][\w.-]*")
 KIND = matching("'char' or 'sentencepiece' or 'tiktoken'", "char|sentencepiece|tiktoken")
 META = {
-    "complete": YES_NO,
+    "complete": ("true or false", lambda v: type(v) is bool),
     "dtype": matching("'uint16' or 'uint32'", "uint16|uint32"),
     "vocab_size": whole(1, 2**24),
     "eot": ID,

@@ -4,8 +4,6 @@ Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE. All have size,
     encode(text)       the ids of a text; decode gives it back, but for U+2581 of SentencePiece
     encode_on(text)    the ids of text that continues earlier text
     decode(ids)        the text, without ids of no token: a model may have more rows than its tokenizer
-
-A spec, {kind, sha256, eot, ...} and perhaps the content of a file, describes one; see spec_of.
 """
 
 import base64
@@ -60,12 +58,10 @@ def read_sentencepiece(content, path):
 class SentencePieceTokenizer:
     def __init__(self, spec):
         self.model = library("sentencepiece").SentencePieceProcessor(model_proto=spec["content"])
+        self.encode = self.model.encode
         self.size = self.model.vocab_size()
         self.newline = self.model.encode("\n")
         self.keeps_lines = self.model.decode(self.newline) == "\n"  # not where it normalises white space
-
-    def encode(self, text):
-        return self.model.encode(text)
 
     def encode_on(self, text):
         """Return the ids of text without the space that SentencePiece puts before a text."""
@@ -90,13 +86,8 @@ class TiktokenTokenizer:
         self.known = {*ranks.values(), *spec["special"].values()}  # some encodings leave gaps
         options = dict(pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=spec["special"])
         self.model = library("tiktoken").Encoding(spec["name"], **options)
+        self.encode = self.encode_on = self.model.encode_ordinary  # names of special tokens are ordinary text
         self.size = self.model.n_vocab
-
-    def encode(self, text):
-        """Return the ids of text, in which the names of special tokens are ordinary text."""
-        return self.model.encode_ordinary(text)
-
-    encode_on = encode
 
     def decode(self, ids):
         return self.model.decode([i for i in ids if i in self.known])
