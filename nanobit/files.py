@@ -43,6 +43,16 @@ def write_json(path, value):
     write_bytes(path, json.dumps(value, indent=1).encode())
 
 
+def read_json(path):
+    """Return the object that a JSON file holds, {} if it is missing or damaged."""
+    try:
+        with open(path, "rb") as file:
+            value = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def sync_folder(path):
     """Flush a folder to the disk, so that a rename in it survives a power cut, if the file system can."""
     if os.name == "nt":  # a folder cannot be opened there

@@ -8,7 +8,6 @@ Damage that keeps size and time (a bad disk) is found by --verify_data, which re
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import sys
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from nanobit.cli import fail
 from nanobit.data_set import Damaged, unreadable
-from nanobit.files import write_json
+from nanobit.files import read_json, write_json
 
 MAX_OPEN = 8  # shards of a split that are open at a time
 SAVE_SECONDS = 60.0  # between two saves of .checked.json while a large data set is read
@@ -109,12 +108,7 @@ def host_of(folder):
 
 def read_checked(path):
     """Return {host: {shard: entry}} of a .checked.json, a cache: {} if it is missing or damaged."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            hosts = json.load(file)
-        return {host: shards for host, shards in hosts.items() if type(shards) is dict}
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return {}
+    return {host: shards for host, shards in read_json(path).items() if type(shards) is dict}
 
 
 def write_checked(path, host, shards):

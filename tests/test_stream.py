@@ -238,16 +238,15 @@ def test_a_kill_after_a_shard_is_renamed(tmp_path, monkeypatch):
     """A shard that was renamed before progress.json counted it is continued from what is counted; longer
     files of an earlier try are removed."""
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 8)
-    split = token_files.Split(str(tmp_path), "train", np.dtype("<u2"), 0)
+    split = token_files.Split(str(tmp_path), "train", np.dtype("<u2"), 0, {})
     split.write(np.arange(21, dtype="<u2"))
     split.sync()
-    split = token_files.Split(
-        str(tmp_path), "train", np.dtype("<u2"), 5
-    )  # as known before the first shard was full
+    # as known before the first shard was full
+    split = token_files.Split(str(tmp_path), "train", np.dtype("<u2"), 5, {})
     assert sorted(os.listdir(tmp_path)) == ["train_00000.bin.partial"]
     split.write(np.arange(5, 19, dtype="<u2"))
     split.finish()
-    found = [np.fromfile(tmp_path / name, "<u2") for name in sorted(split.shards({}))]
+    found = [np.fromfile(tmp_path / name, "<u2") for name in sorted(split.shards)]
     assert np.concatenate(found).tolist() == list(range(19))
     assert [part.size for part in found] == [8, 8, 3]
 

@@ -6,9 +6,7 @@ and where the source stood. A preparation that was killed continues from there, 
 """
 
 import contextlib
-import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -20,6 +18,7 @@ from tqdm import tqdm
 import config
 from nanobit import files
 from nanobit.cli import Flag, fail
+from nanobit.files import read_json
 from nanobit.prepare import chunks, hub, sources, token_files, vocab, workers
 from nanobit.terminal import printable
 from nanobit.tokenizer import spec_of
@@ -72,15 +71,15 @@ def prepare(cfg, open_streams, options, paths=()):
     try:
         progress = read_json(os.path.join(folder, "progress.json"))
         cfg.revision = progress.get("revision", getattr(cfg, "revision", ""))
-        if progress and "stamp" not in progress:  # an earlier version began it, which kept line ends
-            cfg.keep_crlf = True
         streams = open_streams()
-        if progress:
+        if not progress:
+            progress = dict(source=source, stamp=stamp) | begin(cfg, folder, streams, open_streams)
+        else:
             print(f"continuing after {sum(progress['documents'].values()):,} documents")
             if "stamp" in progress:
                 progress["stamp"] = stamp
-        else:
-            progress = dict(source=source, stamp=stamp) | begin(cfg, folder, streams, open_streams)
+            else:  # an earlier version began it, which kept line ends
+                cfg.keep_crlf = True
         writer = encode(cfg, folder, streams, progress)
         if "train" not in progress["tokens"]:  # the corrected command would find another data set here
             for name in ("progress.json", *progress["shards"]):
@@ -110,8 +109,8 @@ def begin(cfg, folder, streams, open_streams):
         bytes_each = 2 if cfg.tokenizer == "char" else 0.4  # of tokens for a byte of text, at the least
         check_room(folder, bytes_each * sum(stream.size for stream in streams))
     spec, marks, vocab_size = vocab.pick(cfg, folder, chunks.texts(cfg, open_streams()))
-    progress = dict(tokenizer=spec, **marks, vocab_size=vocab_size, revision=streams[0].revision)
-    progress |= dict(mark=chunks.START, tokens={}, bytes={}, documents={}, seconds=0.0)
+    progress = dict(tokenizer=spec, **marks, vocab_size=vocab_size, revision=cfg.revision)
+    progress |= dict(mark=chunks.START, tokens={}, shards={}, bytes={}, documents={}, seconds=0.0)
     return progress | dict(stream_began=[0, 0])  # tokens and bytes before the stream under way
 
 
@@ -234,17 +233,7 @@ def check_room(folder, need):
     """Exit with 1 if the disk has no room for so many more bytes."""
     free = shutil.disk_usage(folder).free
     if need > free:
-        has = f"the disk has {free / 1e6:,.1f} MB free"
-        fail(f"{folder} needs about {need / 1e6:,.1f} MB more, {has}", code=1)
-
-
-def read_json(path):
-    """Return the object that a JSON file holds; {} if it does not exist or is damaged."""
-    try:
-        value = json.loads(pathlib.Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        fail(f"{folder} needs {need / 1e6:,.1f} MB more, the disk has {free / 1e6:,.1f} MB free", code=1)
 
 
 def summarize(folder):

@@ -45,8 +45,6 @@ def write_characters(folder, texts, chars, source, task):
 def open_data_set(data_dir, name, source, anew=True):
     """Make the folder data_dir/name and return its path. anew: remove its meta.json, so that no training
     starts on half a data set. Exits with 2 if it cannot be written, or holds tokens from another source."""
-    if not name:
-        fail("name = '' is not the name of a folder")
     folder = os.path.join(data_dir, name)
     path = os.path.join(folder, "meta.json")
     try:
@@ -106,11 +104,12 @@ def write_meta(folder, **fields):
 
 class Split:
     """The token files of one split, of which n tokens are known to be on the disk; what is beyond them is
-    dropped. A shard is train_00000.bin.partial until it is full."""
+    dropped. A shard is train_00000.bin.partial until it is full; shards {file: entry} then gets an entry."""
 
-    def __init__(self, folder, split, dtype, n):
+    def __init__(self, folder, split, dtype, n, shards):
         self.prefix = os.path.join(folder, f"{split}_")
         self.n = n
+        self.shards = shards
         number, rest = divmod(n, SHARD_TOKENS)
         for path in glob.glob(glob.escape(self.prefix) + "*"):
             if path.removeprefix(self.prefix)[:5] > f"{number:05d}":
@@ -149,24 +148,15 @@ class Split:
         self.sync()
         partial = self.file.name
         self.file.close()
-        if os.path.getsize(partial):
-            os.replace(partial, partial.removesuffix(".partial"))
-        else:
+        if not os.path.getsize(partial):
             os.remove(partial)
-
-    def shards(self, known):
-        """Return {file: {tokens, sha256}} of the finished shards; those in `known` are not read again."""
-        entries = {}
-        for start in range(0, self.n, SHARD_TOKENS):
-            path = self.path(start // SHARD_TOKENS)
-            name = os.path.basename(path)
-            if name in known:
-                entries[name] = known[name]
-            elif os.path.exists(path):
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                entries[name] = {"tokens": min(SHARD_TOKENS, self.n - start), "sha256": digest}
-        return entries
+            return
+        path = partial.removesuffix(".partial")
+        os.replace(partial, path)
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        n = (self.n - 1) % SHARD_TOKENS + 1
+        self.shards[os.path.basename(path)] = {"tokens": n, "sha256": sha256}
 
 
 class Writer:
@@ -178,7 +168,8 @@ class Writer:
     def __init__(self, folder, progress):
         self.folder, self.progress = folder, progress
         self.dtype = dtype_of(progress["vocab_size"])
-        self.splits = {name: Split(folder, name, self.dtype, n) for name, n in progress["tokens"].items()}
+        known = progress["tokens"].items()
+        self.splits = {name: Split(folder, name, self.dtype, n, progress["shards"]) for name, n in known}
         self.began = time.perf_counter() - progress["seconds"]
 
     def n(self):
@@ -188,7 +179,7 @@ class Writer:
     def add(self, name, ids, documents, size):
         """Append the ids (array) of so many documents, from so many bytes of text, to a split."""
         if name not in self.splits:
-            self.splits[name] = Split(self.folder, name, self.dtype, 0)
+            self.splits[name] = Split(self.folder, name, self.dtype, 0, self.progress["shards"])
             if "bos" not in self.progress:  # the end of a text precedes the first document, too
                 self.splits[name].write(np.array([self.progress["eot"]], self.dtype))
         self.splits[name].write(ids)
@@ -199,24 +190,15 @@ class Writer:
         """Flush the tokens to the disk, then write progress.json and, never before it, meta.json."""
         for split in self.splits.values():
             split.sync()
-        self.count()
+        self.progress["tokens"] = {name: split.n for name, split in self.splits.items()}
+        self.progress["seconds"] = time.perf_counter() - self.began
         write_bytes(os.path.join(self.folder, "progress.json"), json.dumps(self.progress).encode())
         self.write_meta(complete=False, command=command_line(["python", *sys.argv]))
-
-    def count(self):
-        """Bring the counts of `progress` up to date."""
-        known = self.progress.get("shards", {})
-        self.progress["tokens"] = {name: split.n for name, split in self.splits.items()}
-        self.progress["shards"] = {}
-        for split in self.splits.values():
-            self.progress["shards"] |= split.shards(known)
-        self.progress["seconds"] = time.perf_counter() - self.began
 
     def finish(self):
         self.save()
         for split in self.splits.values():
             split.finish()
-        self.count()
 
     def close(self):
         for split in self.splits.values():
