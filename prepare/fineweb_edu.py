@@ -23,7 +23,7 @@ DEFAULTS = {
     "name": "fineweb_edu",
     "repo": "HuggingFaceFW/fineweb-edu",
     "config": "sample-10BT",
-    "tokenizer": stream.vocab.LLAMA2,
+    "tokenizer": "hf-internal-testing/llama-tokenizer",  # a copy of LLaMA-2's that is not gated
     "val_fraction": 0.001,
 }
 

@@ -31,9 +31,7 @@ from nanobit.prepare import sources, stream
 FLAGS = {
     "files": Flag("", "which files: a path or a quoted pattern such as 'texts/**/*.txt'", required=True),
     "column": Flag("text", "the field of a .jsonl line or column of a table that holds the text"),
-    "separator": Flag(
-        "", "what ends a document of a .txt file, as '<|endoftext|>' or '\\n\\n'; '' = its end"
-    ),
+    "separator": Flag("", "ends a document of a .txt file, as '<|endoftext|>' or '\\n\\n'; '' = its end"),
     "keep_crlf": Flag(False, "leave line ends as they are: \\r\\n and \\r do not become \\n"),
     "plain_quotes": Flag(False, 'a table was written without quoting: a line is a row, " is a character'),
 }

@@ -11,15 +11,14 @@ from nanobit.prepare import hub, sources, token_files
 
 def flags(name, repo, config, split):
     """Return the flags of a script that prepares a task of text, with these defaults."""
-    hub_flags = {
-        "repo": Flag(repo, "data set on the hub, or a folder like one"),
-        "config": Flag(config, "its configuration, as a paradigm or a language; '' = all"),
-        "split": Flag(split, "its split"),
-        "revision": Flag("", "its commit, branch or tag; '' = the newest"),
+    return {
+        "repo": Flag(repo, "data set on the hub, or a folder like one", not_with="files"),
+        "config": Flag(config, "its configuration, as a paradigm or a language; '' = all", not_with="files"),
+        "split": Flag(split, "its split", not_with="files"),
+        "revision": Flag("", "its commit, branch or tag; '' = the newest", not_with="files"),
+        "files": Flag("", "local jsonl files to read instead, as 'folder/*.jsonl'"),
+        "name": Flag(name, "name of the data set"),
     }
-    flags = {key: flag._replace(not_with="files") for key, flag in hub_flags.items()}
-    flags["files"] = Flag("", "local jsonl files to read instead, as 'folder/*.jsonl'")
-    return flags | {"name": Flag(name, "name of the data set")}
 
 
 def read(cfg):

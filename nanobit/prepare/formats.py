@@ -258,15 +258,14 @@ def parquet_rows(file, path, start, offset, line, options):
         fail(f"{printable(path)} is not a parquet file: {error}")
     need_column(printable(path), options.column, file.schema_arrow.names)
     size = os.path.getsize(path)
-    row = 0
+    end = 0
     for group in range(file.num_row_groups):
-        following = row + file.metadata.row_group(group).num_rows
-        if following <= line:
-            row = following
+        first = end + 1
+        end += file.metadata.row_group(group).num_rows
+        if end <= line:
             continue
         column = file.read_row_group(group, [options.column])[options.column]
-        for value in arrow_values(column):
-            row += 1
+        for row, value in enumerate(arrow_values(column), first):
             if row > line:
                 yield size * row // file.metadata.num_rows, row, value
 

@@ -1,8 +1,4 @@
-"""
-Data sets and files of the Hugging Face hub, or of a local folder laid out like one.
-
-Its libraries have no common type of error: the names of the types and words of the text distinguish them.
-"""
+"""Data sets and files of the Hugging Face hub, or of a local folder laid out like one."""
 
 import os
 import re
@@ -24,7 +20,6 @@ class Hub:
             api = library("huggingface_hub").HfApi()
             info = ask(lambda: api.dataset_info(cfg.repo, revision=cfg.revision or None), named(cfg))
             cfg.revision = info.sha
-        self.revision = cfg.revision
         self.data = open_split(cfg, cfg.config, hub_split)
         self.done = 0  # rows read
         self.unusable = 0  # of these, rows without a text
@@ -134,7 +129,7 @@ def described(error):
 
 
 def names_of(error):
-    """Return the names of an error's type and of those it derives from, as one text."""
+    """Return the names of an error's type and its bases: the hub's libraries have no common type of error."""
     return " ".join(kind.__name__ for kind in type(error).__mro__)
 
 

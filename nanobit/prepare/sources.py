@@ -1,13 +1,11 @@
 """
-Documents of files. A source (Files here, Hub in hub.py) is read in order, piece by piece, and has
+Documents of files. A source (Files here, Hub in hub.py) has size, its bytes of text (0 if not known), and
 
     pieces(state)   yield (split, text, first, last) from the start (None) or a state: a part of a document,
                     and whether it is its first and last part. split is '' if the text decides whether it is
                     held out. A row that holds no text is (None, why not, which row, '')
     state()         where it stands after the last piece, as JSON
     fraction()      the part of it that is read, 0 to 1, or None if that is not known
-    size            bytes of text in all, 0 if that is not known
-    revision        the commit of the hub that it reads, or ''
 """
 
 import glob
@@ -30,8 +28,6 @@ class Files:
     Without a separator a text is one document, and the last val_fraction of the bytes of all texts, cut at a
     line end, is held out; other documents are held out by their text. Line ends become \\n, unless keep_crlf
     is set. The offset of a state is a byte of the unpacked file."""
-
-    revision = ""
 
     def __init__(self, paths, cfg):
         self.cfg = cfg
@@ -97,7 +93,7 @@ class Files:
 
     def unified(self, text):
         """Return text with \\n for every line end, unless they are kept."""
-        if self.cfg.keep_crlf or "\r" not in text:
+        if self.cfg.keep_crlf:
             return text
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -189,7 +185,8 @@ def borders(paths, ends, val_fraction):
         left -= size
     if inside and found == ends:  # the last line, perhaps the only one, would not be held out
         i, at = inside
-        found[i] = word_end(paths[i], at)
+        block = block_at(paths[i], at)  # cut after the word, or the character if the word does not end
+        found[i] = at + (block.index(b" ") if b" " in block else character_end(block))
     return found
 
 
@@ -201,12 +198,6 @@ def line_end(path, at, size):
     if match := formats.LINE_END.search(block):
         return at - 1 + match.end()
     return size if at - 1 + len(block) == size else at + character_end(block[1:])
-
-
-def word_end(path, at):
-    """Return the end of the word at byte `at` of a file, or of the character if the word does not end."""
-    block = block_at(path, at)
-    return at + (block.index(b" ") if b" " in block else character_end(block))
 
 
 def block_at(path, at):

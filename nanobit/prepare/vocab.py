@@ -18,7 +18,6 @@ from nanobit.tokenizer import read_sentencepiece
 
 TRAIN_CHARS = 50_000_000  # characters of text that a new SentencePiece model is trained on
 MODEL = "tokenizer.model"
-LLAMA2 = "hf-internal-testing/llama-tokenizer"  # a copy of LLaMA-2's tokenizer.model that is not gated
 
 
 def pick(cfg, folder, texts):

@@ -72,11 +72,9 @@ def progress(desc, items, total=None):
 @torch.no_grad()
 def log_likelihoods(model, texts, batch_size):
     """Return {(ids, n): (nats, greedy)} for texts (tuple of ids, n): the log-likelihood of the last n ids
-    given those before, summed in float64, and whether each of the n is the most likely token.
-
-    The model reads the last seq_len ids before the final one. Exits with 2 if n is more. Equal texts are
-    scored once, because two batches may differ in the last bits.
-    """
+    given those before, summed in float64, and whether each of the n is the most likely token. The model reads
+    the last seq_len ids before the final one. Exits with 2 if n is more. Equal texts are scored once, because
+    two batches may differ in the last bits."""
     size, device = model.cfg.seq_len, model.embed.weight.device
     texts = sorted(set(texts), key=lambda text: (-len(text[0]), text))  # similar lengths need little padding
     if (most := max(n for _, n in texts)) > size:
@@ -108,10 +106,8 @@ def exp(nats):
 
 def lambada(model, tokenizer, bos, examples, batch_size):
     """Score LAMBADA (Paperno et al. 2016, arXiv 1606.06031): the last word of a passage, given all before it.
-
     The word is " " and what follows the last space; a token that spans the border belongs to it. accuracy:
-    share of words whose tokens are all the most likely ones. perplexity: per word (val_loss is per token).
-    """
+    share of words whose tokens are all the most likely ones. perplexity: per word (val_loss is per token)."""
     texts = []
     spans = 0
     for number, example in enumerate(examples, 1):
@@ -138,11 +134,9 @@ def lambada(model, tokenizer, bos, examples, batch_size):
 
 def blimp(model, tokenizer, bos, examples, batch_size):
     """Score BLiMP (Warstadt et al. 2020, arXiv 1912.00582): of two sentences that differ in one point, the
-    grammatical one should be the more likely as a whole; a tie counts half.
-
-    accuracy is the mean over paradigms (UID), that of a phenomenon (linguistics_term) the mean over its own.
-    tokens, val_loss and perplexity (per token) are those of the good sentences.
-    """
+    grammatical one should be the more likely as a whole; a tie counts half. accuracy is the mean over
+    paradigms (UID), that of a phenomenon (linguistics_term) the mean over its own. tokens, val_loss and
+    perplexity (per token) are those of the good sentences."""
     pairs = []
     for number, example in enumerate(examples, 1):
         rows = [encode(tokenizer, bos, example[f"sentence_{which}"], number) for which in ("good", "bad")]

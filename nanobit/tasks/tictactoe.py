@@ -8,7 +8,7 @@ training games are random, so that a perfect model knows how likely each result 
     not_lose  the move after which the opponent's win is least likely: argmin P(opponent's result | moves,
               move), by Bayes' rule from the model's probability of the moves under each of the three results
 
-Neither is perfect play: both expect a random opponent. `game.limits` computes what a perfect model reaches.
+Both expect a random opponent; `game.limits` computes what a perfect model reaches.
 """
 
 import itertools
