@@ -6,10 +6,8 @@ Write LAMBADA, passages whose last word a model is to guess, as a task for evalu
     python prepare/lambada.py --files='lambada/*.jsonl'  from local files, a {"text": ...} a line
     python evaluate.py --ckpt=runs/baseline --dataset=lambada
 
-The default is the text that GPT-2 was scored on, 5,153 passages, as text in data/<name>/task.jsonl. Takes
-seconds, and 2 MB.
-Paperno et al., "The LAMBADA dataset: Word prediction requiring a broad discourse context", 2016 (arXiv
-1606.06031).
+The default is what GPT-2 was scored on, 5,153 passages, as text in data/<name>/task.jsonl, 2 MB.
+Paperno et al., "The LAMBADA dataset: Word prediction requiring a broad discourse context", arXiv 1606.06031.
 """
 
 import os

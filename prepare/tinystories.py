@@ -1,6 +1,5 @@
 """
-Write the TinyStories of Eldan and Li (arXiv 2305.07759) as tokens, in a SentencePiece tokenizer trained on
-them.
+Write the TinyStories of Eldan and Li (arXiv 2305.07759) as tokens of a SentencePiece model trained on them.
 
     python prepare/tinystories.py                                    data/tinystories/
     python prepare/tinystories.py --max_documents=20000 --name=few   a first try, in a minute

@@ -17,9 +17,8 @@ class Hub:
     def __init__(self, cfg, hub_split, split):
         self.cfg, self.split = cfg, split
         if not os.path.isdir(cfg.repo):  # name the commit: the branch may change before this is resumed
-            api = library("huggingface_hub").HfApi()
-            info = ask(lambda: api.dataset_info(cfg.repo, revision=cfg.revision or None), named(cfg))
-            cfg.revision = info.sha
+            info = library("huggingface_hub").HfApi().dataset_info
+            cfg.revision = ask(lambda: info(cfg.repo, revision=cfg.revision or None), named(cfg)).sha
         self.data = open_split(cfg, cfg.config, hub_split)
         self.done = 0  # rows read
         self.unusable = 0  # of these, rows without a text
@@ -89,8 +88,7 @@ def named(cfg):
 def model_file(repo, name):
     """Return the local path of a file of a model repository, downloaded."""
     hub = library("huggingface_hub")
-    expected = "expected a file, a hub repository that holds one, or the name of an encoding"
-    missing = f"has no {name} (a tokenizer.json is not supported); {expected}"
+    missing = f"has no {name} (a tokenizer.json is not supported); expected a file, org/name or an encoding"
     return ask(lambda: hub.hf_hub_download(repo, name), f"tokenizer = {repo!r}", missing)
 
 

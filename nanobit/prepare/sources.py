@@ -23,11 +23,10 @@ from nanobit.terminal import printable
 
 
 class Files:
-    """Text files, each of the format that its ending names, in the order of their names.
-
-    Without a separator a text is one document, and the last val_fraction of the bytes of all texts, cut at a
-    line end, is held out; other documents are held out by their text. Line ends become \\n, unless keep_crlf
-    is set. The offset of a state is a byte of the unpacked file."""
+    """Text files, each of the format that its ending names, in the order of their names. Without a separator
+    a text is one document, and the last val_fraction of the bytes of all texts, cut at a line end, is held
+    out; other documents are held out by their text. Line ends become \\n, unless keep_crlf is set. The offset
+    of a state is a byte of the unpacked file."""
 
     def __init__(self, paths, cfg):
         self.cfg = cfg

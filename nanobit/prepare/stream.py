@@ -51,10 +51,9 @@ HUB_FLAGS = {
 
 def prepare(cfg, open_streams, options, paths=()):
     """Write data_dir/name from the documents of open_streams() -> [Hub or Files, ...], or continue it.
-    options: those that decide what is written; paths: files whose content decides it, too.
-
-    Exits with 2 for a user's mistake, with 1 for a full disk or a lost hub, with 130 for Ctrl-C. What is
-    written stays, for the same command to continue, as after kill -9; if nothing is, no file stays."""
+    options: those that decide what is written; paths: files whose content decides it, too. Exits with 2 for
+    a user's mistake, with 1 for a full disk or a lost hub, with 130 for Ctrl-C. What is written stays, for
+    the same command to continue, as after kill -9; if nothing is, no file stays."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = os.path.join(cfg.data_dir, cfg.name)
     source, stamp = source_now(folder, options, paths)

@@ -160,10 +160,9 @@ class Split:
 
 
 class Writer:
-    """The token files of a data set, and progress.json, which counts what of them is on the disk.
-
-    progress: {tokenizer, eot, bos, vocab_size, source, tokens, bytes, documents, shards, mark, seconds, ...}.
-    An incomplete meta.json follows it, for training (data.py): what that lists is never taken back."""
+    """The token files of a data set, and progress.json, which counts what of them is on the disk: {tokenizer,
+    eot, bos, vocab_size, source, tokens, bytes, documents, shards, mark, seconds, ...}. An incomplete
+    meta.json follows it, for training (data.py): what that lists is never taken back."""
 
     def __init__(self, folder, progress):
         self.folder, self.progress = folder, progress

@@ -1,7 +1,6 @@
 """Score a model on arithmetic by exact answers to the held-out problems of its data set."""
 
 import operator
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -22,10 +21,10 @@ PROBLEM = re.compile(r"(([0-9]{1,20})([-+x])([0-9]{1,20})=)(-?[0-9]{1,40})")
 def read(folder, size):
     """Return [(question, answer)] from the problems.txt of a data set, of this size in bytes; a question is
     '12+7='. Exits with 2 if the file is damaged or an answer in it is not correct."""
-    path = os.path.join(folder, "problems.txt")
-    if not os.path.exists(path):
+    path = Path(folder, "problems.txt")
+    if not path.exists():
         fail(f"{path} is missing; make the data set again")
-    content = Path(path).read_bytes()
+    content = path.read_bytes()
     if len(content) != size:
         fail(f"{path} has {len(content):,} bytes, the val split {size:,}; make the data set again")
     problems = []

@@ -35,10 +35,8 @@ def ask_model(model, tokenizer, eot, histories, ask):
     after the wished result) for histories: the moves so far, texts of one length, the model to move."""
     side = to_move(board_of(histories[0]))
     squares = tokenizer.encode("123456789")
-    logprobs = {
-        r: next_logprobs(model, tokenizer, eot, [r + moves for moves in histories])
-        for r in (side if ask == "win" else RESULTS)
-    }
+    results = side if ask == "win" else RESULTS
+    logprobs = {r: next_logprobs(model, tokenizer, eot, [r + moves for moves in histories]) for r in results}
     wished, _ = logprobs[side]
     if ask == "win":
         return wished[:, squares], wished
