@@ -28,8 +28,6 @@ def pick(cfg, folder, texts):
         chars = set().union(*map(set, tqdm(texts, desc="characters", unit=" texts", disable=None)))
         if "\0" in chars:
             fail("the text holds a NUL character, which the char tokenizer needs for itself: is it text?")
-        if not chars:
-            fail("there is no text to make a tokenizer of")
         chars = "\0" + "".join(sorted(chars))  # id 0 ends a text
         return token_files.char_tokenizer(chars), {"eot": 0}, len(chars)
     if wanted.endswith(".model") and not os.path.isfile(wanted):
