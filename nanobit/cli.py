@@ -1,8 +1,10 @@
 """What the commands share: errors, flags with their checks and their help, optional libraries, the rank."""
 
 import ast
+import contextlib
 import difflib
 import importlib.util
+import itertools
 import math
 import operator
 import os
@@ -16,15 +18,14 @@ from nanobit import terminal
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REQUIRED = ("torch", "numpy", "tqdm", "filelock")
 ALIASES = """
-block_size:seq_len context_length:seq_len max_seq_len:seq_len n_embed:n_embd hidden_size:n_embd d_model:n_embd
-intermediate_size:ffn_dim num_layers:n_layer num_hidden_layers:n_layer num_heads:n_head
-num_attention_heads:n_head weight_tying:tie_embeddings tie_word_embeddings:tie_embeddings max_iters:max_steps
-iters:max_steps lr_decay_iters:max_steps epochs:total_tokens lr:learning_rate warmup_iters:warmup_steps
-eval_interval:eval_every eval_iters:eval_tokens log_interval:log_every save_interval:save_every
-gradient_accumulation_steps:total_batch_size grad_accum:total_batch_size precision:dtype name:run_id
-out:out_dir init:init_from temp:temperature start:prompt num_tokens:max_new_tokens
-"""  # names in nanoGPT, transformers and others, and ours
-ALIASES = dict(pair.split(":") for pair in ALIASES.split())
+seq_len block_size context_length max_seq_len, n_embd n_embed hidden_size d_model, ffn_dim intermediate_size,
+n_layer num_layers num_hidden_layers, n_head num_heads num_attention_heads, learning_rate lr, dtype precision,
+tie_embeddings weight_tying tie_word_embeddings, max_steps max_iters iters lr_decay_iters, prompt start,
+warmup_steps warmup_iters, eval_every eval_interval, eval_tokens eval_iters, log_every log_interval,
+save_every save_interval, total_batch_size gradient_accumulation_steps grad_accum, run_id name, out_dir out,
+init_from init, temperature temp, total_tokens epochs, max_new_tokens num_tokens
+"""  # our names, each before those in nanoGPT, transformers and others
+ALIASES = {name: ours for ours, *names in map(str.split, ALIASES.split(",")) for name in names}
 LOWER = {"[": (operator.ge, "at least"), "(": (operator.gt, "more than")}
 UPPER = {"]": (operator.le, "at most"), ")": (operator.lt, "less than")}
 SEED = "[0, 9223372036854775808)"  # what torch takes: less than 2^63
@@ -123,18 +124,12 @@ def split(argv, flags):
             continue
         elif not equals and (name in flags or is_value(following)):  # the value of an unknown name, too
             text = args.pop(0)
-        given.append((name, parse(text, types.get(name)), arg))
+        value = text
+        if types.get(name) is not str:  # --run_id=123 is a name
+            with contextlib.suppress(SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+                value = ast.literal_eval(text.capitalize() if types.get(name) is bool else text)
+        given.append((name, value, arg))
     return paths, given, faults
-
-
-def parse(text, wanted):
-    """Return the value that the text of a flag of this type stands for."""
-    if wanted is str:  # --run_id=123 is a name
-        return text
-    try:
-        return ast.literal_eval(text.capitalize() if wanted is bool else text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 def coerce(name, value, wanted):
@@ -156,13 +151,12 @@ def coerce(name, value, wanted):
 
 def unknown(name, known):
     """Return the fault of a name that is not known, with the nearest one that is."""
-    fault = f"no setting named {name}; "
+    hints = [f"did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1)]
+    if ALIASES.get(name) in known:
+        hints.insert(0, f"did you mean {ALIASES[name]}?")
     if name.startswith("no_") and name[3:] + "_every" in known:  # --no-eval
-        return f"{fault}to switch it off: --{name[3:]}_every=0"
-    for near in (ALIASES.get(name), *difflib.get_close_matches(name, known, n=1)):
-        if near in known:
-            return f"{fault}did you mean {near}?"
-    return f"{fault}--help lists all"
+        hints.insert(0, f"to switch it off: --{name[3:]}_every=0")
+    return f"no setting named {name}; {next(iter(hints), '--help lists all')}"
 
 
 def range_fault(value, within):
@@ -196,28 +190,25 @@ def value_fault(name, value, flag):
 
 
 def check(cfg, flags):
-    """Return the faults of the flags that were given: values out of range, combinations, missing ones."""
+    """Yield the faults of the flags that were given: values out of range, combinations, missing ones."""
 
     def is_on(mode):
         name, _, value = mode.partition("=")
         return getattr(cfg, name) == value if value else bool(getattr(cfg, name))
 
-    faults = []
     for name, flag in flags.items():
         if cfg.origin[name] == "default":
             if flag.required and not any(map(is_on, flag.unless.split())):
                 expected = " or --".join([f"{name}=...", *flag.unless.split()])
-                faults.append(f"--{expected} is missing; --help explains it")
+                yield f"--{expected} is missing; --help explains it"
             continue
         if fault := value_fault(name, getattr(cfg, name), flag):
-            faults.append(f"{name} = {getattr(cfg, name)!r} {fault}")
-        for mode in flag.only_with.split():
-            if not is_on(mode):
-                faults.append(f"--{name} only applies together with --{mode}")
-        for other in flag.not_with.split():
-            if getattr(cfg, name) and is_on(other):
-                faults.append(f"--{name} and --{other} exclude each other; leave one out")
-    return faults
+            yield f"{name} = {getattr(cfg, name)!r} {fault}"
+        for mode in itertools.filterfalse(is_on, flag.only_with.split()):
+            yield f"--{name} only applies together with --{mode}"
+        for other in filter(is_on, flag.not_with.split()):
+            if getattr(cfg, name):
+                yield f"--{name} and --{other} exclude each other; leave one out"
 
 
 def print_help(doc, sections, takes_files):

@@ -64,6 +64,7 @@ def test_values_take_the_type_of_the_default():
         (["--learning_rate=", "1e-3"], ["without spaces around =: --learning_rate=1e-3"]),
         (["config"], ["config is a folder", "--resume=config"]),
         (["--n_layer=two"], ["n_layer must be int, got str 'two'"]),
+        (["--n_layer={[]: 1}"], ["n_layer must be int, got str '{[]: 1}'"]),  # no literal: a list as a key
         (["--ternary=3"], ["ternary must be bool (True or False), got int 3"]),
         (["--sample_prompts=[1]"], ["sample_prompts must be a list of strings"]),
         (["--batch_size=16", "--seq_len=256", "--total_batch_size=10000"], ["10,000", "4,096", "use 8192"]),
