@@ -76,6 +76,18 @@ def with_ratios(settings):
     return settings
 
 
+def saved(path):
+    """Return (content, {setting: value}) of a run's config.json. Raises ValueError if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        return content, with_ratios({name: row["value"] for name, row in content["settings"].items()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        remedy = "name the config file and flags of that run, with --resume=auto"
+        raise ValueError(f"{path} cannot be read ({terminal.printable(reason)}); {remedy}") from None
+
+
 def run_settings(path, given, known):
     """Return (file, known settings) of the run that a `resume` path lies in, without those of one command,
     and without its length if one is given. Raises ValueError if it is missing or cannot be read."""
@@ -93,13 +105,7 @@ def run_settings(path, given, known):
     lengths = given & {"max_steps", "total_tokens"}
     if lengths and not os.path.exists(source):  # a step folder that was copied alone
         return source, {}
-    try:
-        with open(source, encoding="utf-8") as file:
-            values = with_ratios({name: row["value"] for name, row in json.load(file)["settings"].items()})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        remedy = "name the config file and flags of that run, with --resume=auto"
-        raise ValueError(f"{source} cannot be read ({terminal.printable(reason)}); {remedy}") from None
+    _, values = saved(source)
     left_out = {"resume", "init_from", "verify_data"}
     if lengths:
         left_out |= {"max_steps", "total_tokens"}
@@ -136,9 +142,7 @@ def read_file(path):
 def path_fault(path, flags):
     """Return the fault of a path on the command line of a script that takes flags only."""
     existing = filter(os.path.exists, (path, os.path.join("runs", path)))
-    near = [
-        f"did you mean --{name}={file}?" for file in existing for name in ("ckpt", "files") if name in flags
-    ]
+    near = [f"did you mean --{name}={x}?" for x in existing for name in ("ckpt", "files") if name in flags]
     return f"{path}: this script takes no file, only flags; {next(iter(near), '--help lists them')}"
 
 
@@ -169,7 +173,7 @@ def load(argv=None, doc="", flags=None, only=None, derive=lambda cfg: [], takes_
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         terminal.end_with_output()
         argv = sys.argv[1:]
-    flags = {name: Flag(*row) for name, row in (flags or {}).items()}
+    flags = flags or {}
     shown = {"options": flags}
     for title, rows in sections().items():
         taken = [name for name in rows if name not in flags and (only is None or name in only)]

@@ -10,8 +10,7 @@ import pytest
 from histories import noisy, write_run
 
 import monitor
-from nanobit import run_files
-from nanobit.monitor import status, trends
+from nanobit.monitor import run_files, status, trends
 
 DEAD = 2**22 + 1  # above the largest pid of Linux
 LATE = dict(lr=1e-4)

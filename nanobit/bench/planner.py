@@ -10,8 +10,9 @@ import datetime
 import math
 from types import SimpleNamespace
 
-from nanobit import record, run_files, saving, schedule
+from nanobit import record, saving, schedule
 from nanobit.cli import fail
+from nanobit.monitor import run_files
 
 # L(N, D) = E + A / N^a + B / D^b for N parameters and D tokens (Hoffmann et al., arXiv 2203.15556, section
 # 3.3) with the constants of Besiroglu et al., "Chinchilla scaling: a replication attempt" (arXiv 2404.10102)

@@ -6,8 +6,9 @@ import re
 import shlex
 import statistics
 
-from nanobit import record, run_files
+from nanobit import record
 from nanobit.export import hf
+from nanobit.monitor import run_files
 from nanobit.terminal import printable
 
 LIMIT = 10  # rows of the curve

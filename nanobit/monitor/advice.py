@@ -3,8 +3,8 @@
 import re
 import statistics
 
+from nanobit.monitor.run_files import column
 from nanobit.monitor.trends import anomalies, clock, moves, repetition, steady, trend
-from nanobit.run_files import column
 
 
 def warnings(run, now, limit, window):

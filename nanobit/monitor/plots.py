@@ -9,7 +9,7 @@ import sys
 
 from nanobit import cli, files
 from nanobit.cli import fail
-from nanobit.run_files import column, number, read_run
+from nanobit.monitor.run_files import column, number, read_run
 from nanobit.terminal import printable
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, 2008

@@ -8,9 +8,9 @@ import statistics
 import time
 
 from nanobit.monitor.advice import warnings
+from nanobit.monitor.run_files import column, number, read_run
 from nanobit.monitor.trends import anomalies, newest, repetition, steady, trend
 from nanobit.record import plain
-from nanobit.run_files import column, number, read_run
 
 LOGGED = (  # what status() takes from the newest training line
     "epoch tokens loss lr weight_decay stage grad_norm tokens_per_sec step_ms mfu memory_gb gpu_util"
@@ -51,7 +51,7 @@ def silence(run, now):
 
 def state_of(run, alive, age, limit):
     """Return the state of a run, and why it ended or None. alive: see is_alive; age, limit: see silence."""
-    end = newest([row for row in run["events"] if row.get("event") in BEGINS_OR_ENDS])
+    end = newest([row for row in run["events"] if row["event"] in BEGINS_OR_ENDS])
     ended = dict(finish=("finished", end.get("why")), failed=("failed", end.get("what")))
     ended["interrupt"] = ("interrupted", f"signal {end.get('signal')}")
     if end.get("event") in ended:
@@ -125,36 +125,24 @@ def status(run_dir, window=50):
     step = max((row["step"] for row in (last_row, last_eval, *recent) if row), default=0)
     newest_folder = list(run["checkpoints"].items())[-1:]
     saved = [dict(step=at, age=max(0.0, now - os.path.getmtime(folder))) for at, folder in newest_folder]
-    facts = dict(
-        run_id=os.path.basename(os.path.abspath(run_dir)),  # a copy has the name of its folder
-        run_dir=run_dir,
-        state=state,
-        why=why,
-        pid=run["config"].get("pid"),
-        pid_alive=alive,
-        last_line_age=age,
-        step=step,
-        max_steps=settings.get("max_steps"),
-        progress=step / settings["max_steps"] if settings.get("max_steps") else None,
-        eta_seconds=eta_seconds(run, step, now),
-        **{key: number(last_row.get(key)) for key in LOGGED},
-        # without the older half of a run: its beginning falls, which hides what comes after it
-        loss_trend=trend(losses, min(window, len(losses) // 2)),
-        val_loss=last_eval.get("val_loss"),
-        val_step=last_eval.get("step"),
-        best=best_evaluation(run),
-        checkpoint=newest(saved) or None,
-        anomalies={"count": len(odd_steps), "last": odd_steps[-3:]},
-        ternary=settings.get("ternary"),
-        bitnet={key: number(value) for key, value in newest(run["health"]).items()} or None,
-        n_expert=settings.get("n_expert"),
-        router=newest(run["routers"]) or None,
-        device=run["config"].get("device"),
-        disk_free_gb=shutil.disk_usage(run_dir).free / 1e9,
-        disk_need_gb=disk_need_gb(run, step),
-        sample={key: sample[key] for key in ("step", "prompt", "generated_text") if key in sample} or None,
-        repetition=next(reversed(repetition(run)), None),
-    )
+    facts = dict(run_id=os.path.basename(os.path.abspath(run_dir)))  # a copy has the name of its folder
+    facts |= dict(run_dir=run_dir, state=state, why=why, pid_alive=alive, last_line_age=age, step=step)
+    facts |= {key: run["config"].get(key) for key in ("pid", "device")}
+    facts |= {key: settings.get(key) for key in ("max_steps", "ternary", "n_expert")}
+    facts["progress"] = step / facts["max_steps"] if facts["max_steps"] else None
+    facts |= {key: number(last_row.get(key)) for key in LOGGED}
+    # without the older half of a run: its beginning falls, which hides what comes after it
+    facts["loss_trend"] = trend(losses, min(window, len(losses) // 2))
+    facts |= dict(val_loss=last_eval.get("val_loss"), val_step=last_eval.get("step"))
+    facts |= dict(best=best_evaluation(run), checkpoint=newest(saved) or None)
+    facts["router"] = newest(run["routers"]) or None
+    facts["bitnet"] = {key: number(value) for key, value in newest(run["health"]).items()} or None
+    facts["anomalies"] = dict(count=len(odd_steps), last=odd_steps[-3:])
+    shown = ("step", "prompt", "generated_text")
+    facts["sample"] = {key: sample[key] for key in shown if key in sample} or None
+    facts["repetition"] = next(reversed(repetition(run)), None)
+    facts |= dict(eta_seconds=eta_seconds(run, step, now), disk_need_gb=disk_need_gb(run, step))
+    facts["disk_free_gb"] = shutil.disk_usage(run_dir).free / 1e9
     if state == "finished":
         facts |= dict(eta_seconds=0.0, disk_need_gb=0.0)
     return plain(facts | {"warnings": warnings(run, facts, limit, window)})

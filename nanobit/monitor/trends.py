@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from nanobit.run_files import column, number
+from nanobit.monitor.run_files import column, number
 
 JUMP = 8  # standard errors that noise rarely reaches: in 1 to 4 of 1,000 windows of 50 lines
 

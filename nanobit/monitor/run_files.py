@@ -1,6 +1,5 @@
 """What a run has written, by its files only. What is missing or damaged is left out: it may still train."""
 
-import json
 import os
 
 import config
@@ -32,10 +31,8 @@ def read_config(run_dir):
     """Return what config.json holds: settings, {name: value}; pid, host and device; params, {which: number}.
     What is missing, damaged or of another type is left out."""
     try:
-        with open(os.path.join(run_dir, "config.json"), encoding="utf-8") as file:
-            content = json.load(file)
-        settings = config.with_ratios({name: entry["value"] for name, entry in content["settings"].items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        content, settings = config.saved(os.path.join(run_dir, "config.json"))
+    except ValueError:
         return {"settings": {}}
     types = dict(pid=int, host=str, device=str, params=dict)
     facts = {name: content[name] for name, wanted in types.items() if type(content.get(name)) is wanted}
