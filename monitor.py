@@ -37,9 +37,9 @@ FLAGS = {
 }
 
 
-def known(*parts):
-    """Return (value, format) pairs as one text, without those whose value is not known."""
-    return ", ".join(form.format(value) for value, form in parts if value is not None)
+def known(values, **forms):
+    """Return values of a dict as one text, by {name: format}, without those that are not known."""
+    return ", ".join(form.format(values[key]) for key, form in forms.items() if values.get(key) is not None)
 
 
 def step_of(now, separator, form):
@@ -65,52 +65,48 @@ def screen_rows(now):
         state += f" ({now['why']})"
     age = now["last_line_age"]
     yield "state", state if age is None else f"{state}, last line {clock(age)} ago"
-    progress = [(now["progress"], "{:.1%}"), (now["epoch"], "epoch {:.2f}")]
+    progress = now | dict(of=step_of(now, " of ", "{:,}"))
     if now["eta_seconds"] and now["state"] not in ("finished", "failed"):
-        progress.append((clock(now["eta_seconds"]), "{} to go"))
-    yield "step", known((step_of(now, " of ", "{:,}"), "{}"), *progress)
+        progress["to_go"] = clock(now["eta_seconds"])
+    yield "step", known(progress, of="{}", progress="{:.1%}", epoch="epoch {:.2f}", to_go="{} to go")
     trend = now["loss_trend"] and moves(now["loss_trend"])
-    yield "loss", known((now["loss"], "{:.4f}"), (trend, "{}"))
+    yield "loss", known(dict(loss=now["loss"], trend=trend), loss="{:.4f}", trend="{}")
     if now["best"]:
         best = "best {val_loss:.4f} at step {step:,}".format(**now["best"])
         yield "val_loss", f"{now['val_loss']:.4f} at step {now['val_step']:,}, {best}"
-    rates = ((now["weight_decay"], "weight_decay {:g}"), (now["stage"], "stage {:g}"))
-    yield "lr", known((now["lr"], "{:.2e}"), *rates)
-    speed = ((now["step_ms"], "{:,.4g} ms a step"), (now["mfu"], "MFU {:.1%}"))
-    yield "speed", known((now["tokens_per_sec"], "{:,.0f} tokens/s"), *speed)
-    load = ((now["memory_gb"], "{:.2f} GB"), (now["gpu_util"], "{:.0%} busy"))
-    yield "device", known((now["device"], "{}"), *load)
+    yield "lr", known(now, lr="{:.2e}", weight_decay="weight_decay {:g}", stage="stage {:g}")
+    forms = dict(tokens_per_sec="{:,.0f} tokens/s", step_ms="{:,.4g} ms a step", mfu="MFU {:.1%}")
+    yield "speed", known(now, **forms)
+    yield "device", known(now, device="{}", memory_gb="{:.2f} GB", gpu_util="{:.0%} busy")
     forms = dict(zero="0 {:.1%}", plus="+1 {:.1%}", minus="-1 {:.1%}")
     forms |= dict(flip_rate="{:.2%} changed since the last line", near_threshold="{:.1%} near a threshold")
-    health = now["bitnet"] or {}
-    yield "codes", known(*((health.get(key), form) for key, form in forms.items()))
-    if now["router"]:
-        forms = dict(load_max="busiest expert {:.2f} x the mean", entropy="entropy {:.2f}", dead="{:g} dead")
-        if now["n_expert"]:
-            forms["entropy"] += f" (even {math.log(now['n_expert']):.2f})"
-        yield "routers", known(*((now["router"].get(key), form) for key, form in forms.items()))
+    yield "codes", known(now["bitnet"] or {}, **forms)
+    forms = dict(load_max="busiest expert {:.2f} x the mean", entropy="entropy {:.2f}", dead="{:g} dead")
+    if now["n_expert"]:
+        forms["entropy"] += f" (even {math.log(now['n_expert']):.2f})"
+    yield "routers", known(now["router"] or {}, **forms)
     saved = now["checkpoint"]
     yield "checkpoint", f"step {saved['step']:,}, {clock(saved['age'])} old" if saved else "none"
-    need = (now["disk_need_gb"] or None, "{:.3g} GB of checkpoints to come")
-    yield "disk", known((now["disk_free_gb"], "{:.3g} GB free"), need)
+    disk = dict(free=now["disk_free_gb"], need=now["disk_need_gb"] or None)
+    yield "disk", known(disk, free="{:.3g} GB free", need="{:.3g} GB of checkpoints to come")
     odd_steps = now["anomalies"]
     if odd_steps["count"]:
         last = "; ".join(f"step {row['step']:,}: {row.get('what')}" for row in odd_steps["last"])
         yield "anomalies", f"{odd_steps['count']}; {last}"
     if now["sample"]:
         prompt = repr(now["sample"]["prompt"])[:40]
-        text = repr(now["sample"]["generated_text"])[:120]
-        sample = f"step {now['sample']['step']:,}: {prompt} -> {text}"
-        yield "sample", known((sample, "{}"), (now["repetition"], "repetition {:.2f}"))
+        sample = f"step {now['sample']['step']:,}: {prompt} -> {now['sample']['generated_text']!r:.120}"
+        yield "sample", known(now | {"sample": sample}, sample="{}", repetition="repetition {:.2f}")
 
 
 def table(states, width):
     """Return several runs as lines, one each, below a line of headings; a narrow one has fewer columns."""
     rows = [("run_id", "state", "step", "%", "loss", "val", "age")]
     for now in states:
-        numbers = [known((now["progress"], "{:.0%}")), known((now["loss"], "{:.3f}"))]
-        numbers += [known((now["val_loss"], "{:.3f}")), " ".join(clock(now["last_line_age"]).split()[:2])]
-        rows.append((printable(now["run_id"]), now["state"].split()[0], step_of(now, "/", "{}"), *numbers))
+        numbers = [known(now, progress="{:.0%}"), known(now, loss="{:.3f}"), known(now, val_loss="{:.3f}")]
+        age = " ".join(clock(now["last_line_age"]).split()[:2])
+        state = now["state"].split()[0]
+        rows.append((printable(now["run_id"]), state, step_of(now, "/", "{}"), *numbers, age))
     if width < 76:
         rows = [row[:3] + row[4:6] for row in rows]
     sizes = [max(map(len, column)) for column in zip(*rows)]
@@ -149,10 +145,8 @@ def check(cfg, folders):
 
 def main(argv=None):
     cfg = config.load(argv, __doc__, FLAGS, only=("out_dir",), takes_paths=True)
-    folders = list(cfg.paths)
-    for i, path in enumerate(folders):
-        if not os.path.isdir(path) and os.path.isdir(os.path.join(cfg.out_dir, path)):
-            folders[i] = os.path.join(cfg.out_dir, path)
+    places = [(path, os.path.join(cfg.out_dir, path)) for path in cfg.paths]
+    folders = [next(filter(os.path.isdir, either), either[0]) for either in places]
     on_terminal = sys.stdout.isatty() and not cfg.json
     while True:
         check(cfg, folders)
