@@ -24,9 +24,7 @@ SIZES |= dict(vocab_size="vocab_size", n_expert="expert_count", n_expert_active=
 TERNARY = ("tq2_0", "tq1_0", "q2_0")
 TYPES = ("f32", "f16", "q8_0", "q5_0", "q4_0")
 MARK = "nanobit.step"  # our key; others skip it
-Q2_0 = enum.IntEnum(
-    "Types", dict(Q2_0=42)
-).Q2_0  # a type of llama.cpp that the gguf package does not know yet
+Q2_0 = enum.IntEnum("Types", "Q2_0", start=42).Q2_0  # of llama.cpp; the gguf package does not know it yet
 BLOCK_SIZE = {"tq2_0": 256, "tq1_0": 256, "q2_0": 64, "q8_0": 32, "q5_0": 32, "q4_0": 32}
 
 
@@ -80,10 +78,8 @@ def check(part, kind, embed):
 def fitting(part):
     """Return the types whose blocks divide the widths of a model's matrices."""
     widths = [w.shape[-1] for name, w in part["model"].items() if name.endswith("_proj.weight")]
-    fits = [
-        kind for kind in (*TERNARY, *TYPES) if not any(width % BLOCK_SIZE.get(kind, 1) for width in widths)
-    ]
-    return [kind for kind in fits if part["config"]["ternary"] or kind not in TERNARY]
+    kinds = (*TERNARY, *TYPES) if part["config"]["ternary"] else TYPES
+    return [kind for kind in kinds if not any(width % BLOCK_SIZE.get(kind, 1) for width in widths)]
 
 
 def smallest(part):

@@ -82,9 +82,8 @@ def tensors(part, latent=False):
             has_codes = False
         if w.dim() == 3:  # (E, out, in): one tensor for each expert
             i, rest = name.removesuffix(".weight").split(".", 2)[1:]
-            for e, expert in enumerate(w):
-                path = f"model.layers.{i}.block_sparse_moe.experts.{e}.{EXPERT[rest]}"
-                written[f"{path}.weight"] = expert.contiguous()
+            path = f"model.layers.{i}.block_sparse_moe.experts.{{}}.{EXPERT[rest]}.weight"
+            written |= {path.format(e): expert.contiguous() for e, expert in enumerate(w)}
         elif not has_codes:
             written[f"{their_name(name)}.weight"] = w.clone()
         elif len(w) % 4:
@@ -238,10 +237,10 @@ def read_weights(folder, own, to_train):
         if not is_whole:
             print(f"init_from: {fault}")
         for key, w in content.items():
-            if our_name(key) is None and "rotary_emb" not in key:
+            if name := our_name(key):
+                weights[name] = w if w.dtype == torch.uint8 else w.float()
+            elif "rotary_emb" not in key:
                 fail(f"{path} holds {key}, which our blocks have no place for")
-            if our_name(key):
-                weights[our_name(key)] = w if w.dtype == torch.uint8 else w.float()
     return weights
 
 
