@@ -16,7 +16,7 @@ and a speed, nothing is timed. The last line of stdout is a JSON object, on a te
 import os
 
 import config
-from nanobit.cli import Flag
+from nanobit.cli import JSON, Flag
 from nanobit.data_set import Damaged, read_meta
 
 FLAGS = {
@@ -26,9 +26,7 @@ FLAGS = {
     "packed": Flag(True, "integer weights in ternary layers, as in sample.py", only_with="sample"),
     "head": Flag("float32", "float32 | bfloat16: of the stored head", config.DTYPES[1:3], only_with="sample"),
     "cuda_graph": Flag(False, "on CUDA, one graph a token; not yet tried on a GPU", only_with="sample"),
-    "compare": Flag(
-        False, "also nanoGPT and the twin's memory; with --sample the float twin, a bfloat16 head, llama.cpp"
-    ),
+    "compare": Flag(False, "also nanoGPT, each twin's memory; with --sample a bfloat16 head, llama.cpp"),
     "peers": Flag("..", "the folder that holds a clone of nanoGPT", only_with="compare"),
     "plan": Flag(False, "print a table of lengths: time, cost, expected loss", not_with="sample compare"),
     "steps": Flag("", "lengths, as 60000,400000; '' = around the experiment's or budget", only_with="plan"),
@@ -40,7 +38,7 @@ FLAGS = {
     "watts": Flag(0.0, "power of the machine, for the price of electricity", only_with="plan price_per_kwh"),
     "price_per_kwh": Flag(0.0, "price of a kilowatt-hour", only_with="plan watts"),
     "gpu_memory_gb": Flag(0.0, "memory for the largest batch_size; 0 = this device's", only_with="plan"),
-    "json": Flag(False, "print the line of JSON on a terminal too"),
+    "json": JSON,
     "calibrate": Flag("", "folder of a finished run: shift the expected loss to its loss", only_with="plan"),
 }
 

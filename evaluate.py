@@ -33,7 +33,7 @@ FLAGS = {
 }
 cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir", "verify_data", "device"))
 
-from nanobit import machine, record, weights
+from nanobit import data, machine, record, weights
 from nanobit.infer.restore import restore
 from nanobit.metrics import mean_loss
 from nanobit.tasks import arithmetic, text, tictactoe
@@ -82,10 +82,9 @@ with machine.autocast(device, dtype):
         loss = mean_loss(model, text.progress("loss", batches, -(-n // cfg.batch_size)))
         result |= dict(tokens=n * windows.seq_len, val_loss=loss, perplexity=text.exp(loss))
         print(f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.3f}")
-        if meta["bytes"].get(cfg.split):
-            tokens_per_byte = meta["tokens"][cfg.split] / meta["bytes"][cfg.split]
-            result["bits_per_byte"] = loss / math.log(2) * tokens_per_byte
-            print(f"{result['bits_per_byte']:.4f} bits per byte")
+        if bits := data.bits_per_byte(meta, loss, cfg.split):
+            result["bits_per_byte"] = bits
+            print(f"{bits:.4f} bits per byte")
     if task:
         fields, lines = scores[task]()
         print(*lines, sep="\n")

@@ -85,11 +85,11 @@ def check_vocabulary(cfg, meta, tokenizer):
         fail(f"{os.path.join(cfg.data_dir, cfg.dataset, 'meta.json')}: {fault}; {how}")
 
 
-def bits_per_byte(meta, loss):
-    """Return a validation loss in nats per token as bits per byte of text, or None if that is unknown."""
-    if loss is None or not meta["bytes"].get("val"):
+def bits_per_byte(meta, loss, split="val"):
+    """Return the loss on a split, in nats per token, as bits per byte of text, or None if that is unknown."""
+    if loss is None or not meta["bytes"].get(split):
         return None
-    return loss * (meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2))
+    return loss * (meta["tokens"][split] / meta["bytes"][split] / math.log(2))
 
 
 def is_being_written(folder):

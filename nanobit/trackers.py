@@ -16,7 +16,7 @@ import threading
 import time
 from functools import partial
 
-from config import settings_of
+import config
 from nanobit import record
 from nanobit.terminal import printable
 
@@ -36,8 +36,8 @@ def mirrored(cfg, name, row):
         if row["mode"] == "greedy":
             number = cfg.sample_prompts.index(row["prompt"])
             texts = {f"sample/{number}": row["prompt"] + row["generated_text"]}
-    finite = {k: v for k, v in numbers.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-    return row["step"], {k: v for k, v in finite.items() if k not in ("step", "time")}, texts
+    known = {k: v for k, v in numbers.items() if record.is_number(v) and k not in ("step", "time")}
+    return row["step"], known, texts
 
 
 def open_tensorboard(cfg, run_dir, step):
@@ -52,7 +52,8 @@ def open_tensorboard(cfg, run_dir, step):
             writer.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
         writer.flush()
 
-    log(step, {}, {"settings": "\n".join(f"{name} = {value!r}" for name, value in settings_of(cfg).items())})
+    settings = config.settings_of(cfg).items()
+    log(step, {}, {"settings": "\n".join(f"{name} = {value!r}" for name, value in settings)})
     for name, key in ((record.SCALARS, "loss"), (record.BITNET, "total"), (record.ROUTER, "total")):
         if row := record.last(run_dir, name, key, step=step):  # hidden by purge_step, but not logged again
             log(*mirrored(cfg, name, row))
@@ -71,7 +72,7 @@ def open_wandb(cfg, run_dir, step):
     start = record.read(run_dir, record.EVENTS)[0]  # stays the same after a resume, differs in a branch
     run_id = hashlib.blake2b(f"{cfg.run_id} {start}".encode(), digest_size=8).hexdigest()
     names = dict(id=run_id, name=cfg.wandb_name or cfg.run_id, project=cfg.wandb_project)
-    options = dict(resume="allow", dir=run_dir, config=settings_of(cfg), allow_val_change=True)
+    options = dict(resume="allow", dir=run_dir, config=config.settings_of(cfg), allow_val_change=True)
     settings = wandb.Settings(console="off", init_timeout=TIMEOUT, finish_timeout=TIMEOUT)
     run = wandb.init(**names, entity=cfg.wandb_entity or None, **options, settings=settings)
     if run.url:  # '' if it is offline
@@ -86,7 +87,7 @@ def open_trackio(cfg, run_dir, step):
 
     resume = {"start": "never", "resume": "allow"}
     events = [row["event"] for row in record.read(run_dir, record.EVENTS) if row["event"] in resume]
-    options = dict(config=settings_of(cfg), resume=resume[events[-1]], embed=False)
+    options = dict(config=config.settings_of(cfg), resume=resume[events[-1]], embed=False)
     run = trackio.init(cfg.wandb_project, cfg.wandb_name or cfg.run_id, **options)
     return lambda step, numbers, texts: run.log(numbers | panels(trackio, texts), step=step), run.finish
 
@@ -130,7 +131,7 @@ class Mirror(threading.Thread):
 def start(cfg, run_dir, step, warn):
     """Return a Mirror for each tracker that is on, for a run that begins or resumes at `step`."""
     connect = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
-    on = [name for name in connect if getattr(cfg, name)]
+    on = config.trackers(cfg)
     return [Mirror(name, partial(connect[name], cfg, run_dir, step), warn) for name in on]
 
 
