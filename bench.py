@@ -26,7 +26,7 @@ FLAGS = {
     "packed": Flag(True, "integer weights in ternary layers, as in sample.py", only_with="sample"),
     "head": Flag("float32", "float32 | bfloat16: of the stored head", config.DTYPES[1:3], only_with="sample"),
     "cuda_graph": Flag(False, "on CUDA, one graph a token; not yet tried on a GPU", only_with="sample"),
-    "compare": Flag(False, "also nanoGPT, each twin's memory; with --sample a bfloat16 head, llama.cpp"),
+    "compare": Flag(False, "also nanoGPT and memory; with --sample the twin, a bfloat16 head, llama.cpp"),
     "peers": Flag("..", "the folder that holds a clone of nanoGPT", only_with="compare"),
     "plan": Flag(False, "print a table of lengths: time, cost, expected loss", not_with="sample compare"),
     "steps": Flag("", "lengths, as 60000,400000; '' = around the experiment's or budget", only_with="plan"),
@@ -45,8 +45,7 @@ FLAGS = {
 
 def derive(cfg):
     """Add what the plan needs: steps as a list, claimed_tokens (total_tokens if the steps are given too), and
-    val_tokens and dataset_tokens of the data set, if it exists. Return the faults."""
-    faults = []
+    val_tokens and dataset_tokens of the data set, if it exists. Yield the faults."""
     cfg.claimed_tokens = cfg.val_tokens = 0
     is_claim = cfg.max_steps or (cfg.steps and cfg.origin["total_tokens"].startswith("--"))
     if cfg.plan and cfg.total_tokens and is_claim:
@@ -55,10 +54,10 @@ def derive(cfg):
     try:
         cfg.steps = sorted({int(float(text)) for text in cfg.steps.split(",") if cfg.steps})
     except (ValueError, OverflowError):
-        faults.append(f"steps = {cfg.steps!r} is not numbers with commas between them, as 60000,400000")
+        yield f"steps = {cfg.steps!r} is not numbers with commas between them, as 60000,400000"
         cfg.steps = []
     if cfg.steps and not 1 <= cfg.steps[0] <= cfg.steps[-1] <= 10**9:
-        faults.append(f"steps = {cfg.steps} must each be from 1 to 1,000,000,000")
+        yield f"steps = {cfg.steps} must each be from 1 to 1,000,000,000"
     if cfg.plan and cfg.steps and not cfg.max_steps and not cfg.total_tokens:
         cfg.max_steps = cfg.steps[-1]
     path = os.path.join(cfg.data_dir, cfg.dataset, "meta.json")
@@ -69,17 +68,16 @@ def derive(cfg):
             cfg.dataset_tokens = cfg.dataset_tokens or meta["tokens"].get("train", 0)
             cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
         except Damaged as error:
-            faults.append(str(error))
+            yield str(error)
     elif not cfg.vocab_size:
-        faults.append(f"vocab_size = 0 is the data set's, but {path} does not exist; set --vocab_size=")
+        yield f"vocab_size = 0 is the data set's, but {path} does not exist; set --vocab_size="
     if cfg.compare and not cfg.sample:
         cfg.nanogpt = os.path.join(cfg.peers, "nanoGPT", "model.py")
         if not os.path.exists(cfg.nanogpt):
             remedy = "git clone https://github.com/karpathy/nanoGPT beside this folder, or set --peers="
-            faults.append(f"{cfg.nanogpt} does not exist; {remedy}")
+            yield f"{cfg.nanogpt} does not exist; {remedy}"
         if cfg.vocab_size > 50304:
-            faults.append(f"vocab_size = {cfg.vocab_size}: nanoGPT has 50304 tokens; choose a smaller one")
-    return faults
+            yield f"vocab_size = {cfg.vocab_size}: nanoGPT has 50304 tokens; choose a smaller one"
 
 
 def main(cfg):

@@ -5,13 +5,13 @@ Score a trained model: its loss on a prepared data set with the same tokenizer, 
     python evaluate.py --ckpt=runs/demo --split=train --dtype=bfloat16
     python evaluate.py --ckpt=runs/baseline --dataset=lambada
 
-Computes in float32 by default, on all windows of the split. Tasks: arithmetic (exact answers to held-out
-problems), tictactoe (games), LAMBADA and BLiMP (text for any model, split val only).
+Tasks: arithmetic (exact answers to held-out problems), tictactoe (games), LAMBADA and BLiMP (text for any
+model, split val only).
 
 If stdout is not a terminal, or with --json, its last line is one JSON object: step, dataset, split, dtype,
 tokens, val_loss (nats per token), perplexity, bits_per_byte if the bytes are known, and for a task accuracy
-(0 to 1), n and its own scores. For LAMBADA tokens and val_loss are those of the last words, perplexity is per
-word; for BLiMP they are those of the good sentences.
+(0 to 1), n and its own scores. Of LAMBADA tokens and val_loss are those of the last words, perplexity is per
+word; of BLiMP they are those of the good sentences.
 """
 
 import math

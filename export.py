@@ -35,14 +35,13 @@ FLAGS = {
 
 
 def derive(cfg):
-    """Take the slash off the end of --out; return the faults of its ending."""
+    """Take the slash off the end of --out; yield the fault of its ending."""
     given = cfg.out
     cfg.out = given.rstrip("/" + os.sep)
     if cfg.origin["out"] != "default" and not cfg.out:
-        return [f"out = {given!r} is not a name; give the folder or file to write"]
-    if cfg.format and (cfg.format == "gguf") != cfg.out.endswith(".gguf"):
-        return [f"out = {given!r} must end in .gguf for --format=gguf, and only for that"]
-    return []
+        yield f"out = {given!r} is not a name; give the folder or file to write"
+    elif cfg.format and (cfg.format == "gguf") != cfg.out.endswith(".gguf"):
+        yield f"out = {given!r} must end in .gguf for --format=gguf, and only for that"
 
 
 cfg = config.load(doc=__doc__, flags=FLAGS, only=(), derive=derive)

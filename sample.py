@@ -21,15 +21,10 @@ import time
 import config
 from nanobit.cli import SEED, Flag, fail
 
+PROMPT = dict(not_with="prompt_file play", required=True, unless="prompt_file chat play")
 FLAGS = {
     "ckpt": Flag("", "a run folder, RUN/best, step folder, checkpoint.pt or exported folder", required=True),
-    "prompt": Flag(
-        "",
-        "the text to continue, as it is: \\n is two characters; - reads stdin; with --chat, the start",
-        not_with="prompt_file play",
-        required=True,
-        unless="prompt_file chat play",
-    ),
+    "prompt": Flag("", "the text to continue, as it is: \\n is two characters; - reads stdin", **PROMPT),
     "prompt_file": Flag("", "a UTF-8 file to continue; its last newline does not count", not_with="play"),
     "max_new_tokens": Flag(256, "most tokens to generate; in a chat half of the context", within="[1, inf)"),
     "temperature": Flag(0.8, "0 = greedy, 1 = the model's probabilities", within="[0, 0] or [0.01, inf)"),
@@ -41,7 +36,7 @@ FLAGS = {
     "packed": Flag(True, "integer weights in ternary layers; False = float master weights, the same text"),
     "head": Flag("float32", "float32 | bfloat16 (half the bytes, rounded logits)", config.DTYPES[1:3]),
     "cuda_graph": Flag(False, "on CUDA, replay each token as one graph; not yet tried on a GPU"),
-    "chat": Flag(False, "write a text in turns; /help lists the commands"),
+    "chat": Flag(False, "write a text in turns, after the prompt if there is one; /help lists the commands"),
     "play": Flag(False, "play tic-tac-toe against the model", not_with="chat"),
     "side": Flag("X", "X | O: the side that you play; X begins", ("X", "O"), only_with="play"),
     "ask": Flag("win", "win | not_lose: how to ask for a move", ("win", "not_lose"), only_with="play"),
@@ -49,10 +44,9 @@ FLAGS = {
 
 
 def derive(cfg):
-    """Return the faults that a row of FLAGS cannot state."""
+    """Yield the fault that a row of FLAGS cannot state."""
     if cfg.chat and cfg.prompt == "-":
-        return ["prompt = '-' does not work with --chat, which reads your messages from stdin; give a text"]
-    return []
+        yield "prompt = '-' does not work with --chat, which reads your messages from stdin; give a text"
 
 
 cfg = config.load(doc=__doc__, flags=FLAGS, only=("device",), derive=derive)

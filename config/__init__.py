@@ -163,12 +163,12 @@ def put(cfg, known, name, value, source):
             yield f"{source}: {error}"
 
 
-def load(argv=None, doc="", flags=None, only=None, derive=lambda cfg: [], takes_paths=False):
+def load(argv=None, doc="", flags=None, only=None, derive=lambda cfg: (), takes_paths=False):
     """Return the settings of a command line: an object with attributes and `origin`, {name: source}. Exits
     with 2 and one `error:` line per fault; with --help, prints `doc` and all settings and exits with 0.
     argv: None = of this program. flags: {name: Flag} of the script itself; they shadow settings. only: names
     of the settings that it takes, none from files; None = all, those of a run. derive: may change cfg before
-    the settings are compared, and returns faults. takes_paths: keep other arguments as cfg.paths."""
+    the settings are compared, and yields faults. takes_paths: keep other arguments as cfg.paths."""
     if argv is None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         terminal.end_with_output()

@@ -32,10 +32,5 @@ log_every = 100
 eval_every = 5000
 sample_every = 5000
 save_every = 10_000  # also at 199,999 and 200,000
-sample_prompts = [
-    "The capital of France is",
-    "Water boils when",
-    "Once upon a time",
-    "The most important thing about mathematics is",
-    "In 1905, Albert Einstein",
-]
+sample_prompts = ["The capital of France is", "Water boils when", "Once upon a time"]
+sample_prompts += ["The most important thing about mathematics is", "In 1905, Albert Einstein"]

@@ -2,10 +2,8 @@
 # --ternary trains its ternary twin. The command below makes its data: FineWeb sample-100BT in GPT-2 tokens.
 
 dataset = "fineweb"
-prepare = (
-    "python prepare/fineweb_edu.py --repo=HuggingFaceFW/fineweb --config=sample-100BT --tokenizer=gpt2 "
-    "--name=fineweb"
-)
+prepare = "python prepare/fineweb_edu.py --name=fineweb --tokenizer=gpt2 "
+prepare += "--repo=HuggingFaceFW/fineweb --config=sample-100BT"
 vocab_size = 50_257
 vocab_multiple = 64  # 50,304 rows, a size that suits tensor cores
 seq_len = 2048
@@ -28,9 +26,5 @@ log_every = 10
 eval_every = 1000
 eval_tokens = 4_194_304
 patience = 10  # evaluations: the run ends 10,000 steps after the best one
-sample_prompts = [
-    "The capital of France is",
-    "Water boils when",
-    "Once upon a time",
-    "In 1905, Albert Einstein",
-]
+sample_prompts = ["The capital of France is", "Water boils when", "Once upon a time"]
+sample_prompts += ["In 1905, Albert Einstein"]

@@ -28,9 +28,5 @@ eval_every = 500
 eval_tokens = 2_097_152
 sample_every = 2000
 save_every = 1000
-sample_prompts = [
-    "The capital of France is",
-    "Water boils when",
-    "Once upon a time",
-    "In 1905, Albert Einstein",
-]
+sample_prompts = ["The capital of France is", "Water boils when", "Once upon a time"]
+sample_prompts += ["In 1905, Albert Einstein"]

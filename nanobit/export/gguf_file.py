@@ -25,6 +25,7 @@ TERNARY = ("tq2_0", "tq1_0", "q2_0")
 TYPES = ("f32", "f16", "q8_0", "q5_0", "q4_0")
 MARK = "nanobit.step"  # our key; others skip it
 Q2_0 = enum.IntEnum("Types", "Q2_0", start=42).Q2_0  # of llama.cpp; the gguf package does not know it yet
+HEADS = {"q_proj": "n_head", "k_proj": "n_kv_head"}  # of the matrices whose rows are interleaved
 BLOCK_SIZE = {"tq2_0": 256, "tq1_0": 256, "q2_0": 64, "q8_0": 32, "q5_0": 32, "q4_0": 32}
 
 
@@ -119,10 +120,8 @@ def write(part, path, kind, embed):
         w = w.detach()
         if name == "head.weight" and cfg["tie_embeddings"]:
             continue
-        if name.endswith("attn.q_proj.weight"):
-            w = interleaved(w, cfg["n_head"])
-        elif name.endswith("attn.k_proj.weight"):
-            w = interleaved(w, cfg["n_kv_head"])
+        if heads := HEADS.get(name.split(".")[-2]):
+            w = interleaved(w, cfg[heads])
         wanted = kind if name.endswith("_proj.weight") else "f32"
         if name in ("embed.weight", "head.weight"):
             w = w[: cfg["vocab_size"]]
