@@ -96,7 +96,7 @@ def split(argv, flags):
     args = list(argv)
 
     def is_value(text):
-        return text and not text.startswith("-") and not text.endswith(".py") and not os.path.exists(text)
+        return re.match(r"[^-]|-\d", text) and not text.endswith(".py") and not os.path.exists(text)
 
     while args:
         arg = args.pop(0)
@@ -151,12 +151,11 @@ def coerce(name, value, wanted):
 
 def unknown(name, known):
     """Return the fault of a name that is not known, with the nearest one that is."""
-    hints = [f"did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1)]
-    if ALIASES.get(name) in known:
-        hints.insert(0, f"did you mean {ALIASES[name]}?")
+    near = [ALIASES.get(name), *difflib.get_close_matches(name, known, n=1)]
+    hints = [f"did you mean {other}?" for other in near if other in known] + ["--help lists all"]
     if name.startswith("no_") and name[3:] + "_every" in known:  # --no-eval
-        hints.insert(0, f"to switch it off: --{name[3:]}_every=0")
-    return f"no setting named {name}; {next(iter(hints), '--help lists all')}"
+        hints = [f"to switch it off: --{name[3:]}_every=0"]
+    return f"no setting named {name}; {hints[0]}"
 
 
 def range_fault(value, within):

@@ -131,8 +131,7 @@ class Mirror(threading.Thread):
 def start(cfg, run_dir, step, warn):
     """Return a Mirror for each tracker that is on, for a run that begins or resumes at `step`."""
     connect = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
-    on = config.trackers(cfg)
-    return [Mirror(name, partial(connect[name], cfg, run_dir, step), warn) for name in on]
+    return [Mirror(name, partial(connect[name], cfg, run_dir, step), warn) for name in config.trackers(cfg)]
 
 
 def mirror(mirrors, cfg, name, row):

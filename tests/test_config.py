@@ -61,6 +61,7 @@ def test_values_take_the_type_of_the_default():
         (["--weight_tying"], ["did you mean tie_embeddings?"]),
         (["--learning_rate", "=", "1e-3"], ["without spaces around =: --learning_rate=1e-3"]),
         (["--learning_rate", "=1e-3"], ["without spaces around =: --learning_rate=1e-3"]),
+        (["--learning_rate", "=", "-1e-3"], ["without spaces around =: --learning_rate=-1e-3"]),
         (["--learning_rate=", "1e-3"], ["without spaces around =: --learning_rate=1e-3"]),
         (["config"], ["config is a folder", "--resume=config"]),
         (["--n_layer=two"], ["n_layer must be int, got str 'two'"]),
@@ -101,7 +102,9 @@ def test_a_wrong_setting_is_named_with_its_value(capsys, argv, says):
         assert text in errors, errors
 
 
-@pytest.mark.parametrize("argv", [["--lr", "1e-3"], ["--dropout", "=", "0.1"], ["--run_id=", "x"]])
+@pytest.mark.parametrize(
+    "argv", [["--lr", "1e-3"], ["--lr", "-1"], ["--dropout", "=", "0.1"], ["--run_id=", "x"]]
+)
 def test_a_value_is_not_taken_for_a_config_file(capsys, argv):
     """The value of an unknown or misspelled flag is not reported as a missing config file."""
     assert len(faults(capsys, "--max_steps=10", *argv)) == 1

@@ -24,9 +24,8 @@ def nanogpt(cfg, windows, device, dtype):
         model = module.GPT(module.GPTConfig(block_size=cfg.seq_len, **sizes))
     print(f"nanoGPT: {sum(p.numel() for p in model.parameters()):,} parameters with its own vocabulary")
     compiled, _ = machine.compiled(model, cfg.compile, device)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=cfg.weight_decay)]
+    groups += [dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
     def loss(x, y):

@@ -117,7 +117,6 @@ def write(part, path, kind, embed):
             getattr(writer, f"add_{theirs}")(sizes[name])
     add_tokenizer(gguf, writer, part["tokenizer"], cfg["vocab_size"])
     for name, w in part["model"].items():
-        w = w.detach()
         if name == "head.weight" and cfg["tie_embeddings"]:
             continue
         if heads := HEADS.get(name.split(".")[-2]):

@@ -71,7 +71,6 @@ def tensors(part, latent=False):
     cfg = part["config"]
     written = {}
     for name, w in part["model"].items():
-        w = w.detach()
         if name == "head.weight" and cfg["tie_embeddings"]:
             continue
         if name in ("embed.weight", "head.weight") and not latent:

@@ -144,12 +144,11 @@ def shown_checkpoints(run_dir):
 
 def check_matrix(run_dir, part, matrix):
     """Exit with 2 if the model of a checkpoint has no ternary matrix of this name."""
-    from nanobit.experts import bit_layers
-    from nanobit.infer import restore
+    from nanobit.export.hf import is_ternary
 
-    if not part["config"]["ternary"]:
+    names = [name.removesuffix(".weight") for name in part["model"] if is_ternary(part, name)]
+    if not names:
         fail(f"{run_dir} is a float run (ternary = False), its weights have no codes; choose another")
-    names = list(bit_layers(restore.restore(part, "cpu")))
     if matrix not in names:
         near = difflib.get_close_matches(matrix, names, n=3, cutoff=0.3) or names[:3]
         fail(f"matrix = {matrix!r} is not in {run_dir}; near it are {', '.join(near)}")
