@@ -7,9 +7,8 @@ Generate text with a trained model, streamed as it comes; write a text in turns;
     python sample.py --ckpt=runs/demo --chat
     python sample.py --ckpt=runs/train_tictactoe --play --side=O --ask=not_lose
 
-Text goes to stdout, everything else to stderr, as tokens per second of the prompt (prefill) and of new ones
-(decode). Generation ends at the end-of-text token. --chat is one text that you and the model write in turns:
-base models continue a text, they do not answer. --play needs a model of config/train_tictactoe.py.
+Text goes to stdout, all else to stderr: tokens per second of the prompt (prefill) and of new ones (decode).
+Generation ends at the end-of-text token. Base models continue a text, in a chat too: they do not answer.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ FLAGS = {
     "head": Flag("float32", "float32 | bfloat16 (half the bytes, rounded logits)", config.DTYPES[1:3]),
     "cuda_graph": Flag(False, "on CUDA, replay each token as one graph; not yet tried on a GPU"),
     "chat": Flag(False, "write a text in turns, after the prompt if there is one; /help lists the commands"),
-    "play": Flag(False, "play tic-tac-toe against the model", not_with="chat"),
+    "play": Flag(False, "play tic-tac-toe against a model of config/train_tictactoe.py", not_with="chat"),
     "side": Flag("X", "X | O: the side that you play; X begins", ("X", "O"), only_with="play"),
     "ask": Flag("win", "win | not_lose: how to ask for a move", ("win", "not_lose"), only_with="play"),
 }

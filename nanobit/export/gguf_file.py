@@ -1,7 +1,4 @@
-"""
-Models as one GGUF file, for llama.cpp: ternary matrices as codes with a scale in fp16 for each block, or as
-floats. llama.cpp rounds the input of a token in smaller blocks than we do, or with f32 not at all.
-"""
+"""Write a model as a GGUF file for llama.cpp: ternary matrices as codes with their scale, or as floats."""
 
 import enum
 import os

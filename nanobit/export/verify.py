@@ -1,7 +1,4 @@
-"""
-What an export computes, by readers that are not ours: transformers, and a binding of llama.cpp. They read
-the written files alone, and are compared with our own float32 forward, eager, on the CPU.
-"""
+"""Compare an export in transformers or a binding of llama.cpp with our float32 forward, eager, on the CPU."""
 
 import torch
 import torch.nn.functional as F

@@ -128,8 +128,7 @@ def throughput(run):
 
 
 def codes(run, now, window, is_due):
-    """Yield what to do about unusual fractions of the codes and, if it is due, about a flip rate that does
-    not fall with the learning rate."""
+    """Yield what to do about unusual fractions of codes and, if it is due, a flip rate that does not fall."""
     health = now["bitnet"] or {}
     zero = health.get("zero")
     near = health.get("near_threshold")

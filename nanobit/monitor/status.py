@@ -97,14 +97,6 @@ def disk_need_gb(run, step):
     return (4 * left + 8 * trainers) * params / 1e9
 
 
-def best_evaluation(run):
-    """Return {step, val_loss} of the best evaluation, or None. As in best.json, that of the initial weights
-    counts only if it is the only one."""
-    trained = [row for row in run["evals"] if row["step"] > 0] or run["evals"]
-    best = min(trained, key=lambda row: row["val_loss"], default=None)
-    return {key: best[key] for key in ("step", "val_loss")} if best else None
-
-
 def status(run_dir, window=50):
     """Return what is known of a run, as plain values named as in its files, None if not known: seconds, GB of
     1e9 bytes, fractions from 0 to 1, losses in nats per token; loss_trend is trend() of the loss."""
@@ -134,8 +126,10 @@ def status(run_dir, window=50):
     # without the older half of a run: its beginning falls, which hides what comes after it
     facts["loss_trend"] = trend(losses, min(window, len(losses) // 2))
     facts |= dict(val_loss=last_eval.get("val_loss"), val_step=last_eval.get("step"))
-    facts |= dict(best=best_evaluation(run), checkpoint=newest(saved) or None)
-    facts["router"] = newest(run["routers"]) or None
+    trained = [row for row in run["evals"] if row["step"] > 0] or run["evals"]  # as in best.json
+    best = min(trained, key=lambda row: row["val_loss"], default={})
+    facts["best"] = {key: best[key] for key in ("step", "val_loss") if key in best} or None
+    facts |= dict(checkpoint=newest(saved) or None, router=newest(run["routers"]) or None)
     facts["bitnet"] = {key: number(value) for key, value in newest(run["health"]).items()} or None
     facts["anomalies"] = dict(count=len(odd_steps), last=odd_steps[-3:])
     shown = ("step", "prompt", "generated_text")
