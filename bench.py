@@ -1,5 +1,4 @@
-"""
-Time an experiment, or plan it. Needs no prepared data.
+"""Time an experiment, or plan it. Needs no prepared data.
 
     python bench.py config/train_baseline_95m.py --batch_size=4 --total_batch_size=1024
     python bench.py config/train_baseline_95m.py --compare          and nanoGPT, and the memory of both
@@ -10,8 +9,7 @@ Time an experiment, or plan it. Needs no prepared data.
 
 Steps of the experiment and of its float or ternary twin alternate, so that a machine whose speed drifts slows
 both. They are those of train.py, on random tokens; the first ones, which compile, do not count. With --plan
-and a speed, nothing is timed. The last line of stdout is a JSON object, on a terminal only with --json.
-"""
+and a speed, nothing is timed. The last line of stdout is a JSON object, on a terminal only with --json."""
 
 import os
 

@@ -1,5 +1,4 @@
-"""
-Score a trained model: its loss on a prepared data set with the same tokenizer, and a task's own score.
+"""Score a trained model: its loss on a prepared data set with the same tokenizer, and a task's own score.
 
     python evaluate.py --ckpt=runs/demo
     python evaluate.py --ckpt=runs/demo --split=train --dtype=bfloat16
@@ -11,8 +10,7 @@ model, split val only).
 If stdout is not a terminal, or with --json, its last line is one JSON object: step, dataset, split, dtype,
 tokens, val_loss (nats per token), perplexity, bits_per_byte if the bytes are known, and for a task accuracy
 (0 to 1), n and its own scores. Of LAMBADA tokens and val_loss are those of the last words, perplexity is per
-word; of BLiMP they are those of the good sentences.
-"""
+word; of BLiMP they are those of the good sentences."""
 
 import math
 import os

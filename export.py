@@ -1,5 +1,4 @@
-"""
-Write a trained model for other engines: a folder for transformers, or a GGUF file for llama.cpp.
+"""Write a trained model for other engines: a folder for transformers, or a GGUF file for llama.cpp.
 
     python export.py --ckpt=runs/demo --format=hf --out=demo_hf
     python export.py --ckpt=runs/demo --format=hf --out=demo_latent --latent
@@ -8,8 +7,7 @@ Write a trained model for other engines: a folder for transformers, or a GGUF fi
 
 --verify loads what was written with another reader (transformers, or cyllama, a binding of llama.cpp) and
 compares logits, greedy text and, if the data set is here, the validation loss; stdout then ends with one JSON
-line. Needs `pip install -e ".[export]"`, and for --verify `".[export,verify]"`.
-"""
+line. Needs `pip install -e ".[export]"`, and for --verify `".[export,verify]"`."""
 
 import os
 import shutil

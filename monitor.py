@@ -1,5 +1,4 @@
-"""
-The state of a run, from the files it writes: progress, losses, ternary health, warnings with a remedy.
+"""The state of a run, from the files it writes: progress, losses, ternary health, warnings with a remedy.
 
     python monitor.py                              the runs of runs/, one line each
     python monitor.py runs/demo                    one screen; `demo` alone will do
@@ -8,8 +7,7 @@ The state of a run, from the files it writes: progress, losses, ternary health, 
     python monitor.py runs/demo --plot=out.png     losses, rates, ternary fractions; of several runs too
     python monitor.py runs/demo --codes=out.png    a ternary matrix settling, checkpoint by checkpoint
 
-It only reads, so it works beside a run that trains, and on one that ended long ago.
-"""
+It only reads, so it works beside a run that trains, and on one that ended long ago."""
 
 import math
 import os

@@ -106,8 +106,7 @@ def weight_scale(w):
     """Return s = 1 / mean|W| over the last two dimensions of W, fp32, of shape (..., 1, 1).
 
     The mean is summed in float64 and rounded once, so that it does not depend on the number of threads or on
-    the compiler.
-    """
+    the compiler."""
     sum_dtype = torch.float64
     if w.device.type == "mps":  # it has no float64
         sum_dtype = torch.float32

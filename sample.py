@@ -1,5 +1,4 @@
-"""
-Generate text with a trained model, streamed as it comes; write a text in turns; play tic-tac-toe.
+"""Generate text with a trained model, streamed as it comes; write a text in turns; play tic-tac-toe.
 
     python sample.py --ckpt=runs/demo --prompt=12+34=
     python sample.py --ckpt=runs/demo --prompt=12+34= --temperature=0
@@ -8,8 +7,7 @@ Generate text with a trained model, streamed as it comes; write a text in turns;
     python sample.py --ckpt=runs/train_tictactoe --play --side=O --ask=not_lose
 
 Text goes to stdout, all else to stderr: tokens per second of the prompt (prefill) and of new ones (decode).
-Generation ends at the end-of-text token. Base models continue a text, in a chat too: they do not answer.
-"""
+Generation ends at the end-of-text token. Base models continue a text, in a chat too: they do not answer."""
 
 import contextlib
 import select

@@ -1,9 +1,7 @@
-"""
-The reader of checkpoints: it finds them, verifies them against their manifest, and loads them.
+"""The reader of checkpoints: it finds them, verifies them against their manifest, and loads them.
 
 A checkpoint is usable if checkpoint.pt agrees with the manifest, resumable if trainer.pt does too. torch.load
-itself notices a truncated file, but not a flipped bit, which would load as one wrong weight.
-"""
+itself notices a truncated file, but not a flipped bit, which would load as one wrong weight."""
 
 import hashlib
 import json
@@ -59,8 +57,7 @@ def newest(run_dir, resumable):
 
 
 def best_step(run_dir):
-    """Return the step that best.json names, or None if there is none, or no checkpoint of it. Raises OSError
-    if that cannot be read."""
+    """Return the step that best.json names, or None without a checkpoint of it. Raises OSError."""
     try:
         with open(os.path.join(run_dir, "best.json"), encoding="utf-8") as file:
             step = json.load(file)["step"]

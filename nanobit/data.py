@@ -1,12 +1,10 @@
-"""
-Token files and the order of batches.
+"""Token files and the order of batches.
 
 Window i of a shard is its tokens [i * seq_len, i * seq_len + seq_len]: each token but the first is a target
 once. The batch is a pure function of (seed, step): sample number step * sequences_per_step + slot counts
 through epochs, an epoch through the shards in order, and inside a shard through a keyed permutation of its
 windows. So resuming needs the step alone, and any number of devices sees the same tokens. Training waits for
-the tokens of a data set that still grows; its first epoch ends when the set is complete.
-"""
+the tokens of a data set that still grows; its first epoch ends when the set is complete."""
 
 import glob
 import hashlib

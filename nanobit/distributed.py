@@ -1,10 +1,8 @@
-"""
-The processes of one run: one, or as many as torchrun started, each with its own device.
+"""The processes of one run: one, or as many as torchrun started, each with its own device.
 
 Every rank does the same things in the same order, on its own part of each batch; rank 0 alone writes. What
 one rank knows and all must act on (a signal, a time limit, whether a save succeeded) is shared before any of
-them acts, since a rank that leaves alone leaves the others waiting.
-"""
+them acts, since a rank that leaves alone leaves the others waiting."""
 
 import contextlib
 import datetime
@@ -49,8 +47,7 @@ def share(value):
 
 
 def from_main(make):
-    """Return on every rank what make() returns on rank 0. If it exits there, with its line on stderr, all
-    exit with its code."""
+    """Return on every rank what make() returns on rank 0. If it exits there, all exit with its code."""
     value = code = None
     if is_main:
         try:
@@ -217,8 +214,7 @@ def gather(state):
 
 
 def load(model, optimizers, state, optimizer_states):
-    """Give back what gather made of a model and its optimizers, on any number of ranks; optimizer_states may
-    be empty."""
+    """Give back what gather made of a model and its optimizers, if any, on any number of ranks."""
     own = model.state_dict()
     model.load_state_dict({key: as_sharded(value, own.get(key)) for key, value in state.items()})
     for optimizer, saved in zip(optimizers, optimizer_states):

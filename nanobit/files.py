@@ -1,9 +1,7 @@
-"""
-Files that are whole or missing: written under a temporary name, flushed to the disk, renamed. And locks.
+"""Files that are whole or missing: written under a temporary name, flushed to the disk, renamed. And locks.
 
 A file system may lack a feature: SMB, FUSE and the drives of WSL refuse to flush a folder, NFS, Lustre and
-mounted cloud drives may refuse locks. That costs a warning, never a file.
-"""
+mounted cloud drives may refuse locks. That costs a warning, never a file."""
 
 import atexit
 import errno

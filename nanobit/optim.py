@@ -30,8 +30,7 @@ class Muon(torch.optim.Optimizer):
     The update has the RMS of AdamW's, 0.2 lr (arXiv 2502.16982, equation 4), so that both take the same
     learning rate; decay is decoupled. dtype: that of the iteration. torch.optim.Muon does the same for single
     matrices, one after another; here those of one shape are one batch. As in fused AdamW, a step changes
-    nothing if `found_inf` is set to a tensor of 1.
-    """
+    nothing if `found_inf` is set to a tensor of 1."""
 
     def __init__(self, params, lr, momentum, dtype):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
@@ -74,8 +73,7 @@ def make_optimizers(cfg, model, dtype=torch.float32):
     """Return [fused AdamW] (arXiv 1711.05101) or [Muon, AdamW] over two kinds of parameters.
 
     The matrices inside the blocks decay, which keeps the codes of ternary weights flipping, and Muon takes
-    them. The rest (embedding, head, norms, routers) does not decay. dtype: what Muon computes in.
-    """
+    them. The rest (embedding, head, norms, routers) does not decay. dtype: what Muon computes in."""
     named = list(model.named_parameters())  # a tied matrix is named once
     matrices = [p for name, p in named if name.endswith("_proj.weight")]
     rest = [p for name, p in named if not name.endswith("_proj.weight")]
@@ -117,8 +115,7 @@ def update(model, optimizers, scaler, grad_clip, loss_sum):
     all ranks.
 
     If the loss or a gradient is not finite on any rank, nothing changes. Return (norm of the gradient, 1.0
-    if the step was skipped for that reason, else 0.0), both 0-dim on the device: nothing waits for it.
-    """
+    if the step was skipped for that reason, else 0.0), both 0-dim on the device: nothing waits for it."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)

@@ -48,16 +48,10 @@ def check_model(part):
 def check_shapes(path, weights, needed, remedy="use another step folder, or the model.py of that run"):
     """Exit with 2 unless the tensors of a model have the names and shapes of `needed`, a state dict."""
     for name in sorted(weights.keys() | needed.keys()):
-        in_file = shape_of(weights, name)
-        expected = shape_of(needed, name)
+        in_file, expected = (tuple(t[name].shape) if name in t else "none" for t in (weights, needed))
         if in_file != expected:
             shapes = f"shape {in_file} in the file, {expected} by its settings and model.py"
             fail(f"{path}: {printable(name)}: {shapes}; {remedy}")
-
-
-def shape_of(tensors, name):
-    """Return the shape of a named tensor, or 'none' if it is missing."""
-    return tuple(tensors[name].shape) if name in tensors else "none"
 
 
 def check_trainer(part):

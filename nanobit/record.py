@@ -1,9 +1,7 @@
-"""
-The record of a run: lines of JSON in runs/<run_id>/metrics and samples, plain lines in train.log.
+"""The record of a run: lines of JSON in runs/<run_id>/metrics and samples, plain lines in train.log.
 
 A line is appended whole. A run that resumes from step k drops what is made again, so that each training line
-beyond k, and each evaluation, sample and best from k on, is there once, whatever was killed.
-"""
+beyond k, and each evaluation, sample and best from k on, is there once, whatever was killed."""
 
 import collections
 import contextlib
@@ -134,8 +132,7 @@ def parsed(line, name):
     """Return the object in a line of the file `name`, or None if the line is damaged: it is not JSON, has no
     step, or lacks what its file needs. A value of another type than its name wants becomes None, unknown.
 
-    This is the one place that checks, so that a reader may rely on what it gets.
-    """
+    This is the one place that checks, so that a reader may rely on what it gets."""
     if not line.isascii():  # to_json escapes what is not
         return None
     try:
@@ -160,8 +157,7 @@ def parsed(line, name):
 
 
 def is_kept(name, line, step):
-    """Return whether a line stays when the run resumes from `step` (None: starts over); None if the line is
-    damaged."""
+    """Return whether a line stays if the run resumes from `step` (None: starts over); None: it is damaged."""
     if name == "train.log":
         # "step 100/2000 ..." is about an update, "eval 100/2000 ..." is made again
         number = re.match(r"(step|eval) (\d{1,15})/", line, re.ASCII)
@@ -185,8 +181,7 @@ def rewind(run_dir, step, counts_then=None):
     the temporary files of killed processes.
 
     counts_then: {base name of a file: number of its lines} at that step, from the checkpoint, as far as it
-    has them. Return a sentence for each file that has lost lines of earlier steps.
-    """
+    has them. Return a sentence for each file that has lost lines of earlier steps."""
     counts_then = counts_then or {}
     lost = []
     for name in FILES:

@@ -104,8 +104,7 @@ def restore(cfg, origin, run, tokenizer, meta, model, optimizers, scaler):
 
     Return (State, former): the changed settings, and by the checkpoint's settings the patience, the stage of
     the last update and the next learning rate. Exits with 2 if it is of another run, or beyond its end, and
-    with 0 if it is the end of this run.
-    """
+    with 0 if it is the end of this run."""
     folder = origin.folder
     on_disk = next(model.parameters()).device.type != "cpu"  # until it goes to the device
     part = checkpoint.load(folder, mmap=on_disk)

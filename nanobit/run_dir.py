@@ -1,5 +1,4 @@
-"""
-The folder of a run: its lock, config.json, best.json, its checkpoints, and how it is resumed.
+"""The folder of a run: its lock, config.json, best.json, its checkpoints, and how it is resumed.
 
 runs/<run_id>/checkpoints/step_000500/
     checkpoint.pt    format, step, tokens, config, tokenizer, model: all that using the model needs
@@ -200,8 +199,7 @@ class RunDir:
         return True
 
     def write_config(self, cfg, facts):
-        """Write config.json: every setting with its origin, versions, git commit, process, and the facts that
-        train.py knows."""
+        """Write config.json: settings and their origin, versions, git commit, process, facts of train.py."""
         settings = config.settings_of(cfg).items()
         versions = {name: metadata.version(name) for name in ("torch", "numpy")}
         content = dict(

@@ -146,8 +146,7 @@ def clean(run_dir, after):
     """Make room for a run that continues from step `after`, and print what is renamed.
 
     Only the temporaries of killed processes are deleted. Checkpoints of later steps, which belong to another
-    course of the run, and step folders without a manifest are renamed. Other folders stay as they are.
-    """
+    course of the run, and step folders without a manifest are renamed. Other folders stay as they are."""
     folder = os.path.join(run_dir, "checkpoints")
     for name in os.listdir(folder):
         if re.fullmatch(r"step_\d{6,}\.tmp-\d+", name):

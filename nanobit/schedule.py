@@ -1,9 +1,7 @@
-"""
-The schedules of a run as pure functions of the step: rates, stages, and what is due.
+"""The schedules of a run as pure functions of the step: rates, stages, and what is due.
 
 `step` counts updates already made: lr(cfg, 0) is the rate of the first one. Nothing of a schedule is saved,
-so a resumed run cannot disagree with an unbroken one.
-"""
+so a resumed run cannot disagree with an unbroken one."""
 
 import math
 
@@ -37,8 +35,7 @@ def final_rates(cfg):
     """Return the learning rates at the end of stage 1 and at the end of the run.
 
     A run from before they were fractions of learning_rate may hold a number that no fraction gives to the
-    last bit: resume.keep_rates gives it to cfg under its former name.
-    """
+    last bit: resume.keep_rates gives it to cfg under its former name."""
     return [getattr(cfg, former, cfg.learning_rate * getattr(cfg, ratio)) for former, ratio in RATIOS.items()]
 
 

@@ -1,10 +1,8 @@
-"""
-The shards of a data set: their bytes are checked once on each machine, then read window by window.
+"""The shards of a data set: their bytes are checked once on each machine, then read window by window.
 
 A shard is read when a machine first uses it, and when its size or time has changed: one pass finds its
 sha256 and its largest id. .checked.json in the folder of the data set remembers what each machine has read.
-Damage that keeps size and time (a bad disk) is found by --verify_data, which reads everything again.
-"""
+Damage that keeps size and time (a bad disk) is found by --verify_data, which reads everything again."""
 
 import contextlib
 import hashlib

@@ -1,9 +1,8 @@
-"""
-Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE. All have size, the number of ids, and
+"""Tokenizers: characters, SentencePiece, tiktoken's byte-level BPE. All have size, the number of ids, and
 
-    encode(text)       the ids of a text; decode gives it back, but for U+2581 of SentencePiece
-    encode_on(text)    the ids of text that continues earlier text
-    decode(ids)        the text, without ids of no token: a model may have more rows than its tokenizer
+encode(text)       the ids of a text; decode gives it back, but for U+2581 of SentencePiece
+encode_on(text)    the ids of text that continues earlier text
+decode(ids)        the text, without ids of no token: a model may have more rows than its tokenizer
 """
 
 import base64

@@ -1,9 +1,7 @@
-"""
-Copy the record of a run to TensorBoard, Weights & Biases and trackio, each imported only if it is on.
+"""Copy the record of a run to TensorBoard, Weights & Biases and trackio, each imported only if it is on.
 
 A separate thread feeds each tracker: one that fails or hangs costs a warning, never a step of training. If a
-run resumes from step k, TensorBoard hides the old values from k on; W&B and trackio draw them twice.
-"""
+run resumes from step k, TensorBoard hides the old values from k on; W&B and trackio draw them twice."""
 
 import hashlib
 import html

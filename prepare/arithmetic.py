@@ -1,13 +1,11 @@
-"""
-Write arithmetic problems as tokens: `12+34=46`, one a line, one token per character.
+"""Write arithmetic problems as tokens: `12+34=46`, one a line, one token per character.
 
     python prepare/arithmetic.py                                          two-digit additions
     python prepare/arithmetic.py --ops=+-x --digits=3 --train_problems=2000000 --name=arithmetic3
 
 A hash holds out about one problem in eight, in both orders of its operands. The val split and problems.txt
 hold only such problems, the train split none. Takes a few seconds and 4 MB; the second command half a minute
-and 46 MB.
-"""
+and 46 MB."""
 
 import hashlib
 import os

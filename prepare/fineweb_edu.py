@@ -9,8 +9,7 @@ tokens in the LLaMA-2 tokenizer of 32,000 pieces, the data of the 95M baseline.
     python prepare/fineweb_edu.py --repo=Skylion007/openwebtext --config= --tokenizer=gpt2 --name=openwebtext
 
 Documents are held out by a hash of their text. The tokenizer is an open copy of LLaMA-2's, which is gated.
-Streams, on all cores, 2 bytes of disk a token; the same command continues what was stopped.
-"""
+Streams, on all cores, 2 bytes of disk a token; the same command continues what was stopped."""
 
 import os
 import sys

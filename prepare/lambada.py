@@ -1,5 +1,4 @@
-"""
-Write LAMBADA, passages whose last word a model is to guess, as a task for evaluate.py.
+"""Write LAMBADA, passages whose last word a model is to guess, as a task for evaluate.py.
 
     python prepare/lambada.py                            from the Hugging Face hub (package datasets)
     python prepare/lambada.py --config=de --name=de      German; also es, fr, it

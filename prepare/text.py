@@ -1,5 +1,4 @@
-"""
-Write your own text as tokens. The ending of a file selects how it is read:
+"""Write your own text as tokens. The ending of a file selects how it is read:
 
     .jsonl .json .ndjson    one JSON object a line, whose field --column is the text of a document
     .csv .tsv               a table whose first row names its columns, of which --column holds the texts;
@@ -17,8 +16,7 @@ A .txt file is one document, or with --separator many. The end of single documen
 those that a hash of their text selects. Line ends become \\n. Rows without a text are skipped and counted.
 
 The text is streamed, on all cores. The same command continues a preparation that was stopped, unless a file
-was edited. The tokens take about half the bytes of the text.
-"""
+was edited. The tokens take about half the bytes of the text."""
 
 import os
 import sys

@@ -1,5 +1,4 @@
-"""
-Write random games of tic-tac-toe as tokens: the result first (X, O or D), then the squares 1 to 9 as they
+"""Write random games of tic-tac-toe as tokens: the result first (X, O or D), then the squares 1 to 9 as they
 were played, one game a line, one token per character.
 
     python prepare/tictactoe.py

@@ -5,8 +5,7 @@ Write the TinyStories of Eldan and Li (arXiv 2305.07759) as tokens of a Sentence
     python prepare/tinystories.py --max_documents=20000 --name=few   a first try, in a minute
 
 Downloads the data set while it reads it: about 1 GB, and 1 GB of tokens in all. Streams, on all cores; the
-same command continues what was stopped.
-"""
+same command continues what was stopped."""
 
 import os
 import sys

@@ -1,9 +1,7 @@
-"""
-Compute what a run will take and reach, for bench.py --plan.
+"""Compute what a run will take and reach, for bench.py --plan.
 
 The loss is that of a scaling law, which knows neither this data nor this tokenizer: it compares lengths, and
-predicts the loss of a model only after a finished run has calibrated it.
-"""
+predicts the loss of a model only after a finished run has calibrated it."""
 
 import contextlib
 import datetime

@@ -1,11 +1,9 @@
-"""
-Models in the form of Hugging Face: a folder that transformers loads, and one that comes back from there.
+"""Models in the form of Hugging Face: a folder that transformers loads, and one that comes back from there.
 
 A ternary model is written as LlamaForCausalLM with quant_method "bitnet": each matrix as uint8 with four
 codes to a byte (packed.pack), and its scale 1 / mean|W| as weight_scale; transformers multiplies and divides
 in our order, so that its fp32 logits are ours to the last bit. A float model is a plain Llama, a mixture of
-experts a Mixtral; one with ternary experts is written dequantised, as no format holds their codes.
-"""
+experts a Mixtral; one with ternary experts is written dequantised, as no format holds their codes."""
 
 import hashlib
 import json

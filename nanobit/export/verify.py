@@ -39,8 +39,7 @@ def compare(part, windows, reference, bound, name, logits, tokenize, write):
 
     `good`: no logit differs by more than `bound` times their spread, and the loss by no more than bound / 10
     or 0.01 nats (0 for a bound of 0). The reader has logits(ids (B, T)), tokenize(text) -> ids and
-    write(ids, n) -> n greedy tokens.
-    """
+    write(ids, n) -> n greedy tokens."""
     ours = restore(reference, torch.device("cpu"))
     tokenizer = make_tokenizer(part["tokenizer"])
     x = probe(part)

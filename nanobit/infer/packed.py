@@ -3,8 +3,7 @@ Ternary layers for inference: four codes in a byte instead of float master weigh
 
 The layout is that of transformers. On a CPU a C function (packed.c, compiled when a model is loaded) unpacks
 codes in registers; without a compiler, they are unpacked to int8. Many rows at a time are unpacked and
-multiplied as in training (kernels.py). On CUDA, a Triton kernel computes single rows (packed_cuda.py).
-"""
+multiplied as in training (kernels.py). On CUDA, a Triton kernel computes single rows (packed_cuda.py)."""
 
 import ctypes
 import functools

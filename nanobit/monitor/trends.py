@@ -14,8 +14,7 @@ def trend(values, window):
     change: the mean of the newest `lines` = window // 2 values less that of as many before, significant
     beyond twice its standard error. The variance of single values is half the mean square of the differences
     between neighbours, which a trend does not inflate (von Neumann et al., "The mean square successive
-    difference", 1941). jump: see jump_of.
-    """
+    difference", 1941). jump: see jump_of."""
     k = min(window, len(values)) // 2
     if k < 3:
         return None

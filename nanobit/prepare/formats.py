@@ -1,11 +1,9 @@
-"""
-Formats of text files: how the documents of a file are found in its bytes.
+"""Formats of text files: how the documents of a file are found in its bytes.
 
 A reader (READERS) yields (offset, line, value) for each document: the byte of the unpacked content after it,
 the number of its line or row, and the value that should be its text. It can continue at any such offset and
 line. start: the byte at which the text starts; options: the flags. Exits with 2 and one line if the file
-does not have its format.
-"""
+does not have its format."""
 
 import codecs
 import contextlib

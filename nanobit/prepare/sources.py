@@ -1,11 +1,10 @@
-"""
-Documents of files. A source (Files here, Hub in hub.py) has size, its bytes of text (0 if not known), and
+"""Documents of files. A source (Files here, Hub in hub.py) has size, its bytes of text (0 if not known), and
 
-    pieces(state)   yield (split, text, first, last) from the start (None) or a state: a part of a document,
-                    and whether it is its first and last part. split is '' if the text decides whether it is
-                    held out. A row that holds no text is (None, why not, which row, '')
-    state()         where it stands after the last piece, as JSON
-    fraction()      the part of it that is read, 0 to 1, or None if that is not known
+pieces(state)   yield (split, text, first, last) from the start (None) or a state: a part of a document,
+                and whether it is its first and last part. split is '' if the text decides whether it is
+                held out. A row that holds no text is (None, why not, which row, '')
+state()         where it stands after the last piece, as JSON
+fraction()      the part of it that is read, 0 to 1, or None if that is not known
 """
 
 import glob

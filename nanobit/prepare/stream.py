@@ -1,9 +1,7 @@
-"""
-The preparation of any number of documents as token files, on all cores.
+"""The preparation of any number of documents as token files, on all cores.
 
 Every few seconds, once the tokens are on the disk, progress.json is written: how many tokens each split has,
-and where the source stood. A preparation that was killed continues from there, to the same bytes.
-"""
+and where the source stood. A preparation that was killed continues from there, to the same bytes."""
 
 import contextlib
 import os

@@ -1,5 +1,4 @@
-"""
-Tic-tac-toe without a model: the rules, random and perfect play, and what a perfect model could reach.
+"""Tic-tac-toe without a model: the rules, random and perfect play, and what a perfect model could reach.
 
 A board is nine characters of X, O and . for a free square. A result is X or O (that side won) or D (drawn).
 """

@@ -1,10 +1,8 @@
-"""
-Score a model on text, LAMBADA and BLiMP, by the log-likelihood of tokens.
+"""Score a model on text, LAMBADA and BLiMP, by the log-likelihood of tokens.
 
 Both scores return (fields for the JSON line, lines of text to print). Every text begins with bos, the token
 that begins a text in training. data/<name>/ holds task.jsonl, one example a line, and no tokens, because each
-model reads text with its own tokenizer.
-"""
+model reads text with its own tokenizer."""
 
 import json
 import math

@@ -1,5 +1,4 @@
-"""
-Score a model on tic-tac-toe, with two ways of asking it for a move.
+"""Score a model on tic-tac-toe, with two ways of asking it for a move.
 
 A game is a line of text: its result (X or O won, D drawn), then the squares 1 to 9 as played, X first. The
 training games are random, so that a perfect model knows how likely each result is under random play:
@@ -8,8 +7,7 @@ training games are random, so that a perfect model knows how likely each result 
     not_lose  the move after which the opponent's win is least likely: argmin P(opponent's result | moves,
               move), by Bayes' rule from the model's probability of the moves under each of the three results
 
-Both expect a random opponent; `game.limits` computes what a perfect model reaches.
-"""
+Both expect a random opponent; `game.limits` computes what a perfect model reaches."""
 
 import itertools
 import random
