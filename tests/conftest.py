@@ -44,8 +44,8 @@ RUN = TINY | dict(
 
 
 def write_data(folder, name="tiny", n_train=500, n_val=200, vocab_size=28, top=None):
-    """a data set of random ids below `top`; returns data_dir. 500 tokens hold 31 windows of 16: an epoch in
-    8 steps"""
+    """Write a data set of random ids below `top`; return data_dir. 500 tokens hold 31 windows of 16: an epoch
+    in 8 steps."""
     rng = np.random.default_rng(0)
     target = token_files.open_data_set(str(folder), name, "random ids")
     shards, sizes = {}, {}
@@ -65,7 +65,7 @@ def data_dir(tmp_path):
 
 
 def settings(**changes):
-    """a checked cfg of a tiny run"""
+    """Return the checked cfg of a tiny run."""
     values = dict(vocab_size=len(CHARS), dataset="tiny") | RUN | changes
     return config.load([f"--{key}={value}" for key, value in values.items()])
 
@@ -75,7 +75,8 @@ def flags(**changes):
 
 
 def start(script, *args, cwd=ROOT, patch=""):
-    """a script of the project as a child process; patch is Python that runs before it, inside that process"""
+    """Start a script of the project as a child process; patch is Python that runs before it, inside that
+    process."""
     path = os.path.join(ROOT, script)
     code = f"import sys, runpy; sys.argv = {[script, *args]!r}\n"
     code += f"sys.path[:0] = {[os.path.dirname(path), ROOT]!r}\n{patch}\n"
@@ -85,7 +86,7 @@ def start(script, *args, cwd=ROOT, patch=""):
 
 
 def run(script, *args, code=0, cwd=ROOT, patch=""):
-    """(stdout, stderr) of a script that ends with this exit code, within two minutes"""
+    """Return (stdout, stderr) of a script that ends with this exit code, within two minutes."""
     if script.startswith("prepare/"):  # they do not import torch, and their pools end with an interpreter
         child = start(script, *args, cwd=cwd, patch=patch)
         out, err = child.communicate(timeout=120)
@@ -98,13 +99,13 @@ def run(script, *args, code=0, cwd=ROOT, patch=""):
 
 
 def train(data_dir, out_dir, run_id, code=0, patch="", **changes):
-    """train a tiny run; (stdout, stderr)"""
+    """Train a tiny run; return (stdout, stderr)."""
     values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes
     return run("train.py", *flags(**values), code=code, patch=patch)
 
 
 def start_ranks(n, patch="", **values):
-    """n ranks of train.py as processes: as torchrun starts them, in half the time"""
+    """Start n ranks of train.py as processes: as torchrun does, in half the time."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     env = dict(TORCHELASTIC_RUN_ID="x", WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -113,19 +114,19 @@ def start_ranks(n, patch="", **values):
 
 
 def lines(run_dir, name):
-    """the lines of a JSONL file of a run, each of which must be whole"""
+    """Return the lines of a JSONL file of a run, each of which must be whole."""
     with open(os.path.join(run_dir, name), encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def final(run_dir, step=24):
-    """weights and optimizer state at the end of a run"""
+    """Return the weights and the optimizer state at the end of a run."""
     folder = step_dir(run_dir, step)
     return checkpoint.load(folder)["model"], checkpoint.load(folder, checkpoint.TRAINER)["optimizer"]
 
 
 def rows(run_dir):
-    """what a run logged, without what depends on the clock"""
+    """Return what a run logged, without what depends on the clock."""
     clocked = {"time", "tokens_per_sec", "step_ms", "memory_gb", "mfu", "gpu_util"}
     return [{k: v for k, v in row.items() if k not in clocked} for row in lines(run_dir, SCALARS)]
 
@@ -136,7 +137,7 @@ def out_dir(tmp_path):
 
 
 def kill_at(data_dir, out_dir, step, how=signal.SIGKILL, run_id="broken", **changes):
-    """train until the log has this step, then send the signal; returns the exit code and stderr"""
+    """Train until the log has this step, then send the signal; return the exit code and stderr."""
     values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes
     child = Script(os.path.join(ROOT, "train.py"), flags(**values), ROOT, faults.slow_updates(0.05))
     path, deadline = os.path.join(out_dir, run_id, SCALARS), time.time() + 100
@@ -150,7 +151,7 @@ def kill_at(data_dir, out_dir, step, how=signal.SIGKILL, run_id="broken", **chan
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """an empty folder of a run"""
+    """Return an empty folder of a run."""
     run = RunDir(str(tmp_path))
     run.open()
     run.lock.release()
@@ -159,7 +160,7 @@ def run_dir(tmp_path):
 
 @pytest.fixture
 def unreadable(run_dir, monkeypatch):
-    """run_dir holds checkpoints of steps 5 and 10, and those of step 10 cannot be read now"""
+    """Save checkpoints of steps 5 and 10 in run_dir, of which those of step 10 cannot be read now."""
     from checkpoints import save  # which imports this file
 
     save(run_dir, 5), save(run_dir, 10)
@@ -175,7 +176,8 @@ def unreadable(run_dir, monkeypatch):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """a folder with the same documents as .jsonl, .parquet (also as a local hub data set) and .txt"""
+    """Return (a folder with the same documents as .jsonl, .parquet (also as a local hub data set) and .txt,
+    the documents)."""
     import pyarrow
     import pyarrow.parquet
     from documents import texts  # which imports this file

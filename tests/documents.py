@@ -30,7 +30,8 @@ SPACES = [" ", " ", " ", "\n", "\n\n", "  "]
 
 
 def texts(n=300, seed=0):
-    """documents of a few hundred characters, with line ends, runs of spaces and characters of all widths"""
+    """Return documents of a few hundred characters, with line ends, runs of spaces and characters of all
+    widths."""
     rng = np.random.default_rng(seed)
     word = lambda: WORDS[rng.integers(len(WORDS))] + SPACES[rng.integers(len(SPACES))]  # noqa: E731
     return ["".join(word() for _ in range(rng.integers(20, 120))) for _ in range(n)]
@@ -44,7 +45,7 @@ def text_flags(folder, data_dir, files="docs.jsonl", tokenizer="char", **more):
 
 
 def read(folder):
-    """({split: ids}, meta, tokenizer) of a data set"""
+    """Return ({split: ids}, meta, tokenizer) of a data set."""
     with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
         meta = json.load(file)
     ids = {}
@@ -58,17 +59,19 @@ def read(folder):
 
 
 def documents_of(folder):
-    """{split: [text of each document]}, decoded"""
+    """Return {split: [text of each document]}, decoded."""
     ids, meta, tokenizer = read(folder)
     found = {}
     for split, row in ids.items():
         begins = [meta["bos"]] if "bos" in meta else []
         # without bos the end of a text stands before the first one, too
-        assert row[0] == bos_of(meta) and row[-1] == meta["eot"]
+        assert row[0] == bos_of(meta)
+        assert row[-1] == meta["eot"]
         found[split], text = [], []
         for token in row if begins else row[1:]:
             if token == meta["eot"]:
-                assert text[: len(begins)] == begins and not set(text[len(begins) :]) & {*begins}
+                assert text[: len(begins)] == begins
+                assert not set(text[len(begins) :]) & {*begins}
                 found[split].append(tokenizer.decode(text))
                 text = []
             else:

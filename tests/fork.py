@@ -38,8 +38,8 @@ def main(out, err, cwd, env, script, args, patch):
 
 
 class Script:
-    """a script of the project as a process; patch is Python that runs before it, inside that process; env
-    is added to its environment"""
+    """Run a script of the project as a process; patch is Python that runs before it, inside that process; env
+    is added to its environment."""
 
     def __init__(self, script, args, cwd, patch="", **env):
         self.folder = tempfile.TemporaryDirectory()
@@ -54,8 +54,8 @@ class Script:
     def kill(self, how=signal.SIGKILL):
         os.kill(self.process.pid, how)
 
-    def told(self):
-        """[stdout, stderr] up to now"""
+    def output(self):
+        """Return [stdout, stderr] up to now."""
         texts = []
         for path in self.files:
             with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
@@ -63,10 +63,10 @@ class Script:
         return texts
 
     def wait(self, timeout):
-        """(exit code, minus the signal that killed it; stdout; stderr) once it has ended, or was after this
-        many seconds"""
+        """Return (exit code, minus the signal that killed it; stdout; stderr) once it has ended, or was
+        killed after this many seconds."""
         self.process.join(timeout)
         if not self.ended():
             self.kill()
             self.process.join()
-        return self.process.exitcode, *self.told()
+        return self.process.exitcode, *self.output()

@@ -1,4 +1,4 @@
-"""Runs written by hand, for the tests of what is told of a run."""
+"""Runs written by hand, for the tests of what is reported of a run."""
 
 import json
 import os
@@ -12,7 +12,7 @@ SETTINGS = dict(
 
 
 def child_pid():
-    """the pid of a process that is there and is not this one"""
+    """Return the pid of a process that exists and is not this one."""
     return os.getppid()
 
 
@@ -29,9 +29,9 @@ def write_run(
     row=(),
     **settings,
 ):
-    """a run folder as train.py leaves it, a line every 10 steps and 10 s, the newest `age` seconds old.
+    """Write a run folder as train.py leaves it, a line every 10 steps and 10 s, the newest `age` seconds old.
     health: dicts; greedy: repetitions, at 10, 20, ...; row: fields of every training line, row[key] may be
-    a list"""
+    a list."""
     now, row = time.time() - age, dict(row)
     began = now - 10 * len(losses)
     rows = [
@@ -64,5 +64,5 @@ def write_run(
 
 
 def noisy(slope, n=60, start=2.0, noise=0.02):
-    """n losses that fall by slope a line, with scatter"""
+    """Return n losses that fall by slope a line, with scatter."""
     return (start - slope * np.arange(n) + np.random.default_rng(0).normal(0, noise, n)).tolist()

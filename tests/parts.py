@@ -26,7 +26,7 @@ TEXTS = [
 
 
 def part_of(tokenizer=CHAR, **changes):
-    """a checkpoint's part of a random model, whose weights are no longer those it was made with"""
+    """Return a checkpoint's part of a random model, whose weights are no longer those it was made with."""
     cfg = settings(**dict(n_embd=64, ffn_dim=128, n_layer=2, n_head=4, n_kv_head=2, seq_len=64) | changes)
     torch.manual_seed(0)
     model = Transformer(cfg)
@@ -61,12 +61,13 @@ def sentencepiece(**changes):
 
 
 def llama_like():
-    """a tokenizer whose texts begin with another token than they end with, as those of public Llamas"""
+    """Return a tokenizer whose texts begin with another token than they end with, as those of public
+    Llamas."""
     return sentencepiece() | dict(bos=1)
 
 
 def llama_folder(path):
-    """make path the folder of a small Llama of another origin, with a tokenizer that has a bos"""
+    """Make path the folder of a small Llama of another origin, with a tokenizer that has a bos."""
     transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
     torch.manual_seed(0)
     sizes = dict(vocab_size=320, hidden_size=32, intermediate_size=64, max_position_embeddings=64)
@@ -78,7 +79,7 @@ def llama_folder(path):
 
 
 def tiktoken(pattern=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"):
-    """a byte-level BPE with merges of its own, named as GPT-2's"""
+    """Return a byte-level BPE with its own merges, named as GPT-2's."""
     tokens = [bytes([b]) for b in range(256)]
     tokens += [b"th", b"the", b" t", b" the", b"at", b"cat", b" cat", b"12", b"1212"]
     content = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))

@@ -22,38 +22,44 @@ BASELINE = "config/train_baseline_95m.py"
 
 
 def bench(*args, code=0, **values):
-    """(the JSON line or None, stdout, stderr)"""
+    """Return (the JSON line or None, stdout, stderr)."""
     out, err = run("bench.py", *args, *(f"--{key}={value}" for key, value in values.items()), code=code)
     return json.loads(out.strip().split("\n")[-1]) if code == 0 else None, out, err
 
 
 def test_the_baseline_takes_what_its_plan_says():
-    """bugs guarded: hours, tokens or epochs that do not follow from steps x batch; a speed that is timed
-    although it is given"""
+    """Hours, tokens and epochs of a plan follow from steps x batch; a speed that is given is not timed."""
     found, out, _ = bench(BASELINE, plan=True, step_ms=695, steps="400000", dataset_tokens=10e9)
     row = found["rows"][0]
-    assert row["hours"] == pytest.approx(77.2, abs=0.05) and row["tokens"] == 3_276_800_000
+    assert row["hours"] == pytest.approx(77.2, abs=0.05)
+    assert row["tokens"] == 3_276_800_000
     assert row["tokens_per_param"] == pytest.approx(34.4, abs=0.05)
     assert row["epochs"] == pytest.approx(0.33, abs=0.005)
     assert row["hours"] < row["hours_total"] < 1.05 * row["hours"]
-    assert found["params"] == 95_367_936 and "first step" not in out and "device" not in found
+    assert found["params"] == 95_367_936
+    assert "first step" not in out
+    assert "device" not in found
     assert [each["steps"] for each in found["milestones"]] == list(range(50_000, 400_001, 50_000))
-    assert [each["what"] for each in found["milestones"]][3] == "stage boundary" and not found["warnings"]
+    assert [each["what"] for each in found["milestones"]][3] == "stage boundary"
+    assert not found["warnings"]
     # the same by throughput
     again, *_ = bench(BASELINE, plan=True, tokens_per_sec=8192 / 0.695, steps="400000", dataset_tokens=10e9)
     assert again["rows"][0]["hours"] == pytest.approx(row["hours"])
 
 
-def test_a_plan_that_contradicts_itself_is_told():
-    """bug guarded: two speeds, tokens or a budget that do not agree, taken as they are"""
+def test_a_plan_that_contradicts_itself_is_reported():
+    """Speeds, tokens or a budget that do not agree are reported with both values."""
     plan = dict(plan=True, total_batch_size=32768, tokens_per_sec=20000, step_ms=250, steps="400000")
     found, out, _ = bench(BASELINE, **plan, total_tokens=10e9, budget_hours=144)
     speeds, tokens = found["warnings"]
     for text in ("20,000 tokens/s are 1.64 s a step and 182.0 hours", "over the budget of 144"):
         assert text in speeds
-    assert "250 ms are 131,072 tokens/s and 27.8 hours" in speeds and "the rows use step_ms" in speeds
-    assert found["rows"][0]["hours"] == pytest.approx(27.8, abs=0.05) and found["step_ms"] == 250
-    assert "13,107,200,000" in tokens and "305,176 steps" in tokens
+    assert "250 ms are 131,072 tokens/s and 27.8 hours" in speeds
+    assert "the rows use step_ms" in speeds
+    assert found["rows"][0]["hours"] == pytest.approx(27.8, abs=0.05)
+    assert found["step_ms"] == 250
+    assert "13,107,200,000" in tokens
+    assert "305,176 steps" in tokens
     assert f"warning: {speeds}" in out
     again, *_ = bench("config/train_moe_500m.py", plan=True, step_ms=9, steps="400000", total_tokens=10e9)
     assert "total_tokens = 10,000,000,000 does not follow" in again["warnings"][0]
@@ -62,14 +68,15 @@ def test_a_plan_that_contradicts_itself_is_told():
     found, *_ = bench(BASELINE, **plan, budget_hours=144)
     assert found["rows"][0]["hours"] == pytest.approx(182.0, abs=0.05)
     assert "budget_hours = 144 does not hold 400,000 steps" in found["warnings"][0]
-    assert found["recommendation"].startswith("none") and found["rows"][0]["spare_hours"] < 0
+    assert found["recommendation"].startswith("none")
+    assert found["rows"][0]["spare_hours"] < 0
 
 
 @pytest.mark.parametrize(
     "params, per_param, loss", [(95e6, 5, 4.02), (95e6, 20, 3.47), (95e6, 100, 3.09), (300e6, 20, 2.91)]
 )
 def test_the_law_gives_known_losses(params, per_param, loss):
-    """bug guarded: a constant of the scaling law mistyped"""
+    """The scaling law, with its constants, gives known losses."""
     assert planner.expected_loss(params, per_param * params) == pytest.approx(loss, abs=0.006)
     gap = planner.expected_loss(params, 1e9, ternary=True) - planner.expected_loss(params, 1e9)
     assert gap == pytest.approx({95e6: 0.31, 300e6: 0.25}[params], abs=0.006)
@@ -77,7 +84,7 @@ def test_the_law_gives_known_losses(params, per_param, loss):
 
 @pytest.mark.parametrize("epochs, share", [(1, 1.0), (2, 0.984), (4, 0.931), (16, 0.661), (40, 0.379)])
 def test_repeated_data_is_worth_less(epochs, share):
-    """bug guarded: the first epoch counted as a repetition"""
+    """Each epoch after the first adds less than the one before; the first counts in full."""
     assert planner.worth(epochs * 7e9, 7e9) / (epochs * 7e9) == pytest.approx(share, abs=0.001)
     assert planner.worth(epochs * 7e9, 0) == epochs * 7e9
 
@@ -95,7 +102,7 @@ def test_repeated_data_is_worth_less(epochs, share):
     ],
 )
 def test_checkpoints_are_counted(save_every, eval_every, schedule, count):
-    """bugs guarded: the end not counted, a checkpoint counted twice, those of a new best forgotten"""
+    """The checkpoint of the end counts, as do those that a new best may cause, each once."""
     cfg = SimpleNamespace(save_every=save_every, eval_every=eval_every, schedule=schedule, stage_boundary=0.5)
     assert planner.saves(cfg, 35 if eval_every == 7 else 34) == count
 
@@ -112,14 +119,15 @@ def rows_of(steps, **cost):
 
 
 def test_a_row_by_hand():
-    """bugs guarded: evaluations at step 0 and at the end, saves at the boundary, not counted; seconds taken
-    for hours"""
+    """The hours of a row include the evaluations at step 0 and at the end, the samples, and the saves at the
+    boundary."""
     cfg, (row,) = rows_of([36_000])
     assert row["hours"] == pytest.approx(1.0)
     # evaluations at 0, 5,000, ..., 35,000 and the end; samples at 7,000, ... and the end; saves at 5,000 (a
     # best), 10,000 (both), ..., 35,000 and the end, and two at the boundary, 17,999 and 18,000
     assert row["hours_total"] == pytest.approx(1 + (9 * 3.6 + 6 * 7.2 + 10 * 36) / 3600)
-    assert row["price"] == pytest.approx(2 * row["hours_total"]) and row["finish"] == "2026-02-28 01:07"
+    assert row["price"] == pytest.approx(2 * row["hours_total"])
+    assert row["finish"] == "2026-02-28 01:07"
     assert row["spare_hours"] == pytest.approx(100 - row["hours_total"])
     assert row["epochs"] == pytest.approx(0.294912)
     law = planner.expected_loss(95e6, 36_000 * 8192, 1e9, cfg.ternary)
@@ -141,38 +149,42 @@ def test_a_row_by_hand():
     ],
 )
 def test_the_recommendation_and_its_reason(steps, cost, chosen, why):
-    """bugs guarded: a length over the budget, or one that repeats the data, recommended; a reason that is not
-    the one"""
+    """A length over the budget, or one that repeats the data too often, is not recommended, and the reason
+    is the one that decided."""
     row, sentence = report.recommendation(rows_of(steps, **cost)[1], own=400_000)
-    assert (row and row["steps"]) == chosen and why in sentence
+    assert (row and row["steps"]) == chosen
+    assert why in sentence
 
 
-def test_unwise_lengths_are_told():
-    """bug guarded: few tokens per parameter, many epochs or a long warm-up, without a word"""
+def test_unwise_lengths_are_reported():
+    """Few tokens per parameter, many epochs and a long warm-up are reported."""
     cfg, rows = rows_of([2_000, 1_000_000, 4_000_000])
     few, *rest = sorted(report.cautions(cfg, COUNTS, rows, COST), key=lambda text: "parameter" not in text)
-    assert "2,000 steps" in few and "1,000,000" not in few
+    assert "2,000 steps" in few
+    assert "1,000,000" not in few
     assert sum("see the data" in text for text in rest) == 2
-    assert "8.2 times: repetition begins" in "".join(rest) and "32.8 times: most" in "".join(rest)
+    assert "8.2 times: repetition begins" in "".join(rest)
+    assert "32.8 times: most" in "".join(rest)
     assert any("warmup_steps = " in text for text in report.cautions(cfg, COUNTS, rows_of([5])[1], COST))
     assert "8 of" not in "".join(report.cautions(cfg, COUNTS, rows_of([400_000])[1], COST))
 
 
 def test_a_mixture_counts_its_active_parameters():
-    """bugs guarded: total and active parameters exchanged; a bracket of losses of unlike kinds"""
+    """The law takes the active parameters; the loss by all parameters is the other end of the bracket."""
     counts, cost = dict(total=500_000_000, active=160_000_000), COST | dict(dataset_tokens=1e9)
     cfg, _ = rows_of([1])
     row = planner.row(cfg, counts, 1_000_000, cost)
-    assert row["tokens_per_param"] == pytest.approx(16.384) and row["tokens_per_active_param"] == 51.2
+    assert row["tokens_per_param"] == pytest.approx(16.384)
+    assert row["tokens_per_active_param"] == 51.2
     want = [planner.expected_loss(n, 8.192e9, 1e9, cfg.ternary) + 0.25 for n in (160e6, 500e6)]
     assert row["expected_loss"] == pytest.approx(want[0])
-    told = list(report.cautions(cfg, counts, [row], cost))
-    assert any(f"the law gives {want[1]:.2f}" in text for text in told)
-    assert not any("fewer than 20" in text for text in told)
+    cautions = list(report.cautions(cfg, counts, [row], cost))
+    assert any(f"the law gives {want[1]:.2f}" in text for text in cautions)
+    assert not any("fewer than 20" in text for text in cautions)
 
 
 def test_lengths_to_compare():
-    """bug guarded: hours taken for seconds; the experiment's own length forgotten"""
+    """The lengths to compare fill the budget of hours, and the experiment's own length is among them."""
     cfg, _ = rows_of([1])
     cfg.max_steps = 400
     assert planner.candidates(cfg, 100.0, 0) == [100, 200, 400, 800]
@@ -189,8 +201,8 @@ def test_lengths_to_compare():
     ],
 )
 def test_memory_by_hand(changes, per_token):
-    """bugs guarded: keys as wide as queries, experts counted once, states of Muon or copies of autocast
-    forgotten"""
+    """Memory counts keys as wide as they are, each active expert, the state of the optimizer, and the copies
+    that autocast makes."""
     cfg = settings(n_layer=3, n_embd=64, n_head=4, n_kv_head=2, ffn_dim=96, vocab_size=1000, **changes)
     counts = Transformer(cfg).counts()
     state = planner.memory_gb(cfg, counts, 0, 4)
@@ -205,7 +217,7 @@ def test_memory_by_hand(changes, per_token):
 
 @pytest.mark.parametrize("ternary, dtype", [(True, torch.float32), (False, torch.bfloat16)])
 def test_planned_memory_is_what_autograd_keeps(ternary, dtype):
-    """bug guarded: a formula for activations that nobody compared with a model"""
+    """The planned activations are, within 10 %, what autograd keeps of a compiled model."""
     torch._dynamo.reset()
     cfg = settings(n_layer=1, n_embd=128, n_head=4, n_kv_head=2, ffn_dim=384, vocab_size=256, seq_len=32)
     cfg.ternary, cfg.dropout = ternary, 0.0
@@ -234,12 +246,13 @@ def test_planned_memory_is_what_autograd_keeps(ternary, dtype):
     assert state == 16 * model.counts()["total"]
     cfg.total_batch_size = 64 * 32
     fits = planner.largest_batch_size(cfg, model.counts(), 0.9, 4)
-    assert 64 % fits == 0 and planner.memory_gb(cfg, model.counts(), fits, 4) <= 0.9 * 0.9 - 0.8
+    assert 64 % fits == 0
+    assert planner.memory_gb(cfg, model.counts(), fits, 4) <= 0.9 * 0.9 - 0.8
     assert planner.largest_batch_size(cfg, model.counts(), 0.5, 4) == 0
 
 
 def test_the_page_on_cost_is_what_the_planner_says():
-    """bug guarded: numbers in docs/cost.md that no command gives any more"""
+    """The numbers of docs/cost.md are those that its commands print."""
     page = open(os.path.join(ROOT, "docs", "cost.md"), encoding="utf-8").read()
     first, second = (shlex.split(block) for block in re.findall(r"```bash\npython (.*)\n```", page))
     rows = run(*first)[0]
@@ -252,23 +265,26 @@ def test_the_page_on_cost_is_what_the_planner_says():
 
 
 def test_bench_wants_an_experiment_as_training_does():
-    """bug guarded: minutes of compiling the default model, which nobody named"""
+    """Without a config file bench.py exits with 2, as train.py does."""
     _, _, err = bench(code=2, vocab_size=64)
     assert "has no length; name a config file" in err
 
 
 def test_a_small_plan_has_numbers():
-    """bug guarded: 0.00B tokens and 0.0 GB"""
+    """Small numbers are printed in the unit in which they are not 0."""
     found, out, _ = bench(
         "config/train_simple.py", plan=True, step_ms=50, steps="100,4000", gpu_memory_gb=0.5
     )
-    assert "76,800" in out and "3.07M" in out and " 55 MB" in out
+    assert "76,800" in out
+    assert "3.07M" in out
+    assert " 55 MB" in out
     assert not re.search(r"\b0\.0+(B| GB)", out)
-    assert [report.count(n) for n in (768, 3e8)] == ["768", "0.30B"] and report.size(1.04) == "1.0 GB"
+    assert [report.count(n) for n in (768, 3e8)] == ["768", "0.30B"]
+    assert report.size(1.04) == "1.0 GB"
 
 
 def test_a_terminal_gets_no_json(monkeypatch, capsys):
-    """bug guarded: 2,000 characters of JSON under the table"""
+    """On a terminal the line of JSON is printed only with --json."""
     how = [BASELINE, "--plan", "--step_ms=695", "--steps=400000"]
     for flags, has_json in (([], False), (["--json"], True)):
         monkeypatch.setattr(sys, "argv", ["bench.py", *how, *flags])
@@ -280,37 +296,42 @@ def test_a_terminal_gets_no_json(monkeypatch, capsys):
 
 
 def test_bench_times_the_twins_part_by_part():
-    """bug guarded: a key that programs read, missing"""
+    """The JSON of a comparison has every key that programs read, and the time of each part of a step."""
     found, out, _ = bench(**TINY, max_steps=10, pairs=2, warmup=1, compile=False, optimizer="muon")
     contract = "params params_active params_ternary step_ms float_step_ms tokens_per_sec mfu peak_memory_gb"
     assert set(contract.split() + ["device", "dtype", "compile"]) <= found.keys()
     assert list(found["parts_ms"]) == ["data", "forward", "backward", "optimizer"]
-    assert sum(found["parts_ms"].values()) > 0 and found["mfu"] is None and found["compile"] is False
-    assert "ternary / float:" in out and 0 < found["mfu_measured"] < 1
+    assert sum(found["parts_ms"].values()) > 0
+    assert found["mfu"] is None
+    assert found["compile"] is False
+    assert "ternary / float:" in out
+    assert 0 < found["mfu_measured"] < 1
 
 
 def test_planned_memory_follows_the_dtype():
-    """bug guarded: float32 planned with 16 bits"""
+    """float32 is planned with more memory than bfloat16."""
     how = dict(plan=True, step_ms=695, steps="1", gpu_memory_gb=6)
     half, whole = (bench(BASELINE, **how, dtype=dtype)[0] for dtype in ("bfloat16", "float32"))
-    assert half["memory_gb"] < whole["memory_gb"] and half["largest_batch_size"] > whole["largest_batch_size"]
+    assert half["memory_gb"] < whole["memory_gb"]
+    assert half["largest_batch_size"] > whole["largest_batch_size"]
 
 
 def test_bench_times_the_float_experiment_itself():
-    """bug guarded: the speed of the ternary twin reported for a float experiment"""
+    """A float experiment is given its own speed, not that of its ternary twin."""
     found, out, _ = bench(**TINY, max_steps=10, pairs=2, warmup=1, compile=False, ternary=False)
-    assert found["params_ternary"] == 0 and found["float_step_ms"] == found["step_ms"]
+    assert found["params_ternary"] == 0
+    assert found["float_step_ms"] == found["step_ms"]
     assert "float / ternary:" in out
 
 
 def test_two_speeds_are_compared_pair_by_pair():
-    """bugs guarded: a ratio upside down; quartiles of the two lists apart, in which a slow minute of the
-    machine is a difference"""
+    """The ratio and its quartiles are those of pairs, so that a slow minute of the machine is not a
+    difference."""
     assert timing.compared([1, 10, 1, 10], [4, 2, 4, 2]) == (5.5 / 3, (0.25, 5))
 
 
 def test_bench_times_the_weights_that_it_names(monkeypatch):
-    """bug guarded: master weights timed under the name of integers, a float32 head under that of bfloat16"""
+    """What is timed as integers has packed layers, and a head has the dtype of its name."""
     monkeypatch.setattr(timing, "generate", lambda model, *args, **how: model)
     for packed, head in ((True, "float32"), (False, "bfloat16")):
         cfg = SimpleNamespace(**vars(settings()), packed=packed, head=head, cuda_graph=False)
@@ -322,6 +343,8 @@ def test_bench_times_the_weights_that_it_names(monkeypatch):
 
 
 def test_bench_times_text_and_plans_from_what_it_timed():
+    """--sample times text, --compare each of its peers, and --plan without a speed uses the step that it
+    timed."""
     found, *_ = bench(**TINY, max_steps=10, sample=True)
     assert found["prefill_tokens_per_sec"] > found["decode_tokens_per_sec"] > 0
     pytest.importorskip("cyllama", reason="needs cyllama: requirements-dev.txt")
@@ -329,17 +352,21 @@ def test_bench_times_text_and_plans_from_what_it_timed():
     assert list(found["decode"])[:2] == ["ternary, master weights", "ternary, master weights, bfloat16 head"]
     found, out, _ = bench(**TINY, max_steps=10, sample=True, compare=True, pairs=1)
     names = ["ternary", "ternary, bfloat16 head", "float", "llama.cpp f16"]
-    assert list(found["decode"]) == names and found["decode"]["ternary"] == found["decode_tokens_per_sec"]
-    assert all(speed > 0 for speed in found["decode"].values()) and out.count(" of ternary (") == 3
+    assert list(found["decode"]) == names
+    assert found["decode"]["ternary"] == found["decode_tokens_per_sec"]
+    assert all(speed > 0 for speed in found["decode"].values())
+    assert out.count(" of ternary (") == 3
     found, out, _ = bench(**TINY, max_steps=1000, plan=True, pairs=1, warmup=1, compile=False)
     assert "the experiment's own length" in found["recommendation"]
-    assert {1000, 2000} <= {row["steps"] for row in found["rows"]} and found["step_ms"] > 0
-    assert "(assumed)" not in out and found["rows"][0]["expected_loss"] is None
+    assert {1000, 2000} <= {row["steps"] for row in found["rows"]}
+    assert found["step_ms"] > 0
+    assert "(assumed)" not in out
+    assert found["rows"][0]["expected_loss"] is None
     assert any("does not hold for so small a model" in text for text in found["warnings"])
 
 
 def test_bench_compares_with_a_peer(tmp_path):
-    """bug guarded: a peer that is timed with other tokens, or not trained"""
+    """A peer trains on the same tokens, and is timed in the same pairs."""
     code = """
         import torch
         from dataclasses import dataclass
@@ -361,7 +388,8 @@ def test_bench_compares_with_a_peer(tmp_path):
     (tmp_path / "nanoGPT" / "model.py").write_text(textwrap.dedent(code))
     flags = dict(pairs=1, warmup=1, compile=False, max_steps=10)
     found, out, _ = bench(**TINY, **flags, compare=True, peers=tmp_path)
-    assert found["ratios"].keys() == {"float", "nanoGPT"} and found["nanogpt_step_ms"] > 0
+    assert found["ratios"].keys() == {"float", "nanoGPT"}
+    assert found["nanogpt_step_ms"] > 0
     assert found["peak_memory_gb"] > 0.1 < found["float_peak_memory_gb"]
     assert "nanoGPT: 1,609,728 parameters" in out
 
@@ -384,13 +412,14 @@ def test_bench_compares_with_a_peer(tmp_path):
         (dict(vocab_size=0, data_dir="nowhere"), "set --vocab_size="),
     ],
 )
-def test_wrong_flags_are_told(values, says):
+def test_wrong_flags_are_refused(values, says):
+    """A flag with a wrong value, or without the flag it belongs to, exits with 2 and names the remedy."""
     _, _, err = bench(**TINY | dict(max_steps=10) | values, code=2)
     assert says in err
 
 
 def test_a_finished_run_calibrates_the_law(tmp_path):
-    """bug guarded: a shift in the wrong direction, or with the law of another model"""
+    """A finished run shifts the law by what its loss is above the law of its own model, data and epochs."""
     os.mkdir(tmp_path / "metrics")
     params, tokens = 50_000_000, 1_000_000_000
     run_config = dict(settings=dict(ternary=dict(value=True)), params=dict(active=params))
@@ -406,7 +435,9 @@ def test_a_finished_run_calibrates_the_law(tmp_path):
     found, out, _ = bench(BASELINE, plan=True, step_ms=100, steps="400000", calibrate=tmp_path)
     plain, *_ = bench(BASELINE, plan=True, step_ms=100, steps="400000")
     shift = found["rows"][0]["expected_loss"] - plain["rows"][0]["expected_loss"]
-    assert shift == pytest.approx(0.5) and "shifted by +0.50" in out and found["is_calibrated"]
+    assert shift == pytest.approx(0.5)
+    assert "shifted by +0.50" in out
+    assert found["is_calibrated"]
     run_config["params"]["active"] = 20_000
     (tmp_path / "config.json").write_text(json.dumps(run_config))
     _, _, err = bench(BASELINE, plan=True, step_ms=100, calibrate=tmp_path, code=2)

@@ -16,7 +16,7 @@ from nanobit.record import EVENTS, SCALARS
 
 
 def run_of(root, name, losses, step=7, **changes):
-    """(part, run_dir) of a run with these {step: validation loss} and a checkpoint at `step`"""
+    """Return (part, run_dir) of a run with these {step: validation loss} and a checkpoint at `step`."""
     values = config.assignments(config.DEFAULT) | vars(settings(run_id=name, **changes))
     del values["origin"]
     folder = root / name
@@ -41,45 +41,50 @@ def written(tmp_path, part, run_dir, **how):
 
 @pytest.mark.parametrize("ternary", [True, False])
 def test_the_numbers_of_a_card(tmp_path, ternary):
-    """bugs guarded: a tied head counted twice; steps told as tokens, bytes as bits; latent weights given out
-    as the deployed model"""
+    """A card counts a tied head once, gives steps as steps and bytes as bits, and reports master weights as
+    such."""
     part, run_dir = run_of(tmp_path, "a", {7: 3.0}, ternary=ternary, tie_embeddings=True)
     part["model"]["head.weight"] = part["model"]["embed.weight"]
     total = Transformer(settings(ternary=ternary)).counts()["total"]
     text = written(tmp_path, part, run_dir)
-    assert f"of {total:,} parameters" in text and "for 7 steps, 448 tokens of `tiny`" in text
+    assert f"of {total:,} parameters" in text
+    assert "for 7 steps, 448 tokens of `tiny`" in text
     assert f"has 1,000 bytes, {8000 / total:.2f} bits for each parameter" in text
     assert "Float master weights" not in text
     assert ("Float master weights" in written(tmp_path, part, run_dir, latent=True)) == ternary
 
 
 def test_the_twin_is_of_the_same_experiment(tmp_path):
-    """bug guarded: a gap to a run that began elsewhere, or that lasted longer, told as the price of ternary
-    weights"""
+    """The price of ternary weights is given only with a twin of the same start and length."""
     part, run_dir = run_of(tmp_path, "a", {7: 3.0})
     run_of(tmp_path, "longer", {7: 2.0}, ternary=False, max_steps=99)
     tuned, tuned_dir = run_of(tmp_path, "tuned", {7: 2.0}, ternary=False, init_from="runs/big")
     assert "twin" not in written(tmp_path, part, run_dir)
     text = written(tmp_path, tuned, tuned_dir)
-    assert "began with the weights of another" in text and "runs/big" not in text
+    assert "began with the weights of another" in text
+    assert "runs/big" not in text
     run_of(tmp_path, "twin", {5: 1.0, 7: 2.5}, ternary=False)
     text = written(tmp_path, part, run_dir)
-    assert "Its twin `twin` (float" in text and "has 2.5000: this one is +0.5000 from it" in text
+    assert "Its twin `twin` (float" in text
+    assert "has 2.5000: this one is +0.5000 from it" in text
 
 
 def test_a_curve_ends_where_the_checkpoint_is(tmp_path):
-    """bugs guarded: losses of later steps told of an earlier checkpoint; none that is early enough"""
+    """A card shows the losses up to its checkpoint, and none if all are later."""
     text = written(
         tmp_path, *run_of(tmp_path, "a", {step: 4 - step / 100 for step in range(1, 100)}, step=50)
     )
     rows = [line for line in text.split("\n") if line.startswith("| ") and line[2].isdigit()]
-    assert len(rows) == card.LIMIT and rows[0] == "| 1 | 3.9900 |" and rows[-1] == "| 50 | 3.5000 |"
+    assert len(rows) == card.LIMIT
+    assert rows[0] == "| 1 | 3.9900 |"
+    assert rows[-1] == "| 50 | 3.5000 |"
     assert "validation loss" not in written(tmp_path, *run_of(tmp_path, "late", {100: 3.0}, step=50))
 
 
 @pytest.mark.parametrize("n_expert", [0, 4])
 def test_the_commands_of_a_card_can_be_typed(tmp_path, n_expert):
-    """bugs guarded: a shell that takes a prompt apart; a command for what this project cannot read back"""
+    """A shell passes on the prompt of a card as it is; a mixture, which cannot be read back, gets no
+    command."""
     part, run_dir = run_of(tmp_path, "a", {7: 3.0}, n_expert=n_expert)
     part["config"]["sample_prompts"] = ["it's $HOME `x`"]
     text = written(tmp_path, part, run_dir)
@@ -89,8 +94,7 @@ def test_the_commands_of_a_card_can_be_typed(tmp_path, n_expert):
 
 
 def test_settings_that_changed_during_a_run_are_stated(tmp_path):
-    """bugs guarded: a run of 1,144 steps at one learning rate described by that of its last two; settings of
-    steps that were dropped, or that are later than the checkpoint"""
+    """A card gives each setting with its former values, of the steps that lead to the checkpoint only."""
     part, run_dir = run_of(tmp_path, "a", {7: 3.0}, step=50, learning_rate=5e-3)
     events = [
         dict(event="start", step=0),
@@ -102,13 +106,15 @@ def test_settings_that_changed_during_a_run_are_stated(tmp_path):
     (tmp_path / "a" / EVENTS).write_text("".join(json.dumps(row) + "\n" for row in events))
     text = written(tmp_path, part, run_dir)
     assert "learning_rate = 0.005  # 0.001 up to step 30, 0.002 up to step 45\n" in text
-    assert "# 2 up to step 30\n" in text and "0.5" not in text and "another run" not in text
+    assert "# 2 up to step 30\n" in text
+    assert "0.5" not in text
+    assert "another run" not in text
     (tmp_path / "a" / EVENTS).write_text("".join(json.dumps(row) + "\n" for row in events[2:]))
     assert "Its first 30 steps are those of another run." in written(tmp_path, part, run_dir)
 
 
 def test_text_of_a_checkpoint_stays_text(tmp_path):
-    """bug guarded: a script, an image link or a closed code fence that a checkpoint puts into a card"""
+    """A script, an image link or a code fence in a checkpoint is shown as text in a card."""
     part, run_dir = run_of(tmp_path, "a", {7: 3.0})
     bad = "x`\n```\n<script>![a](http://b/c.png)</script>\x1b[2J"
     part["config"] |= dict(run_id=bad, dataset=bad, sample_prompts=[bad], data_dir="x", schedule=bad)
@@ -118,7 +124,8 @@ def test_text_of_a_checkpoint_stays_text(tmp_path):
         fences += line.startswith("```")
         if fences % 2 == 0 and not line.startswith("```"):
             outside.append(re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", line))
-    assert fences == 6 and "\x1b" not in text
+    assert fences == 6
+    assert "\x1b" not in text
     assert not any("<" in line or "![" in line for line in outside), outside
     if not shutil.which("bash"):
         pytest.skip("needs bash, to read the command as a user's shell does")

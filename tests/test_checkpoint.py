@@ -280,7 +280,8 @@ def test_a_damaged_best_json_names_no_step(run_dir, content):
 
 @pytest.fixture(params=[1, checkpoint.FORMAT + 1])
 def other_format(request, tmp_path):
-    """(folder, format) of a checkpoint of an older or a newer version, from before there were experts"""
+    """Return (folder, format) of a checkpoint of an older or a newer version, from before there were
+    experts."""
     part = part_of(n_layer=7) | dict(format=request.param, step=3)
     del part["config"]["n_expert"]
     return saving.save(str(tmp_path), 3, part, part), request.param

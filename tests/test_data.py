@@ -155,7 +155,8 @@ def test_damaged_data_is_refused(data_dir, capsys, name, change, says):
 
 
 def growing(folder, monkeypatch):
-    """a data set that was stopped in its third shard of 200 tokens, and the meta.json of the complete one"""
+    """Write a data set that was stopped in its third shard of 200 tokens; return it, and the meta.json of the
+    complete one."""
     from nanobit.prepare import token_files
 
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 200)
@@ -169,18 +170,18 @@ def growing(folder, monkeypatch):
     return data_dir, whole
 
 
-def test_a_data_set_that_nothing_writes_is_used_up_and_then_told(tmp_path, monkeypatch):
+def test_a_data_set_that_nothing_writes_is_used_up_and_then_reported(tmp_path, monkeypatch):
     """Of a data set whose preparation has died, all tokens are used; then one line names the command that
     continues it. A preparation that ends between two looks is not taken for dead."""
     data_dir, whole = growing(tmp_path / "d", monkeypatch)
     cfg = settings(data_dir=data_dir, tokenize_on_fly=True)
-    meta, told = data.meta(cfg), []
+    meta, messages = data.meta(cfg), []
     w = data.Windows(cfg, meta, "train")
     assert (w.total, w.ready) == (None, 24)
     assert w.has(23)
     assert not w.has(24)
-    assert w.wait_for(23, say=told.append) == ""
-    assert "python go on" in w.wait_for(24, say=told.append)
+    assert w.wait_for(23, say=messages.append) == ""
+    assert "python go on" in w.wait_for(24, say=messages.append)
     with pytest.raises(AssertionError):
         w.batch(20, 5, CPU)
     batches = [w.batch(8 * i, 8, CPU) for i in range(3)]
@@ -191,9 +192,9 @@ def test_a_data_set_that_nothing_writes_is_used_up_and_then_told(tmp_path, monke
         return False
 
     monkeypatch.setattr(data, "is_being_written", ends_now)
-    assert w.wait_for(24, say=told.append) == ""
+    assert w.wait_for(24, say=messages.append) == ""
     assert w.total == 30
-    assert not told
+    assert not messages
     assert meta["complete"], "train.py saves its digest"
     for i, batch in enumerate(batches):
         assert torch.equal(batch[0], windows(data_dir).batch(8 * i, 8, CPU)[0])
@@ -203,7 +204,7 @@ def test_a_data_set_that_nothing_writes_is_used_up_and_then_told(tmp_path, monke
 def test_a_wait_ends_with_a_signal_or_with_the_data(tmp_path, monkeypatch):
     """A wait for tokens ends with stop() or with the tokens, and is reported once."""
     data_dir, whole = growing(tmp_path / "d", monkeypatch)
-    w, told, slept = windows(data_dir, tokenize_on_fly=True), [], []
+    w, messages, slept = windows(data_dir, tokenize_on_fly=True), [], []
     lock = files.lock(str(tmp_path / "d" / "tiny" / ".lock"))
 
     def sleep(seconds):
@@ -214,15 +215,15 @@ def test_a_wait_ends_with_a_signal_or_with_the_data(tmp_path, monkeypatch):
             lock.release()
 
     monkeypatch.setattr(data.time, "sleep", sleep)
-    assert w.wait_for(24, stop=lambda: len(slept) == 2, say=told.append) == ""
+    assert w.wait_for(24, stop=lambda: len(slept) == 2, say=messages.append) == ""
     assert not w.has(24)
-    assert len(told) == 1
-    assert "waiting" in told[0]
-    assert w.wait_for(24, say=told.append) == ""
+    assert len(messages) == 1
+    assert "waiting" in messages[0]
+    assert w.wait_for(24, say=messages.append) == ""
     assert w.has(24)
     assert len(slept) == 5
-    assert len(told) == 3
-    assert "continuing" in told[2]
+    assert len(messages) == 3
+    assert "continuing" in messages[2]
     assert max(slept) <= 1
 
 
@@ -346,7 +347,8 @@ THREE_DIGITS = ["--ops=+-x", "--digits=3", "--train_problems=30000"]
 
 @pytest.fixture(scope="module", params=[["--train_problems=50000"], THREE_DIGITS])
 def sums(request, tmp_path_factory):
-    """(the folder of problems, {split: problems}, whether they are sums of two digits, as by default)"""
+    """Return (the folder of problems, {split: problems}, whether they are sums of two digits, as by
+    default)."""
     folder = tmp_path_factory.mktemp("data")
     prepare(f"--data_dir={folder}", "--name=sums", *request.param, script="arithmetic")
     lines = {split: set(read_lines(folder / "sums", split)) - {""} for split in ("train", "val")}

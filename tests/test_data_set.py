@@ -23,7 +23,7 @@ def write_meta(data_dir, content):
 
 
 def put(*path, value):
-    """a change of a meta.json: this value at a path of fields; ... removes the field"""
+    """Return a change of a meta.json: this value at a path of fields; ... removes the field."""
 
     def change(meta):
         inner = meta

@@ -32,7 +32,7 @@ PLAIN = dict(total_batch_size=128, max_steps=20, dropout=0.1, sample_every=20)
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """(data_dir, out_dir) with the run of one process"""
+    """Return (data_dir, out_dir) with the run of one process."""
     folder = tmp_path_factory.mktemp("one")
     data_dir, out_dir = write_data(folder / "data"), str(folder / "runs")
     train(data_dir, out_dir, "one", **PLAIN)
@@ -40,12 +40,12 @@ def one(tmp_path_factory):
 
 
 def values_of(where, run_id, **changes):
-    """the settings of a run"""
+    """Return the settings of a run."""
     return dict(data_dir=where[0], out_dir=where[1], dataset="tiny", run_id=run_id) | RUN | PLAIN | changes
 
 
 def launch(where, run_id, tmp_path, patch, more=(), **changes):
-    """torchrun as a process with two ranks of train.py as children; patch is Python that runs in each rank"""
+    """Start torchrun with two ranks of train.py as children; patch is Python that runs in each rank."""
     launcher = tmp_path / "launcher.py"
     launcher.write_text("from torch.distributed.run import main\nmain()\n")
     script = tmp_path / "patched.py"
@@ -60,7 +60,7 @@ def launch(where, run_id, tmp_path, patch, more=(), **changes):
 
 
 def on_ranks(where, run_id, n=2, code=0, patch="", **changes):
-    """[(stdout, stderr)] of n ranks of train.py that end with this exit code"""
+    """Return [(stdout, stderr)] of n ranks of train.py that end with this exit code."""
     children = start_ranks(n, patch, **values_of(where, run_id, **changes))
     results = [child.wait(150) for child in children]
     assert [ended for ended, _, _ in results] == [code] * n, results
@@ -68,23 +68,24 @@ def on_ranks(where, run_id, n=2, code=0, patch="", **changes):
 
 
 def two(where, run_id, n=2, **changes):
-    """the stdout of each of n ranks of train.py, which end well"""
+    """Return the stdout of each of n ranks of train.py, which end with 0."""
     return [out for out, _ in on_ranks(where, run_id, n, **changes)]
 
 
 def result_of(out):
-    """the result of a run, the last line that it prints"""
+    """Return the result of a run, the last line that it prints."""
     return json.loads(out.strip().split("\n")[-1])
 
 
 def assert_close(where, a, b, **tolerance):
-    """two runs end with the same weights and optimizer state, to the bit if no tolerance is given"""
+    """Check that two runs end with the same weights and optimizer state, to the bit if no tolerance is
+    given."""
     for left, right in zip(*(final(f"{where[1]}/{run_id}", 20) for run_id in (a, b))):
         torch.testing.assert_close(left, right, **dict(rtol=0, atol=0) | tolerance)
 
 
 def assert_same(where, a, b):
-    """two runs are the same, bit for bit"""
+    """Check that two runs are the same, bit for bit."""
     assert_close(where, a, b)
     assert rows(f"{where[1]}/{a}") == rows(f"{where[1]}/{b}")
     samples = [lines(f"{where[1]}/{run_id}", "samples/samples.jsonl") for run_id in (a, b)]
@@ -92,7 +93,7 @@ def assert_same(where, a, b):
 
 
 def losses(where, run_id):
-    """the losses of the training lines"""
+    """Return the losses of the training lines."""
     return [row["loss"] for row in rows(f"{where[1]}/{run_id}") if "loss" in row]
 
 
@@ -101,7 +102,7 @@ def losses(where, run_id):
 
 @pytest.fixture(scope="module")
 def outputs(one):
-    """the stdout of two ranks that trained run "two" """
+    """Return the stdout of two ranks that trained run "two"."""
     return two(one, "two")
 
 
@@ -228,7 +229,7 @@ def test_a_signal_to_the_launcher_saves_once(one, tmp_path, to_all):
     path = f"{one[1]}/{run_id}/{SCALARS}"
     deadline = time.time() + 100
     while not (os.path.exists(path) and '"step": 3, "epoch"' in open(path, encoding="utf-8").read()):
-        assert not child.ended() and time.time() < deadline, child.told()
+        assert not child.ended() and time.time() < deadline, child.output()
         time.sleep(0.05)
     pid = child.process.pid
     ranks = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
@@ -278,7 +279,8 @@ MIXTURE |= dict(keep_last=0, patch=faults.float32_muon())
 
 @pytest.fixture(scope="module")
 def mixture(one):
-    """(data_dir, out_dir) with run "mixture", of one process, and run "sharded", of two until step 11"""
+    """Return (data_dir, out_dir) with run "mixture", of one process, and run "sharded", of two until step
+    11."""
     train(*one, "mixture", **PLAIN | MIXTURE)
     two(one, "sharded", fsdp=True, **MIXTURE | dict(max_steps=11))
     train(*one, "sharded", resume="auto", **PLAIN | MIXTURE)

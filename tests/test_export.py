@@ -22,7 +22,7 @@ HOW = dict(max_steps=6, eval_every=3, sample_every=0, n_embd=64, ffn_dim=64)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """data_dir, and out_dir with a run `r` and its float twin `f`"""
+    """Return data_dir, and out_dir with a run `r` and its float twin `f`."""
     folder = tmp_path_factory.mktemp("runs")
     data_dir, out_dir = write_data(folder / "data"), str(folder / "runs")
     train(data_dir, out_dir, "r", **HOW)
@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def verified(runs, tmp_path_factory):
-    """(the folder of an export of `r`, what --verify prints as JSON)"""
+    """Return (the folder of an export of `r`, what --verify prints as JSON)."""
     data_dir, out_dir = runs
     out = tmp_path_factory.mktemp("verified") / "packed"
     flags = ["--format=hf", f"--out={out}", "--verify", f"--data_dir={data_dir}", "--eval_tokens=64"]
@@ -88,7 +88,7 @@ def test_weights_are_as_readable_as_the_rest(verified):
 
 @pytest.fixture
 def packed(verified, tmp_path):
-    """the folder of an earlier export, alone in tmp_path"""
+    """Return the folder of an earlier export, alone in tmp_path."""
     return shutil.copytree(verified[0], tmp_path / "packed")
 
 
@@ -191,25 +191,29 @@ def test_ctrl_c_after_the_rename_is_too_late(format, runs, tmp_path):
 
 
 def test_all_missing_packages_are_named_at_one_time(runs, tmp_path):
-    """bug guarded: pip install, the same command, the next package"""
+    """One line names all packages that an export lacks."""
     gone = inject("not_installed('safetensors', 'tokenizers', 'gguf', 'transformers')")
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={tmp_path}/x"]
     _, err = run("export.py", *flags, "--verify", code=2, patch=gone)
-    assert "pip install safetensors tokenizers transformers, or" in err and '".[export,verify]"' in err
+    assert "pip install safetensors tokenizers transformers, or" in err
+    assert '".[export,verify]"' in err
     assert err.count("\n") == 1
     _, err = run("export.py", *flags, code=2, patch=gone)
-    assert "pip install safetensors tokenizers, or" in err and '".[export]"' in err
+    assert "pip install safetensors tokenizers, or" in err
+    assert '".[export]"' in err
 
 
 def test_latent_weights_come_back(runs, tmp_path):
-    """bug guarded: master weights that come back changed, or not in a run"""
+    """An export with --latent holds the master weights unchanged, and can begin a run."""
     data_dir, out_dir = runs
     ckpt, out = f"--ckpt={out_dir}/r", tmp_path / "latent"
     text, _ = run("export.py", ckpt, "--format=hf", f"--out={out}", "--latent", "--verify", "--eval_tokens=0")
-    assert "good" in text and "no loss is compared" in text
+    assert "good" in text
+    assert "no loss is compared" in text
     before = checkpoint.load(checkpoint.locate(f"{out_dir}/r"))["model"]
     after = hf.read(str(out))["model"]
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
     train(data_dir, str(tmp_path), "again", **HOW | dict(max_steps=1), init_from=out)
 
 
@@ -248,13 +252,14 @@ def test_flags_that_cannot_be_are_refused(flags, says, runs, tmp_path):
 
 
 def test_only_what_export_wrote_is_replaced(tmp_path, capsys):
-    """bugs guarded: --force that takes a model away which was trained further, or downloaded; weights that
-    changed on the disk and begin a run without a word"""
+    """--force replaces what export wrote only: not a model that was trained further, or downloaded; weights
+    that changed on the disk are reported before they begin a run."""
     gguf = pytest.importorskip("gguf")
     part, place, file = part_of(), str(tmp_path / "x"), str(tmp_path / "x.gguf")
     hf.write(part, place, latent=True)
     gguf_file.write(part, file, "f16", "f16")
-    assert hf.is_ours(place) and gguf_file.is_ours(file)
+    assert hf.is_ours(place)
+    assert gguf_file.is_ours(file)
     os.symlink(place, tmp_path / "link")
     assert not hf.is_ours(str(tmp_path / "link"))
     hf.read(place, to_train=True)
@@ -267,7 +272,8 @@ def test_only_what_export_wrote_is_replaced(tmp_path, capsys):
     other.write_header_to_file()
     other.write_kv_data_to_file()
     other.close()
-    assert not hf.is_ours(place) and not gguf_file.is_ours(file)
+    assert not hf.is_ours(place)
+    assert not gguf_file.is_ours(file)
     hf.read(place, to_train=True)
     assert "trained further, or damaged" in capsys.readouterr().out
 
@@ -287,7 +293,7 @@ def test_a_bit_of_a_scale_is_bad(tmp_path):
 
 @pytest.fixture
 def reader():
-    """(a part, logits, tokenize, write) of a reader that computes as we do, but writes other text"""
+    """Return (a part, logits, tokenize, write) of a reader that computes as we do, but writes other text."""
     part = part_of()
     part["config"]["sample_prompts"] = ["a cat"]
     tokenizer = make_tokenizer(part["tokenizer"])

@@ -32,7 +32,8 @@ fcntl.flock = flock
 
 @pytest.fixture(params=["ENOTSUP", "ENOSYS"])
 def no_locks(monkeypatch, request):
-    """a file system without locks; returns the end of the name of the file that stands in for one"""
+    """Replace the locks of the file system by none; return the end of the name of the file that stands in
+    for one."""
     fcntl = pytest.importorskip("fcntl")
     code = getattr(errno, request.param)
 
@@ -45,7 +46,7 @@ def no_locks(monkeypatch, request):
 
 
 def locked_by_a_child(path, kill):
-    """lock path in another process; if kill, end that process with the lock in its hands. Returns it."""
+    """Lock path in another process, which is returned; if kill, end it while it holds the lock."""
     code = f"import sys; sys.path.insert(0, {ROOT!r}); from nanobit import files\n"
     code += f"lock = files.lock({str(path)!r})\n"
     code += "print(flush=True); sys.stdin.read()"

@@ -28,16 +28,19 @@ transformers = pytest.importorskip("transformers", reason="the readers of export
     ],
 )
 def test_transformers_computes_the_same_bits(changes, tmp_path):
-    """bugs guarded: a scale inverted, rows packed in another order, a norm or a position constant left at
-    transformers' default, rows of padding in the vocabulary, a head that is not tied"""
+    """transformers computes the bits of the run from an export: scales, packing, constants, padding of the
+    vocabulary and a tied head are its own."""
     part = part_of(**changes)
     part["config"]["sample_prompts"] = ["na\u00efve", "a"]  # of which the tokenizer knows one
     hf.write(part, str(tmp_path / "x"))
     found = verify.hf(part, str(tmp_path / "x"))
-    assert found["max_difference"] == 0.0 and found["same"] == found["tokens"] == verify.NEW
-    assert found["logits_std"] > 0.01 and found["good"]
+    assert found["max_difference"] == 0.0
+    assert found["same"] == found["tokens"] == verify.NEW
+    assert found["logits_std"] > 0.01
+    assert found["good"]
     theirs = json.load(open(tmp_path / "x" / "config.json"))
-    assert theirs["vocab_size"] == len(CHARS) and "pad_token_id" not in theirs
+    assert theirs["vocab_size"] == len(CHARS)
+    assert "pad_token_id" not in theirs
     assert theirs["max_position_embeddings"] == part["config"]["seq_len"]
     # one token: where the head begins in memory decides in which order it is added
     if part["config"]["vocab_multiple"] == 1:
@@ -54,29 +57,33 @@ def test_transformers_computes_the_same_bits(changes, tmp_path):
 
 @pytest.mark.parametrize("ternary", [False, True])
 def test_a_mixture_is_a_mixtral(ternary, tmp_path):
-    """bugs guarded: gate and up exchanged, experts of another order, weights of the chosen that do not sum
-    to 1; ternary experts written as latent weights"""
+    """A mixture is exported as a Mixtral that computes the same, and another model does not pass as the
+    same."""
     part = part_of(n_expert=4, n_expert_active=2, ternary=ternary)
     hf.write(part, str(tmp_path / "x"))
     found = verify.hf(part, str(tmp_path / "x"))
-    assert found["good"] and found["max_difference"] < 1e-5 * found["logits_std"]
+    assert found["good"]
+    assert found["max_difference"] < 1e-5 * found["logits_std"]
     hf.write(part, str(tmp_path / "latent"), latent=True)
     assert verify.hf(part, str(tmp_path / "latent"), latent=True)["good"]
     # another model is not good
     part["model"]["blocks.1.ffn.up_proj.weight"] = -part["model"]["blocks.1.ffn.up_proj.weight"]
     windows = [(x[None, :-1], x[None, 1:]) for x in verify.probe(part)]
     found = verify.hf(part, str(tmp_path / "x"), windows=windows)
-    assert not found["good"] and found["val_loss"] != found["reader_val_loss"]
+    assert not found["good"]
+    assert found["val_loss"] != found["reader_val_loss"]
     with pytest.raises(SystemExit):
         hf.write(part_of(n_expert=4, n_expert_active=1), str(tmp_path / "y"))
 
 
 def test_widths_that_cannot_be_packed(tmp_path, capsys):
-    """bugs guarded: a traceback of pack; a refusal of what is not packed; a folder that stays"""
+    """Widths that cannot be packed are refused in one line that leaves no folder; latent and float weights
+    are written."""
     part = part_of(ffn_dim=66)
     with pytest.raises(SystemExit):
         hf.write(part, str(tmp_path / "x"))
-    assert "66 rows, which is not a multiple of 4" in capsys.readouterr().err and not os.listdir(tmp_path)
+    assert "66 rows, which is not a multiple of 4" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
     hf.write(part, str(tmp_path / "x"), latent=True)
     found = hf.read(str(tmp_path / "x"))["model"]
     assert all(torch.equal(w, found[name]) for name, w in part["model"].items())
@@ -94,8 +101,7 @@ def test_widths_that_cannot_be_packed(tmp_path, capsys):
     ],
 )
 def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
-    """bugs guarded: packed weights that are read as others, a tokenizer that comes back as another, rows of
-    padding that are missed; damage that is not noticed"""
+    """An export is read back as the model and tokenizer of its run, and damage to it is noticed."""
     spec, path = make(), tmp_path / "x"
     content = spec.get("content", b"")
     spec |= dict(sha256=hashlib.sha256(content).hexdigest())
@@ -106,7 +112,9 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
         theirs = json.load(open(path / name))
         assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (bos_of(spec), spec["eot"])
     found, where = weights.trained(str(path))
-    assert where == str(path) and found["step"] == 7 and "/home/me" not in (path / "config.json").read_text()
+    assert where == str(path)
+    assert found["step"] == 7
+    assert "/home/me" not in (path / "config.json").read_text()
     assert found["tokenizer"] == spec | ({"file": tokenizer_files.CONTENT[spec["kind"]]} if content else {})
     x = verify.probe(part)
     with torch.no_grad():
@@ -114,7 +122,8 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
         theirs = restore(found, "cpu", packed=True)
         assert theirs.head.weight.shape == ours.head.weight.shape
         assert (theirs.head.weight is theirs.embed.weight) == part["config"]["tie_embeddings"]
-        assert torch.equal(theirs(x), ours(x)) and torch.equal(theirs(x[:1, :1]), ours(x[:1, :1]))
+        assert torch.equal(theirs(x), ours(x))
+        assert torch.equal(theirs(x[:1, :1]), ours(x[:1, :1]))
     if part["config"]["ternary"]:
         with pytest.raises(SystemExit):
             restore(found, "cpu")
@@ -131,27 +140,26 @@ def test_an_export_is_a_model_of_ours_too(make, changes, tmp_path, capsys):
 
 
 def changed(folder, **changes):
-    """the folder, with these changes in its config.json"""
+    """Return the folder, with these changes in its config.json."""
     theirs = json.load(open(folder / "config.json")) | changes
     (folder / "config.json").write_text(json.dumps(theirs))
     return folder
 
 
 def refused(capsys, path, to_train):
-    """the error line with which a folder is refused"""
+    """Return the error line with which a folder is refused."""
     with pytest.raises(SystemExit) as end:
         (weights.initial if to_train else weights.trained)(str(path))
     err = capsys.readouterr().err
-    assert (
-        end.value.code == 2
-        and str(path) in err
-        and all(line.startswith("error: ") for line in err.splitlines())
-    )
+    assert end.value.code == 2
+    assert str(path) in err
+    assert all(line.startswith("error: ") for line in err.splitlines())
     return err
 
 
 def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path, capsys):
-    """bug guarded: a folder that is packed, damaged or another model, that begins a run all the same"""
+    """A folder that is packed, damaged or of another kind of model is refused by name; a Llama of another
+    origin begins a run."""
     part, how = part_of(n_embd=32, ffn_dim=64, seq_len=16), dict(max_steps=1, sample_every=0)
 
     def folder(name, latent=True, **changes):
@@ -196,7 +204,8 @@ def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path, capsys):
     ):
         assert says in refused(capsys, path, to_train=False)
     _, err = run("sample.py", f"--ckpt={tmp_path}/none", "--prompt=a", code=2)
-    assert "or an export for transformers" in err and f"{tmp_path}/none" in err
+    assert "or an export for transformers" in err
+    assert f"{tmp_path}/none" in err
     # a Llama of another origin, whose tokenizer nobody can compare
     path = folder("llama", nanobit={})
     theirs = json.load(open(path / "config.json"))
@@ -230,22 +239,22 @@ def test_foreign_folders_are_refused(data_dir, out_dir, tmp_path, capsys):
 )
 @pytest.mark.parametrize("to_train", [False, True])
 def test_sizes_that_the_file_does_not_have_are_refused(changes, to_train, tmp_path, capsys, monkeypatch):
-    """bug guarded: sizes of somebody else's file that are built before they are compared with its tensors:
-    minutes and terabytes, or a traceback"""
+    """Sizes in config.json are compared with the tensors before a model is built."""
     monkeypatch.setattr(hf, "Transformer", None)  # nothing is built
     hf.write(part_of(), str(tmp_path / "x"), latent=True)
     theirs = json.load(open(tmp_path / "x" / "config.json"))
     ours = {llama.SETTINGS[name]: value for name, value in changes.items()}
     theirs["nanobit"]["config"] |= ours  # which agrees
     err = refused(capsys, changed(tmp_path / "x", **changes, nanobit=theirs["nanobit"]), to_train)
-    assert err.count("\n") == 1 and next(iter(changes)) in err
+    assert err.count("\n") == 1
+    assert next(iter(changes)) in err
     with pytest.raises(SystemExit):
         config.load([f"--init_from={tmp_path}/x", "--max_steps=1"])
 
 
 @pytest.mark.parametrize("own", [dict(vocab_multiple=2**40), dict(vocab_multiple=0), dict(n_expert=10**8)])
 def test_sizes_that_export_never_wrote_are_refused(own, tmp_path, capsys):
-    """bug guarded: rows of padding, or experts, by the note of an export that is not in the tensors"""
+    """Padding and experts in the note of an export must be those of its tensors."""
     hf.write(part_of(), str(tmp_path / "x"))
     theirs = json.load(open(tmp_path / "x" / "config.json"))["nanobit"]
     theirs["config"] |= own
@@ -253,7 +262,7 @@ def test_sizes_that_export_never_wrote_are_refused(own, tmp_path, capsys):
 
 
 def test_deep_json_is_refused(tmp_path, capsys):
-    """bug guarded: a RecursionError"""
+    """JSON that is nested too deeply is refused in one line."""
     hf.write(part_of(), str(tmp_path / "x"))
     (tmp_path / "x" / "config.json").write_text('{"a":' * 100_000)
     assert "cannot be read" in refused(capsys, tmp_path / "x", to_train=False)

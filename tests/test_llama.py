@@ -21,7 +21,7 @@ SHAPE |= dict(norm_eps=1e-3, tie_embeddings=False)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{llama: the folder of a Llama, data: data sets of its tokenizer, runs}"""
+    """Return {llama: the folder of a Llama, data: data sets of its tokenizer, runs}."""
     found = {name: tmp_path_factory.mktemp(name) for name in ("llama", "data", "runs")}
     llama_folder(found["llama"])
     text = found["data"] / "text.jsonl"
@@ -37,7 +37,7 @@ def settings(folders, *flags):
 
 
 def train_llama(folders, run_id, code=0, dataset="books", **changes):
-    """train.py on the Llama, none of whose shape is set"""
+    """Train the Llama, none of whose shape is set."""
     values = dict(
         data_dir=folders["data"], out_dir=folders["runs"], dataset=dataset, run_id=run_id, max_steps=2
     )
@@ -50,18 +50,19 @@ def train_llama(folders, run_id, code=0, dataset="books", **changes):
 
 
 def test_the_shape_is_that_of_the_llama(folders):
-    """bugs guarded: a shape that has to be typed, or one of ours in the place of a value that is left out;
-    a setting of the user's that is overwritten without a word"""
+    """The shape is that of the Llama, with its origin; what the user sets is kept."""
     cfg = settings(folders, "--norm_eps=0.5")
     source = f"init_from {folders['llama']}"
     for key, value in (SHAPE | dict(norm_eps=0.5, seq_len=64)).items():
-        assert getattr(cfg, key) == value and type(getattr(cfg, key)) is type(value), key
+        assert getattr(cfg, key) == value, key
+        assert type(getattr(cfg, key)) is type(value), key
         assert cfg.origin[key] == ("--norm_eps=0.5" if key == "norm_eps" else source)
-    assert cfg.ternary and cfg.origin["ternary"] == "default"
+    assert cfg.ternary
+    assert cfg.origin["ternary"] == "default"
 
 
 def test_seq_len_has_the_limit_of_the_llama(folders, capsys):
-    """bug guarded: positions that the Llama never saw"""
+    """seq_len is at most the number of positions that the Llama was trained on."""
     assert settings(folders, "--seq_len=64").seq_len == 64
     with pytest.raises(SystemExit):
         settings(folders, "--seq_len=128")
@@ -69,7 +70,7 @@ def test_seq_len_has_the_limit_of_the_llama(folders, capsys):
 
 
 def test_what_a_file_leaves_out_has_the_meaning_of_transformers(folders, tmp_path):
-    """bug guarded: norm_eps, or a tied head, by our own default"""
+    """A setting that config.json leaves out has the default of transformers, not ours."""
     theirs = json.load(open(folders["llama"] / "config.json"))
     for key in ("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "num_key_value_heads"):
         del theirs[key]
@@ -82,7 +83,7 @@ def test_what_a_file_leaves_out_has_the_meaning_of_transformers(folders, tmp_pat
 
 
 def test_what_disagrees_is_named_all_together(folders, data_dir):
-    """bug guarded: a second try for each wrong setting, and another for the tokenizer"""
+    """All settings that disagree with the Llama are reported together, the tokenizer among them."""
     os.makedirs(folders["data"] / "tiny", exist_ok=True)
     changes = dict(n_layer=3, ffn_dim=128, rope_theta=10000.0, data_dir=data_dir)
     _, err = train_llama(folders, "x", code=2, dataset="tiny", sample_every=0, **changes)
@@ -91,17 +92,15 @@ def test_what_disagrees_is_named_all_together(folders, data_dir):
     assert err.count("error: init_from") == 4
     large = write_data(folders["data"] / "large", vocab_size=400)
     err = train_llama(folders, "x", code=2, dataset="tiny", data_dir=large, sample_every=0)[1]
-    assert (
-        "vocab_size = 320 is less than the 400 ids" in err
-        and "prepare the data set with the tokenizer there" in err
-    )
+    assert "vocab_size = 320 is less than the 400 ids" in err
+    assert "prepare the data set with the tokenizer there" in err
 
 
 def test_a_run_begins_with_the_llama(folders, tmp_path):
-    """bugs guarded: weights that arrive changed; a tokenizer that lies beside them and is not compared; a
-    checkpoint, a sample, or an export that has lost the bos"""
+    """A run begins with the weights and tokenizer of the Llama, and its export keeps the bos."""
     out, _ = train_llama(folders, "float", ternary=False)
-    assert "cannot be compared" not in out and "texts begin with" not in out
+    assert "cannot be compared" not in out
+    assert "texts begin with" not in out
     model = transformers.LlamaForCausalLM.from_pretrained(folders["llama"]).eval()
     meta = json.load(open(folders["data"] / "books" / "meta.json"))
     _, windows = hf_windows(folders)
@@ -110,7 +109,8 @@ def test_a_run_begins_with_the_llama(folders, tmp_path):
     first = next(
         row for row in lines(folders["runs"] / "float", "metrics/scalars.jsonl") if "val_loss" in row
     )
-    assert first["step"] == 0 and first["val_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert first["step"] == 0
+    assert first["val_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     part, _ = weights.trained(str(folders["runs"] / "float"))
     assert (part["tokenizer"]["bos"], part["tokenizer"]["eot"]) == (meta["bos"], meta["eot"]) == (1, 2)
     hf.write(part, str(tmp_path / "x"))
@@ -121,7 +121,7 @@ def test_a_run_begins_with_the_llama(folders, tmp_path):
 
 
 def hf_windows(folders):
-    """(meta, validation windows) that a run of 32 tokens and 64 for an evaluation reads"""
+    """Return (meta, validation windows) that a run of 32 tokens and 64 for an evaluation reads."""
     part = dict(config=vars(settings(folders, "--seq_len=32", "--dataset=books")), tokenizer=books(folders))
     found, windows = weights.data_of(part, "val", data_dir=str(folders["data"]))
     return found, list(windows.fixed(64, 1, torch.device("cpu")))
@@ -133,7 +133,7 @@ def books(folders):
 
 
 def test_samples_of_a_run_begin_with_bos(folders):
-    """bug guarded: samples while training, or a task's texts, that begin with another token than the data"""
+    """Samples while training, and the texts of tasks, begin with bos as the data do."""
     values = dict(
         init_from=folders["llama"], data_dir=folders["data"], out_dir=folders["runs"], dataset="books"
     )
@@ -152,9 +152,10 @@ def test_samples_of_a_run_begin_with_bos(folders):
 
 
 def test_a_llama_is_used_as_it_is(folders):
-    """bugs guarded: a Llama that cannot be looked at before it is trained; another text than its own"""
+    """sample.py writes from a Llama the text that transformers writes."""
     part, _ = weights.trained(str(folders["llama"]))
-    assert bos_of(part["tokenizer"]) == 1 and not part["config"]["ternary"]
+    assert bos_of(part["tokenizer"]) == 1
+    assert not part["config"]["ternary"]
     ids = encode_prompt(make_tokenizer(part["tokenizer"]), 1, "the cat")
     model = transformers.LlamaForCausalLM.from_pretrained(folders["llama"]).eval()
     made = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None)[
@@ -166,7 +167,7 @@ def test_a_llama_is_used_as_it_is(folders):
 
 
 def test_data_of_another_layout_is_reported(folders):
-    """bug guarded: a data set made before there was a bos, in silence: it costs a public Llama half a nat"""
+    """A data set whose texts begin with another token than those of the Llama is reported."""
     books = folders["data"] / "books"
     old = folders["data"] / "old"
     os.makedirs(old)

@@ -24,8 +24,8 @@ from nanobit.run_dir import step_dir, steps
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """a folder with a ternary run `r`, 72 wide so that a matrix is larger than the picture's corner, and
-    its float twin `f`"""
+    """Return a folder with a ternary run `r`, 72 wide so that a matrix is larger than the picture's corner,
+    and its float twin `f`."""
     folder = tmp_path_factory.mktemp("real")
     data_dir = write_data(folder / "data")
     train(data_dir, f"{folder}/runs", "r", n_embd=72, learning_rate=0.02)
@@ -37,8 +37,7 @@ def real(tmp_path_factory):
 
 
 def test_status_agrees_with_the_files_and_leaves_them(real):
-    """bugs guarded: a name that train.py no longer writes and the monitor shows as unknown; a monitor that
-    writes into a run"""
+    """The status of a run is what its files hold, and the monitor writes nothing."""
 
     def state():
         return {path: os.stat(path).st_mtime_ns for path, _, _ in os.walk(real)}
@@ -46,21 +45,27 @@ def test_status_agrees_with_the_files_and_leaves_them(real):
     before = state()
     out, _ = run("monitor.py", f"{real}/r", "--json")
     now = json.loads(out)
-    assert state() == before and out.count("\n") == 1
+    assert state() == before
+    assert out.count("\n") == 1
     rows = [row for row in lines(f"{real}/r", "metrics/scalars.jsonl") if "loss" in row]
     for key in status.LOGGED:
         assert now[key] == rows[-1][key], key
     with open(f"{real}/r/best.json") as file:
         assert now["best"] == json.load(file)
     assert (now["state"], now["why"], now["step"], now["max_steps"]) == ("finished", "max_steps", 24, 24)
-    assert now["progress"] == 1 and now["eta_seconds"] == 0 and now["checkpoint"]["step"] == 24
+    assert now["progress"] == 1
+    assert now["eta_seconds"] == 0
+    assert now["checkpoint"]["step"] == 24
     assert now["bitnet"]["zero"] + now["bitnet"]["plus"] + now["bitnet"]["minus"] == pytest.approx(
         1, abs=1e-4
     )
     greedy = [row for row in lines(f"{real}/r", "samples/samples.jsonl") if row["mode"] == "greedy"]
     assert now["sample"]["generated_text"] == greedy[-1]["generated_text"]
-    assert now["repetition"] == greedy[-1]["repetition"] and now["val_step"] == 24
-    assert now["device"] and now["disk_need_gb"] == 0 and now["pid_alive"] is False
+    assert now["repetition"] == greedy[-1]["repetition"]
+    assert now["val_step"] == 24
+    assert now["device"]
+    assert now["disk_need_gb"] == 0
+    assert now["pid_alive"] is False
     # several runs, and the runs of a folder, are a list; a float run has no codes
     out, _ = run("monitor.py", f"{real}/r", f"{real}/f/", "--json")
     assert [(each["run_id"], each["bitnet"] is None) for each in json.loads(out)["runs"]] == [
@@ -68,12 +73,13 @@ def test_status_agrees_with_the_files_and_leaves_them(real):
         ("f", True),
     ]
     out, _ = run("monitor.py", "--out_dir", real)
-    assert [line.split()[0] for line in out.splitlines()] == ["run_id", "f", "r"] and "24/24 100%" in out
+    assert [line.split()[0] for line in out.splitlines()] == ["run_id", "f", "r"]
+    assert "24/24 100%" in out
 
 
 @pytest.mark.parametrize("width", (60, 80))
 def test_screen_fits(tmp_path, width):
-    """bugs guarded: lines that a terminal wraps; the escape codes of a sample sent to the terminal"""
+    """Lines are at most as wide as the terminal, and hold no escape codes."""
     odd = [dict(event="anomaly", step=s, what="not finite, skipped", steps=1) for s in range(400, 600, 10)]
     health = dict(zero=0.9, plus=0.05, minus=0.05, near_threshold=0.3, flip_rate=0.2)
     path = write_run(
@@ -87,7 +93,8 @@ def test_screen_fits(tmp_path, width):
     )
     found = status.status(path)
     text = monitor.screen(found, width) + monitor.table([found], width)
-    assert max(map(len, text)) <= width and "\x1b" not in "".join(text)
+    assert max(map(len, text)) <= width
+    assert "\x1b" not in "".join(text)
     shown = " ".join(" ".join(text).split())
     for part in (
         "training",
@@ -101,7 +108,7 @@ def test_screen_fits(tmp_path, width):
 
 
 def caught(monkeypatch, argv):
-    """the figure that a command makes, instead of its file"""
+    """Return the figure that a command makes, in place of its file."""
     figures = []
     monkeypatch.setattr(plots, "write", lambda figure, path: figures.append(figure))
     monitor.main(argv)
@@ -113,7 +120,7 @@ NAME = "blocks.1.attn.q_proj"
 
 @pytest.fixture(scope="module")
 def codes_figure(real):
-    """(the steps, the axes of codes, of flips, of histograms) of --codes on the ternary run"""
+    """Return (the steps, the axes of codes, of flips, of histograms) of --codes on the ternary run."""
     with pytest.MonkeyPatch.context() as patch:
         figure = caught(patch, [f"{real}/r", "--codes=x.png", "--matrix", NAME])
     shown = sorted(steps(f"{real}/r"))
@@ -122,7 +129,7 @@ def codes_figure(real):
 
 
 def latent(real, step):
-    """the latent weights of the matrix of --codes"""
+    """Return the latent weights of the matrix of --codes."""
     return checkpoint.load(step_dir(f"{real}/r", step))["model"][f"{NAME}.weight"]
 
 
@@ -181,13 +188,16 @@ def test_codes_of_experts(data_dir, out_dir, monkeypatch):
 
 
 def test_codes_needs_two_checkpoints_of_a_ternary_run(real, tmp_path, capsys):
-    """bug guarded: a traceback, or a picture of the codes of a float model"""
+    """--codes exits with 2 if the run is float, the matrix unknown, or fewer than two checkpoints are
+    whole."""
 
     def error(*args):
         with pytest.raises(SystemExit, match="2"):
             monitor.main([*args, f"--codes={tmp_path}/x.png"])
         out, err = capsys.readouterr()
-        assert err.count("error: ") == 1 and not out and not os.path.exists(f"{tmp_path}/x.png")
+        assert err.count("error: ") == 1
+        assert not out
+        assert not os.path.exists(f"{tmp_path}/x.png")
         return err
 
     assert "float run" in error(f"{real}/f")
@@ -205,12 +215,13 @@ def test_codes_needs_two_checkpoints_of_a_ternary_run(real, tmp_path, capsys):
         file.seek(5000)
         file.write(bytes([byte[0] ^ 1]))
     err = error(f"{tmp_path}/one")
-    assert "only one" in err and "skipped" in err
+    assert "only one" in err
+    assert "skipped" in err
 
 
 def test_plot(real, monkeypatch, tmp_path):
-    """bugs guarded: a float twin that breaks the picture or is left out of it; a boundary at another step;
-    a picture that is not written"""
+    """A picture holds each run with its float twin, the boundary of its stages, and the losses of its
+    files."""
     figure = caught(monkeypatch, [f"{real}/r", f"{real}/f", "--plot=x.png"])
     loss, lr, codes, flips = figure.axes
     assert [ax.get_ylabel() for ax in figure.axes][1:] == [
@@ -226,9 +237,11 @@ def test_plot(real, monkeypatch, tmp_path):
     assert drawn.get_xdata().tolist() == list(range(1, 25))
     assert [line.get_xdata() for line in lr.lines if line.get_linestyle() == ":"][0] == [12, 12]
     rates = [1e3 * row["lr"] for row in rows if "loss" in row]
-    assert lr.lines[0].get_ydata().tolist() == pytest.approx(rates) and figure.get_suptitle() == "r, f"
+    assert lr.lines[0].get_ydata().tolist() == pytest.approx(rates)
+    assert figure.get_suptitle() == "r, f"
     assert 0 not in loss.lines[2].get_xdata(), "the evaluation of step 0 is above the frame"
-    assert len(flips.lines) == 2 and len(codes.lines) == 4, "codes and a boundary of one run only"
+    assert len(flips.lines) == 2, "codes and a boundary of one run only"
+    assert len(codes.lines) == 4, "codes and a boundary of one run only"
     assert len(caught(monkeypatch, [f"{real}/f", "--plot=x.png"]).axes) == 2
     monkeypatch.undo()
     monitor.main([f"{real}/r", "--plot", f"{tmp_path}/out.png"])
@@ -237,7 +250,7 @@ def test_plot(real, monkeypatch, tmp_path):
 
 
 def test_bad_commands_end_with_one_line(real, tmp_path):
-    """bug guarded: a traceback for what the user can mend"""
+    """What the user can mend is one line that names the remedy."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
     (tmp_path / "dir.png").mkdir()
@@ -256,27 +269,33 @@ def test_bad_commands_end_with_one_line(real, tmp_path):
         ([f"{real}/r", "--wach"], "did you mean watch"),
     ):
         out, err = run("monitor.py", *args, code=2)
-        assert says in err and err.count("error: ") == 1 and not out, err
+        assert says in err, err
+        assert err.count("error: ") == 1, err
+        assert not out, err
     gone = "import sys; sys.modules['matplotlib.figure'] = None"
     _, err = run("monitor.py", f"{real}/r", f"--plot={tmp_path}/x.png", code=2, patch=gone)
-    assert "pip install matplotlib" in err and err.count("error: ") == 1
+    assert "pip install matplotlib" in err
+    assert err.count("error: ") == 1
 
 
 def test_no_torch_and_no_matplotlib_for_text(real):
-    """bug guarded: seconds of start-up, or a library that is not there, for a few lines of text"""
+    """Text needs neither torch nor matplotlib."""
     gone = "import sys; sys.modules |= dict(torch=None, matplotlib=None)"
     run("monitor.py", f"{real}/r", patch=gone)
     run("monitor.py", f"--out_dir={real}", "--json", patch=gone)
 
 
 def test_watch_ends_quietly(real):
-    """bugs guarded: a traceback at Ctrl-C; a screen that scrolls; escape codes in a file"""
+    """Ctrl-C ends --watch without a traceback; a terminal is redrawn in place, a file gets no escape
+    codes."""
     child = start("monitor.py", f"{real}/r", "--watch", "--every=0.1")
     text = "".join(child.stdout.readline() for _ in range(30))
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=20)
     assert child.returncode == -signal.SIGINT  # for a shell 130
-    assert not err and "\x1b" not in text and text.count("state  ") >= 2
+    assert not err
+    assert "\x1b" not in text
+    assert text.count("state  ") >= 2
     child = start("monitor.py", f"{real}/r", f"{real}/f", "--watch", "--json", "--every=0.1")
     assert len([json.loads(child.stdout.readline())["runs"] for _ in range(3)]) == 3
     child.send_signal(signal.SIGINT)
@@ -290,21 +309,23 @@ def test_watch_ends_quietly(real):
         shown += os.read(master, 4096)
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=20) == -signal.SIGINT
-    assert b"Traceback" not in shown and shown.count(b"\x1b[J") >= 2
+    assert b"Traceback" not in shown
+    assert shown.count(b"\x1b[J") >= 2
 
 
 def test_one_line_is_seen_in_a_picture(tmp_path, monkeypatch):
-    """bug guarded: an empty picture of a short run: a line through one point shows nothing"""
+    """A run of one line is drawn with markers, of another shape for each code."""
     health = dict(zero=0.33, plus=0.33, minus=0.34, flip_rate=0.1)
     path = write_run(tmp_path / "one", losses=[2.0], evals=[(10, 2.1)], health=[health])
     figure = caught(monkeypatch, [path, "--plot=x.png"])
     shown = [line.get_marker() for ax in figure.axes for line in ax.lines]
-    assert "None" not in shown and len(set(shown[-4:-1])) == 3, "the three codes differ"
+    assert "None" not in shown
+    assert len(set(shown[-4:-1])) == 3, "the three codes differ"
 
 
 def test_names_of_runs_in_pictures(tmp_path, monkeypatch, recwarn):
-    """bugs guarded: letters that the font lacks drawn as boxes, with warnings; a name read as a formula; one
-    that the legend leaves out"""
+    """Names are drawn as text: letters that the font lacks as escapes, no formulas, and none left out of the
+    legend."""
     names = ["\u65e5\u672c", "$\\frac$", "_y", "a\x1b[2J"]
     runs = [write_run(tmp_path / name, losses=noisy(0.01), evals=[(10, 2.1)]) for name in names]
     figure = caught(monkeypatch, [*runs, "--plot=x.png"])
@@ -318,7 +339,7 @@ def test_names_of_runs_in_pictures(tmp_path, monkeypatch, recwarn):
 
 
 def test_a_picture_is_whole_or_missing(tmp_path, monkeypatch):
-    """bug guarded: a full disk that leaves the first part of a picture, in the place of the former one"""
+    """A full disk leaves the former picture."""
     path = write_run(tmp_path / "r", losses=noisy(0.01))
     (tmp_path / "x.png").write_bytes(b"former")
 
@@ -328,12 +349,13 @@ def test_a_picture_is_whole_or_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
         monitor.main([path, f"--plot={tmp_path}/x.png"])
-    assert (tmp_path / "x.png").read_bytes() == b"former" and len(os.listdir(tmp_path)) == 2
+    assert (tmp_path / "x.png").read_bytes() == b"former"
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_more_checkpoints_than_panels(tmp_path, real, monkeypatch, capsys):
-    """bugs guarded: checkpoints left out without a word; the pair at a stage boundary that takes the panel of
-    another"""
+    """If checkpoints do not fit the panels the number left out is printed; of the pair at a stage boundary
+    one is shown."""
     part = checkpoint.load(step_dir(f"{real}/r", 5))
     os.makedirs(tmp_path / "r" / "metrics")
     for step in (500, 1000, 1500, 1999, 2000, 2500, 3000, 3500, 4000):
@@ -342,23 +364,25 @@ def test_more_checkpoints_than_panels(tmp_path, real, monkeypatch, capsys):
     steps = [int(ax.get_title()[5:].replace(",", "")) for ax in figure.axes[:8]]
     assert steps == list(range(500, 4001, 500))
     out, err = capsys.readouterr()
-    assert "wrote x.png, with 8 of 9 checkpoints" in err and "8 of 9" in figure.get_suptitle()
+    assert "wrote x.png, with 8 of 9 checkpoints" in err
+    assert "8 of 9" in figure.get_suptitle()
     assert out.count("\n") == 2, "a heading and a line, not the whole screen"
 
 
 def test_text_from_files_is_safe_to_print(tmp_path, capsys):
-    """bug guarded: the names, settings and events of a run that write the clipboard or clear the screen"""
+    """Control characters of names, settings and events are printed as escapes."""
     bad = "\x1b]52;c;eA==\x07\x1b[2J\n"
     events = [dict(event="anomaly", step=1, what=bad), dict(event="finish", step=1, why=bad, result={})]
     path = write_run(tmp_path / f"r{bad}", losses=[1.0], events=events, run_id=bad, device=bad)
     for args in ([path], [f"--out_dir={tmp_path}"], [path, f"--plot={tmp_path}/x.png"]):
         monitor.main(args)
         out, err = capsys.readouterr()
-        assert r"\x1b" in out and all(c.isprintable() or c == "\n" for c in out + err.replace(path, ""))
+        assert r"\x1b" in out
+        assert all(c.isprintable() or c == "\n" for c in out + err.replace(path, ""))
 
 
 def test_a_screen_shows_only_what_is_known(tmp_path):
-    """bug guarded: `- flipped`, `- to go` and `nothing written for -`"""
+    """A value that is not known is left out of the screen, with the words about it."""
     os.makedirs(tmp_path / "empty")
     for path in (
         write_run(tmp_path / "none", pid=2**22 + 1),
@@ -366,23 +390,25 @@ def test_a_screen_shows_only_what_is_known(tmp_path):
         f"{tmp_path}/empty",
     ):
         text = "\n".join(monitor.screen(status.status(path), 80))
-        assert "- " not in text.replace("-1 ", "") and "for -" not in text and "None" not in text, text
+        assert "- " not in text.replace("-1 ", ""), text
+        assert "for -" not in text, text
+        assert "None" not in text, text
     assert "epoch 1.50" in "\n".join(
         monitor.screen(status.status(write_run(tmp_path / "e", losses=[1.0], row=dict(epoch=1.5))), 80)
     )
 
 
 def test_a_narrow_table_keeps_names(tmp_path):
-    """bug guarded: names cut to eight letters at 60 columns, and rows that wrap"""
+    """A narrow table keeps the names of runs whole, and its rows do not wrap."""
     path = write_run(tmp_path / "train_tinystories_300m_twin", losses=[1.0], max_steps=10**6)
     for width in (60, 80):
         rows = monitor.table([status.status(path)] * 2, width)
-        assert all(len(row) <= width for row in rows) and rows[1].startswith("train_tinystories_300m_twin ")
+        assert all(len(row) <= width for row in rows)
+        assert rows[1].startswith("train_tinystories_300m_twin ")
 
 
 def test_a_run_is_found_by_its_name(real, monkeypatch, capsys):
-    """bug guarded: `monitor.py` lists demo, and `monitor.py demo` does not find it; the name of its origin
-    shown for a copy"""
+    """A run is found by its name in out_dir, and a copy has the name of its folder."""
     monitor.main(["r", f"--out_dir={real}"])
     assert capsys.readouterr().out.startswith("r\n")
     shutil.copytree(f"{real}/r", f"{real}/../copy")

@@ -21,12 +21,12 @@ def test_batches_read_while_the_preparation_writes(corpus, tmp_path, monkeypatch
         data_dir=tmp_path, dataset="text", vocab_size=0, tokenize_on_fly=True, seq_len=64, eval_tokens=640
     )
     child = started(flags, place)
-    meta, cpu, told, batches, seen = data.meta(cfg), torch.device("cpu"), [], [], []
+    meta, cpu, messages, batches, seen = data.meta(cfg), torch.device("cpu"), [], [], []
     w = data.Windows(cfg, meta, "train")
     val = [x for x, _ in data.Windows(cfg, meta, "val").fixed(640, 4, cpu)]
     kill = True
     while w.total is None or len(batches) * 40 < w.total + 40:
-        if fault := w.wait_for(len(batches) * 40 + 39, say=told.append):
+        if fault := w.wait_for(len(batches) * 40 + 39, say=messages.append):
             assert not kill
             assert "prepare/text.py --files" in fault
             child = started(flags, place)
@@ -38,7 +38,7 @@ def test_batches_read_while_the_preparation_writes(corpus, tmp_path, monkeypatch
             kill = False
     assert child.wait()[0] == 0
     assert not kill
-    assert "waiting" in told[0]
+    assert "waiting" in messages[0]
     assert len({*seen}) > 4
     cfg.tokenize_on_fly = False
     after = data.Windows(cfg, data.meta(cfg), "train")
@@ -66,7 +66,7 @@ def test_train_beside_a_preparation_that_dies_and_goes_on(corpus, tmp_path):
     more = dict(data_dir=tmp_path, out_dir=tmp_path / "runs", run_id="fly", resume="auto")
     for is_last in (False, True):
         first, second = start_ranks(2, **RUN | of | more)
-        while "waiting for more train tokens" not in "".join(first.told()):
+        while "waiting for more train tokens" not in "".join(first.output()):
             assert not first.ended(), first.wait(0)
             time.sleep(0.01)
         if not is_last:

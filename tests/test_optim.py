@@ -60,7 +60,7 @@ def test_adamw_skips_a_step_that_is_not_finite():
 
 
 def model_with_gradients(**changes):
-    """(model with the gradients of one batch, its optimizers)"""
+    """Return (model with the gradients of one batch, its optimizers)."""
     cfg = settings(**changes)
     torch.manual_seed(0)
     model = Transformer(cfg)
@@ -243,7 +243,11 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert {names[id(p)] for p in group["params"]} == {
         n for n in names.values() if n.endswith("_proj.weight")
     }
-    assert group["lr"] == schedule.lr(cfg, 3) and group["weight_decay"] == 0.1 and group["momentum"] == 0.8
+    assert group["lr"] == schedule.lr(cfg, 3)
+    assert group["weight_decay"] == 0.1
+    assert group["momentum"] == 0.8
     rest = [names[id(p)] for p in adamw.param_groups[0]["params"]]
-    assert "embed.weight" in rest and "blocks.0.ffn.router.weight" in rest
-    assert adamw.param_groups[0]["weight_decay"] == 0.0 and adamw.param_groups[0]["lr"] == group["lr"]
+    assert "embed.weight" in rest
+    assert "blocks.0.ffn.router.weight" in rest
+    assert adamw.param_groups[0]["weight_decay"] == 0.0
+    assert adamw.param_groups[0]["lr"] == group["lr"]

@@ -24,7 +24,7 @@ class Evil:
 
 @pytest.fixture
 def evil(tmp_path, monkeypatch):
-    """the folder that Evil makes"""
+    """Return the folder that Evil makes."""
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
     return tmp_path / "evil"
 

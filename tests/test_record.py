@@ -160,7 +160,8 @@ def test_a_text_of_another_type_is_unknown(run_dir):
 
 @pytest.fixture
 def rewound(run_dir):
-    """the folder of a run of three steps, killed while it wrote two lines, that resumes from step 2"""
+    """Return the folder of a run of three steps, killed while it wrote two lines, that resumes from step
+    2."""
     for step in (1, 2, 3):
         record.append(run_dir, SCALARS, step=step, loss=0.5)
         record.append(run_dir, BITNET, step=step, total={})
@@ -201,7 +202,8 @@ def test_rewind_drops_the_same_lines_of_the_log(rewound):
 
 @pytest.fixture
 def six_steps(run_dir):
-    """(folder, number of lines in each file at step 3) of a run of six steps that was started twice"""
+    """Return (folder, number of lines in each file at step 3) of a run of six steps that was started
+    twice."""
     for _ in range(2):
         record.rewind(run_dir, None)
         for step in range(1, 7):

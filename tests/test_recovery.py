@@ -95,9 +95,9 @@ def assert_same_run(a, b):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """(out_dir, stderr of the interrupt, stdout of the end) of run "whole" and run "broken", which was killed
-    twice, interrupted once, and resumed by the command that it printed; with dropout, across the edge of an
-    epoch at step 7.75"""
+    """Return (out_dir, stderr of the interrupt, stdout of the end) of run "whole" and run "broken", which was
+    killed twice, interrupted once, and resumed by the command that it printed; with dropout, across the edge
+    of an epoch at step 7.75."""
     folder = tmp_path_factory.mktemp("killed")
     where = write_data(folder / "data"), str(folder / "runs")
     train(*where, "whole", dropout=0.2)
@@ -141,7 +141,7 @@ COMPILED = dict(compile=True, dropout=0.2, n_layer=1)
 
 @pytest.fixture
 def resumed(request, data_dir, out_dir):
-    """the folders of a run with these settings, and of one that was killed and resumed"""
+    """Return the folders of a run with these settings, and of one that was killed and resumed."""
     changes = request.param | dict(log_every=4, sample_every=0)
     train(data_dir, out_dir, "whole", **changes)
     assert kill_at(data_dir, out_dir, 16, **changes)[0] == -signal.SIGKILL  # 15 is saved
@@ -196,7 +196,7 @@ def test_a_run_from_before_the_ratios_keeps_its_rates(data_dir, out_dir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(data_dir, out_dir) with run "a", finished at step 10, which began with resume = 'auto'"""
+    """Return (data_dir, out_dir) with run "a", finished at step 10, which began with resume = 'auto'."""
     folder = tmp_path_factory.mktemp("finished")
     where = write_data(folder / "data"), str(folder / "runs")
     train(*where, "a", max_steps=10, resume="auto", sample_every=0)
@@ -205,7 +205,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, out_dir):
-    """(data_dir, out_dir) with a copy of run "a", to be changed"""
+    """Return (data_dir, out_dir) with a copy of run "a", to be changed."""
     shutil.copytree(f"{finished[1]}/a", f"{out_dir}/a")
     return finished[0], out_dir
 
@@ -332,7 +332,7 @@ def test_other_tokens_under_the_same_name_are_refused(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def longer(tmp_path_factory):
-    """(folder, stdout) of a run of 10 steps that was continued to 16"""
+    """Return (folder, stdout) of a run of 10 steps that was continued to 16."""
     folder = tmp_path_factory.mktemp("longer")
     where = write_data(folder / "data"), str(folder / "runs")
     changes = dict(resume="auto", sample_every=8, save_every=0, stage_boundary=0.75)

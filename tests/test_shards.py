@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def read_by(monkeypatch):
-    """the list of the names of the shards that are read from now on"""
+    """Return the list of the names of the shards that are read from now on."""
     read, real = [], shards.check_shard
 
     def spy(folder, name, *rest):
@@ -30,7 +30,7 @@ def read_by(monkeypatch):
 
 @pytest.fixture
 def place(data_dir):
-    """the folder of a data set that no process has checked"""
+    """Return the folder of a data set that no process has checked."""
     shards.remembered.clear()
     return os.path.join(data_dir, "tiny")
 
@@ -40,7 +40,7 @@ def check(place, **how):
 
 
 def change(place, name="train_00000.bin", keep_time=False, new=None):
-    """give another valid id to a token of a shard"""
+    """Give another valid id to a token of a shard."""
     path = os.path.join(place, name)
     stat, ids = os.stat(path), np.fromfile(path, "<u2")
     ids[7] = (ids[7] + 1) % len(CHARS) if new is None else new
@@ -101,7 +101,7 @@ def test_what_is_known_survives_an_interrupted_check(tmp_path, monkeypatch):
 
 
 def deny(monkeypatch, name):
-    """opening the files of this name fails, as on a disk with a fault"""
+    """Let the opening of files of this name fail, as on a disk with a fault."""
     real = open
 
     def denied(path, *how, **more):

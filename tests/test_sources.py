@@ -119,7 +119,7 @@ def test_bad_hub_options(corpus, tmp_path, flag, expected):
 
 
 def test_the_network_is_not_the_users_mistake():
-    """A hub that cannot be reached is told apart from a file that does not exist."""
+    """A hub that cannot be reached is distinguished from a file that does not exist."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     assert hub.is_network(LocalEntryNotFoundError("offline"))
@@ -183,20 +183,20 @@ def test_endless_line_in_a_file(tmp_path, capsys):
 
 
 def options_of(**options):
-    """the flags of prepare/text.py that decide how files are read"""
+    """Return the flags of prepare/text.py that decide how files are read."""
     flags = dict(column="text", separator="", val_fraction=0.1, max_documents=0)
     return SimpleNamespace(**flags | dict(keep_crlf=False, plain_quotes=False) | options)
 
 
 def of_files(paths, state=None, **options):
-    """(pieces, the state after each) of files, read from a state on"""
+    """Return (pieces, the state after each) of files, read from a state on."""
     files = sources.Files([str(path) for path in paths], options_of(**options))
     found = [(piece, files.state()) for piece in files.pieces(state)]
     return [piece for piece, _ in found], [state for _, state in found]
 
 
 def written(path, content):
-    """a file with this content (bytes), packed as its ending says"""
+    """Write a file with this content (bytes), packed as its ending says."""
     if path.suffix == ".gz":
         content = gzip.compress(content)
     elif path.suffix == ".zst":
@@ -315,7 +315,7 @@ def test_a_table_of_pandas_is_read_with_its_quotes(tmp_path, name):
 
 
 def not_utf8(path):
-    """a .parquet file whose second of three texts is not UTF-8"""
+    """Write a .parquet file whose second of three texts is not UTF-8."""
     import pyarrow
     import pyarrow.parquet
 
@@ -381,7 +381,7 @@ def test_a_separator_that_never_occurs_is_reported(tmp_path, monkeypatch, capsys
     assert "'\\\\n\\\\n' does not occur in" in capsys.readouterr().out
 
 
-def test_a_damaged_archive_is_told_in_a_line(tmp_path, capsys):
+def test_a_damaged_archive_is_one_line(tmp_path, capsys):
     """A .gz file that was not downloaded whole is one line."""
     path = written(tmp_path / "a.jsonl.gz", OBJECTS.encode())
     path.write_bytes(path.read_bytes()[:-9])

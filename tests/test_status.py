@@ -17,13 +17,13 @@ LATE = dict(lr=1e-4)
 
 
 def heads(status):
-    """the first word of each warning"""
+    """Return the first word of each warning."""
     return [text.split(":")[0] for text in status["warnings"]]
 
 
 @pytest.fixture
 def damaged(tmp_path):
-    """a run whose files hold half lines, other types, NaN and infinity"""
+    """Return a run whose files hold half lines, other types, NaN and infinity."""
     path = write_run(tmp_path / "r", losses=noisy(0.01), evals=[(0, 2.5)], health=[dict(zero=0.33)] * 3)
     with open(f"{path}/metrics/scalars.jsonl", "ab") as file:
         file.write(b'{"step": 601, "lo\n\xff\xfe\x00\n[1]\n{"loss": 1.0}\n{"step": null, "loss": 3}\n')
@@ -196,18 +196,19 @@ RISE = [(0, 2.5), (200, 2.0), (400, 2.1), (600, 2.2)]
     ),
 )
 def test_warnings(tmp_path, expected, how):
-    """bug guarded: a fault that is not told, or a healthy run that is"""
+    """Each fault of a run is warned about, and a healthy run is not."""
     assert heads(status.status(write_run(tmp_path / "r", **how))) == [expected][: bool(expected)]
 
 
 def test_a_loss_that_climbs_is_no_plateau(tmp_path):
-    """bug guarded: a diverging run told to wait for the decay"""
+    """A run whose loss climbs is advised to lower the learning rate, not to wait."""
     found = status.status(write_run(tmp_path / "r", losses=[2 + 0.1 * i for i in range(60)]))
-    assert found["warnings"][0].startswith("rising: ") and "lower learning_rate" in found["warnings"][0]
+    assert found["warnings"][0].startswith("rising: ")
+    assert "lower learning_rate" in found["warnings"][0]
 
 
 def test_a_plateau_before_the_decay_is_to_wait_for(tmp_path):
-    """bug guarded: a run stopped on advice before the decay that would have brought the loss down"""
+    """A plateau is to be waited for before the decay of the learning rate, and to stop at after it."""
     early = status.status(write_run(tmp_path / "early", losses=noisy(0)))
     late = status.status(write_run(tmp_path / "late", losses=noisy(0), row=LATE))
     constant = status.status(write_run(tmp_path / "constant", losses=noisy(0), schedule="constant"))
@@ -217,26 +218,28 @@ def test_a_plateau_before_the_decay_is_to_wait_for(tmp_path):
     assert heads(status.status(f"{tmp_path}/late")) == [], "where the rate is bound is not known"
     # a fall too small for 50 lines shows in more of them
     path = write_run(tmp_path / "slow", losses=noisy(0.0001, n=1000))
-    assert heads(status.status(path)) == ["plateau"] and heads(status.status(path, window=1000)) == []
+    assert heads(status.status(path)) == ["plateau"]
+    assert heads(status.status(path, window=1000)) == []
 
 
 def test_trend_knows_its_noise():
-    """bug guarded: noise taken for a trend, or a trend that hides itself by inflating its own noise"""
+    """Noise is reported as a trend in about 5 % of cases, and a trend does not count as its own noise."""
     rng = np.random.default_rng(1)
-    told = [trends.trend(rng.normal(0, 1, 50).tolist(), 50) for _ in range(400)]
-    assert np.mean([found["word"] != "flat" for found in told]) == pytest.approx(0.046, abs=0.035)
-    assert np.std([found["change"] for found in told]) == pytest.approx(
-        np.mean([found["error"] for found in told]), rel=0.15
+    noise = [trends.trend(rng.normal(0, 1, 50).tolist(), 50) for _ in range(400)]
+    assert np.mean([found["word"] != "flat" for found in noise]) == pytest.approx(0.046, abs=0.035)
+    assert np.std([found["change"] for found in noise]) == pytest.approx(
+        np.mean([found["error"] for found in noise]), rel=0.15
     )
     steep = trends.trend([10 - 0.1 * i for i in range(50)], 50)
-    assert steep["word"] == "falling" and steep["change"] == pytest.approx(-2.5)
+    assert steep["word"] == "falling"
+    assert steep["change"] == pytest.approx(-2.5)
     assert steep["error"] == pytest.approx(0.1 / 25**0.5)
-    assert trends.trend([1.0] * 50, 50)["word"] == "flat" and trends.trend([1.0] * 5, 50) is None
+    assert trends.trend([1.0] * 50, 50)["word"] == "flat"
+    assert trends.trend([1.0] * 5, 50) is None
 
 
 def test_time_to_go_leaves_out_warming_up(tmp_path):
-    """bugs guarded: an ETA from the slow first step of a process; one beyond max_minutes; speed called
-    falling after a resume because of it"""
+    """The time to go leaves out the slow first step of a process, and ends at max_minutes."""
     slow = [5000.0] + [100.0] * 29
     found = status.status(write_run(tmp_path / "r", losses=noisy(0.01, n=30), row=dict(step_ms=slow)))
     assert found["eta_seconds"] == pytest.approx(70.0)
@@ -252,8 +255,7 @@ def test_time_to_go_leaves_out_warming_up(tmp_path):
 
 
 def test_anomalies_are_counted_once(tmp_path):
-    """bug guarded: a step made again after a resume counted as two anomalies; an event of steps that were
-    dropped taken for the step of the run"""
+    """An anomaly of a step that was repeated counts once, and events of dropped steps do not move the run."""
     save, resume = dict(event="save", step=900), dict(event="resume", step=500, time=time.time() - 1)
     path = write_run(tmp_path / "r", losses=noisy(0.01), events=[SKIP, save, resume, SKIP])
     with open(f"{path}/metrics/events.jsonl") as file:
@@ -261,20 +263,23 @@ def test_anomalies_are_counted_once(tmp_path):
     with open(f"{path}/metrics/events.jsonl", "w") as file:
         file.write(text)
     found = status.status(path)
-    assert found["anomalies"]["count"] == 1 and found["step"] == 600
+    assert found["anomalies"]["count"] == 1
+    assert found["step"] == 600
 
 
 def test_a_loss_that_has_jumped_is_not_falling():
-    """bug guarded: a run that jumped from 4.0 to 5.0 called falling, since its newer half lies lower"""
+    """A loss that jumped is rising, though the newer half of its lines is lower."""
     losses = noisy(0.05, n=50, start=6.5) + noisy(0, n=6, start=5.0)
     found = trends.trend(losses, 50)
-    assert found["change"] < 0 and found["word"] == "rising" and found["jump"] == pytest.approx(0.9, abs=0.2)
+    assert found["change"] < 0
+    assert found["word"] == "rising"
+    assert found["jump"] == pytest.approx(0.9, abs=0.2)
     assert trends.moves(found).startswith("rising: the last 5 lines average 0.")
     assert trends.trend(losses[:50], 50)["jump"] == 0
 
 
 def test_noise_is_no_jump():
-    """bug guarded: a flat run called rising by its noise"""
+    """Noise is not a jump."""
     rng = np.random.default_rng(2)
     jumps = [trends.trend(rng.normal(2, 0.1, 50).tolist(), 50)["jump"] for _ in range(300)]
     assert sum(map(bool, jumps)) <= 2
@@ -282,10 +287,11 @@ def test_noise_is_no_jump():
 
 
 def test_the_beginning_of_a_short_run_is_left_out(tmp_path):
-    """bug guarded: a finished run of 40 lines, flat for the last 30, called falling because it began high"""
+    """The trend of a short run leaves out its beginning."""
     losses = [2.8, 2.4, 2.0, 1.7, 1.5, 1.4, 1.3, 1.25, 1.2, 1.15] + noisy(0, n=30, start=1.08)
     found = status.status(write_run(tmp_path / "r", losses=losses))["loss_trend"]
-    assert found["word"] == "flat" and found["lines"] == 10
+    assert found["word"] == "flat"
+    assert found["lines"] == 10
 
 
 @pytest.mark.parametrize(
@@ -297,22 +303,25 @@ def test_the_beginning_of_a_short_run_is_left_out(tmp_path):
     ],
 )
 def test_a_run_that_ended_itself_gets_the_advice_of_its_error(tmp_path, what, says):
-    """bug guarded: `go on with the same command` for a run that ends the same way each time"""
+    """The advice after a failed run is that of its error: not to resume what would end the same way."""
     failed = dict(event="failed", step=600, what=what, time=time.time())
     how = dict(events=[failed], pid=DEAD, total_batch_size=512)
     found = status.status(write_run(tmp_path / "r", losses=noisy(0.01), **how))
     assert (found["state"], found["why"], heads(found)) == ("failed", what, ["failed"])
-    assert says in found["warnings"][0] and ("row" not in what or "--resume" not in found["warnings"][0])
+    assert says in found["warnings"][0]
+    assert "row" not in what or "--resume" not in found["warnings"][0]
     assert "no step is saved" in found["warnings"][0] or "row" in what
 
 
 def test_config_values_of_other_types_are_left_out(tmp_path):
-    """bug guarded: a damaged config.json that ends the monitor with a traceback"""
+    """A value of another type in config.json is unknown, and a damaged config.json is as none."""
     path = write_run(
         tmp_path / "r", losses=noisy(0.01), max_steps="x", min_lr_ratio=[1], save_every=None, n_expert={}
     )
     found = status.status(path)
-    assert found["max_steps"] is None and found["n_expert"] is None and found["step"] == 600
+    assert found["max_steps"] is None
+    assert found["n_expert"] is None
+    assert found["step"] == 600
     for facts in (dict(params=3, pid=-1, host=[], device={}), dict(settings=3)):
         with open(f"{path}/config.json", "w", encoding="utf-8") as file:
             json.dump(dict(settings={}) | facts, file)

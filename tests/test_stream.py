@@ -20,7 +20,7 @@ from nanobit.tokenizer import make_tokenizer, with_content
 
 @pytest.fixture(scope="module", params=["char", "sentencepiece", "gpt2"])
 def prepared(request, corpus, tmp_path_factory):
-    """(the folder of a data set made with one of the tokenizers, stdout)"""
+    """Return (the folder of a data set made with one of the tokenizers, stdout)."""
     folder = tmp_path_factory.mktemp(request.param)
     flags = text_flags(corpus[0], folder, tokenizer=request.param, vocab_size=330)
     return folder / "text", prepare(*flags, calls=["small_tiktoken()"])[0]
@@ -260,7 +260,7 @@ def test_tokens_reach_the_disk_before_the_progress_that_counts_them(corpus, tmp_
 
 @pytest.fixture
 def half(corpus, tmp_path):
-    """(flags, folder) of a preparation that was killed; its text is in tmp_path/texts"""
+    """Return (flags, folder) of a preparation that was killed; its text is in tmp_path/texts."""
     os.makedirs(tmp_path / "texts")
     (tmp_path / "texts" / "docs.jsonl").write_bytes((corpus[0] / "docs.jsonl").read_bytes())
     flags = text_flags(tmp_path / "texts", tmp_path)
@@ -403,7 +403,7 @@ def test_a_nul_in_a_prompt_is_not_the_end_of_a_text():
 
 
 class Flaky:
-    """a source of 40 documents that loses its connection twice, each time after a few more"""
+    """A source of 40 documents that loses its connection twice, each time after a few more."""
 
     def __init__(self):
         self.at, self.falls = 0, [7, 23]

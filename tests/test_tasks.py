@@ -251,7 +251,8 @@ def test_flags_that_exclude_each_other_are_refused():
     assert "--repo and --files exclude each other" in err
     for script in ("prepare/lambada.py", "prepare/blimp.py"):
         shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert f"python {script}" in shown.stdout and "--revision=" in shown.stdout, shown.stderr
+        assert f"python {script}" in shown.stdout, shown.stderr
+        assert "--revision=" in shown.stdout, shown.stderr
 
 
 def local_hub(folder, kind, **configs):

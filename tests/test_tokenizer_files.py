@@ -24,9 +24,8 @@ transformers = pytest.importorskip("transformers", reason="the readers of export
     ],
 )
 def test_tokenizers_come_along(make, tmp_path):
-    """bugs guarded: numbers cut otherwise by a quantifier that the libraries read differently; merges in
-    another order, a space put before or lost, bytes for unknown characters, an end-of-text token that is
-    missing before a text"""
+    """AutoTokenizer splits any text into the ids of ours, decodes them to it, and knows bos and end of
+    text."""
     spec = make()
     ours = make_tokenizer(spec)
     tokenizer_files.write(spec, str(tmp_path), 64)
@@ -39,7 +38,8 @@ def test_tokenizers_come_along(make, tmp_path):
         ids = encode_prompt(ours, bos_of(spec), text)
         assert theirs(text)["input_ids"] == ids, repr(text)
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode([i for i in ids if i != ids[0]])
-    assert theirs.pad_token is None and theirs.model_max_length == 64
+    assert theirs.pad_token is None
+    assert theirs.model_max_length == 64
     assert (theirs.bos_token_id, theirs.eos_token_id) == (bos_of(spec), spec["eot"])
     assert "\0" not in theirs.eos_token, "a tool that prints names would end there"
 
@@ -54,9 +54,10 @@ def test_tokenizers_come_along(make, tmp_path):
     ],
 )
 def test_other_sentencepiece_models_are_refused(changes, says, tmp_path, capsys):
-    """bug guarded: files whose readers split text otherwise, without a word"""
+    """A SentencePiece model whose readers would split text otherwise is refused."""
     part = part_of(sentencepiece(**changes), vocab_size=320)
     for write, more in ((hf.write, ()), (gguf_file.write, ("f32", "f32"))):
         with pytest.raises(SystemExit):
             write(part, str(tmp_path / "x"), *more)
-        assert says in capsys.readouterr().err and not os.path.exists(tmp_path / "x")
+        assert says in capsys.readouterr().err
+        assert not os.path.exists(tmp_path / "x")

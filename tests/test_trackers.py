@@ -41,7 +41,7 @@ def init(**how):
 
 
 def begin(tmp_path, name, how, step=0):
-    """(mirrors, cfg, run_dir, warnings) of one tracker on a run that has begun"""
+    """Return (mirrors, cfg, run_dir, warnings) of one tracker on a run that has begun."""
     cfg = settings(run_id="r", **{name: True}, **how)
     run_dir, warnings = str(tmp_path / "runs" / cfg.run_id), []
     run = RunDir(run_dir)
@@ -60,7 +60,7 @@ def fake_wandb(monkeypatch, **changes):
 
 
 def scan(path):
-    """the records of a .wandb file: a LevelDB log of blocks of 32 KiB behind a header of 7 bytes"""
+    """Yield the records of a .wandb file: a LevelDB log of blocks of 32 KiB after a header of 7 bytes."""
     data, at, whole = open(path, "rb").read(), 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # too little for another header: filled up
@@ -74,37 +74,41 @@ def scan(path):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_library_that_is_missing_is_told_before_the_run(name, monkeypatch, capsys):
+def test_a_library_that_is_missing_is_reported_before_the_run(name, monkeypatch, capsys):
     """A tracker that is on and not installed ends the program; one that is off is not looked for."""
     for other in ("tensorboard", "wandb", "trackio"):
         monkeypatch.setitem(sys.modules, other, None)
     cli.need_packages(config.trackers(settings()), "track")
     with pytest.raises(SystemExit) as end:
         cli.need_packages(config.trackers(settings(**{name: True})), "track")
-    assert end.value.code == 2 and f"pip install {name}" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert f"pip install {name}" in capsys.readouterr().err
 
 
 def test_train_asks_before_it_makes_a_folder(data_dir, out_dir):
-    """bug guarded: the check comes after the run has begun"""
+    """A tracker that is not installed is an error before the run has a folder."""
     _, err = train(data_dir, out_dir, "r", code=2, trackio=True, patch="sys.modules['trackio'] = None")
-    assert err.count("error: ") == 1 and not os.path.exists(out_dir)
+    assert err.count("error: ") == 1
+    assert not os.path.exists(out_dir)
 
 
 def test_a_run_is_mirrored_and_a_broken_tracker_does_not_stop_it(data_dir, out_dir, tmp_path):
-    """bugs guarded: lines that are not mirrored, or not before the end; a failing tracker that ends the
-    run, warns at every line, or warns nowhere that is kept"""
+    """A tracker gets every line of a run; one that fails costs one warning, which train.log keeps."""
     (tmp_path / "wandb.py").write_text(WANDB)
     (tmp_path / "trackio.py").write_text("def init(*args, **how): raise OSError('no space')")
     patch = f"sys.path.insert(0, {str(tmp_path)!r})"
     out, err = train(data_dir, out_dir, "r", patch=patch, wandb=True, trackio=True, wandb_project="p")
     run_dir = f"{out_dir}/r"
     warning = "warning: trackio is off for the rest of this run (OSError: no space)"
-    assert err.count("warning") == 1 and warning in err
+    assert err.count("warning") == 1
+    assert warning in err
     assert open(f"{run_dir}/train.log", encoding="utf-8").read().count(warning) == 1
     assert json.loads(out.strip().split("\n")[-1])["step"] == 24
     first, *sent = lines(run_dir, "sent.jsonl")
-    assert first["init"]["project"] == "p" and first["init"]["name"] == "r"
-    assert first["init"]["config"]["n_layer"] == 2 and "origin" not in first["init"]["config"]
+    assert first["init"]["project"] == "p"
+    assert first["init"]["name"] == "r"
+    assert first["init"]["config"]["n_layer"] == 2
+    assert "origin" not in first["init"]["config"]
     assert sent[:2] == [{"define": "step", "by": None}, {"define": "*", "by": "step"}]
     assert sent[-1] == {"finished": True}
     kept = [
@@ -116,7 +120,7 @@ def test_a_run_is_mirrored_and_a_broken_tracker_does_not_stop_it(data_dir, out_d
 
 
 def test_only_finite_numbers_are_sent():
-    """bug guarded: NaN or None, which some trackers draw as zero and others refuse with the whole line"""
+    """NaN, infinity and None are not sent, nor is what depends on the clock."""
     cfg = settings(sample_prompts=["a", "b"])
     row = dict(step=3, loss=math.nan, lr=0.5, grad_norm=math.inf, mfu=None, stage=1, time=9.0)
     assert trackers.mirrored(cfg, record.SCALARS, row) == (3, {"lr": 0.5, "stage": 1}, {})
@@ -129,7 +133,7 @@ def test_only_finite_numbers_are_sent():
 
 @pytest.mark.parametrize("where", ["init", "log", "finish", "exit"])
 def test_one_warning_wherever_a_tracker_fails(where, tmp_path, monkeypatch):
-    """bug guarded: an exception in the tracker's thread that nobody hears of, or that reaches training"""
+    """An exception in the thread of a tracker costs one warning, and does not reach training."""
 
     def fail(*args, **how):
         raise SystemExit(3) if where == "exit" else ValueError("two\nlines")
@@ -149,7 +153,7 @@ def test_one_warning_wherever_a_tracker_fails(where, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
 def test_a_tracker_that_hangs_keeps_nobody_waiting(where, tmp_path, monkeypatch):
-    """bug guarded: training that waits for a server, at the start, in the middle or at the end"""
+    """Training does not wait for a tracker, at its start, in the middle or at its end."""
     fake_wandb(monkeypatch)
     monkeypatch.setattr(trackers, "HANGS", 1.0)
     owner = sys.modules["wandb"] if where == "init" else sys.modules["wandb"].Run
@@ -158,7 +162,8 @@ def test_a_tracker_that_hangs_keeps_nobody_waiting(where, tmp_path, monkeypatch)
     mirrors, cfg, _, warnings = begin(tmp_path, "wandb", {})
     for step in range(3):
         trackers.mirror(mirrors, cfg, record.SCALARS, dict(step=step, loss=1.0))
-    assert time.monotonic() - began < 0.9 and not warnings
+    assert time.monotonic() - began < 0.9
+    assert not warnings
     if where != "finish":  # noticed on the way, and then no longer fed
         time.sleep(1.1)
         trackers.mirror(mirrors, cfg, record.SCALARS, dict(step=3, loss=1.0))
@@ -169,8 +174,7 @@ def test_a_tracker_that_hangs_keeps_nobody_waiting(where, tmp_path, monkeypatch)
 
 
 def test_wandb_id_stays_with_the_run(tmp_path, monkeypatch):
-    """bug guarded: a resumed run that begins a new W&B run, or a branch or a second start that writes into
-    the old one"""
+    """A resumed run continues its W&B run; another run does not write into it."""
     fake_wandb(monkeypatch)
 
     def wandb_id(folder, step):
@@ -180,11 +184,12 @@ def test_wandb_id_stays_with_the_run(tmp_path, monkeypatch):
         return [row["init"] for row in lines(run_dir, "sent.jsonl") if "init" in row][-1]
 
     first, resumed, other = wandb_id("a", 0), wandb_id("a", 10), wandb_id("b", 10)
-    assert first["id"] == resumed["id"] != other["id"] and resumed["resume"] == "allow"
+    assert first["id"] == resumed["id"] != other["id"]
+    assert resumed["resume"] == "allow"
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
-    """bug guarded: a curve that goes back and is drawn twice, or lacks the line it resumed from"""
+    """The curves of a resumed run hold each step once, that of the checkpoint included."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -215,13 +220,14 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
 
 
 def test_wandb_offline_for_real(data_dir, out_dir, monkeypatch):
-    """bug guarded: a call that the stubs above take and W&B does not"""
+    """W&B itself takes each line, by the calls that the stubs above take."""
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     out, err = train(data_dir, out_dir, "r", wandb=True, max_steps=12, save_every=0)
-    assert "warning" not in err and json.loads(out.strip().split("\n")[-1])["step"] == 12
+    assert "warning" not in err
+    assert json.loads(out.strip().split("\n")[-1])["step"] == 12
     (path,) = glob.glob(f"{out_dir}/r/wandb/offline-run-*/*.wandb")
     rows, metrics = [], []
     for data in scan(path):
@@ -236,7 +242,8 @@ def test_wandb_offline_for_real(data_dir, out_dir, monkeypatch):
     sent = [
         {k: v for k, v in row.items() if k[0] != "_"} for row in rows if "loss" in row or "val_loss" in row
     ]
-    assert sent == kept and ("*", "step") in metrics
+    assert sent == kept
+    assert ("*", "step") in metrics
     assert [row["step"] for row in rows if any(key.startswith("sample/0") for key in row)] == [12]
 
 

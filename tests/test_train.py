@@ -161,7 +161,7 @@ STILL = dict(eval_every=2, sample_every=0, learning_rate=0.0, weight_decay=0.0, 
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory):
-    """(data_dir, out_dir, stdout) of run "p", which patience = 2 ended"""
+    """Return (data_dir, out_dir, stdout) of run "p", which patience = 2 ended."""
     folder = tmp_path_factory.mktemp("impatient")
     where = write_data(folder / "data"), str(folder / "runs")
     out, _ = train(*where, "p", patience=2, **STILL)
@@ -249,7 +249,7 @@ def test_grad_clip_0_does_not_clip(data_dir, out_dir):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """(folder, stdout, stderr) of a run of six steps"""
+    """Return (folder, stdout, stderr) of a run of six steps."""
     folder = tmp_path_factory.mktemp("written")
     out, err = train(write_data(folder / "data"), str(folder / "runs"), "r", max_steps=6)
     return str(folder / "runs" / "r"), out, err
@@ -357,7 +357,7 @@ def test_a_terminal_gets_a_bar(data_dir, out_dir):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """(--ckpt= and --data_dir= of a run that evaluates all its windows, its result)"""
+    """Return (--ckpt= and --data_dir= of a run that evaluates all its windows, its result)."""
     folder = tmp_path_factory.mktemp("evaluated")
     data_dir, out_dir = write_data(folder / "data"), str(folder / "runs")
     out, _ = train(data_dir, out_dir, "r", max_steps=6, eval_tokens=10**6, sample_every=0)
