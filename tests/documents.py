@@ -81,22 +81,27 @@ def documents_of(folder):
     return found
 
 
-def prepare(*flags, calls=(), code=0, script="text"):
-    """Run prepare/<script>.py, which must end with this exit code, in this process, tokenizing here too;
-    return (stdout, stderr). calls: of faults.py, undone afterwards."""
+def prepare(*flags, patch="", code=0, script="text"):
+    """Run prepare/<script>.py in this process, tokenizing here too; return (stdout, stderr)."""
+    return run_here(f"prepare/{script}.py", *flags, patch=faults.tokenize_here() + patch, code=code)
+
+
+def run_here(script, *flags, patch="", code=0):
+    """Run a script of the project, which must end with this exit code, in this process; return (stdout,
+    stderr). patch: of faults.py, undone afterwards if PATCHED names what it changes."""
     out, err = io.StringIO(), io.StringIO()
     handler, path = signal.getsignal(signal.SIGINT), sys.path[:]
     chunks.show_once.cache_clear()
     with contextlib.ExitStack() as stack:
         for owner, name in PATCHED:
             stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))
-        exec(faults.inject("tokenize_here()", *calls), {})
-        stack.enter_context(mock.patch.object(sys, "argv", [f"{script}.py", *map(str, flags)]))
+        exec(patch, {})
+        stack.enter_context(mock.patch.object(sys, "argv", [script, *map(str, flags)]))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         ended = 0
         try:
-            runpy.run_path(os.path.join(ROOT, "prepare", f"{script}.py"), run_name="__main__")
+            runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
         except SystemExit as end:
             ended = end.code
         finally:
@@ -124,14 +129,14 @@ PATCHED = [
 class Preparation:
     """A preparation in a process of its own, with worker processes or, which starts sooner, without."""
 
-    def __init__(self, flags, place, *calls, script="text", has_workers=False):
+    def __init__(self, flags, place, patch="", script="text", has_workers=False):
         self.place = place
         script = f"prepare/{script}.py"
+        patch = faults.small() + patch
         if has_workers:
-            self.child = start(script, *flags, patch=faults.inject("small()", *calls))
+            self.child = start(script, *flags, patch=patch)
         else:
-            patch = faults.inject("small()", "tokenize_here()", *calls)
-            self.child = Script(os.path.join(ROOT, script), flags, ROOT, patch)
+            self.child = Script(os.path.join(ROOT, script), flags, ROOT, patch + faults.tokenize_here())
 
     def ended(self):
         if isinstance(self.child, Script):
@@ -167,14 +172,14 @@ class Preparation:
 def stopped(flags, place, tokens_written=3000, **options):
     """Return the progress of a preparation that was killed when about so many tokens were written.
     It holds there until it is killed, however busy the machine is."""
-    child = Preparation(flags, place, f"hold_at({tokens_written + 2000})", **options)
+    child = Preparation(flags, place, faults.hold_at(tokens_written + 2000), **options)
     child.until(lambda: child.written() > max(0, tokens_written - 1000))
     child.kill()
     return stream.read_json(place / "progress.json")
 
 
-def started(flags, place, *calls, **options):
+def started(flags, place, patch="", **options):
     """Return a preparation that holds its lock."""
-    child = Preparation(flags, place, *(calls or ["slow_writes()"]), **options)
+    child = Preparation(flags, place, patch or faults.slow_writes(), **options)
     child.until(lambda: data.is_being_written(place))
     return child

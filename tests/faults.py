@@ -1,5 +1,5 @@
-"""Faults that tests inject into processes: conftest.run takes inject("full_disk(3)") or faults.nan_loss_at(2)
-as its `patch`. Two patches are joined with +."""
+"""Faults that tests inject into processes: conftest.run takes faults.nan_loss_at(2) as its `patch`, as do
+documents.prepare and Preparation. Two patches are joined with +."""
 
 import functools
 import importlib
@@ -10,12 +10,6 @@ import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-
-
-def inject(*calls):
-    """Return the program that calls these functions of this file in another process."""
-    lines = [f"import sys; sys.path.append({HERE!r}); import faults"]
-    return "\n".join(lines + [f"faults.{call}" for call in calls]) + "\n"
 
 
 def literal(value):
@@ -41,6 +35,7 @@ def injected(function):
 # preparations
 
 
+@injected
 def small(longest=0):
     """Make chunks, shards, and perhaps blocks of files, small, and save after every chunk."""
     from nanobit.prepare import chunks, formats, stream, token_files
@@ -51,6 +46,7 @@ def small(longest=0):
     formats.LONGEST = longest or formats.LONGEST
 
 
+@injected
 def tokenize_here():
     """Tokenize in the process itself: no worker process has to start."""
     from nanobit.prepare import workers
@@ -76,10 +72,12 @@ def before_write(action):
     token_files.Split.write = write
 
 
+@injected
 def slow_writes(seconds=0.02):
     before_write(lambda split, ids: time.sleep(seconds))
 
 
+@injected
 def hold_writes(path):
     """Wait with every write until there is a file at path."""
 
@@ -90,6 +88,7 @@ def hold_writes(path):
     before_write(hold)
 
 
+@injected
 def hold_at(n_tokens):
     """Wait for ever with the write after which a split would have more than n_tokens."""
 
@@ -100,6 +99,7 @@ def hold_at(n_tokens):
     before_write(hold)
 
 
+@injected
 def full_disk(after):
     """Fail in the write after so many, as a disk without room: a part of the tokens reaches the file."""
     from nanobit.prepare import token_files
@@ -117,12 +117,14 @@ def full_disk(after):
     token_files.Split.write = write
 
 
+@injected
 def free_bytes(n):
     import shutil
 
     shutil.disk_usage = lambda path: type("", (), {"free": n})
 
 
+@injected
 def no_tokenizer():
     """End with exit code 2 where a preparation that continues reads its tokenizer."""
     from nanobit.prepare import stream
@@ -130,6 +132,7 @@ def no_tokenizer():
     stream.spec_of = lambda *args: stream.fail("no")
 
 
+@injected
 def small_tiktoken():
     """Replace every encoding of tiktoken by a small one, without a network."""
     import tiktoken
@@ -140,6 +143,7 @@ def small_tiktoken():
     tiktoken.get_encoding = lambda name: encoding
 
 
+@injected
 def check_order_on_disk():
     """Check that tokens are flushed before progress.json counts them, and that meta.json follows it."""
     from nanobit.prepare import stream, token_files
@@ -168,6 +172,7 @@ def check_order_on_disk():
 # exports
 
 
+@injected
 def folder_meanwhile(folder):
     """Make a folder with a file in the place of an export while it is written."""
     from nanobit.export import hf
@@ -195,6 +200,7 @@ def on_rename(path, action):
     os.replace = replace
 
 
+@injected
 def stuck_rename(path):
     """Let no file or folder be renamed to `path`."""
 
@@ -204,6 +210,7 @@ def stuck_rename(path):
     on_rename(path, fail)
 
 
+@injected
 def interrupt_after_rename(path):
     """Send Ctrl-C once something is renamed to `path`."""
 
@@ -214,6 +221,7 @@ def interrupt_after_rename(path):
     on_rename(path, interrupt)
 
 
+@injected
 def interrupt_after_write(name):
     """Send Ctrl-C once a module of nanobit.export has written its files, before they are renamed."""
     module = importlib.import_module(f"nanobit.export.{name}")
@@ -226,6 +234,7 @@ def interrupt_after_write(name):
     module.write = write
 
 
+@injected
 def files_of_at_most(n):
     """Let no file become larger than n bytes, as on a full disk."""
     import resource
@@ -233,6 +242,7 @@ def files_of_at_most(n):
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
 
 
+@injected
 def bad_verdict():
     """Let every export differ from its run."""
     from nanobit.export import verify
@@ -240,11 +250,13 @@ def bad_verdict():
     verify.hf = lambda *args: dict(good=False)
 
 
+@injected
 def not_installed(*names):
     """Let these modules be missing."""
     sys.modules |= dict.fromkeys(names)
 
 
+@injected
 def spy_on_prompts(name):
     """Print the token with which each prompt that a module of nanobit encodes begins."""
     module = importlib.import_module(f"nanobit.{name}")
@@ -424,7 +436,6 @@ def signal_at_update(number, signum, rank=None, restarts=None):
 @injected
 def signal_in(module, function, number, signum):
     """Send the process a signal in the call with this number of a function of nanobit."""
-    import importlib
 
     def action(n):
         if n == number:
@@ -503,6 +514,21 @@ def endless_save():
     from nanobit import saving
 
     saving.save = lambda *args: time.sleep(100)
+
+
+# terminals
+
+
+@injected
+def in_terminal(name, streams=(0, 1, 2)):
+    """Give the process its own session in the terminal with this name, and connect these streams to it."""
+    os.setsid()
+    handle = os.open(name, os.O_RDWR)  # the first one that a session opens becomes its terminal
+    for number in streams:
+        os.dup2(handle, number)
+    sys.stdin = open(0, closefd=False)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
 
 
 # imports
