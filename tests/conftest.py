@@ -15,6 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 # the suite's models are so small that a second thread only waits, and the children want the other core
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of compilers imports torch for some seconds
 if hasattr(signal, "SIGHUP"):  # nohup ignores it, and the children would inherit that
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -30,12 +31,13 @@ SCALARS, EVENTS = "metrics/scalars.jsonl", "metrics/events.jsonl"
 CHARS = "\nabcdefghijklmnopqrstuvwxyz "
 TINY = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=48, seq_len=16, batch_size=4, warmup_steps=3)
 RUN = TINY | dict(
+    n_layer=1,  # the loop does not depend on the number of layers, its time does
     max_steps=24,
     log_every=1,
     eval_every=6,
     eval_tokens=64,
     sample_every=12,
-    sample_tokens=4,
+    sample_tokens=2,
     save_every=5,
     compile=False,
     device="cpu",
@@ -66,7 +68,7 @@ def data_dir(tmp_path):
 
 def settings(**changes):
     """Return the checked cfg of a tiny run."""
-    values = dict(vocab_size=len(CHARS), dataset="tiny") | RUN | changes
+    values = dict(vocab_size=len(CHARS), dataset="tiny") | RUN | TINY | changes
     return config.load([f"--{key}={value}" for key, value in values.items()])
 
 
@@ -86,22 +88,32 @@ def start(script, *args, cwd=ROOT, patch=""):
 
 
 def run(script, *args, code=0, cwd=ROOT, patch=""):
-    """Return (stdout, stderr) of a script that ends with this exit code, within two minutes."""
+    """Return (stdout, stderr) of a script that ends with this exit code, within five minutes."""
     if script.startswith("prepare/"):  # they do not import torch, and their pools end with an interpreter
         child = start(script, *args, cwd=cwd, patch=patch)
-        out, err = child.communicate(timeout=120)
+        out, err = child.communicate(timeout=300)
         ended = child.returncode
     else:
-        ended, out, err = Script(os.path.join(ROOT, script), args, cwd, patch).wait(120)
+        ended, out, err = Script(os.path.join(ROOT, script), args, cwd, patch).wait(300)
     assert ended == code, f"exit code {ended}, expected {code}\n{out[-2000:]}\n{err[-4000:]}"
     assert "Traceback" not in err or code < 0, err
     return out, err
 
 
+def run_flags(data_dir, out_dir, run_id, **changes):
+    """Return the flags of train.py for a tiny run."""
+    return flags(**dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes)
+
+
 def train(data_dir, out_dir, run_id, code=0, patch="", **changes):
     """Train a tiny run; return (stdout, stderr)."""
-    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes
-    return run("train.py", *flags(**values), code=code, patch=patch)
+    return run("train.py", *run_flags(data_dir, out_dir, run_id, **changes), code=code, patch=patch)
+
+
+def start_train(data_dir, out_dir, run_id, patch="", **changes):
+    """Start a tiny run as a process."""
+    args = run_flags(data_dir, out_dir, run_id, **changes)
+    return Script(os.path.join(ROOT, "train.py"), args, ROOT, patch)
 
 
 def start_ranks(n, patch="", **values):
@@ -111,6 +123,11 @@ def start_ranks(n, patch="", **values):
     env = dict(TORCHELASTIC_RUN_ID="x", WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     each = [env | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(n)]
     return [Script(os.path.join(ROOT, "train.py"), flags(**values), ROOT, patch, **env) for env in each]
+
+
+def result_of(out):
+    """Return the result of a run, the last line that it prints."""
+    return json.loads(out.strip().split("\n")[-1])
 
 
 def lines(run_dir, name):
@@ -138,8 +155,7 @@ def out_dir(tmp_path):
 
 def kill_at(data_dir, out_dir, step, how=signal.SIGKILL, run_id="broken", **changes):
     """Train until the log has this step, then send the signal; return the exit code and stderr."""
-    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes
-    child = Script(os.path.join(ROOT, "train.py"), flags(**values), ROOT, faults.slow_updates(0.05))
+    child = start_train(data_dir, out_dir, run_id, faults.slow_updates(0.05), **changes)
     path, deadline = os.path.join(out_dir, run_id, SCALARS), time.time() + 100
     while not (os.path.exists(path) and f'"step": {step}, "epoch"' in open(path, encoding="utf-8").read()):
         assert not child.ended() and time.time() < deadline, child.wait(0)

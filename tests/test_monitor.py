@@ -28,7 +28,7 @@ def real(tmp_path_factory):
     and its float twin `f`."""
     folder = tmp_path_factory.mktemp("real")
     data_dir = write_data(folder / "data")
-    train(data_dir, f"{folder}/runs", "r", n_embd=72, learning_rate=0.02)
+    train(data_dir, f"{folder}/runs", "r", n_layer=2, n_embd=72, learning_rate=0.02)
     write_run(folder / "runs" / "f", losses=noisy(0.01, n=24), evals=[(0, 2.5)], run_id="f", ternary=False)
     part = checkpoint.load(step_dir(f"{folder}/runs/r", 5))
     part["config"]["ternary"] = False

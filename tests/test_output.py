@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 
+import faults
 import pytest
-from conftest import EVENTS, ROOT, RUN, final, flags, lines, train, write_data
-from fork import Script
+from conftest import EVENTS, ROOT, final, lines, run_flags, start_train, train, write_data
 from test_recovery import assert_same_run
 
 from nanobit import terminal
@@ -18,15 +18,6 @@ from nanobit.run_dir import steps
 
 pty = pytest.importorskip("pty")
 
-# the script's own session, in whose terminal it runs, as in a window
-IN_TERMINAL = """
-import os
-os.setsid()
-handle = os.open({name!r}, os.O_RDWR)  # the first one that a session opens becomes its terminal
-for number in (0, 1, 2): os.dup2(handle, number)
-sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
-sys.stderr = open(2, "w", buffering=1, closefd=False)
-"""
 # wait in the middle of a function, when it is called for the nth time, until the terminal is gone
 WAIT_IN = """
 import {module}, time
@@ -45,10 +36,9 @@ def close_terminal(tmp_path, data_dir, out_dir, module, function, nth, patch="")
     """Train in a terminal that closes during the nth call of module.function; return the exit code."""
     master, slave = pty.openpty()
     mark = str(tmp_path / "mark")
-    patch += IN_TERMINAL.format(name=os.ttyname(slave))
+    patch += faults.in_terminal(os.ttyname(slave))
     patch += WAIT_IN.format(module=module, function=function, nth=nth, mark=mark)
-    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id="closed") | RUN
-    child = Script(os.path.join(ROOT, "train.py"), flags(**values), ROOT, patch)
+    child = start_train(data_dir, out_dir, "closed", patch)
     os.set_blocking(master, False)
     deadline = time.monotonic() + 60
     while not os.path.exists(mark) and time.monotonic() < deadline:
@@ -131,8 +121,8 @@ def test_output_that_cannot_be_written_is_lost_alone(data_dir, out_dir, code):
 
 def test_a_closed_stdout_and_stderr_are_no_error(data_dir, out_dir):
     """A run started with closed descriptors (`>&- 2>&-`, some daemons) ends complete."""
-    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id="r") | RUN
-    script = [sys.executable, os.path.join(ROOT, "train.py"), *flags(**values | dict(max_steps=2))]
+    flags = run_flags(data_dir, out_dir, "r", max_steps=2)
+    script = [sys.executable, os.path.join(ROOT, "train.py"), *flags]
     command = shlex.join(script) + " >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], timeout=120).returncode == 0
     assert lines(f"{out_dir}/r", EVENTS)[-1]["event"] == "finish"

@@ -9,6 +9,7 @@ import shlex
 import pytest
 import torch
 from conftest import ROOT, run
+from documents import prepare, run_here
 from parts import llama_folder
 
 DOCS = [
@@ -141,6 +142,11 @@ class Session:
         args = [re.sub(r"=(\w+\.png)", rf"={out}/\1", arg) for arg in args]
         args = [re.sub(r"^--(out|ckpt|init_from)=(?!/)", rf"--\1={out}/", arg) for arg in args]
         args = [arg.replace("--tokenizer=llama", f"--tokenizer={out}/llama") for arg in args]
+        if script.startswith("prepare/"):
+            return prepare(*args, *more, script=script[len("prepare/") : -len(".py")])[0]
+        if script == "monitor.py" or "--verify" in args:  # what they import takes longer than what they do
+            with torch._dynamo.config.patch(disable=True):  # parts of transformers' code are compiled
+                return run_here(script, *args, *more)[0]
         return run(script, *args, *more)[0]
 
 
@@ -174,7 +180,7 @@ def test_the_page_on_exports(session, tmp_path, monkeypatch, capsys):
     outputs = []
     for language, block in re.findall(r"```(bash|python)\n(.*?)```", text_of("docs/export.md"), re.S):
         if language == "python":
-            with torch._dynamo.config.patch(disable=True):  # parts of transformers' code are compiled
+            with torch._dynamo.config.patch(disable=True):
                 exec(block, {})
             outputs.append(capsys.readouterr().out.strip())
             continue

@@ -10,15 +10,16 @@ import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
+import faults
 import parts
 import pytest
 import torch
 from conftest import CHARS, ROOT, run, settings, token_files
+from fork import Script
 
 from model import Transformer
 from nanobit import checkpoint, data, saving
@@ -29,14 +30,15 @@ from nanobit.tokenizer import TextStream, make_tokenizer
 
 
 @torch.no_grad()
-def cache_divergence(model, prompts, new_tokens):
+def cache_divergence(model, prompts, new_tokens, batch_size=20):
     """Compare greedy continuations of prompts (N, T) with a KV cache and without, where each token costs a
-    forward of the whole text. As long as the two texts of a prompt are the same their logits are compared;
-    when they part, the gap between the two tokens in the uncached logits is kept. Returns a dict: texts,
-    positions compared, spread (std of the logits), median_diff and max_diff (largest difference of any logit
-    of a position), differ (texts that part), gaps (one for each of those)."""
+    forward of the whole text, for batch_size texts together. As long as the two texts of a prompt are the
+    same their logits are compared; when they part, the gap between the two tokens in the uncached logits is
+    kept. Returns a dict: texts, positions compared, spread (std of the logits), median_diff and max_diff
+    (largest difference of any logit of a position), differ (texts that part), gaps (one for each of
+    those)."""
     diffs, gaps = [], []
-    for plain in prompts.split(20):
+    for plain in prompts.split(batch_size):
         cache, fresh = KVCache(prompts.shape[1] + new_tokens), plain
         same = torch.ones(len(plain), dtype=torch.bool)
         for _ in range(new_tokens):
@@ -86,7 +88,7 @@ def test_cached_text_is_the_uncached_one(ternary, bound):
     and the step is then 1/127 of the token's largest: rare, but thousands of times larger (DESIGN,
     section 5).
     """
-    found = cache_divergence(trained(ternary), chain(456, 8)[256:], 24)
+    found = cache_divergence(trained(ternary), chain(456, 8)[256:], 24, batch_size=200)
     assert found["texts"] == 200
     assert found["spread"] > 1
     assert found["max_diff"] <= bound
@@ -314,14 +316,9 @@ class Terminal:
     """Run sample.py on a terminal."""
 
     def __init__(self, *args, patch=""):
-        code = f"import sys, runpy; sys.argv = {['sample.py', *args]!r}\n"
-        code += f"sys.path[:0] = [{ROOT!r}]\n{patch}\n"
-        code += "runpy.run_path('sample.py', run_name='__main__')"
-        self.leader, follower = pty.openpty()
-        env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
-        pipes = dict(stdin=follower, stdout=follower, stderr=follower)
-        self.child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, **pipes)
-        os.close(follower)
+        self.leader, self.follower = pty.openpty()
+        patch = faults.in_terminal(os.ttyname(self.follower)) + patch
+        self.child = Script(os.path.join(ROOT, "sample.py"), args, ROOT, patch, TERM="dumb")
 
     def wait(self, text):
         """Return what is shown until this text is."""
@@ -339,10 +336,11 @@ class Terminal:
 
     def interrupt(self):
         time.sleep(0.5)  # Python's input() does not see a signal between its prompt and its first wait
-        self.child.send_signal(signal.SIGINT)
+        self.child.kill(signal.SIGINT)
 
     def ended(self):
         """Return the exit code, and what was shown last."""
+        os.close(self.follower)
         shown = b""
         while select.select([self.leader], [], [], 60)[0]:
             try:
@@ -350,7 +348,7 @@ class Terminal:
             except OSError:  # the other end is closed
                 break
         os.close(self.leader)
-        return self.child.wait(timeout=30), shown.decode()
+        return self.child.wait(30)[0], shown.decode()
 
 
 def test_chat_on_a_terminal(tmp_path):

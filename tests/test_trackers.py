@@ -107,7 +107,7 @@ def test_a_run_is_mirrored_and_a_broken_tracker_does_not_stop_it(data_dir, out_d
     first, *sent = lines(run_dir, "sent.jsonl")
     assert first["init"]["project"] == "p"
     assert first["init"]["name"] == "r"
-    assert first["init"]["config"]["n_layer"] == 2
+    assert first["init"]["config"]["n_layer"] == 1
     assert "origin" not in first["init"]["config"]
     assert sent[:2] == [{"define": "step", "by": None}, {"define": "*", "by": "step"}]
     assert sent[-1] == {"finished": True}

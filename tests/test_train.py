@@ -9,24 +9,30 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import termios
+import time
 
 import faults
 import pytest
 import torch
-from conftest import EVENTS, ROOT, RUN, SCALARS, final, flags, lines, rows, run, train, write_data
+from conftest import (
+    EVENTS,
+    SCALARS,
+    final,
+    lines,
+    result_of,
+    rows,
+    run,
+    run_flags,
+    start_train,
+    train,
+    write_data,
+)
 
 from nanobit import checkpoint
 from nanobit.run_dir import step_dir
 
 HALF = dict(ternary=False, dtype="float16", sample_every=0, eval_every=0)
-
-
-def result_of(out):
-    """Return the result of a run, the last line that it prints."""
-    return json.loads(out.strip().split("\n")[-1])
 
 
 def skips_of(run_dir):
@@ -212,8 +218,7 @@ BAD = [
 def test_bad_input_ends_with_one_line_and_no_traceback(data_dir, out_dir, tmp_path, changes, says):
     """What the user can mend exits with 2 and one line."""
     (tmp_path / "file").write_text("")
-    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id="x") | RUN | changes
-    args = [flag.replace("{tmp}", str(tmp_path)) for flag in flags(**values)]
+    args = [flag.replace("{tmp}", str(tmp_path)) for flag in run_flags(data_dir, out_dir, "x", **changes)]
     _, err = run("train.py", *args, code=2)
     assert says in err
     assert err.count("error: ") == 1
@@ -249,9 +254,9 @@ def test_grad_clip_0_does_not_clip(data_dir, out_dir):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Return (folder, stdout, stderr) of a run of six steps."""
+    """Return (folder, stdout, stderr) of a run of six steps of two blocks."""
     folder = tmp_path_factory.mktemp("written")
-    out, err = train(write_data(folder / "data"), str(folder / "runs"), "r", max_steps=6)
+    out, err = train(write_data(folder / "data"), str(folder / "runs"), "r", max_steps=6, n_layer=2)
     return str(folder / "runs" / "r"), out, err
 
 
@@ -323,26 +328,28 @@ def test_samples_are_written_in_three_modes(written):
     assert set(samples[0]) == {"step", "mode", "prompt", "generated_text", "repetition"}
 
 
+def read_now(leader):
+    """Return what has arrived at a terminal."""
+    try:
+        return os.read(leader, 65536)
+    except BlockingIOError:
+        return b""
+
+
 def test_a_terminal_gets_a_bar(data_dir, out_dir):
     """A terminal of 60 columns shows a bar that fits, loss lines and a sample."""
-    values = dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id="r") | RUN | dict(max_steps=8)
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
-    child = subprocess.Popen(
-        [sys.executable, "train.py", *flags(**values)], cwd=ROOT, stdout=subprocess.PIPE, stderr=follower
-    )
-    os.close(follower)
+    patch = faults.in_terminal(os.ttyname(follower), (2,))
+    child = start_train(data_dir, out_dir, "r", patch, max_steps=8)
+    os.set_blocking(leader, False)
     shown = b""
-    while True:
-        try:
-            chunk = os.read(leader, 65536)
-        except OSError:  # the other end is closed
-            break
-        shown += chunk
-        if not chunk:
-            break
-    child.communicate()
-    assert child.returncode == 0
+    while not child.ended():
+        shown += read_now(leader)
+        time.sleep(0.01)
+    shown += read_now(leader)
+    os.close(follower)
+    assert child.wait(0)[0] == 0
     bars = re.findall(r"\r([^\r\n]*?8/8 100%[^\r\n]*)", shown.decode())
     assert bars, "the bar reaches the end"
     assert max(map(len, bars)) <= 60
