@@ -20,19 +20,23 @@ from torch.utils._triton import has_triton
 
 from nanobit.cli import LOCAL_RANK, WORLD, fail
 
-# dense bf16 matrix FLOP/s of a card, from its data sheet, by its whole name: any other card, a slice of one
-# or its laptop version has no MFU rather than a wrong one
-PEAK_FLOPS = {
-    r"NVIDIA B200": 2250e12,
-    r"NVIDIA H200": 989e12,
-    r"NVIDIA H100( 80GB HBM3| SXM5)?": 989e12,
-    r"NVIDIA H100 PCIe": 756e12,
-    r"(NVIDIA )?A100-(SXM4|PCIE|PCIe)-(40|80)GB": 312e12,
-    r"NVIDIA A100 80GB PCIe": 312e12,
-    r"NVIDIA L40S": 362e12,
-    r"NVIDIA GeForce RTX 4090": 165e12,
-    r"NVIDIA GeForce RTX 3090": 71e12,
+# dense matrix TFLOP/s of a card in 16-bit floats with fp32 sums, by NVIDIA's data sheets and white papers. A
+# card goes by its whole name: any other, a slice of one or its laptop version has no MFU rather than a wrong one
+# fmt: off
+GEFORCE_RTX = {
+    "3060": 25.5, "3060 Ti": 32.4, "3070": 40.6, "3070 Ti": 43.5, "3080": 59.5, "3080 Ti": 68.2, "3090": 71,
+    "3090 Ti": 80, "4060": 30.2, "4060 Ti": 44.1, "4070": 58.3, "4070 SUPER": 71, "4070 Ti": 80.2,
+    "4070 Ti SUPER": 88.2, "4080": 97.5, "4080 SUPER": 104.5, "4090": 165, "5070": 61.7, "5070 Ti": 87.9,
+    "5080": 112.6, "5090": 209.5,
 }
+PEAK_TFLOPS = {
+    r"NVIDIA B200": 2250, r"NVIDIA H200": 989, r"NVIDIA H100( 80GB HBM3| SXM5)?": 989,
+    r"NVIDIA H100 PCIe": 756, r"(NVIDIA )?A100-(SXM4|PCIE|PCIe)-(40|80)GB|NVIDIA A100 80GB PCIe": 312,
+    r"NVIDIA A10": 125, r"NVIDIA L4": 121, r"NVIDIA L40S": 362, r"(NVIDIA )?RTX A6000": 154.8,
+    r"NVIDIA RTX 6000 Ada Generation": 364, r"Tesla T4": 65,
+    **{f"NVIDIA GeForce RTX {card}": peak for card, peak in GEFORCE_RTX.items()},
+}
+# fmt: on
 
 
 def pick(wanted):
@@ -177,10 +181,10 @@ def describe(device):
 
 def peak_flops(device, dtype):
     """Return the known peak FLOP/s of the device in this dtype, or None."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
+    if device.type != "cuda" or dtype == torch.float32:
         return None
     card = torch.cuda.get_device_name(device)
-    return next((peak for name, peak in PEAK_FLOPS.items() if re.fullmatch(name, card)), None)
+    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if re.fullmatch(name, card)), None)
 
 
 def synchronize(device):
