@@ -5,6 +5,7 @@ import torch
 HAS_VNNI = torch.cpu._is_vnni_supported()  # torch._int_mm then uses int8 units, for a single row too
 # whether oneDNN has int8 products for this CPU
 HAS_INT8 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability()[:3] == "AVX"
+HAS_CUDA_INT8 = True  # whether cuBLAS has int8 products for the card; machine.pick tries
 
 
 def exact_matmul(x_int, codes):
@@ -23,10 +24,20 @@ def exact_matmul(x_int, codes):
 def int_matmul_pays(device, rows, n_in, n_out):
     """Return whether the int8 product of these sizes is faster than the fp32 one."""
     if device.type == "cuda":  # cuBLAS: more than 16 rows, both widths multiples of 8
-        return rows > 16 and n_in % 8 == 0 and n_out % 8 == 0
+        return HAS_CUDA_INT8 and rows > 16 and n_in % 8 == 0 and n_out % 8 == 0
     # oneDNN reorders the weights first: 256 rows of 768 x 3072 earn that back, 1,024 of 256 x 256
     is_large = HAS_INT8 and rows >= 512 and rows * n_in * n_out >= 2**27
     return device.type == "cpu" and (HAS_VNNI or is_large)
+
+
+def multiplies_int8(device):
+    """Return whether torch._int_mm works on a CUDA device: cuBLAS refuses on those without tensor cores."""
+    codes = (torch.arange(32 * 32, device=device) % 3 - 1).view(32, 32).to(torch.int8)
+    try:
+        product = torch._int_mm(codes, codes.t())
+        return torch.equal(product.float(), codes.float() @ codes.float().t())
+    except RuntimeError:
+        return False
 
 
 @torch.library.custom_op("nanobit::int8_matmul", mutates_args=())

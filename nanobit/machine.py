@@ -18,10 +18,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from torch.utils._triton import has_triton
 
+from nanobit import kernels
 from nanobit.cli import LOCAL_RANK, WORLD, fail
 
-# dense matrix TFLOP/s of a card in 16-bit floats with fp32 sums, by NVIDIA's data sheets and white papers. A
-# card goes by its whole name: any other, a slice of one or its laptop version has no MFU rather than a wrong one
+# dense matrix TFLOP/s in 16-bit floats with fp32 sums, from NVIDIA's data sheets and white papers, by the
+# whole name of a card: any other, a slice of one or its laptop version has no MFU rather than a wrong one
 # fmt: off
 GEFORCE_RTX = {
     "3060": 25.5, "3060 Ti": 32.4, "3070": 40.6, "3070 Ti": 43.5, "3080": 59.5, "3080 Ti": 68.2, "3090": 71,
@@ -62,6 +63,9 @@ def pick(wanted):
         fail(f"device = 'cuda:{number}' does not exist: torch sees {n_cards} CUDA devices; use {remedy}")
     device = torch.device("cuda", number)  # some calls insist on the number
     torch.cuda.set_device(device)  # our own kernels and graphs go to the current one
+    kernels.HAS_CUDA_INT8 = kernels.multiplies_int8(device)  # here, since compiled code cannot try
+    if not kernels.HAS_CUDA_INT8:
+        print(f"{describe(device)} has no int8 products; ternary layers multiply in float32", file=sys.stderr)
     return device
 
 

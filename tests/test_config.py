@@ -397,12 +397,13 @@ def test_baseline_is_the_plan():
 
 def test_a_cuda_device_has_its_number(monkeypatch):
     """A CUDA device always has an index, and it is the current device."""
-    from nanobit import machine
+    from nanobit import kernels, machine
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(kernels, "multiplies_int8", lambda device: True)
     assert machine.pick("auto") == machine.pick("cuda") == torch.device("cuda", 0)
     assert machine.pick("cuda:1") == torch.device("cuda", 1) == current[-1]
     with pytest.raises(SystemExit):
