@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 
@@ -41,14 +42,17 @@ PEAK_TFLOPS = {
 
 
 def pick(wanted):
-    """Return the torch.device of a setting, current from now on: auto takes cuda, then mps, then cpu. Exits
-    with 2 if it does not exist."""
+    """Return the torch.device of a setting, current from now on: auto takes cuda, then mps, then cpu, and
+    prints a line if it leaves a card unused. Exits with 2 if a device does not exist or cannot be used."""
     has_mps = torch.backends.mps.is_available()
     if wanted == "mps" and not has_mps:
         fail(f"device = {wanted!r} does not exist: this torch has no MPS; use auto or cpu")
     if wanted == "auto":
         without_cuda = "mps" if has_mps else "cpu"
-        wanted = "cuda" if torch.cuda.is_available() else without_cuda
+        fault = card_fault(LOCAL_RANK)
+        if fault:
+            print(f"warning: computing on {without_cuda}: {fault}", file=sys.stderr)
+        wanted = "cuda" if torch.cuda.is_available() and not fault else without_cuda
     device = torch.device(wanted)
     if device.type != "cuda":
         return device
@@ -57,7 +61,9 @@ def pick(wanted):
         if device.index is not None:
             fail(f"device = {wanted!r}: under torchrun each process has its own card; use cuda or auto")
         number = LOCAL_RANK
-    n_cards = torch.cuda.device_count()
+    if fault := card_fault(number):
+        fail(f"device = {wanted!r} cannot be used: {fault}")
+    n_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if number >= n_cards:
         remedy = f"--nproc_per_node={n_cards}" if WORLD > 1 and n_cards else "auto or cpu"
         fail(f"device = 'cuda:{number}' does not exist: torch sees {n_cards} CUDA devices; use {remedy}")
@@ -67,6 +73,32 @@ def pick(wanted):
     if not kernels.HAS_CUDA_INT8:
         print(f"{describe(device)} has no int8 products; ternary layers multiply in float32", file=sys.stderr)
     return device
+
+
+def card_fault(number):
+    """Return why torch cannot use the CUDA card with this index, and the remedy; '' if it can, if there is
+    none, or if CUDA_VISIBLE_DEVICES hides it."""
+    build = f"torch {torch.__version__}"
+    other = "another build of torch: https://pytorch.org/get-started"
+    if torch.cuda.is_available():
+        known = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)]
+        if number >= torch.cuda.device_count():
+            return ""
+        major, minor = torch.cuda.get_device_capability(number)
+        if 10 * major + minor >= min(known, default=0):
+            return ""
+        card = torch.cuda.get_device_name(number)
+        return f"{build} has no code for {card}, compute capability {major}.{minor}; install {other}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not shutil.which("nvidia-smi"):
+        return ""
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace")
+    if listed.returncode:
+        return f"nvidia-smi fails: {' '.join(listed.stdout.split())[:200]}"
+    card = listed.stdout.partition("(")[0].strip()  # of GPU 0: NVIDIA GeForce RTX 3060 (UUID: ...)
+    if not torch.version.cuda:
+        return f"nvidia-smi lists {card}, but {build} is built without CUDA; install {other}"
+    needed = f"{build} needs a driver for CUDA {torch.version.cuda}"
+    return f"nvidia-smi lists {card}, but {needed}; update the driver, or install {other}"
 
 
 def pick_dtype(wanted, device):

@@ -403,6 +403,7 @@ def test_a_cuda_device_has_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 6))
     monkeypatch.setattr(kernels, "multiplies_int8", lambda device: True)
     assert machine.pick("auto") == machine.pick("cuda") == torch.device("cuda", 0)
     assert machine.pick("cuda:1") == torch.device("cuda", 1) == current[-1]

@@ -1,5 +1,7 @@
 """nanobit/machine.py on a CUDA card that is declared, with its name, its capability and its faults."""
 
+import os
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_120", "compute_120"])
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: capability >= (8, 0))
 
     return declare
@@ -73,3 +76,65 @@ def test_int8_products_are_tried(monkeypatch, product, works):
     """An int8 product that raises, or gives wrong sums, is not used."""
     monkeypatch.setattr(torch, "_int_mm", product)
     assert kernels.multiplies_int8(torch.device("cpu")) == works
+
+
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """Return a function that makes nvidia-smi print a text and end with an exit code."""
+
+    def declare(text, code=0):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
+        os.chmod(tmp_path / "nvidia-smi", 0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    return declare
+
+
+@pytest.mark.parametrize(
+    "text, code, cuda, says",
+    [
+        (
+            "GPU 0: NVIDIA RTX A6000 (UUID: x)",
+            0,
+            "13.0",
+            "A6000, but torch 2.99 needs a driver for CUDA 13.0",
+        ),
+        ("GPU 0: NVIDIA RTX A6000 (UUID: x)", 0, None, "A6000, but torch 2.99 is built without CUDA"),
+        ("NVIDIA-SMI has failed", 9, "13.0", "nvidia-smi fails: NVIDIA-SMI has failed"),
+    ],
+)
+def test_a_card_that_torch_does_not_see_is_reported(monkeypatch, nvidia_smi, capsys, text, code, cuda, says):
+    """A card that nvidia-smi knows and torch does not is one line with auto, and an error with cuda."""
+    nvidia_smi(text, code)
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # by the driver's own library
+    assert machine.pick("auto").type == "cpu"
+    assert machine.pick("cpu").type == "cpu"
+    err = capsys.readouterr().err
+    assert err.startswith("warning: computing on cpu: ")
+    assert says in err
+    assert err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        machine.pick("cuda")
+    assert says in (err := capsys.readouterr().err)
+    assert err.startswith("error: device = 'cuda' cannot be used: ")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.pick("auto").type == "cpu"
+    assert not capsys.readouterr().err, "the card is hidden on purpose"
+
+
+def test_a_card_without_code_in_torch_is_reported(card, capsys):
+    """A card older than all code in torch is not used; newer and AMD's cards are."""
+    card("NVIDIA GeForce GTX 1080", (6, 1))
+    assert machine.pick("auto").type == "cpu"
+    assert "no code for NVIDIA GeForce GTX 1080, compute capability 6.1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        machine.pick("cuda:0")
+    assert "error: device = 'cuda:0' cannot be used: torch" in capsys.readouterr().err
+    card("NVIDIA GeForce RTX 5090", (12, 0))
+    assert machine.pick("auto") == CUDA
+    card("AMD Radeon RX 7900", (11, 0))
+    torch.cuda.get_arch_list = lambda: ["gfx1100"]  # monkeypatch restores it
+    assert machine.pick("auto") == CUDA
