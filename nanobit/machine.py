@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 
 # deterministic cuBLAS needs this before the first CUDA call; it is not a setting
@@ -167,13 +168,19 @@ def make_deterministic():
 
 
 def no_compiler(device):
-    """Return why torch.compile cannot work on a device, or ''."""
+    """Return why torch.compile, or Triton alone, cannot work on a device, or ''."""
     if device.type == "mps":
         return "torch.compile does not cover MPS yet"
     if device.type == "cuda" and not has_triton():
         return "torch.compile needs Triton on CUDA, and a card that it knows"
-    if device.type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return "torch.compile needs a C compiler (cc) on CUDA, for Triton"
+    if device.type == "cuda":  # Triton compiles a small C file at its first use (triton/runtime/build.py)
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        if not any(map(shutil.which, compilers)):
+            return f"torch.compile needs a C compiler ({' or '.join(compilers)}) on CUDA, for Triton"
+        scheme = {"posix": "posix_prefix"}.get(os.name, os.name)  # that of Debian names another folder
+        header = os.path.join(sysconfig.get_path("include", scheme), "Python.h")
+        if not os.path.exists(header):
+            return f"torch.compile needs {header} on CUDA, for Triton; install python3-dev"
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         return "torch.compile needs a C++ compiler (g++) on CPU"
     return ""

@@ -1,6 +1,7 @@
 """nanobit/machine.py on a CUDA card that is declared, with its name, its capability and its faults."""
 
 import os
+import sysconfig
 
 import pytest
 import torch
@@ -138,3 +139,35 @@ def test_a_card_without_code_in_torch_is_reported(card, capsys):
     card("AMD Radeon RX 7900", (11, 0))
     torch.cuda.get_arch_list = lambda: ["gfx1100"]  # monkeypatch restores it
     assert machine.pick("auto") == CUDA
+
+
+@pytest.mark.parametrize(
+    "programs, cc, has_header, says",
+    [
+        (["gcc"], None, True, ""),
+        (["clang"], None, True, ""),
+        (["cc"], None, True, "needs a C compiler (gcc or clang)"),
+        (["gcc"], "icx", True, "needs a C compiler (icx)"),
+        (["icx"], "icx", True, ""),
+        (["gcc"], None, False, "/python9/Python.h on CUDA, for Triton; install python3-dev"),
+    ],
+)
+def test_triton_needs_a_compiler_and_the_header_of_python(
+    monkeypatch, tmp_path, programs, cc, has_header, says
+):
+    """What Triton needs on CUDA is looked for: a traceback at the first step would be the alternative."""
+    monkeypatch.setattr(machine, "has_triton", lambda: True)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: f"{tmp_path}/python9")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if cc:
+        monkeypatch.setenv("CC", cc)
+    for program in programs:
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        os.chmod(tmp_path / program, 0o755)
+    if has_header:
+        (tmp_path / "python9").mkdir()
+        (tmp_path / "python9" / "Python.h").touch()
+    reason = machine.no_compiler(CUDA)
+    assert says in reason
+    assert bool(says) == bool(reason)

@@ -16,9 +16,9 @@ import tempfile
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._triton import has_triton
 
 from model import Block
+from nanobit import machine
 from nanobit.experts import BitExperts, bit_layers
 from nanobit.generate import KVCache
 from nanobit.kernels import exact_matmul
@@ -119,7 +119,7 @@ class PackedLinear(nn.Module):
         self.in_c = Matrices(self)
         on_cpu = packed.device.type == "cpu"
         self.uses_c = on_cpu and library() is not None
-        self.uses_triton = packed.is_cuda and has_triton() and any(map(shutil.which, COMPILERS))
+        self.uses_triton = packed.is_cuda and not machine.no_compiler(packed.device)
         self.codes = unpack(packed) if on_cpu and not self.uses_c else None  # once, not for each token
 
     def _apply(self, *args, **kwargs):
