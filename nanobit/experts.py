@@ -101,7 +101,8 @@ def grouped_mm_pays(x, weight):
     """Return whether one product for all experts is correct and faster: in bfloat16 on Hopper. Other devices
     loop inside it, or give wrong gradients to experts without tokens (PyTorch issues 186620, 172439)."""
     is_eligible = x.is_cuda and output_dtype(x) == torch.bfloat16 and not any(n % 8 for n in weight.shape[1:])
-    return is_eligible and torch.cuda.get_device_capability(x.device)[0] == 9
+    # an MI300 of AMD reports 9.4
+    return is_eligible and torch.cuda.get_device_capability(x.device)[0] == 9 and not torch.version.hip
 
 
 def bit_layers(model):
