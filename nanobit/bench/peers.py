@@ -41,13 +41,14 @@ def memory_gb(cfg, ternary):
         machine.make_deterministic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         windows = timing.random_tokens(cfg, folder)
-        timing.ours(cfg, ternary, windows, device, machine.pick_dtype(cfg.dtype, device))
+        timing.ours(cfg, ternary, windows, device, machine.training_dtype(cfg, device))
     return machine.peak_memory_gb(device)
 
 
 def training(cfg, device, dtype):
     """Time training with nanoGPT, measure each twin's memory alone; return what the JSON line needs."""
     facts, step_ms, ratios = timing.training(cfg, device, dtype, peer=nanogpt)
+    torch.cuda.empty_cache()  # the children need what the three models held
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
         gb = {ternary: processes.submit(memory_gb, cfg, ternary).result() for ternary in (True, False)}
