@@ -97,7 +97,7 @@ def main(cfg):
         once = planner.assumed_seconds(cfg, counts, step_ms)
     else:
         device = machine.pick(cfg.device)
-        dtype = machine.pick_dtype(cfg.dtype, device)
+        dtype = machine.training_dtype(cfg, device)
         machine.explain_out_of_memory(cfg, device)
         if cfg.deterministic:
             machine.make_deterministic()

@@ -40,7 +40,7 @@ if not distributed.is_main:
     sys.stdout = open(os.devnull, "w")
 cli.need_packages(config.trackers(cfg), "track")
 device = machine.pick(cfg.device)
-dtype = machine.pick_dtype(cfg.dtype, device)
+dtype = machine.training_dtype(cfg, device)
 machine.explain_out_of_memory(cfg, device)
 distributed.start(device)
 if cfg.deterministic:

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
@@ -20,26 +19,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from torch.utils._triton import has_triton
 
-from nanobit import kernels
+from nanobit import cards, kernels
 from nanobit.cli import LOCAL_RANK, WORLD, fail
-
-# dense matrix TFLOP/s in 16-bit floats with fp32 sums, from NVIDIA's data sheets and white papers, by the
-# whole name of a card: any other, a slice of one or its laptop version has no MFU rather than a wrong one
-# fmt: off
-GEFORCE_RTX = {
-    "3060": 25.5, "3060 Ti": 32.4, "3070": 40.6, "3070 Ti": 43.5, "3080": 59.5, "3080 Ti": 68.2, "3090": 71,
-    "3090 Ti": 80, "4060": 30.2, "4060 Ti": 44.1, "4070": 58.3, "4070 SUPER": 71, "4070 Ti": 80.2,
-    "4070 Ti SUPER": 88.2, "4080": 97.5, "4080 SUPER": 104.5, "4090": 165, "5070": 61.7, "5070 Ti": 87.9,
-    "5080": 112.6, "5090": 209.5,
-}
-PEAK_TFLOPS = {
-    r"NVIDIA B200": 2250, r"NVIDIA H200": 989, r"NVIDIA H100( 80GB HBM3| SXM5)?": 989,
-    r"NVIDIA H100 PCIe": 756, r"(NVIDIA )?A100-(SXM4|PCIE|PCIe)-(40|80)GB|NVIDIA A100 80GB PCIe": 312,
-    r"NVIDIA A10": 125, r"NVIDIA L4": 121, r"NVIDIA L40S": 362, r"(NVIDIA )?RTX A6000": 154.8,
-    r"NVIDIA RTX 6000 Ada Generation": 364, r"Tesla T4": 65,
-    **{f"NVIDIA GeForce RTX {card}": peak for card, peak in GEFORCE_RTX.items()},
-}
-# fmt: on
 
 
 def pick(wanted):
@@ -50,7 +31,7 @@ def pick(wanted):
         fail(f"device = {wanted!r} does not exist: this torch has no MPS; use auto or cpu")
     if wanted == "auto":
         without_cuda = "mps" if has_mps else "cpu"
-        fault = card_fault(LOCAL_RANK)
+        fault = cards.fault(LOCAL_RANK)
         if fault:
             print(f"warning: computing on {without_cuda}: {fault}", file=sys.stderr)
         wanted = "cuda" if torch.cuda.is_available() and not fault else without_cuda
@@ -62,7 +43,7 @@ def pick(wanted):
         if device.index is not None:
             fail(f"device = {wanted!r}: under torchrun each process has its own card; use cuda or auto")
         number = LOCAL_RANK
-    if fault := card_fault(number):
+    if fault := cards.fault(number):
         fail(f"device = {wanted!r} cannot be used: {fault}")
     n_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if number >= n_cards:
@@ -76,32 +57,6 @@ def pick(wanted):
     return device
 
 
-def card_fault(number):
-    """Return why torch cannot use the CUDA card with this index, and the remedy; '' if it can, if there is
-    none, or if CUDA_VISIBLE_DEVICES hides it."""
-    build = f"torch {torch.__version__}"
-    other = "another build of torch: https://pytorch.org/get-started"
-    if torch.cuda.is_available():
-        known = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)]
-        if number >= torch.cuda.device_count():
-            return ""
-        major, minor = torch.cuda.get_device_capability(number)
-        if 10 * major + minor >= min(known, default=0):
-            return ""
-        card = torch.cuda.get_device_name(number)
-        return f"{build} has no code for {card}, compute capability {major}.{minor}; install {other}"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not shutil.which("nvidia-smi"):
-        return ""
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace")
-    if listed.returncode:
-        return f"nvidia-smi fails: {' '.join(listed.stdout.split())[:200]}"
-    card = listed.stdout.partition("(")[0].strip()  # of GPU 0: NVIDIA GeForce RTX 3060 (UUID: ...)
-    if not torch.version.cuda:
-        return f"nvidia-smi lists {card}, but {build} is built without CUDA; install {other}"
-    needed = f"{build} needs a driver for CUDA {torch.version.cuda}"
-    return f"nvidia-smi lists {card}, but {needed}; update the driver, or install {other}"
-
-
 def pick_dtype(wanted, device):
     """Return the torch dtype of matrix products. auto is bfloat16 if the device has units for it, else
     float32: a CPU without them emulates bfloat16 several times slower."""
@@ -109,12 +64,25 @@ def pick_dtype(wanted, device):
         return torch.bfloat16
     if wanted == "bfloat16":
         print(f"dtype: {describe(device)} has no bfloat16 units; computing in float32", file=sys.stderr)
-    if wanted == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 7:
+    if wanted == "auto" and is_float16_card(device):
         hint = "--dtype=float16 should be faster, for models without experts and without fsdp"
         print(f"dtype: {describe(device)} has no bfloat16 units, so float32; {hint}", file=sys.stderr)
     if wanted == "float16" and device.type == "mps":
         fail("dtype = 'float16' needs a gradient scaler, which is for cuda and cpu; use bfloat16 or float32")
     return torch.float16 if wanted == "float16" else torch.float32
+
+
+def training_dtype(cfg, device):
+    """Return the dtype of a run: as pick_dtype, but auto is float16 on a card with units for it alone. It
+    needs a gradient scaler, which works without experts and fsdp."""
+    if cfg.dtype == "auto" and is_float16_card(device) and not (cfg.n_expert or cfg.fsdp):
+        return torch.float16
+    return pick_dtype(cfg.dtype, device)
+
+
+def is_float16_card(device):
+    """Return whether a card has units for float16 and none for bfloat16: Volta and Turing."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 7
 
 
 def has_bf16(device):
@@ -143,7 +111,8 @@ def explain_out_of_memory(cfg, device):
     """From now on, print one line with the remedy if the device runs out of memory, wherever that happens."""
 
     def hook(kind, error, trace):
-        if not issubclass(kind, torch.OutOfMemoryError):
+        lacks_memory = re.search("out of memory|_ALLOC_FAILED|you tried to allocate", str(error))
+        if not (issubclass(kind, RuntimeError) and lacks_memory):  # of torch, Triton, cuBLAS, the CPU
             return sys.__excepthook__(kind, error, trace)
         divisors = [n for n in range(1, cfg.batch_size // 2 + 1) if cfg.batch_size % n == 0]
         remedy = "shorten seq_len or make the model smaller"
@@ -220,14 +189,6 @@ def describe(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def peak_flops(device, dtype):
-    """Return the known peak FLOP/s of the device in this dtype, or None."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return None
-    card = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if re.fullmatch(name, card)), None)
 
 
 def synchronize(device):
@@ -322,7 +283,7 @@ class Speedometer:
         if self.steps:
             step_ms = 1e3 * self.busy / self.steps
             tokens_per_sec = 1e3 * tokens_per_step / step_ms
-            peak = peak_flops(self.device, dtype)
+            peak = cards.peak_flops(self.device, dtype)
             if peak:
                 mfu = tokens_per_sec * flops_per_token / (peak * WORLD)
         self.reset()

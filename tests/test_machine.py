@@ -1,12 +1,16 @@
 """nanobit/machine.py on a CUDA card that is declared, with its name, its capability and its faults."""
 
 import os
+import sys
 import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanobit import kernels, machine
+from nanobit import cards, experts, kernels, machine
+from nanobit.bench import peers
 
 CUDA = torch.device("cuda", 0)
 
@@ -47,10 +51,10 @@ def card(monkeypatch):
 def test_the_peak_is_that_of_the_whole_name(card, name, tflops):
     """The peak of a card is known by its whole name, in 16-bit floats only."""
     card(name)
-    assert machine.peak_flops(CUDA, torch.bfloat16) == machine.peak_flops(CUDA, torch.float16)
-    assert machine.peak_flops(CUDA, torch.bfloat16) == (tflops and tflops * 1e12)
-    assert machine.peak_flops(CUDA, torch.float32) is None
-    assert machine.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+    assert cards.peak_flops(CUDA, torch.bfloat16) == cards.peak_flops(CUDA, torch.float16)
+    assert cards.peak_flops(CUDA, torch.bfloat16) == (tflops and tflops * 1e12)
+    assert cards.peak_flops(CUDA, torch.float32) is None
+    assert cards.peak_flops(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_a_card_without_int8_products_uses_floats(card, capsys):
@@ -171,3 +175,80 @@ def test_triton_needs_a_compiler_and_the_header_of_python(
     reason = machine.no_compiler(CUDA)
     assert says in reason
     assert bool(says) == bool(reason)
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+@pytest.mark.parametrize("changes", [dict(n_expert=4), dict(fsdp=True), dict(dtype="float32"), {}])
+def test_a_run_uses_the_float16_units_of_a_card(card, capsys, capability, changes):
+    """auto is float16 in training on Volta and Turing, except if its gradient scaler would not work."""
+    card("Tesla T4", capability)
+    cfg = SimpleNamespace(**dict(dtype="auto", n_expert=0, fsdp=False) | changes)
+    assert machine.training_dtype(cfg, CUDA) == (torch.float32 if changes else torch.float16)
+    assert ("--dtype=float16 should be faster" in capsys.readouterr().err) == (
+        "dtype" not in changes and bool(changes)
+    )
+    card()
+    assert (
+        machine.training_dtype(SimpleNamespace(dtype="auto", n_expert=0, fsdp=False), CUDA) == torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize(
+    "error, explained",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (KeyError("out of memory"), False),
+    ],
+)
+def test_every_lack_of_memory_is_explained(card, monkeypatch, capsys, error, explained):
+    """A lack of memory is one line with the remedy, whichever library raises it."""
+    card()
+    monkeypatch.setattr(sys, "excepthook", None)  # restored afterwards
+    cfg = SimpleNamespace(batch_size=8, total_batch_size=1024, dropout=0.0, n_expert=0)
+    machine.explain_out_of_memory(cfg, CUDA)
+    sys.excepthook(type(error), error, None)
+    err = capsys.readouterr().err
+    assert (
+        "\nerror: out of memory on NVIDIA GeForce RTX 3060 with batch_size = 8; halve it" in err
+    ) == explained
+    assert (type(error).__name__ in err) != explained
+
+
+def test_the_product_of_all_experts_is_for_hopper(card, monkeypatch):
+    """Cards of AMD report Hopper's capability, and do not have its product for all experts."""
+    with FakeTensorMode():
+        x = torch.empty(8, 64, device="cuda", dtype=torch.bfloat16)
+        weight = torch.empty(4, 64, 64, device="cuda")
+    for capability, hip, pays in [((9, 0), None, True), ((9, 4), "7.0", False), ((12, 0), None, False)]:
+        card("", capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert experts.grouped_mm_pays(x, weight) == pays
+
+
+def test_the_twins_are_measured_with_the_memory_of_the_others(monkeypatch):
+    """bench.py --compare gives the memory of its models back before a child measures each twin alone."""
+    calls = []
+
+    class Pool:
+        def __init__(self, *args, **options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, *args):
+            calls.append("a child")
+            return SimpleNamespace(result=lambda: 1.0)
+
+    monkeypatch.setattr(peers.timing, "training", lambda *args, **how: ({}, {"nanoGPT": 1.0}, {}))
+    monkeypatch.setattr(peers.concurrent.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    peers.training(SimpleNamespace(ternary=True), CUDA, torch.bfloat16)
+    assert calls == ["empty_cache", "a child", "a child"]

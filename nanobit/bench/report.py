@@ -154,7 +154,7 @@ def print_memory(cfg, counts, device):
     dtype_bytes = {"float32": 4}.get(cfg.dtype, 2)  # of a device that is not here
     gpu_memory_gb = cfg.gpu_memory_gb
     if device:
-        dtype_bytes = machine.pick_dtype(cfg.dtype, device).itemsize
+        dtype_bytes = machine.training_dtype(cfg, device).itemsize
     if not gpu_memory_gb and device and device.type == "cuda":
         gpu_memory_gb = torch.cuda.get_device_properties(device).total_memory / 1e9
     compiled = {True: "compiled", False: "without compile up to twice the activations"}[bool(cfg.compile)]

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from model import Transformer
-from nanobit import data, machine, optim, saving
+from nanobit import cards, data, machine, optim, saving
 from nanobit.bench import planner
 from nanobit.experts import router_loss
 from nanobit.generate import generate
@@ -178,7 +178,7 @@ def training(cfg, device, dtype, twin=True, peer=None):
     tokens_per_sec = 1e3 * cfg.total_batch_size / step_ms[first.name]
     flops = tokens_per_sec * first.model.flops_per_token()
     reached = matmul_flops(device, dtype)
-    peak = machine.peak_flops(device, dtype)
+    peak = cards.peak_flops(device, dtype)
     mfu = peak and flops / peak
     known = f"{mfu:.1%} of the known peak of {peak / 1e12:.0f}, " if peak else ""
     print(f"MFU: {known}{flops / reached:.1%} of the {reached / 1e12:.3g} TFLOP/s of a large product here")
