@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanobit.experts import Experts, bit_layers
-from quant import BitLinear
+from quant import BitLinear, output_dtype
 
 
 class Transformer(nn.Module):
@@ -138,6 +138,8 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self, k, v)
+        if self.n_head != self.n_kv_head and not has_flash_attention(q):  # the fallback stores T x T weights
+            k, v = (x.repeat_interleave(self.n_head // self.n_kv_head, 1) for x in (k, v))
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -145,9 +147,17 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None and T > 1,  # a single new token sees all that is stored
-            enable_gqa=self.n_head != self.n_kv_head,
+            enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def has_flash_attention(q):
+    """Return whether torch has flash attention for q, which takes groups of heads: on CUDA only in 16-bit
+    floats, on Ampere or newer."""
+    if not q.is_cuda:
+        return True
+    return output_dtype(q) != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 class FeedForward(nn.Module):

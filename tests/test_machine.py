@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import model
 from nanobit import cards, experts, kernels, machine
 from nanobit.bench import peers
 
@@ -252,3 +254,46 @@ def test_the_twins_are_measured_with_the_memory_of_the_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
     peers.training(SimpleNamespace(ternary=True), CUDA, torch.bfloat16)
     assert calls == ["empty_cache", "a child", "a child"]
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, has_flash",
+    [
+        ((8, 6), torch.bfloat16, True),
+        ((8, 6), torch.float32, False),
+        ((7, 5), torch.float16, False),
+        ((12, 0), torch.float16, True),
+    ],
+)
+def test_flash_attention_needs_16_bits_and_ampere(card, capability, dtype, has_flash):
+    """Groups of heads are left to torch only if its attention of them does not store T x T weights."""
+    card("", capability)
+    with FakeTensorMode():
+        q = torch.empty(3, 4, 16, 8, device="cuda")
+    with machine.autocast(CUDA, dtype):
+        assert model.has_flash_attention(q) == has_flash
+    assert model.has_flash_attention(q.to(dtype)) == has_flash
+
+
+def test_repeated_heads_are_groups_of_heads(monkeypatch):
+    """Attention with repeated keys and values has the logits and gradients of groups of heads."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    grouped = []
+
+    def spy(*args, enable_gqa, **options):
+        grouped.append(enable_gqa)
+        return attention(*args, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    results = []
+    for has_flash in (True, False):
+        monkeypatch.setattr(model, "has_flash_attention", lambda q, has_flash=has_flash: has_flash)
+        torch.manual_seed(0)
+        net = model.Transformer(settings(n_head=4, n_kv_head=2))
+        idx = torch.randint(28, (3, 16))
+        loss, _ = net(idx, idx)
+        loss.backward()
+        results.append([loss, *(p.grad for p in net.parameters())])
+    for left, right in zip(*results):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+    assert grouped == [True, True, False, False]
