@@ -29,7 +29,7 @@ or per-group scales. Never ternarize the weights of an export again: their scale
 import torch
 from torch import nn
 
-from nanobit.kernels import exact_matmul
+from nanobit.kernels import exact_matmul, fp32_matmul
 
 EPS = 1e-5  # the least mean|W| and max|x|: an all-zero matrix or token divides by this, not by zero
 
@@ -89,9 +89,10 @@ class TernaryLinear(torch.autograd.Function):
         dx = dw = None
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:  # codes are exact in bf16, codes / scale is not: divide in fp32
-                dx = ((dy @ codes.to(dy.dtype)).float() / scale).to(ctx.x_dtype)
+                product = fp32_matmul if dy.dtype == torch.float16 else torch.mm  # dy @ t overflows float16
+                dx = (product(dy, codes.to(dy.dtype)).float() / scale).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
-                dw = (dy.t() @ (x_int / x_scale).to(dy.dtype)).float()
+                dw = fp32_matmul(dy.t(), (x_int / x_scale).to(dy.dtype))
         return dx, dw, None
 
 

@@ -30,6 +30,13 @@ def int_matmul_pays(device, rows, n_in, n_out):
     return device.type == "cpu" and (HAS_VNNI or is_large)
 
 
+def fp32_matmul(a, b):
+    """Return a (N, in) @ b (in, out) of 16-bit floats as fp32; on CUDA its sums are never rounded to 16."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
 def multiplies_int8(device):
     """Return whether torch._int_mm works on a CUDA device: cuBLAS refuses on those without tensor cores."""
     codes = (torch.arange(32 * 32, device=device) % 3 - 1).view(32, 32).to(torch.int8)

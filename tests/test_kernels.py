@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import quant
 from nanobit import kernels
 from quant import BitLinear
 
@@ -82,3 +85,40 @@ def test_a_width_without_exact_sums_is_refused():
     """A width whose sums could exceed 2^24 is an error, not a rounded product."""
     with pytest.raises(AssertionError, match="not exact"):
         kernels.exact_matmul(torch.ones(1, 140_000), torch.ones(1, 140_000))
+
+
+class Calls(TorchDispatchMode):
+    """The operators that torch calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_on_cuda_are_fp32_products(dtype):
+    """On CUDA a product for gradients returns its fp32 sums, without a cast of the result."""
+    with FakeTensorMode():
+        a = torch.empty(8, 16, device="cuda", dtype=dtype)
+        with Calls() as calls:
+            assert kernels.fp32_matmul(a, a.t()).dtype == torch.float32
+    assert ("aten.mm.dtype" in calls.names) == (dtype != torch.float32)
+    assert "aten._to_copy.default" not in calls.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_in_float16_do_not_overflow(monkeypatch, dtype):
+    """dy @ t, which is much larger than dx, leaves the product as fp32, and so does dW."""
+    monkeypatch.setattr(quant, "fp32_matmul", lambda a, b: a.float() @ b.float())
+    layer = BitLinear(64, 512)
+    torch.nn.init.constant_(layer.weight, 1e-2)
+    x = torch.zeros(4, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+    y.backward(torch.full_like(y, 500))
+    assert x.grad.isfinite().all()
+    assert x.grad[0, 0].item() == pytest.approx(512 * 500 * 1e-2, rel=1e-2)
