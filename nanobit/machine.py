@@ -15,6 +15,8 @@ import time
 
 # deterministic cuBLAS needs this before the first CUDA call; it is not a setting
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# compiled CUDA code then divides as eager code does, so that scales and codes are the same; before inductor
+os.environ.setdefault("TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING", "1")
 
 import torch
 from torch.utils._triton import has_triton

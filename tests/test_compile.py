@@ -1,9 +1,11 @@
 """torch.compile that cannot work costs one line, and the run trains eagerly."""
 
 import os
+import subprocess
+import sys
 
 import pytest
-from conftest import train
+from conftest import ROOT, train
 
 BROKEN = """
 import os
@@ -28,3 +30,10 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, data_dir, out_dir, what):
     _, err = train(data_dir, out_dir, "r", patch=patch, **changes)
     assert err.count("compile: off, ") == 1
     assert "Traceback" not in err
+
+
+def test_compiled_code_for_cuda_divides_exactly():
+    """The compiler is asked for exact divisions on CUDA before it is imported, whatever else is."""
+    program = "import torch, model; from nanobit import machine; import torch._inductor.config as inductor; "
+    program += "assert inductor.eager_numerics.division_rounding"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
