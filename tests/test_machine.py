@@ -1,5 +1,6 @@
 """nanobit/machine.py on a CUDA card that is declared, with its name, its capability and its faults."""
 
+import contextlib
 import os
 import sys
 import sysconfig
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model
 from nanobit import cards, experts, kernels, machine
-from nanobit.bench import peers
+from nanobit.bench import peers, timing
 
 CUDA = torch.device("cuda", 0)
 
@@ -297,3 +298,24 @@ def test_repeated_heads_are_groups_of_heads(monkeypatch):
     for left, right in zip(*results):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
     assert grouped == [True, True, False, False]
+
+
+def test_launches_and_busy_time_are_reported(monkeypatch, capsys):
+    """bench.py counts what a step starts on a CUDA device, and how long it was busy, without annotations."""
+
+    def event(kind, us, is_user_annotation=False):
+        device_type = getattr(torch.autograd.DeviceType, kind)
+        time_range = SimpleNamespace(elapsed_us=lambda: us)
+        return SimpleNamespace(**locals())
+
+    step = [event("CPU", 900), event("CUDA", 6000), event("CUDA", 2000), event("CUDA", 8000, True)]
+    for events, says, facts in [
+        (step, "2 launches a step, device busy 80%", dict(launches=2, device_busy=0.8)),
+        ([], "launches: unknown", dict(launches=None, device_busy=None)),
+    ]:
+        result = contextlib.nullcontext(SimpleNamespace(events=lambda events=events: events))
+        monkeypatch.setattr(torch.profiler, "profile", lambda activities, result=result: result)
+        contestant = SimpleNamespace(device=CUDA, step=lambda: None)
+        assert timing.device_use(contestant, 10.0) == facts
+        assert says in capsys.readouterr().out
+    assert timing.device_use(SimpleNamespace(device=torch.device("cpu")), 10.0) == {}

@@ -131,6 +131,26 @@ def matmul_flops(device, dtype):
     return 2 * n**3 / median(seconds[3:])
 
 
+def device_use(contestant, step_ms):
+    """Print and return how often a step starts work on a CUDA device, and the share of its time in which the
+    device is busy; {} on other devices, None if the profiler of the driver is not permitted."""
+    if contestant.device.type != "cuda":
+        return {}
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+        contestant.step()
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    work_us = [event.time_range.elapsed_us() for event in on_device if not event.is_user_annotation]
+    if not work_us:
+        print("launches: unknown, the profiler saw none")
+        return dict(launches=None, device_busy=None)
+    busy = sum(work_us) / 1e3 / step_ms  # of a step without the profiler, which slows the host
+    print(
+        f"{len(work_us):,} launches a step, device busy {busy:.0%}: if below 90 %, a larger batch_size pays"
+    )
+    return dict(launches=len(work_us), device_busy=busy)
+
+
 def in_turn(everyone, rounds, what):
     """Yield (round, one of everyone), in alternating order, so that a drift in speed slows all of them."""
     for i in tqdm(range(rounds), desc=what, disable=not sys.stderr.isatty(), leave=False):
@@ -175,6 +195,7 @@ def training(cfg, device, dtype, twin=True, peer=None):
     parts_ms = {name: median(ms) for name, ms in first.parts_ms.items()}
     shares = ", ".join(f"{name} {ms / sum(parts_ms.values()):.1%}" for name, ms in parts_ms.items())
     print(f"time of a step: {shares}")
+    use = device_use(first, step_ms[first.name])
     tokens_per_sec = 1e3 * cfg.total_batch_size / step_ms[first.name]
     flops = tokens_per_sec * first.model.flops_per_token()
     reached = matmul_flops(device, dtype)
@@ -186,7 +207,9 @@ def training(cfg, device, dtype, twin=True, peer=None):
     print(f"peak memory {machine.gb(peak_memory_gb)} (CPU: of the process), planned {machine.gb(planned)}")
     facts = dict(step_ms=step_ms[first.name], float_step_ms=step_ms.get("float"), parts_ms=parts_ms)
     facts |= dict(tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_measured=flops / reached)
-    facts |= dict(peak_memory_gb=peak_memory_gb, compile_seconds=first.first_seconds, compile=is_compiled)
+    facts |= use | dict(
+        peak_memory_gb=peak_memory_gb, compile_seconds=first.first_seconds, compile=is_compiled
+    )
     return facts, step_ms, ratios
 
 
