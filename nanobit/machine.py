@@ -183,7 +183,9 @@ def compiled(model, wanted, device):
     if reason := no_compiler(device) or compile_fault(device):
         print(f"compile: off, {reason}", file=sys.stderr)
         return model, False
-    return torch.compile(model, dynamic=False), True
+    # fewer launches: small kernels that do not depend on each other become one
+    options = {"combo_kernels": True} if device.type == "cuda" else None
+    return torch.compile(model, dynamic=False, options=options), True
 
 
 def describe(device):
