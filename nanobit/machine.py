@@ -145,7 +145,9 @@ def no_compiler(device):
     if device.type == "cuda" and not has_triton():
         return "torch.compile needs Triton on CUDA, and a card that it knows"
     if device.type == "cuda":  # Triton compiles a small C file at its first use (triton/runtime/build.py)
-        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        compilers = ["gcc", "clang"]
+        if "CC" in os.environ:
+            compilers = [os.environ["CC"]]
         if not any(map(shutil.which, compilers)):
             return f"torch.compile needs a C compiler ({' or '.join(compilers)}) on CUDA, for Triton"
         scheme = {"posix": "posix_prefix"}.get(os.name, os.name)  # that of Debian names another folder
@@ -183,8 +185,7 @@ def compiled(model, wanted, device):
     if reason := no_compiler(device) or compile_fault(device):
         print(f"compile: off, {reason}", file=sys.stderr)
         return model, False
-    # fewer launches: small kernels that do not depend on each other become one
-    options = {"combo_kernels": True} if device.type == "cuda" else None
+    options = {"combo_kernels": device.type == "cuda"}  # joins small kernels, so that fewer are launched
     return torch.compile(model, dynamic=False, options=options), True
 
 
