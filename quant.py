@@ -41,15 +41,19 @@ class BitLinear(nn.Linear):
         if bias:
             raise ValueError("BitLinear has no bias: stock engines have no place for one")
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self.register_buffer("kept_codes", None, persistent=False)  # see keep_codes
+        self.register_buffer("kept_scale", None, persistent=False)
 
     def forward(self, x):
         """Return y (..., out) for x (..., in), in the dtype that nn.Linear would give."""
-        y = TernaryLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, output_dtype(x))
+        rows = x.reshape(-1, x.shape[-1])
+        y = TernaryLinear.apply(rows, self.weight, self.kept_codes, self.kept_scale, output_dtype(x))
         return y.view(*x.shape[:-1], -1)
 
 
 class TernaryLinear(torch.autograd.Function):
     """Compute y (N, out) in out_dtype from x (N, in) and W (out, in), and the straight-through gradients.
+    codes and scale are those of W, or None: then they are made here.
 
     Tutorials leave both to autograd, with `x + (rounded(x) - x).detach()`: its value is rounded(x), its
     gradient that of x. The result is the same, but the product is a float one and keeps float copies:
@@ -73,12 +77,13 @@ class TernaryLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, w, out_dtype):
+    def forward(ctx, x, w, codes, scale, out_dtype):
         with torch.autocast(x.device.type, enabled=False):  # it would round the exact product to bf16
-            codes, scale = ternarize(w)
+            if codes is None:
+                codes, scale = int8_codes(w)
             x_int, x_scale = quantize_activations(x)
             y = exact_matmul(x_int, codes) / (scale * x_scale)
-            ctx.save_for_backward(x_int.to(torch.int8), x_scale, codes.to(torch.int8), scale)
+            ctx.save_for_backward(x_int.to(torch.int8), x_scale, codes, scale)
         ctx.x_dtype = x.dtype
         # compiled by torch 2.11, a cast to the same dtype silently cuts the gradient off
         return y if out_dtype == torch.float32 else y.to(out_dtype)
@@ -93,7 +98,38 @@ class TernaryLinear(torch.autograd.Function):
                 dx = (product(dy, codes.to(dy.dtype)).float() / scale).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
                 dw = fp32_matmul(dy.t(), (x_int / x_scale).to(dy.dtype))
-        return dx, dw, None
+        return dx, dw, None, None, None
+
+
+def keep_codes(model, compiled=False):
+    """Make the codes (int8) and the scale of each ternary layer now, for all forwards until the next call.
+
+    Otherwise each forward makes them: in every micro-step of an update, in every batch of an evaluation. The
+    layers of FSDP do that still, since only there their matrices are whole. compiled: by torch.compile."""
+    make = torch.compile(int8_codes, dynamic=False) if compiled else int8_codes
+    for layer in model.modules():
+        if not hasattr(layer, "kept_codes") or hasattr(layer.weight, "placements"):
+            continue
+        codes, scale = make(layer.weight)
+        if layer.kept_codes is None:
+            layer.kept_codes, layer.kept_scale = codes, scale
+        else:  # in place: compiled code reads them there
+            layer.kept_codes.copy_(codes)
+            layer.kept_scale.copy_(scale)
+        layer.version = layer.weight._version  # torch counts the changes of a tensor
+
+
+def check_codes(model):
+    """Raise RuntimeError if the weight of a layer has changed since keep_codes."""
+    for name, layer in model.named_modules():
+        if getattr(layer, "kept_codes", None) is not None and layer.weight._version != layer.version:
+            raise RuntimeError(f"{name}: its weight has changed since keep_codes(model); call it again")
+
+
+def int8_codes(w):
+    """Return what ternarize does, the codes as int8."""
+    codes, scale = ternarize(w)
+    return codes.to(torch.int8), scale
 
 
 def ternarize(w):

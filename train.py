@@ -3,7 +3,6 @@ Train one model: the settings of a config file, the loop, and a run on disk that
 
     python train.py config/train_simple.py                          runs/train_simple/
     python train.py config/train_simple.py --ternary=False --run_id=float_twin
-    python train.py config/train_simple.py --max_steps=100 --run_id=smoke
     python train.py config/train_simple.py --resume=auto            continues from its newest checkpoint
     python train.py --resume=runs/train_simple                      continues with the settings of that run
     torchrun --nproc_per_node=8 train.py config/train_dense_300m.py the same run on eight devices
@@ -27,6 +26,7 @@ terminal.survive_lost_output()
 
 import torch  # after the settings, so that --help and wrong flags answer quickly
 
+import quant
 from model import Transformer
 from nanobit import data, distributed, generate, machine, metrics, optim, record, saving, schedule, start
 from nanobit.cli import fail
@@ -69,9 +69,9 @@ optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 state, saved_settings = start.load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler)
 step_model, is_compiled = machine.compiled(model, cfg.compile, device)
-if not cfg.fsdp:
-    with machine.autocast(device, dtype):
-        step_model = distributed.replicate(step_model, device, (cfg.batch_size, cfg.seq_len))
+quant.keep_codes(model, is_compiled)  # the forward is compiled with them
+with machine.autocast(device, dtype):
+    step_model = distributed.replicate(step_model, device, (cfg.batch_size, cfg.seq_len))
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=n_params)
 repeat_eval, repeat_samples = start.begin(cfg, run, origin, state, saved_settings, facts)
 if warning := train_data.repetition(cfg.max_steps * cfg.total_batch_size):
@@ -83,7 +83,6 @@ run.start_log(cfg, state.step)
 
 skips = optim.SkipCounter(state.skipped, device)
 speed = machine.Speedometer(device)
-before_eval = replace(state)  # saved instead of state: resuming repeats the evaluation of its step
 val_loss = None
 last_row = record.last(run.path, record.SCALARS, "loss")  # the last training line
 codes = metrics.codes(model) if cfg.ternary and state.step % cfg.log_every == 0 else None  # at that line
@@ -224,9 +223,10 @@ retry_save = False  # a scheduled save has failed
 reason = ending()
 model.train()
 while True:
+    quant.keep_codes(model, is_compiled)  # of the weights as they are until the next update
     lr, weight_decay = optim.set_rates(optimizers, cfg, state.step)
     state.counts = dict(record.counts)  # lines in each file of the record
-    before_eval = replace(state)
+    before_eval = replace(state)  # what is saved: resuming repeats the evaluation of its step
 
     # save first, so that an evaluation or sample that fails loses nothing
     save_due = schedule.due("save", cfg, state.step) or (retry_save and state.step % cfg.log_every == 0)
@@ -263,6 +263,7 @@ while True:
         if fault:
             save("no data")
             fail(f"{fault}; then: {run.resume_command()}", code=1)
+    quant.check_codes(model)
     batch = batch or train_data.micro_batch(state.step, 0, device)
     loss_sum = torch.zeros((), device=device)
     router_sum = torch.zeros((), device=device)
@@ -315,6 +316,5 @@ result = dict(
 )
 run.event("finish", step=state.step, why=reason, result=result)
 distributed.stop()
-minutes = result["seconds"] / 60
-summary = f"run {cfg.run_id} ended by {reason} at step {state.step:,} after {minutes:.1f} minutes"
-record.print_result(result, cfg.json, f"{summary}\nnext: python sample.py --ckpt={run.path} --prompt=...")
+end = f"run {cfg.run_id} ended by {reason} at step {state.step:,} after {speed.seconds() / 60:.1f} minutes"
+record.print_result(result, cfg.json, f"{end}\nnext: python sample.py --ckpt={run.path} --prompt=...")

@@ -153,9 +153,9 @@ def shard(model, device):
 
 
 def replicate(model, device, shape):
-    """Return the model with its gradients averaged over the ranks, each of which has it whole (DDP). shape:
-    that of its batches, (B, T)."""
-    if WORLD == 1:
+    """Return the model with its gradients averaged over the ranks, each of which has it whole (DDP), unless
+    it is sharded. shape: that of its batches, (B, T)."""
+    if WORLD == 1 or any(hasattr(p, "placements") for p in model.parameters()):
         return model
     ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():

@@ -92,9 +92,17 @@ class FloatExperts(nn.Module):
 class BitExperts(FloatExperts):
     """FloatExperts whose products are ternary, as BitLinear's; each matrix has its own scale."""
 
+    def __init__(self, n_expert, in_features, out_features):
+        super().__init__(n_expert, in_features, out_features)
+        self.register_buffer("kept_codes", None, persistent=False)  # (E, out, in): see quant.keep_codes
+        self.register_buffer("kept_scale", None, persistent=False)
+
     def forward(self, x, sizes):
-        parts = zip(x.split(sizes), self.weight.unbind())
-        return torch.cat([TernaryLinear.apply(rows, w, output_dtype(x)) for rows, w in parts])
+        codes = scales = [None] * len(sizes)
+        if self.kept_codes is not None:
+            codes, scales = self.kept_codes.unbind(), self.kept_scale.unbind()
+        parts = zip(x.split(sizes), self.weight.unbind(), codes, scales)
+        return torch.cat([TernaryLinear.apply(*part, output_dtype(x)) for part in parts])
 
 
 def grouped_mm_pays(x, weight):

@@ -6,13 +6,14 @@ import torch
 
 from nanobit import distributed
 from nanobit.experts import ROUTER, bit_layers
-from quant import ternarize
+from quant import check_codes, ternarize
 
 
 @torch.no_grad()
 def mean_loss(model, batches, stop=lambda: False):
     """Return the mean cross entropy in nats per token over batches of (inputs, targets), summed in float64.
     The ranks share the work, and each returns the same. Return None if stop() was true after a batch."""
+    check_codes(model)
     was_training = model.training
     model.eval()
     batches = iter(batches)

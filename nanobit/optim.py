@@ -125,6 +125,7 @@ def update(model, optimizers, scaler, grad_clip, loss_sum):
         optimizer.found_inf = skipped  # fused optimizers change nothing where it is 1
         optimizer.step()
         optimizer.zero_grad()
+    torch.autograd.graph.increment_version(list(model.parameters()))  # fused AdamW does not, see check_codes
     if scaler.is_enabled():
         # an overflow is how the scaler finds its scale; get_scale() would wait for the device
         skipped = skipped * (scaler.scale(torch.ones((), device=loss_sum.device)) < 1)

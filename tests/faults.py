@@ -469,6 +469,26 @@ def float32_muon():
     machine.matrix_dtype = lambda device: torch.float32
 
 
+@injected
+def change_weights_at(step):
+    """Double the weights of a model with kept codes before the update with this number, from 0."""
+    import torch
+
+    import quant
+    from nanobit import data
+
+    models = []
+    real = quant.keep_codes
+    quant.keep_codes = lambda model, *args: (models.append(model), real(model, *args))
+
+    def action(n):
+        if n == step + 1:
+            with torch.no_grad():
+                models[-1].blocks[0].attn.q_proj.weight.mul_(2)
+
+    before_call(data.Windows, "last_sample", action)
+
+
 # saving
 
 

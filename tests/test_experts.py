@@ -79,6 +79,16 @@ def test_the_grouped_product_is_the_loop(monkeypatch):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * a.abs().max().item())
 
 
+def test_kept_codes_of_experts_give_the_same_bits():
+    """Experts with kept codes compute what they compute without."""
+    layer, cfg = small_experts(ternary=True)
+    x = torch.randn(2, 8, cfg.n_embd)
+    y, _ = layer(x)
+    quant.keep_codes(layer)
+    assert layer.down_proj.kept_codes.dtype == torch.int8
+    assert torch.equal(layer(x)[0], y)
+
+
 @pytest.mark.parametrize("ternary", [True, False])
 def test_an_expert_without_tokens_has_zero_gradients(ternary):
     """An expert without tokens has a gradient, of zeros: without one, DDP would wait for ever."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import settings
 
+import quant
 from model import Transformer
 from nanobit import metrics
 from nanobit.experts import bit_layers
@@ -29,6 +30,14 @@ def set_weights(model, *values):
     """Fill the matrix of the queries with a repeated row of four numbers."""
     with torch.no_grad():
         model.blocks[0].attn.q_proj.weight.copy_(torch.tensor([values]).repeat(32, 8))
+
+
+def test_an_evaluation_refuses_stale_codes(model):
+    """Weights that changed after quant.keep_codes end an evaluation with an error."""
+    quant.keep_codes(model)
+    set_weights(model, 1.0, 0.0, -1.0, 2.0)
+    with pytest.raises(RuntimeError, match="keep_codes"):
+        mean_loss(model, [(IDX, IDX)])
 
 
 def test_health_begins_with_the_codes_of_gaussian_weights(model):

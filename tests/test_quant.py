@@ -52,6 +52,57 @@ def test_extreme_inputs_are_finite():
     assert torch.equal(bit(x), torch.zeros(3, 48))
 
 
+def stepped(model, x, keep):
+    """Return output and gradients of a model after a step of SGD, with kept codes or without."""
+    if keep:
+        quant.keep_codes(model)
+    for _ in range(2):
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.05 * p.grad
+        if keep:
+            quant.keep_codes(model)
+    return [y, *(p.grad for p in model.parameters())]
+
+
+def test_kept_codes_give_the_same_bits():
+    """With kept codes, renewed after a step, outputs and gradients are those of a layer without."""
+    x = torch.randn(9, 64)
+    alone, kept = [stepped(layer(), x, keep) for keep in (False, True)]
+    assert all(map(torch.equal, alone, kept))
+
+
+def test_kept_codes_are_not_saved():
+    """The state dict of a layer has its master weights only."""
+    bit = layer()
+    quant.keep_codes(bit)
+    assert list(bit.state_dict()) == ["weight"]
+
+
+def test_a_layer_alone_follows_its_weight():
+    """Without keep_codes, a forward is that of the weight as it is, however it was changed."""
+    bit, x = layer(), torch.randn(3, 64)
+    bit.weight.data.mul_(torch.linspace(0.1, 2, 64))
+    assert torch.equal(bit(x), reference(x, bit.weight))
+    quant.check_codes(bit)
+
+
+def test_weights_changed_behind_kept_codes_are_an_error():
+    """check_codes names the layer whose weight is not that of its codes any more."""
+    model = nn.Sequential(layer(), layer(48, 64))
+    quant.keep_codes(model)
+    quant.check_codes(model)
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="1: its weight has changed"):
+        quant.check_codes(model)
+    quant.keep_codes(model)
+    quant.check_codes(model)
+
+
 def test_scales_are_clamped():
     """max|x| and mean|W| below 1e-5 count as 1e-5."""
     assert quant.quantize_activations(torch.full((1, 4), 5e-6))[1].item() == pytest.approx(1.27e7)

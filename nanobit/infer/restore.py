@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+import quant
 from model import Transformer
 from nanobit.cli import fail
 from nanobit.infer.packed import PackedLinear, pack_layers
@@ -31,6 +32,7 @@ def restore(part, device, packed=False):
     model.eval()
     if packed:
         pack_layers(model)
+    quant.keep_codes(model)
     return model
 
 
