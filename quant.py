@@ -29,7 +29,7 @@ or per-group scales. Never ternarize the weights of an export again: their scale
 import torch
 from torch import nn
 
-from nanobit.kernels import exact_matmul, fp32_matmul
+from nanobit.kernels import fp32_matmul, scaled_matmul
 
 EPS = 1e-5  # the least mean|W| and max|x|: an all-zero matrix or token divides by this, not by zero
 
@@ -82,11 +82,10 @@ class TernaryLinear(torch.autograd.Function):
             if codes is None:
                 codes, scale = int8_codes(w)
             x_int, x_scale = quantize_activations(x)
-            y = exact_matmul(x_int, codes) / (scale * x_scale)
+            y = scaled_matmul(x_int, x_scale, codes, scale, out_dtype)  # (q @ t^T) / (s * a)
             ctx.save_for_backward(x_int.to(torch.int8), x_scale, codes, scale)
         ctx.x_dtype = x.dtype
-        # compiled by torch 2.11, a cast to the same dtype silently cuts the gradient off
-        return y if out_dtype == torch.float32 else y.to(out_dtype)
+        return y
 
     @staticmethod
     def backward(ctx, dy):

@@ -5,7 +5,20 @@ import torch
 HAS_VNNI = torch.cpu._is_vnni_supported()  # torch._int_mm then uses int8 units, for a single row too
 # whether oneDNN has int8 products for this CPU
 HAS_INT8 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability()[:3] == "AVX"
-HAS_CUDA_INT8 = True  # whether cuBLAS has int8 products for the card; machine.pick tries
+# of a CUDA card; machine.pick tries both
+HAS_CUDA_INT8 = True  # whether cuBLAS has int8 products for it
+fused = None  # kernels_cuda.scaled_int8_matmul if it works there
+FUSED_FROM = 8, 0  # the compute capability from which it is used; bench.py prints its time beside cuBLAS's
+
+
+def scaled_matmul(x_int, x_scale, codes, scale, dtype):
+    """Return (x_int @ codes^T) / (scale * x_scale) in dtype, (N, out), as exact_matmul computes it. codes are
+    int8, x_scale (N, 1)."""
+    if fused and x_int.is_cuda and len(x_int) > 16:
+        return fused(x_int.to(torch.int8), codes, x_scale, scale, dtype)
+    y = exact_matmul(x_int, codes) / (scale * x_scale)
+    # compiled by torch 2.11, a cast to the same dtype silently cuts the gradient off
+    return y if dtype == torch.float32 else y.to(dtype)
 
 
 def exact_matmul(x_int, codes):
@@ -45,6 +58,19 @@ def multiplies_int8(device):
         return torch.equal(product.float(), codes.float() @ codes.float().t())
     except RuntimeError:
         return False
+
+
+def working_fused(device):
+    """Return kernels_cuda.scaled_int8_matmul if it gives the right bits on a CUDA device, else None."""
+    from nanobit.kernels_cuda import scaled_int8_matmul  # here, since it needs Triton
+
+    q = (torch.arange(40 * 64, device=device) % 255 - 127).view(40, 64).to(torch.int8)
+    codes = (torch.arange(48 * 64, device=device) % 3 - 1).view(48, 64).to(torch.int8)
+    x_scale = torch.linspace(1, 9, 40, device=device)[:, None]
+    scale = torch.full((1, 1), 7.0, device=device)
+    y = scaled_int8_matmul(q, codes, x_scale, scale, torch.bfloat16)
+    expected = (q.float() @ codes.float().t() / (scale * x_scale)).bfloat16()
+    return scaled_int8_matmul if torch.equal(y, expected) else None
 
 
 @torch.library.custom_op("nanobit::int8_matmul", mutates_args=())

@@ -56,6 +56,8 @@ def pick(wanted):
     kernels.HAS_CUDA_INT8 = kernels.multiplies_int8(device)  # here, since compiled code cannot try
     if not kernels.HAS_CUDA_INT8:
         print(f"{describe(device)} has no int8 products; ternary layers multiply in float32", file=sys.stderr)
+    elif torch.cuda.get_device_capability(device) >= kernels.FUSED_FROM and not no_compiler(device):
+        kernels.fused = kernels.working_fused(device)
     return device
 
 

@@ -6,7 +6,7 @@ from conftest import TINY, final, rows, settings, train
 
 import model
 import quant
-from nanobit import experts, generate, machine
+from nanobit import experts, generate, kernels, machine
 from nanobit.infer import packed
 
 pytestmark = [
@@ -74,6 +74,21 @@ def test_the_triton_kernel_is_its_twin_in_torch(shape):
         with torch.no_grad():
             assert torch.equal(layer(x), bit(x))
             assert torch.equal(layer(x.repeat(2, 1))[:1], bit(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8192, 768, 3072), (4096, 3072, 768), (17, 768, 384), (130, 200, 136)])
+def test_the_fused_product_gives_the_bits_of_two_steps(monkeypatch, shape, dtype):
+    """The int8 product with its scales in the epilogue equals the product that is divided afterwards."""
+    machine.pick("cuda")
+    if not kernels.fused:
+        pytest.skip("needs an Ampere card and Triton's compiler")
+    N, n_in, n_out = shape
+    x_int, x_scale = quant.quantize_activations(3 * torch.randn(N, n_in, device="cuda"))
+    codes, scale = quant.int8_codes(torch.randn(n_out, n_in, device="cuda"))
+    fused = kernels.scaled_matmul(x_int, x_scale, codes, scale, dtype)
+    monkeypatch.setattr(kernels, "fused", None)
+    assert torch.equal(fused, kernels.scaled_matmul(x_int, x_scale, codes, scale, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import sysconfig
 from types import SimpleNamespace
@@ -22,10 +23,12 @@ CUDA = torch.device("cuda", 0)
 def card(monkeypatch):
     """Return a function that declares a CUDA card, as torch describes it."""
 
-    monkeypatch.setattr(kernels, "HAS_CUDA_INT8", True)  # pick() sets it
+    monkeypatch.setattr(kernels, "HAS_CUDA_INT8", True)  # pick() sets both
+    monkeypatch.setattr(kernels, "fused", None)
 
     def declare(name="NVIDIA GeForce RTX 3060", capability=(8, 6), has_int8=True):
         monkeypatch.setattr(kernels, "multiplies_int8", lambda device: has_int8)
+        monkeypatch.setattr(kernels, "working_fused", lambda device: "the fused kernel")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -73,6 +76,30 @@ def test_a_card_without_int8_products_uses_floats(card, capsys):
 
 def refused(a, b):
     raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul")
+
+
+@pytest.mark.parametrize(
+    "capability, has_int8, has_compiler, is_fused",
+    [((8, 0), True, True, True), ((7, 5), True, True, False), ((9, 0), False, True, False)]
+    + [((8, 6), True, False, False)],
+)
+def test_the_fused_product_is_for_ampere_and_newer(
+    card, monkeypatch, capability, has_int8, has_compiler, is_fused
+):
+    """Triton's int8 product is used on Ampere and newer, if Triton can compile and the card has int8."""
+    card(capability=capability, has_int8=has_int8)
+    monkeypatch.setattr(machine, "no_compiler", lambda device: {False: "no gcc", True: ""}[has_compiler])
+    machine.pick("cuda")
+    assert bool(kernels.fused) == is_fused
+
+
+def test_the_products_of_a_forward_are_timed_and_the_choice_stays(monkeypatch, capsys):
+    """bench.py prints the time of both int8 products, and leaves the one that was chosen."""
+    monkeypatch.setattr(kernels, "fused", "the fused kernel")  # which only CUDA tensors reach
+    timing.print_products(model.Transformer(settings(n_layer=1)), torch.device("cpu"), torch.float32, 4)
+    line = r"int8 products of a forward: [\d.]+ ms by Triton, [\d.]+ ms by cuBLAS"
+    assert re.search(line, capsys.readouterr().out)
+    assert kernels.fused == "the fused kernel"
 
 
 @pytest.mark.parametrize(

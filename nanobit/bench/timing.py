@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import quant
 from model import Transformer
-from nanobit import cards, data, machine, optim, saving
+from nanobit import cards, data, kernels, machine, optim, saving
 from nanobit.bench import planner
-from nanobit.experts import router_loss
+from nanobit.experts import bit_layers, router_loss
 from nanobit.generate import generate
 from nanobit.infer.packed import pack_layers
 from nanobit.infer.restore import lighten_head
@@ -60,12 +61,13 @@ class Contestant:
     windows: data.Windows
     device: torch.device
     dtype: torch.dtype
+    is_compiled: bool
     n_batches: int = 0
     ms: list = field(default_factory=list)  # of whole steps
     parts_ms: dict = field(default_factory=lambda: defaultdict(list))  # of steps timed part by part
 
     def __post_init__(self):
-        if self.cfg.compile:
+        if self.is_compiled:
             print(f"{self.name}: compiling, which takes a minute or so", file=sys.stderr, flush=True)
         for _ in range(self.cfg.warmup):
             self.step()
@@ -76,6 +78,7 @@ class Contestant:
     def step(self, by_parts=False):
         """Time one optimizer step of cfg.accumulation micro-steps, as a whole or part by part."""
         began = now(self.device)
+        quant.keep_codes(self.model, self.is_compiled)
         marks = [began]
         spent = Counter()
 
@@ -106,7 +109,7 @@ class Contestant:
 
 
 def ours(cfg, ternary, windows, device, dtype):
-    """Return (the Contestant of an experiment or of its twin, whether it is compiled)."""
+    """Return the Contestant of an experiment or of its twin."""
     model = build(cfg, ternary, device)
     compiled, is_compiled = machine.compiled(model, cfg.compile, device)
     optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
@@ -116,7 +119,7 @@ def ours(cfg, ternary, windows, device, dtype):
         return value + router_loss(cfg, router)
 
     name = "ternary" if ternary else "float"
-    return Contestant(cfg, name, model, loss, optimizers, windows, device, dtype), is_compiled
+    return Contestant(cfg, name, model, loss, optimizers, windows, device, dtype, is_compiled)
 
 
 def matmul_flops(device, dtype):
@@ -151,6 +154,26 @@ def device_use(contestant, step_ms):
     return dict(launches=len(work_us), device_busy=busy)
 
 
+def print_products(model, device, dtype, rows):
+    """Print the time of one forward's int8 products of so many rows, by Triton with the scales in its
+    epilogue (kernels.fused) and by cuBLAS, in turn."""
+    ms = Counter()
+    chosen = kernels.fused
+    for layer in bit_layers(model).values():
+        codes, scale = quant.int8_codes(layer.weight)
+        x = torch.randn(rows, layer.weight.shape[-1], device=device)
+        operands = (*quant.quantize_activations(x), codes, scale, dtype)
+        for name, kernels.fused in {"Triton": chosen, "cuBLAS": None}.items():
+            kernels.scaled_matmul(*operands)
+            began = now(device)
+            for _ in range(10):
+                kernels.scaled_matmul(*operands)
+            ms[name] += 100 * (now(device) - began)
+    kernels.fused = chosen
+    times = ", ".join(f"{value:.2f} ms by {name}" for name, value in ms.items())
+    print(f"int8 products of a forward: {times}; kernels.FUSED_FROM chooses")
+
+
 def in_turn(everyone, rounds, what):
     """Yield (round, one of everyone), in alternating order, so that a drift in speed slows all of them."""
     for i in tqdm(range(rounds), desc=what, disable=not sys.stderr.isatty(), leave=False):
@@ -170,11 +193,11 @@ def training(cfg, device, dtype, twin=True, peer=None):
     dtype) returns. Return (what the JSON line needs, {name: ms of a step}, {name: ratio to their steps})."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps what is open
         windows = random_tokens(cfg, folder)
-        first, is_compiled = ours(cfg, cfg.ternary, windows, device, dtype)
+        first = ours(cfg, cfg.ternary, windows, device, dtype)
         peak_memory_gb = machine.peak_memory_gb(device)  # before the others take their share
         everyone = [first]
         if twin:
-            everyone.append(ours(cfg, not cfg.ternary, windows, device, dtype)[0])
+            everyone.append(ours(cfg, not cfg.ternary, windows, device, dtype))
         if peer:
             everyone.append(peer(cfg, windows, device, dtype))
         for _, contestant in in_turn(everyone, cfg.pairs, "steps"):
@@ -196,6 +219,8 @@ def training(cfg, device, dtype, twin=True, peer=None):
     shares = ", ".join(f"{name} {ms / sum(parts_ms.values()):.1%}" for name, ms in parts_ms.items())
     print(f"time of a step: {shares}")
     use = device_use(first, step_ms[first.name])
+    if kernels.fused and cfg.ternary and not cfg.n_expert:
+        print_products(first.model, device, dtype, cfg.batch_size * cfg.seq_len)
     tokens_per_sec = 1e3 * cfg.total_batch_size / step_ms[first.name]
     flops = tokens_per_sec * first.model.flops_per_token()
     reached = matmul_flops(device, dtype)
@@ -208,7 +233,7 @@ def training(cfg, device, dtype, twin=True, peer=None):
     facts = dict(step_ms=step_ms[first.name], float_step_ms=step_ms.get("float"), parts_ms=parts_ms)
     facts |= dict(tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_measured=flops / reached)
     facts |= use | dict(
-        peak_memory_gb=peak_memory_gb, compile_seconds=first.first_seconds, compile=is_compiled
+        peak_memory_gb=peak_memory_gb, compile_seconds=first.first_seconds, compile=first.is_compiled
     )
     return facts, step_ms, ratios
 
