@@ -45,7 +45,7 @@ machine.explain_out_of_memory(cfg, device)
 distributed.start(device)
 if cfg.deterministic:
     machine.make_deterministic()
-meta = distributed.from_main(lambda: data.meta(cfg, verify=cfg.verify_data))
+meta = distributed.from_main(lambda: data.meta(cfg, verify=cfg.verify_data), on_each_machine=True)
 cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
 tokenizer_spec = spec_of(meta, os.path.join(cfg.data_dir, cfg.dataset))
 tokenizer = make_tokenizer(tokenizer_spec)
@@ -67,13 +67,13 @@ if cfg.fsdp:
 model.to(device)
 optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-state, saved_settings = start.load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler)
+state, former = start.load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler)
 step_model, is_compiled = machine.compiled(model, cfg.compile, device)
 quant.keep_codes(model, is_compiled)  # the forward is compiled with them
 with machine.autocast(device, dtype):
     step_model = distributed.replicate(step_model, device, (cfg.batch_size, cfg.seq_len))
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=n_params)
-repeat_eval, repeat_samples = start.begin(cfg, run, origin, state, saved_settings, facts)
+repeat_eval, repeat_samples = start.begin(cfg, run, origin, state, former, facts)
 if warning := train_data.repetition(cfg.max_steps * cfg.total_batch_size):
     print(f"warning: {warning}")
 distributed.listen()
@@ -129,7 +129,7 @@ def rescue():
 
 def evaluate():
     """Return the validation loss in nats per token, logged, or None if a signal came."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     batches = val_data.fixed(cfg.eval_tokens, cfg.batch_size, device)
     with machine.autocast(device, dtype):
         loss = metrics.mean_loss(model, batches, distributed.asked_to_stop)
@@ -137,7 +137,7 @@ def evaluate():
         return None
     perplexity = math.exp(min(loss, 700.0))  # e^700 is about the largest that a float holds
     run.write(record.SCALARS, step=state.step, val_loss=loss, val_perplexity=perplexity)
-    text = f"val_loss {loss:.4f}  perplexity {perplexity:.2f}  {time.perf_counter() - start:.1f} s"
+    text = f"val_loss {loss:.4f}  perplexity {perplexity:.4g}  {time.perf_counter() - began:.1f} s"
     run.log(f"eval {state.step}/{cfg.max_steps}  {text}")
     return loss
 

@@ -76,7 +76,7 @@ def shown(value):
 
 
 def contradiction(meta):
-    """Return where the fields of a meta.json, each of them right alone, disagree, or ''."""
+    """Return how the fields of a meta.json, each of them right alone, disagree, or ''."""
     spec = meta["tokenizer"]
     ids = meta["vocab_size"]
     for key in ("eot", "bos"):

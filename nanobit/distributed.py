@@ -15,7 +15,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from nanobit.cli import RANK, WORLD
+from nanobit.cli import LOCAL_RANK, RANK, WORLD
 
 is_main = RANK == 0
 control = None  # the group for flags and values, on which rank 0 may keep the others waiting
@@ -46,16 +46,18 @@ def share(value):
     return box[0]
 
 
-def from_main(make):
-    """Return on every rank what make() returns on rank 0. If it exits there, all exit with its code."""
-    value = code = None
-    if is_main:
+def from_main(make, on_each_machine=False):
+    """Return on every rank what make() returns on rank 0, after the first rank of each machine has called it
+    too, if wanted. If it exits on one of them, all exit with its code."""
+    value = None
+    code = 0
+    if is_main or (on_each_machine and LOCAL_RANK == 0):
         try:
             value = make()
         except SystemExit as end:
             code = end.code
-    value, code = share((value, code))
-    if code is not None:
+    value = share(value)
+    if code := int(largest(code)):
         raise SystemExit(code)
     return value
 

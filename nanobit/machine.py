@@ -166,7 +166,7 @@ def compile_fault(device):
     and fail, or the folder of compiled code may not be writable."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(16, device=device))
-    except Exception as error:  # of torch, the compiler or the file system: eager works all the same
+    except Exception as error:  # of torch, the compiler or the file system: eager code works
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"
     return ""

@@ -120,15 +120,17 @@ def update(model, optimizers, scaler, grad_clip, loss_sum):
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     norm = distributed.whole(norm)
-    skipped = (~(distributed.total(loss_sum) + norm).isfinite()).float()
+    has_loss = distributed.total(loss_sum).isfinite()
+    skipped = (~(has_loss & norm.isfinite())).float()
     for optimizer in optimizers:
-        optimizer.found_inf = skipped  # fused optimizers change nothing where it is 1
+        optimizer.found_inf = skipped  # fused optimizers change nothing if it is 1
         optimizer.step()
         optimizer.zero_grad()
     torch.autograd.graph.increment_version(list(model.parameters()))  # fused AdamW does not, see check_codes
     if scaler.is_enabled():
-        # an overflow is how the scaler finds its scale; get_scale() would wait for the device
-        skipped = skipped * (scaler.scale(torch.ones((), device=loss_sum.device)) < 1)
+        # gradients that overflow are how the scaler finds its scale; get_scale() would wait for the device
+        is_small = scaler.scale(torch.ones((), device=loss_sum.device)) < 1
+        skipped = skipped * (is_small | ~has_loss)
         scaler.update()
     return norm, skipped
 

@@ -56,7 +56,8 @@ def check_shapes(path, weights, needed, remedy="use another step folder, or the 
 
 def check_trainer(part):
     """Raise an error unless a trainer.pt holds what resume relies on."""
-    for key, kind in dict(step=int, data=dict, optimizer=list, best=dict, stale_evals=int).items():
+    types = dict(step=int, data=dict, optimizer=list, best=dict, stale_evals=int, scaler=dict, skipped=list)
+    for key, kind in types.items():
         if type(part[key]) is not kind:
             raise ValueError(f"{key} is {type(part[key]).__name__}, expected {kind.__name__}")
     for state in part["optimizer"]:

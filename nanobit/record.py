@@ -78,12 +78,17 @@ def event(run_dir, kind, **fields):
 
 
 def flush(run_dir):
-    """Write the record to the disk itself, so that a checkpoint that survives a power cut has its lines."""
+    """Write the record to the disk itself, so that a checkpoint that survives a power cut has its lines. A
+    file that cannot be flushed costs a warning, never a checkpoint."""
     for name in FILES:
         path = os.path.join(run_dir, name)
-        if os.path.exists(path):
-            with open(path, "ab") as file:  # Windows flushes only what it may write
-                os.fsync(file.fileno())
+        try:
+            if os.path.exists(path):
+                with open(path, "ab") as file:  # Windows flushes only what it may write
+                    os.fsync(file.fileno())
+        except OSError as error:
+            text = f"{path} cannot be flushed to the disk ({error.strerror})"
+            files.warn_once(f"flush {name}", f"{text}; a power cut may cost its last lines")
 
 
 def whole_lines(run_dir, name):

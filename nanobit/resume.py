@@ -136,7 +136,7 @@ def restore(cfg, origin, run, tokenizer, meta, model, optimizers, scaler):
         state.best = trainer["best"]
         state.stale_evals = trainer["stale_evals"]
     saved = SimpleNamespace(**part["config"])
-    reason = run.finished(cfg, step, saved.patience) if origin.is_own else ""
+    reason = distributed.share(origin.is_own and run.finished(cfg, step, saved.patience))
     if reason:
         raising = "raise or switch off patience" if reason == "patience" else "raise max_steps"
         print(f"run {cfg.run_id} is finished: step {step}, ended by {reason}")

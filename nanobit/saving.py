@@ -142,15 +142,19 @@ def prune(run_dir, keep_last, keep_steps):
         print(f"warning: older checkpoints were not pruned: {error.strerror}", file=sys.stderr)
 
 
-def clean(run_dir, after):
-    """Make room for a run that continues from step `after`, and print what is renamed.
-
-    Only the temporaries of killed processes are deleted. Checkpoints of later steps, which belong to another
-    course of the run, and step folders without a manifest are renamed. Other folders stay as they are."""
+def remove_partials(run_dir):
+    """Delete the temporaries of processes that were killed while they saved."""
     folder = os.path.join(run_dir, "checkpoints")
     for name in os.listdir(folder):
         if re.fullmatch(r"step_\d{6,}\.tmp-\d+", name):
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+def clean(run_dir, after):
+    """Make room for a run that continues from step `after`, and print what is renamed.
+
+    Checkpoints of later steps, which belong to another course of the run, and step folders without a manifest
+    are renamed. Nothing is deleted."""
     for step in step_folders(run_dir):
         if step > after or not has_manifest(run_dir, step):
             is_later = has_manifest(run_dir, step)

@@ -50,6 +50,8 @@ def prepare_folder(cfg, run, origin, state, facts):
     record. Return (whether the evaluation at this step was removed, whether the samples were, warnings)."""
     step = state.step
     is_continued = bool(origin.folder) and origin.is_own
+    with reading():
+        saving.remove_partials(run.path)  # before the check, which counts them
     saving.check_disk(cfg, run.path, facts["params"]["total"], cfg.max_steps - step)
     with reading():
         saving.clean(run.path, step if origin.is_own else -1)

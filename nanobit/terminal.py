@@ -59,7 +59,7 @@ def command_line(args):
 
 class Vital(Lossy):
     """A text stream that carries the result of its program, which ends with exit code 1 if that cannot be
-    written: without a word if the reader of a pipe has ended, else with an error line."""
+    written: silently if the reader of a pipe has ended, else with an error line."""
 
     errors = OSError
 

@@ -39,7 +39,7 @@ class CharTokenizer:
 
 def read_sentencepiece(content, path):
     """Return (model, marks) of a SentencePiece file's content: {"eot": id}, and "bos" if another token begins
-    a text. Exits with 2 if it is none, or has no eos."""
+    a text. Exits with 2 if it is not one, or has no eos."""
     model = library("sentencepiece").SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(content)
@@ -60,7 +60,7 @@ class SentencePieceTokenizer:
         self.encode = self.model.encode
         self.size = self.model.vocab_size()
         self.newline = self.model.encode("\n")
-        self.keeps_lines = self.model.decode(self.newline) == "\n"  # not where it normalises white space
+        self.keeps_lines = self.model.decode(self.newline) == "\n"  # false if it normalizes white space
 
     def encode_on(self, text):
         """Return the ids of text without the space that SentencePiece puts before a text."""

@@ -26,6 +26,7 @@ def write(run_dir, step=60, content=None, trainer=None, **changes):
     part["config"]["run_id"] = "r"
     part |= {key: part[key] | value if type(value) is dict else value for key, value in changes.items()}
     state = dict(format=checkpoint.FORMAT, step=step, data={}, optimizer=[], best={}, stale_evals=0)
+    state |= dict(scaler={}, skipped=[0, 0])
     folder = saving.save(run_dir, step, part, state | (trainer or {}))
     if content is not None:
         with open(os.path.join(folder, checkpoint.MODEL), "wb") as file:

@@ -100,7 +100,7 @@ def run(script, *args, code=0, cwd=ROOT, patch=""):
     return out, err
 
 
-def run_flags(data_dir, out_dir, run_id, **changes):
+def run_flags(data_dir, out_dir, run_id, /, **changes):
     """Return the flags of train.py for a tiny run."""
     return flags(**dict(data_dir=data_dir, out_dir=out_dir, dataset="tiny", run_id=run_id) | RUN | changes)
 

@@ -470,6 +470,16 @@ def float32_muon():
 
 
 @injected
+def second_machine(data_dir):
+    """Make rank 1 the first rank of another machine, with its own copy of the data."""
+    from nanobit import cli
+
+    if is_rank(1):
+        cli.LOCAL_RANK = 0
+        sys.argv.append(f"--data_dir={data_dir}")
+
+
+@injected
 def change_weights_at(step):
     """Double the weights of a model with kept codes before the update with this number, from 0."""
     import torch

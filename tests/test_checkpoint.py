@@ -4,11 +4,12 @@ import os
 
 import pytest
 from checkpoints import flip, no_room, refusal, save, write
+from conftest import settings
 from parts import part_of
 
-from nanobit import checkpoint, saving, weights
+from nanobit import checkpoint, saving, start, weights
 from nanobit.checkpoint import MODEL, TRAINER, step_dir
-from nanobit.run_dir import RunDir, steps
+from nanobit.run_dir import Origin, RunDir, steps
 
 
 def truncate(path):
@@ -177,7 +178,6 @@ def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(run_dir, monkeypatc
 def test_later_steps_are_renamed_not_lost(run_dir):
     """A run that continues from step 5 renames its step 10, from which it must not resume again."""
     save(run_dir, 5), save(run_dir, 10)
-    os.makedirs(step_dir(run_dir, 15) + ".tmp-1")
     saving.clean(run_dir, 5)
     assert steps(run_dir) == [5]
     assert checkpoint.fault(step_dir(run_dir, 10) + ".aside", MODEL) is None
@@ -192,9 +192,25 @@ def test_only_own_temporaries_are_deleted(run_dir, capsys):
     for name in ("mine", "step_000005.bak", "step_000003", "step_000007.tmp-12", "notes.tmp-1"):
         os.makedirs(os.path.join(folder, name))
         open(os.path.join(folder, name, "checkpoint.pt"), "w").close()
+    saving.remove_partials(run_dir)
     saving.clean(run_dir, 10)
     assert folders(run_dir) == ["mine", "notes.tmp-1", "step_000003.aside", "step_000005.bak"]
     assert "step_000003, which has no manifest.json, to step_000003.aside" in capsys.readouterr().out
+
+
+def test_partials_are_removed_before_the_disk_is_checked(run_dir, monkeypatch):
+    """What a killed save has left does not count against the space that a restart needs."""
+    partial = step_dir(run_dir, 5) + ".tmp-1"
+    os.makedirs(partial)
+
+    def check_disk(cfg, path, params, steps_left):
+        assert not os.path.exists(partial)
+        raise SystemExit(2)
+
+    monkeypatch.setattr(saving, "check_disk", check_disk)
+    facts = dict(params=dict(total=1))
+    with pytest.raises(SystemExit):
+        start.prepare_folder(settings(max_steps=9), RunDir(run_dir), Origin(), saving.State(), facts)
 
 
 # finding a checkpoint

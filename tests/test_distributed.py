@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -182,6 +183,19 @@ def test_a_fault_that_rank_0_finds_ends_all_in_silence(one, run_id, dataset, say
     assert first.count("error: ") == 1
     assert says in first
     assert second == ""
+
+
+def test_every_machine_checks_its_copy_of_the_data(one, tmp_path):
+    """The first rank of each machine reads the shards there: a damaged copy on the second one ends both."""
+    shutil.copytree(one[0], tmp_path / "copy")
+    shard = tmp_path / "copy" / "tiny" / "train_00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    patch = faults.second_machine(str(tmp_path / "copy"))
+    (_, first), (_, second) = on_ranks(one, "copies", code=2, patch=patch)
+    assert first == ""
+    assert "its sha256 is not the one in meta.json" in second
 
 
 def test_a_time_limit_on_one_rank_ends_both(one):

@@ -1,5 +1,7 @@
 """The optimizers: which parameters each one takes, that Muon is torch's, and one update with them."""
 
+import math
+
 import pytest
 import torch
 from conftest import settings
@@ -251,3 +253,15 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert "blocks.0.ffn.router.weight" in rest
     assert adamw.param_groups[0]["weight_decay"] == 0.0
     assert adamw.param_groups[0]["lr"] == group["lr"]
+
+
+def test_a_loss_that_is_not_finite_is_a_skip_in_float16_too():
+    """In float16 a gradient that overflows while the scale is large is usual and not counted; a loss that is
+    not finite never comes from the scale."""
+    model = torch.nn.Linear(2, 2)
+    optimizers = [torch.optim.AdamW(model.parameters(), fused=True)]
+    scaler = torch.amp.GradScaler("cpu")
+    for loss, gradient, counts in ((math.nan, 1.0, 1), (1.0, math.inf, 0), (1.0, 1.0, 0)):
+        scaler.scale(model(torch.ones(1, 2)).sum() * gradient).backward()
+        _, skipped = optim.update(model, optimizers, scaler, 1.0, torch.tensor(loss))
+        assert skipped == counts

@@ -33,6 +33,19 @@ def test_the_record_is_flushed(run_dir, monkeypatch):
     assert len(calls) == len(record.FILES)
 
 
+def test_a_file_that_cannot_be_flushed_costs_a_warning(run_dir, monkeypatch, capsys):
+    """A file system that refuses to flush a log costs one warning, and no checkpoint."""
+
+    def refuse(handle):
+        raise OSError(22, "Invalid argument")
+
+    record.append(run_dir, SCALARS, step=1, loss=0.5)
+    monkeypatch.setattr(record.files, "warned", set())
+    monkeypatch.setattr(os, "fsync", refuse)
+    record.flush(run_dir), record.flush(run_dir)
+    assert capsys.readouterr().err.count("cannot be flushed to the disk (Invalid argument)") == 1
+
+
 @pytest.mark.parametrize(
     "name, fields, stored",
     [

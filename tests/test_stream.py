@@ -346,10 +346,10 @@ def test_a_meta_json_without_a_source_is_reported(tmp_path, capsys, content):
     """A meta.json of something else is left in its place, and is one error line."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "meta.json").write_text(content)
-    for anew in (True, False):
+    for start_over in (True, False):
         with pytest.raises(SystemExit):
             stream.source_now(str(tmp_path / "text"), "options", ())
-            token_files.open_data_set(str(tmp_path), "text", "options", anew)
+            token_files.open_data_set(str(tmp_path), "text", "options", start_over)
         err = capsys.readouterr().err
         assert "holds another data set (its meta.json names no source)" in err
         assert err.count("\n") == 1

@@ -95,7 +95,7 @@ def encoded(gguf, w, kind, has_codes):
         if kind == "q2_0":
             gguf.constants.GGML_QUANT_SIZES[Q2_0] = (64, 18)
             return q2_0(codes.numpy(), 1 / scale.item()), Q2_0
-        w = codes / scale  # an all-zero block keeps its scale 0: its codes are 0 all the same
+        w = codes / scale  # an all-zero block keeps its scale 0: its codes are 0, too
     kind = gguf.GGMLQuantizationType[kind.upper()]
     return gguf.quants.quantize(np.ascontiguousarray(w.numpy(), np.float32), kind), kind
 

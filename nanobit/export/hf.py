@@ -35,7 +35,7 @@ FILES = """README.md config.json generation_config.json model.safetensors tokeni
 tokenizer.model tokenizer.tiktoken""".split()
 WITHIN = dict(n_expert=[0], vocab_size=range(1, 2**24 + 1), vocab_multiple=range(1, 2**24 + 1))  # of a reader
 PLAIN = dict(attention_bias=False, mlp_bias=False, rope_scaling=None, rope_type="default", hidden_act="silu")
-# paths and accounts, which are nobody's business
+# paths and accounts, which are private
 PRIVATE = "out_dir data_dir resume init_from prepare wandb_entity wandb_project wandb_name".split()
 
 

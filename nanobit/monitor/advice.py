@@ -122,7 +122,7 @@ def throughput(run):
     speeds = column(steady(run), "tokens_per_sec")
     if len(speeds) < 15 or statistics.median(speeds[-5:]) >= 0.8 * statistics.median(speeds):
         return None
-    recent = f"{statistics.median(speeds[-5:]):,.0f} tokens/s of late"
+    recent = f"{statistics.median(speeds[-5:]):,.0f} tokens/s in the last five lines"
     usual = f"the run's median is {statistics.median(speeds):,.0f}"
     return f"throughput: {recent}, {usual}; look for another process on the device, heat, a slow disk"
 

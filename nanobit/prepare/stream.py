@@ -58,7 +58,7 @@ def prepare(cfg, open_streams, options, paths=()):
     if is_complete(cfg, folder):
         return
     before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    token_files.open_data_set(cfg.data_dir, cfg.name, source, anew=False)
+    token_files.open_data_set(cfg.data_dir, cfg.name, source, start_over=False)
     try:
         lock = files.lock(os.path.join(folder, ".lock"))
     except BlockingIOError as error:

@@ -42,9 +42,10 @@ def write_characters(folder, texts, chars, source, task):
     write_meta(folder, **made, tokens=sizes, bytes=sizes, shards=shards, task=task)
 
 
-def open_data_set(data_dir, name, source, anew=True):
-    """Make the folder data_dir/name and return its path. anew: remove its meta.json, so that no training
-    starts on half a data set. Exits with 2 if it cannot be written, or holds tokens from another source."""
+def open_data_set(data_dir, name, source, start_over=True):
+    """Make the folder data_dir/name and return its path. start_over: remove its meta.json, so that no
+    training starts on half a data set. Exits with 2 if it cannot be written, or holds another source's
+    tokens."""
     folder = os.path.join(data_dir, name)
     path = os.path.join(folder, "meta.json")
     try:
@@ -53,7 +54,7 @@ def open_data_set(data_dir, name, source, anew=True):
             former = source_in(json.loads(pathlib.Path(path).read_bytes()))
             if former != source:
                 fail(f"{folder} holds another data set ({former}); choose another --name=, or delete it")
-            if anew:
+            if start_over:
                 os.remove(path)
     except (ValueError, RecursionError):
         os.remove(path)  # damaged: nothing to lose
