@@ -23,6 +23,7 @@ FLAGS = {
     "dataset": Flag("", "name of the data set in data_dir; '' = the one that the model was trained on"),
     "split": Flag("val", "val | train"),
     "dtype": Flag("float32", "auto | float32 | bfloat16 | float16: of the matrix products", config.DTYPES),
+    "head": Flag("float32", "float32 | bfloat16 | int8: the loss with it too", config.HEADS),
     "packed": Flag(True, "integer weights in ternary layers; False = float master weights, the same loss"),
     "eval_tokens": Flag(0, "tokens of the loss, spread over the split; 0 = all"),
     "batch_size": Flag(16, "sequences at a time", within="[1, inf)"),
@@ -32,6 +33,7 @@ FLAGS = {
 cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir", "verify_data", "device"))
 
 from nanobit import data, machine, record, weights
+from nanobit.infer.head import lighten_head
 from nanobit.infer.restore import restore
 from nanobit.metrics import mean_loss
 from nanobit.tasks import arithmetic, text, tictactoe
@@ -74,10 +76,25 @@ scores = {  # each returns (fields of the JSON line, lines of text)
     "lambada": lambda: text.lambada(model, tokenizer, bos_of(spec), examples, cfg.batch_size),
     "blimp": lambda: text.blimp(model, tokenizer, bos_of(spec), examples, cfg.batch_size),
 }
+
+
+def loss_on_windows():
+    """Return the mean loss of the model on the windows of the data set, in nats per token."""
+    batches = windows.fixed(cfg.eval_tokens, cfg.batch_size, device)
+    return mean_loss(model, text.progress("loss", batches, -(-n // cfg.batch_size)))
+
+
 with machine.autocast(device, dtype):
-    if not is_text:
-        batches = windows.fixed(cfg.eval_tokens, cfg.batch_size, device)
-        loss = mean_loss(model, text.progress("loss", batches, -(-n // cfg.batch_size)))
+    if is_text:
+        lighten_head(model, cfg.head)
+    else:
+        loss = loss_on_windows()
+        if cfg.head != "float32":
+            lighten_head(model, cfg.head)
+            result |= dict(head=cfg.head, exact_val_loss=loss)
+            print(f"loss {loss:.5f} with the exact head")
+            loss = loss_on_windows()
+            print(f"loss {loss:.5f} with the {cfg.head} head")
         result |= dict(tokens=n * windows.seq_len, val_loss=loss, perplexity=text.exp(loss))
         print(f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.3f}")
         if bits := data.bits_per_byte(meta, loss, cfg.split):

@@ -71,8 +71,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += T  # which every layer has stored
             x = x[:, -1:]
-        x = self.norm(x).to(self.head.weight.dtype)  # the head may be bfloat16: see infer/restore.py
-        logits = self.head(x)[..., : self.cfg.vocab_size].float()  # without the rows of padding
+        logits = self.head(self.norm(x))[..., : self.cfg.vocab_size].float()  # without the rows of padding
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))

@@ -31,7 +31,7 @@ FLAGS = {
     "seed": Flag(1337, "another seed draws another text", within=SEED),
     "dtype": Flag("float32", "auto | float32 | bfloat16 | float16: of the matrix products", config.DTYPES),
     "packed": Flag(True, "integer weights in ternary layers; False = float master weights, the same text"),
-    "head": Flag("float32", "float32 | bfloat16 (half the bytes, rounded logits)", config.DTYPES[1:3]),
+    "head": Flag("float32", "float32 | bfloat16 | int8 (fewer bytes, rounded logits)", config.HEADS),
     "cuda_graph": Flag(False, "on CUDA, replay each token as one graph; not yet tried on a GPU"),
     "chat": Flag(False, "write a text in turns, after the prompt if there is one; /help lists the commands"),
     "play": Flag(False, "play tic-tac-toe against a model of config/train_tictactoe.py", not_with="chat"),
@@ -52,7 +52,8 @@ import torch
 
 from nanobit import machine, weights
 from nanobit.generate import generate
-from nanobit.infer.restore import lighten_head, restore
+from nanobit.infer.head import lighten_head
+from nanobit.infer.restore import restore
 from nanobit.tasks import game
 from nanobit.tasks.play import play
 from nanobit.tokenizer import TextStream, bos_of, encode_prompt, make_tokenizer
@@ -93,8 +94,7 @@ except ValueError as error:
 if cfg.cuda_graph:
     machine.check_cuda_graph(device, part["config"]["n_expert"])
 model = restore(part, device, cfg.packed)
-if cfg.head == "bfloat16":
-    lighten_head(model)
+lighten_head(model, cfg.head)
 context = model.cfg.seq_len
 generator = torch.Generator().manual_seed(cfg.seed)
 options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)

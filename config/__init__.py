@@ -17,6 +17,7 @@ from nanobit.cli import ROOT, WORLD, Flag, coerce, fail
 DEFAULT = os.path.join(ROOT, "config", "default.py")
 RATIOS = {"stage2_lr": "stage2_lr_ratio", "min_lr": "min_lr_ratio"}  # former settings and their successors
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+HEADS = ("float32", "bfloat16", "int8")  # of a model that is used: only the first is exact
 CHOICES = {
     "device": ("auto", "cpu", "cuda", "cuda:1", "mps"),
     "dtype": DTYPES,

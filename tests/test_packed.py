@@ -15,7 +15,8 @@ import quant
 from model import Transformer
 from nanobit.generate import KVCache, StaticCache, generate
 from nanobit.infer import packed
-from nanobit.infer.restore import lighten_head, restore
+from nanobit.infer.head import Int8Head, lighten_head
+from nanobit.infer.restore import restore
 from quant import BitLinear, ternarize
 
 
@@ -364,18 +365,78 @@ def test_the_ends_of_the_range(form):
             assert layer(x).isnan().all()
 
 
-def test_a_lighter_head_leaves_the_embedding():
-    """lighten_head rounds the head to bf16, and not the embedding that is tied to it."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_lighter_head_leaves_the_embedding(form, dtype):
+    """lighten_head rounds the head, and not the embedding that is tied to it."""
     model = Transformer(settings(**SHAPE)).eval()
     idx = torch.randint(28, (1, 8))
     embed = model.embed.weight.clone()
     with torch.no_grad():
         before = model(idx)
-        lighten_head(model)
+        lighten_head(model, dtype)
         after = model(idx)
     assert torch.equal(model.embed.weight, embed)
     assert after.dtype == torch.float32
     assert 0 < (after - before).abs().max() < 0.02 * before.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(768, 101), (31, 5), (70, 64)])
+def test_the_int8_head_is_its_formula(form, shape):
+    """Logits are integer sums by two scales, for one row and many, with the largest sums and autocast."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape[::-1])
+    weight[0] = weight[0].sign()
+    x = torch.randn(2, 3, shape[0])
+    x[0, 0] = weight[0]
+    w_int, w_scale = quantize(weight)
+    x_int, x_scale = quantize(x)
+    expected = x_int @ w_int.t() / (w_scale.view(-1) * x_scale)  # whole numbers below 2^24: exact
+    head = Int8Head(weight)
+    assert torch.equal(head(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(x[:1, :1]), expected[:1, :1])
+    assert (expected - x @ weight.t()).abs().max() < 0.02 * expected.std() * shape[0] ** 0.5
+
+
+UNITS = {"avx2": ["-mavx2"], "avx_vnni": ["-mavxvnni"], "avx512_vnni": ["-mavx512vnni", "-mavx512vl"]}
+
+
+def units_here():
+    """Return the keys of UNITS that this CPU has and the compiler knows, as Linux names them."""
+    try:
+        words = set(open("/proc/cpuinfo").read().split())
+    except OSError:
+        return []
+    return [name for name in UNITS if name in words]
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """packed.c in portable C and for each of units_here."""
+    if not packed.library():
+        pytest.skip("needs a C compiler")
+    compiler = next(filter(None, map(packed.shutil.which, packed.COMPILERS)))
+    all_flags = [[], *(UNITS[name] for name in units_here())]
+    return [packed.build(compiler, flags, tmp_path_factory.mktemp("units")) for flags in all_flags]
+
+
+@pytest.mark.parametrize("n_rows", [1, 5])
+@pytest.mark.parametrize("n_in", [31, 32, 1023, 1056, 3072])
+def test_all_units_of_this_cpu_give_the_same_bits(libraries, n_rows, n_in, monkeypatch):
+    """packed.c in portable C, with AVX2 and with VNNI computes the same, also with the largest sums."""
+    torch.manual_seed(0)
+    bit, weight = BitLinear(n_in, 12), torch.randn(12, n_in)
+    nn.init.constant_(bit.weight[:4], 1.0)
+    x = torch.cat([torch.ones(1, n_in), torch.randn(n_rows - 1, n_in)])
+    weight[0] = -1
+    results = []
+    for library in libraries:
+        monkeypatch.setattr(packed, "library", lambda library=library: library)
+        with torch.no_grad():
+            results.append((packed.packed_linear(bit.weight)(x), Int8Head(weight)(x)))
+    for layer, head in results:
+        assert torch.equal(layer, results[0][0])
+        assert torch.equal(head, results[0][1])
 
 
 def test_the_triton_kernel(monkeypatch):

@@ -8,6 +8,7 @@ import tempfile
 
 import torch
 
+import config
 from nanobit import machine
 from nanobit.bench import timing
 from nanobit.export import gguf_file, verify
@@ -59,9 +60,9 @@ def training(cfg, device, dtype):
 
 def writers(cfg, device, prompt, n_new):
     """Return {name: function that yields n_new tokens after prompt (1, T)}: the experiment's model with the
-    other head, its twin, and on a CPU llama.cpp."""
-    other_head = "float32" if cfg.head == "bfloat16" else "bfloat16"
-    choices = [(cfg.ternary, other_head), (not cfg.ternary, cfg.head)]
+    other heads, its twin, and on a CPU llama.cpp."""
+    other_heads = [head for head in config.HEADS if head != cfg.head]
+    choices = [*((cfg.ternary, head) for head in other_heads), (not cfg.ternary, cfg.head)]
     ours = dict(timing.writer(cfg, ternary, head, device, prompt, n_new) for ternary, head in choices)
     if device.type != "cpu":
         print("llama.cpp is left out: the binding computes on the CPU")

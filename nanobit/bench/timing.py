@@ -20,8 +20,8 @@ from nanobit import cards, data, kernels, machine, optim, saving
 from nanobit.bench import planner
 from nanobit.experts import bit_layers, router_loss
 from nanobit.generate import generate
+from nanobit.infer.head import lighten_head
 from nanobit.infer.packed import pack_layers
-from nanobit.infer.restore import lighten_head
 from nanobit.metrics import mean_loss
 
 
@@ -240,7 +240,7 @@ def training(cfg, device, dtype, twin=True, peer=None):
 
 def writer(cfg, ternary, head, device, prompt, n_new):
     """Return (name, function that yields n_new greedy tokens after prompt (1, T)) of the experiment's model
-    or its twin, with a head of this dtype."""
+    or its twin, with this head."""
     if cfg.cuda_graph:
         machine.check_cuda_graph(device, cfg.n_expert)
     model = build(cfg, ternary, device).eval()
@@ -248,9 +248,9 @@ def writer(cfg, ternary, head, device, prompt, n_new):
     if ternary and cfg.packed:
         name = "ternary"
         pack_layers(model)
-    if head == "bfloat16":
-        name += ", bfloat16 head"
-        lighten_head(model)
+    if head != "float32":
+        name += f", {head} head"
+        lighten_head(model, head)
     return name, lambda: generate(model, prompt, n_new, temperature=0.0, cuda_graph=cfg.cuda_graph)
 
 

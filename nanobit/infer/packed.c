@@ -10,6 +10,30 @@
 #include <string.h>
 #ifdef __AVX2__
 #include <immintrin.h>
+
+/* step adds the products of 32 bytes u >= 0 and 32 bytes v to the sums s. VNNI does so in 32 bits. AVX2 does so in 16,
+   which must stay within 2^15; widen then adds its sums in pairs, in 32 bits. */
+#if defined __AVX512VNNI__ && defined __AVX512VL__
+#define DPBUSD _mm256_dpbusd_epi32
+#elif defined __AVXVNNI__
+#define DPBUSD _mm256_dpbusd_avx_epi32
+#endif
+#ifdef DPBUSD
+static inline __m256i step(__m256i s, __m256i u, __m256i v) { return DPBUSD(s, u, v); }
+static inline __m256i widen(__m256i s) { return s; }
+#else
+static inline __m256i step(__m256i s, __m256i u, __m256i v) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(u, v)); }
+static inline __m256i widen(__m256i s) { return _mm256_madd_epi16(s, _mm256_set1_epi16(1)); }
+#endif
+
+static inline __m256i load(const void *at) { return _mm256_loadu_si256((const __m256i *)at); }
+
+/* total[k] += the sum of s[k], numbers of 32 bits */
+static inline void add_sums(const __m256i s[4], int32_t total[4]) {
+  const __m256i halves = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  _mm_storeu_si128((__m128i *)total, _mm_add_epi32(_mm_loadu_si128((__m128i *)total), four));
+}
 #endif
 
 typedef struct {
@@ -22,23 +46,18 @@ typedef struct {
 static void products(const uint8_t *codes, const int8_t *q, int64_t n, int32_t sum[4]) {
   int64_t i = 0;
   for (int k = 0; k < 4; k++) sum[k] = 0;
-#ifdef __AVX2__ /* 32 products an instruction, added in pairs in 16 bits: at most 3 * 2 * 127 each, 32 times */
-  const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
+#ifdef __AVX2__
+  const __m256i three = _mm256_set1_epi8(3);
   while (i + 32 <= n) {
     __m256i s[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (int times = 0; times < 32 && i + 32 <= n; times++, i += 32) {
-      const __m256i four = _mm256_loadu_si256((const __m256i *)(codes + i));
-      const __m256i v = _mm256_loadu_si256((const __m256i *)(q + i));
-      s[0] = _mm256_add_epi16(s[0], _mm256_maddubs_epi16(_mm256_and_si256(four, three), v));
-      s[1] = _mm256_add_epi16(s[1], _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(four, 2), three), v));
-      s[2] = _mm256_add_epi16(s[2], _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(four, 4), three), v));
-      s[3] = _mm256_add_epi16(s[3], _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(four, 6), three), v));
+    const int64_t end = n - i > 1024 ? i + 1024 : n; /* 32 steps: 32 * 2 * 3 * 127 < 2^15 */
+    for (; i + 32 <= end; i += 32) {
+      const __m256i four = load(codes + i);
+      const __m256i u[4] = {four, _mm256_srli_epi16(four, 2), _mm256_srli_epi16(four, 4), _mm256_srli_epi16(four, 6)};
+      for (int k = 0; k < 4; k++) s[k] = step(s[k], _mm256_and_si256(u[k], three), load(q + i));
     }
-    for (int k = 0; k < 4; k++) {
-      int32_t part[8];
-      _mm256_storeu_si256((__m256i *)part, _mm256_madd_epi16(s[k], ones));
-      for (int j = 0; j < 8; j++) sum[k] += part[j];
-    }
+    for (int k = 0; k < 4; k++) s[k] = widen(s[k]);
+    add_sums(s, sum);
   }
 #endif
   for (; i < n; i++) {
@@ -103,6 +122,36 @@ void packed_linear(const matrix *matrices, int64_t n_matrices, int64_t n_rows, i
     }
   }
   free(q), free(z), free(a), free(total);
+}
+
+/* the product of w and q, n numbers from -127 to 127 */
+static int32_t dot(const int8_t *w, const int8_t *q, int64_t n) {
+  int32_t sum[4] = {0};
+  int64_t i = 0;
+#ifdef __AVX2__
+  const __m256i zero = _mm256_setzero_si256();
+  __m256i s[4] = {zero, zero, zero, zero};
+  for (; i + 32 <= n; i += 32) { /* step takes |q|, and w with the sign of q: 2 * 127 * 127 < 2^15 */
+    const __m256i v = load(q + i);
+    s[0] = _mm256_add_epi32(s[0], widen(step(zero, _mm256_abs_epi8(v), _mm256_sign_epi8(load(w + i), v))));
+  }
+  add_sums(s, sum);
+#endif
+  for (; i < n; i++) sum[0] += (int16_t)w[i] * q[i];
+  return sum[0];
+}
+
+/* y (n_rows, n_out) = x (n_rows, n_in) times int8 rows w (n_out, n_in), each divided by its scale */
+void int8_linear(const int8_t *w, const float *scales, int64_t n_out, int64_t n_rows, int64_t n_in, const float *x,
+                 float *y) {
+  int8_t *q = malloc(n_rows * n_in * sizeof *q);
+  float *a = malloc(n_rows * sizeof *a);
+  for (int64_t n = 0; n < n_rows; n++) quantize(x + n * n_in, n_in, q + n * n_in, a + n);
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < n_out; r++)
+    for (int64_t n = 0; n < n_rows; n++)
+      y[n * n_out + r] = (float)dot(w + r * n_in, q + n * n_in, n_in) / (scales[r] * a[n]);
+  free(q), free(a);
 }
 
 /* rotary positions for x (n_head, size), in place, with cos, sin (size) */

@@ -60,8 +60,9 @@ def build(compiler, flags, folder):
     lib = ctypes.CDLL(path)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     lib.packed_linear.argtypes = [pointer, *3 * [number], *3 * [pointer], ctypes.c_float, *3 * [pointer]]
+    lib.int8_linear.argtypes = [pointer, pointer, *3 * [number], pointer, pointer]
     lib.rotate.argtypes = [pointer, number, number, pointer, pointer]
-    lib.packed_linear.restype = lib.rotate.restype = None
+    lib.packed_linear.restype = lib.int8_linear.restype = lib.rotate.restype = None
     return lib
 
 
@@ -81,6 +82,14 @@ def library():
 
 def address(tensor):
     return None if tensor is None else tensor.data_ptr()
+
+
+def int8_linear(rows, scales, x):
+    """Return y (..., out) of x (..., in), fp32 and contiguous: see head.Int8Head."""
+    y = x.new_empty(*x.shape[:-1], len(rows))
+    sizes = (len(rows), x.shape[:-1].numel(), x.shape[-1])
+    library().int8_linear(address(rows), address(scales), *sizes, address(x), address(y))
+    return y
 
 
 class Matrices:

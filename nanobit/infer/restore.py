@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import torch
-from torch import nn
 
 import quant
 from model import Transformer
@@ -34,8 +33,3 @@ def restore(part, device, packed=False):
         pack_layers(model)
     quant.keep_codes(model)
     return model
-
-
-def lighten_head(model):
-    """Keep the head in bfloat16, half the memory to read for each token; logits are rounded to 8 bits."""
-    model.head.weight = nn.Parameter(model.head.weight.detach().bfloat16(), requires_grad=False)
