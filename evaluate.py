@@ -9,8 +9,9 @@ model, split val only).
 
 If stdout is not a terminal, or with --json, its last line is one JSON object: step, dataset, split, dtype,
 tokens, val_loss (nats per token), perplexity, bits_per_byte if the bytes are known, and for a task accuracy
-(0 to 1), n and its own scores. Of LAMBADA tokens and val_loss are those of the last words, perplexity is per
-word; of BLiMP they are those of the good sentences."""
+(0 to 1), n and its own scores; with another --head than float32 its name, and the exact_val_loss. Of LAMBADA
+tokens and val_loss are those of the last words, perplexity is per word; of BLiMP they are those of the good
+sentences."""
 
 import math
 import os
@@ -85,16 +86,14 @@ def loss_on_windows():
 
 
 with machine.autocast(device, dtype):
-    if is_text:
+    if cfg.head != "float32":
+        result["head"] = cfg.head
+        if not is_text:
+            result["exact_val_loss"] = loss_on_windows()
+            print(f"loss {result['exact_val_loss']:.5f} with the exact head; with the {cfg.head} head:")
         lighten_head(model, cfg.head)
-    else:
+    if not is_text:
         loss = loss_on_windows()
-        if cfg.head != "float32":
-            lighten_head(model, cfg.head)
-            result |= dict(head=cfg.head, exact_val_loss=loss)
-            print(f"loss {loss:.5f} with the exact head")
-            loss = loss_on_windows()
-            print(f"loss {loss:.5f} with the {cfg.head} head")
         result |= dict(tokens=n * windows.seq_len, val_loss=loss, perplexity=text.exp(loss))
         print(f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.3f}")
         if bits := data.bits_per_byte(meta, loss, cfg.split):

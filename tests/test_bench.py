@@ -333,13 +333,14 @@ def test_two_speeds_are_compared_pair_by_pair():
 def test_bench_times_the_weights_that_it_names(monkeypatch):
     """What is timed as integers has packed layers, and a head has the dtype of its name."""
     monkeypatch.setattr(timing, "generate", lambda model, *args, **how: model)
-    for packed, head in ((True, "float32"), (False, "bfloat16")):
+    for packed, head in ((True, "float32"), (False, "bfloat16"), (True, "int8")):
         cfg = SimpleNamespace(**vars(settings()), packed=packed, head=head, cuda_graph=False)
         prompt = torch.zeros(1, 4, dtype=torch.long)
         _, write = timing.writer(cfg, True, head, torch.device("cpu"), prompt, 4)
         model = write()
         assert any(type(layer).__name__ == "PackedLinear" for layer in model.modules()) == packed
-        assert model.head.weight.dtype == getattr(torch, head)
+        weight = model.head.rows if head == "int8" else model.head.weight
+        assert weight.dtype == getattr(torch, head)
 
 
 def test_bench_times_text_and_plans_from_what_it_timed():
@@ -351,11 +352,11 @@ def test_bench_times_text_and_plans_from_what_it_timed():
     found, out, _ = bench(**TINY, max_steps=10, sample=True, compare=True, pairs=1, packed=False)
     assert list(found["decode"])[:2] == ["ternary, master weights", "ternary, master weights, bfloat16 head"]
     found, out, _ = bench(**TINY, max_steps=10, sample=True, compare=True, pairs=1)
-    names = ["ternary", "ternary, bfloat16 head", "float", "llama.cpp f16"]
+    names = ["ternary", "ternary, bfloat16 head", "ternary, int8 head", "float", "llama.cpp f16"]
     assert list(found["decode"]) == names
     assert found["decode"]["ternary"] == found["decode_tokens_per_sec"]
     assert all(speed > 0 for speed in found["decode"].values())
-    assert out.count(" of ternary (") == 3
+    assert out.count(" of ternary (") == 4
     found, out, _ = bench(**TINY, max_steps=1000, plan=True, pairs=1, warmup=1, compile=False)
     assert "the experiment's own length" in found["recommendation"]
     assert {1000, 2000} <= {row["steps"] for row in found["rows"]}

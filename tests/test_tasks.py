@@ -344,6 +344,15 @@ def test_evaluate_refuses_another_tokenizer(trained):
     assert "its texts begin with token 5, the model's with 0" in err
 
 
+def test_evaluate_scores_a_rounded_head(trained):
+    """With --head=int8 the loss of the rounded head stands beside the exact one."""
+    exact = evaluate(trained)[0]["val_loss"]
+    rounded = evaluate(trained, "--head=int8")[0]
+    assert rounded["head"] == "int8"
+    assert rounded["exact_val_loss"] == exact
+    assert 0 < abs(rounded["val_loss"] - exact) < 0.01
+
+
 def test_flags_of_evaluate_reach_the_model(trained):
     """--packed and --dtype arrive at the model."""
     spy = """
