@@ -105,16 +105,15 @@ def keep_codes(model, compiled=False):
 
     Otherwise each forward makes them: in every micro-step of an update, in every batch of an evaluation. The
     layers of FSDP do that still, since only there their matrices are whole. compiled: by torch.compile."""
-    make = torch.compile(int8_codes, dynamic=False) if compiled else int8_codes
+    write = torch.compile(write_codes, dynamic=False) if compiled else write_codes
     for layer in model.modules():
         if not hasattr(layer, "kept_codes") or hasattr(layer.weight, "placements"):
             continue
-        codes, scale = make(layer.weight)
+        w = layer.weight.detach()
         if layer.kept_codes is None:
-            layer.kept_codes, layer.kept_scale = codes, scale
-        else:  # in place: compiled code reads them there
-            layer.kept_codes.copy_(codes)
-            layer.kept_scale.copy_(scale)
+            layer.kept_codes = torch.empty_like(w, dtype=torch.int8)
+            layer.kept_scale = torch.empty_like(w[..., :1, :1], dtype=torch.float32)
+        write(w, layer.kept_codes, layer.kept_scale)
         layer.version = layer.weight._version  # torch counts the changes of a tensor
 
 
@@ -123,6 +122,13 @@ def check_codes(model):
     for name, layer in model.named_modules():
         if getattr(layer, "kept_codes", None) is not None and layer.weight._version != layer.version:
             raise RuntimeError(f"{name}: its weight has changed since keep_codes(model); call it again")
+
+
+def write_codes(w, codes, scale):
+    """Write the codes of W into a tensor of int8, and its scale into another."""
+    new_codes, new_scale = ternarize(w)
+    codes.copy_(new_codes)
+    scale.copy_(new_scale)
 
 
 def int8_codes(w):
