@@ -14,6 +14,7 @@ from unittest import mock
 import faults
 import numpy as np
 import tiktoken
+import torch
 from conftest import ROOT, start
 from fork import Script
 
@@ -96,6 +97,7 @@ def run_here(script, *flags, patch="", code=0):
         for owner, name in PATCHED:
             stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))
         exec(patch, {})
+        stack.enter_context(torch.enable_grad())  # restores the mode that export.py leaves
         stack.enter_context(mock.patch.object(sys, "argv", [script, *map(str, flags)]))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))

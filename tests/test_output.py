@@ -66,7 +66,7 @@ def whole(tmp_path_factory):
         ("training", "torch.optim.AdamW", "step", 9),
         ("evaluation", "nanobit.metrics", "mean_loss", 2),
         ("sampling", "nanobit.generate", "repetition", 2),
-        ("saving", "nanobit.checkpoint", "save", 2),
+        ("saving", "nanobit.saving", "save", 2),
         ("health", "nanobit.metrics", "health", 9),
     ],
 )
@@ -89,7 +89,7 @@ def test_a_closed_terminal_saves_the_step(tmp_path, whole, out_dir, during, modu
 def test_a_closed_terminal_does_not_stop_what_ignores_it(tmp_path, data_dir, out_dir):
     """With SIGHUP ignored (nohup, disown) only the output is lost, and the run ends complete."""
     patch = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-    assert close_terminal(tmp_path, data_dir, out_dir, "nanobit.checkpoint", "save", 2, patch) == 0
+    assert close_terminal(tmp_path, data_dir, out_dir, "nanobit.saving", "save", 2, patch) == 0
     assert lines(f"{out_dir}/closed", EVENTS)[-1]["event"] == "finish"
 
 
