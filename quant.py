@@ -26,6 +26,8 @@ This file has no norm inside the layer, no bias, no quantization of embeddings, 
 or per-group scales. Never ternarize the weights of an export again: their scale would shrink.
 """
 
+import functools
+
 import torch
 from torch import nn
 
@@ -105,7 +107,7 @@ def keep_codes(model, compiled=False):
 
     Otherwise each forward makes them: in every micro-step of an update, in every batch of an evaluation. The
     layers of FSDP do that still, since only there their matrices are whole. compiled: by torch.compile."""
-    write = torch.compile(write_codes, dynamic=False) if compiled else write_codes
+    write = compiled_writer() if compiled else write_codes
     for layer in model.modules():
         if not hasattr(layer, "kept_codes") or hasattr(layer.weight, "placements"):
             continue
@@ -129,6 +131,12 @@ def write_codes(w, codes, scale):
     new_codes, new_scale = ternarize(w)
     codes.copy_(new_codes)
     scale.copy_(new_scale)
+
+
+@functools.cache
+def compiled_writer():
+    """Return write_codes by torch.compile, which takes milliseconds to ask for."""
+    return torch.compile(write_codes, dynamic=False)
 
 
 def int8_codes(w):
