@@ -66,7 +66,8 @@ def step_folders(run_dir):
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name)), reverse=True)
+    own = [name for name in names if re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", name)]  # see step_dir
+    return sorted((int(name[5:]) for name in own), reverse=True)
 
 
 def steps(run_dir):

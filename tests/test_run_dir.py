@@ -8,7 +8,7 @@ from checkpoints import no_room, refusal
 from conftest import settings
 
 from nanobit import record
-from nanobit.run_dir import RunDir
+from nanobit.run_dir import RunDir, step_dir, step_folders
 
 
 def test_a_second_process_is_refused(run_dir):
@@ -50,3 +50,12 @@ def test_a_finished_run_knows_its_reason(run_dir):
     """A run whose last event is whole is finished, for the reason in that event."""
     record.event(run_dir, "finish", step=9, why="max_steps", result={})
     assert RunDir(run_dir).finished(settings(max_steps=9), 9, 0) == "max_steps"
+
+
+def test_a_folder_with_another_name_is_not_a_step(run_dir):
+    """Only the names that step_dir gives are step folders: another one would stand for a missing folder."""
+    for step in (5, 300, 1_234_567):
+        os.makedirs(step_dir(run_dir, step))
+    for name in ("step_0000300", "step_0000400", "step_400", "step_000400.old", "step_\u0660" + 5 * "0"):
+        os.makedirs(os.path.join(run_dir, "checkpoints", name))
+    assert step_folders(run_dir) == [1_234_567, 300, 5]
