@@ -3,6 +3,7 @@
 A checkpoint is usable if checkpoint.pt agrees with the manifest, resumable if trainer.pt does too. torch.load
 itself notices a truncated file, but not a flipped bit, which would load as one wrong weight."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -127,14 +128,21 @@ def load(folder, name=MODEL, mmap=False):
             problem = type(error).__name__
         reason = "it is damaged, or holds more than tensors and plain values, none of which was run"
         fail(f"{path} cannot be loaded ({problem}): {reason}; use another step folder")
-    try:
+    with checking(path):
         number = part["format"]
         if number > FORMAT or (name == TRAINER and number != FORMAT):
             fail(f"{path} has checkpoint format {number}, this version reads {FORMAT}")
         check = {MODEL: check_model, TRAINER: check_trainer}[name]
         check(part)
+    return part
+
+
+@contextlib.contextmanager
+def checking(path):
+    """Exit with 2 and one line if a check of what this file holds raises an error."""
+    try:
+        yield
     except ValueError as error:
         fail(f"{path}: {printable(error)}; use another step folder, or RUN/best")
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         fail(f"{path} is damaged ({type(error).__name__}: {printable(error)}); use another step folder")
-    return part

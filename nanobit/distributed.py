@@ -216,13 +216,14 @@ def gather(state):
 
 
 def load(model, optimizers, state, optimizer_states):
-    """Give back what gather made of a model and its optimizers, if any, on any number of ranks."""
+    """Give back what gather made of a model and of the state of its optimizers, if any, on any number of
+    ranks. Rates, betas and the like stay those of the settings of now."""
     own = model.state_dict()
     model.load_state_dict({key: as_sharded(value, own.get(key)) for key, value in state.items()})
-    for optimizer, saved in zip(optimizers, optimizer_states):
+    for optimizer, saved in zip(optimizers, optimizer_states, strict=True):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, entry in saved["state"].items():
             for key, value in entry.items():
                 if value.shape == params[i].shape:
                     entry[key] = as_sharded(value, params[i])
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["state"]))

@@ -101,12 +101,6 @@ def set_rates(optimizers, cfg, step):
         group["lr"] = rate
         if group["decays"]:
             group["weight_decay"] = decay
-        # a loaded state brings its own of these
-        if "betas" in group:
-            group["betas"] = (cfg.beta1, cfg.beta2)
-            group["eps"] = cfg.adam_eps
-        else:
-            group["momentum"] = cfg.muon_momentum
     return rate, decay
 
 

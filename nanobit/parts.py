@@ -38,10 +38,7 @@ def check_model(part):
         raise ValueError(f"dropout = {cfg.dropout}, norm_eps = {cfg.norm_eps}, rope_theta = {cfg.rope_theta}")
     if type(part["step"]) is not int or type(spec["kind"]) is not str or type(spec["sha256"]) is not str:
         raise ValueError(f"step = {part['step']!r}, tokenizer {spec['kind']!r} {spec['sha256']!r}")
-    for name, w in weights.items():
-        is_stored = w.device.type == "cpu" and w.untyped_storage().nbytes() >= w.nbytes
-        if not (w.is_floating_point() and is_stored):
-            raise ValueError(f"{name} is {w.dtype} on {w.device}, expected floats with a place in the file")
+    check_stored(weights)
     check_finite(weights)
 
 
@@ -55,13 +52,45 @@ def check_shapes(path, weights, needed, remedy="use another step folder, or the 
 
 
 def check_trainer(part):
-    """Raise an error unless a trainer.pt holds what resume relies on."""
-    types = dict(step=int, data=dict, optimizer=list, best=dict, stale_evals=int, scaler=dict, skipped=list)
-    for key, kind in types.items():
-        if type(part[key]) is not kind:
-            raise ValueError(f"{key} is {type(part[key]).__name__}, expected {kind.__name__}")
-    for state in part["optimizer"]:
-        state["state"].items(), state["param_groups"]
+    """Raise an error unless a trainer.pt holds what resume relies on; check_states does the rest."""
+    best = dict(step=0, val_loss=0.0) | part["best"]
+    if {type(best["val_loss"]), *map(type, part["scaler"].values())} - {int, float}:
+        raise ValueError(f"best = {best!r}, scaler = {part['scaler']!r}, expected numbers")
+    skipped, reported = part["skipped"]
+    _, n_samples = part.get("routers") or (None, 0)
+    counts = dict(step=part["step"], best=best["step"], stale_evals=part["stale_evals"])
+    counts |= dict(skipped=skipped, reported=reported, routers=n_samples) | (part.get("counts") or {})
+    for key, value in counts.items():
+        if type(value) is not int or not 0 <= value < 2**53:
+            raise ValueError(f"{key} = {value!r}, expected a whole number from 0 to 2^53")
+
+
+def check_states(optimizers, states, step):
+    """Raise an error unless state dicts, saved after `step` updates, fit the parameters of optimizers."""
+    if len(states) != len(optimizers) or (step and not any(saved["state"] for saved in states)):
+        raise ValueError("optimizer lacks the state of the optimizers of this run")
+    for optimizer, saved in zip(optimizers, states):
+        groups = optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
+            raise ValueError("optimizer is not of the parameters of this model")
+        params = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+        for i, entry in saved["state"].items():
+            shapes = dict(step=(), exp_avg=params[i].shape, exp_avg_sq=params[i].shape)
+            if "momentum" in groups[0]:  # of Muon
+                shapes = dict(momentum_buffer=params[i].shape)
+            found = {key: value.shape for key, value in entry.items()}
+            if found != shapes or not 0 <= entry.get("step", 0) <= step:
+                wanted = f"the shape {tuple(params[i].shape)} of parameter {i}, or step {step}"
+                raise ValueError(f"the state of its optimizer does not fit {wanted}")
+            check_stored(entry)
+
+
+def check_stored(tensors):
+    """Raise an error unless all of {name: tensor} are floats whose storage has a place for each element."""
+    for name, w in tensors.items():
+        is_stored = w.device.type == "cpu" and w.untyped_storage().nbytes() >= w.nbytes
+        if not (w.is_floating_point() and is_stored):
+            raise ValueError(f"{name} is {w.dtype} on {w.device}, expected floats with a place in the file")
 
 
 def check_finite(weights):

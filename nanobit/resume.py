@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from types import SimpleNamespace
 
 import torch
@@ -110,24 +111,32 @@ def restore(cfg, origin, run, tokenizer, meta, model, optimizers, scaler):
     part = checkpoint.load(folder, mmap=on_disk)
     trainer = checkpoint.load(folder, TRAINER, mmap=on_disk)
     step = trainer["step"]
-    if part["step"] != step:
+    in_name = re.findall(r"^step_(\d+)$", os.path.basename(os.path.abspath(folder)))
+    if {part["step"], *map(int, in_name)} != {step}:
         problem = f"checkpoint.pt is of step {part['step']}, trainer.pt of step {step}"
-        fail(f"{folder}: {problem}, so it cannot be resumed; use another step folder")
+        fail(f"{folder}: {problem}; these and the name of the folder must agree; use another step folder")
     if step > cfg.max_steps:
         fail(f"max_steps = {cfg.max_steps} is less than the {step} steps of {folder}; raise it")
     keep_rates(cfg, part["config"])
     hint = "; --init_from= takes the weights alone"
     changed = must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}", hint)
-    if not data.same_tokens(trainer["data"], data.digest(meta)):
-        fail(f"dataset = {cfg.dataset!r}: its tokens are not those of {folder}, this would be another run")
     parts.check_shapes(folder, part["model"], model.state_dict())
+    with checkpoint.checking(os.path.join(folder, TRAINER)):
+        if not data.same_tokens(trainer["data"], data.digest(meta)):
+            fail(
+                f"dataset = {cfg.dataset!r}: its tokens are not those of {folder}, this would be another run"
+            )
+        parts.check_states(optimizers, trainer["optimizer"], step)
+        if trainer["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(trainer["scaler"])
+        if cfg.n_expert:
+            routers, n_router_samples = trainer["routers"]
+            routers.expand(cfg.n_layer, 3 + cfg.n_expert)  # or it has another shape
     distributed.load(model, optimizers, part["model"], trainer["optimizer"])
-    if trainer["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(trainer["scaler"])
     skipped, reported = trainer["skipped"]
     state = State(step=step, skipped=skipped, skips_reported=reported, counts=trainer.get("counts"))
     if cfg.n_expert:
-        state.routers, state.n_router_samples = trainer["routers"]
+        state.routers, state.n_router_samples = routers, n_router_samples
         if not distributed.is_main:  # the sum is over all ranks
             state.routers = torch.zeros_like(state.routers)
     # a branch has its own best, and so have other validation windows

@@ -25,8 +25,8 @@ def write(run_dir, step=60, content=None, trainer=None, **changes):
     part = part_of() | dict(format=checkpoint.FORMAT, step=step)
     part["config"]["run_id"] = "r"
     part |= {key: part[key] | value if type(value) is dict else value for key, value in changes.items()}
-    state = dict(format=checkpoint.FORMAT, step=step, data={}, optimizer=[], best={}, stale_evals=0)
-    state |= dict(scaler={}, skipped=[0, 0])
+    state = dict(format=checkpoint.FORMAT, step=step, optimizer=[], best={}, stale_evals=0, skipped=[0, 0])
+    state |= dict(scaler={}, data=dict(complete=True, shards={}))
     folder = saving.save(run_dir, step, part, state | (trainer or {}))
     if content is not None:
         with open(os.path.join(folder, checkpoint.MODEL), "wb") as file:

@@ -7,16 +7,19 @@ import torch
 from conftest import settings
 
 from model import Transformer
-from nanobit import optim, schedule
+from nanobit import distributed, optim, schedule
 
 
 def test_a_resumed_optimizer_takes_the_settings_of_today():
     """A resumed run uses the betas and eps of its settings, not those of the loaded state."""
     cfg = settings(beta2=0.98, adam_eps=1e-6)
-    (optimizer,) = optim.make_optimizers(cfg, Transformer(cfg))
+    model = Transformer(cfg)
+    (optimizer,) = optim.make_optimizers(cfg, model)
     assert all(g["betas"] == (0.9, 0.98) and g["eps"] == 1e-6 for g in optimizer.param_groups)
     cfg = settings(beta2=0.5, adam_eps=1e-3)
-    optim.set_rates([optimizer], cfg, 0)
+    saved = optimizer.state_dict()
+    (optimizer,) = optim.make_optimizers(cfg, model)
+    distributed.load(model, [optimizer], model.state_dict(), [saved])
     assert all(g["betas"] == (0.9, 0.5) and g["eps"] == 1e-3 for g in optimizer.param_groups)
 
 

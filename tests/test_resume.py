@@ -1,13 +1,18 @@
 """How a run continues: what it may continue from, and what must agree with that."""
 
+import copy
+import math
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 from checkpoints import flip, refusal, save, write
 from conftest import settings
+from parts import CHAR, part_of
 
 from model import Transformer
-from nanobit import resume, start
+from nanobit import optim, resume, start
 from nanobit.checkpoint import TRAINER, step_dir
 from nanobit.run_dir import RunDir
 
@@ -85,3 +90,140 @@ def test_parts_of_two_steps_are_not_resumed(run_dir):
     model = Transformer(cfg)
     err = refusal(resume.restore, cfg, resume.Origin(folder), RunDir(run_dir), {}, {}, model, [], None)
     assert "checkpoint.pt is of step 60, trainer.pt of step 50" in err
+
+
+# what trainer.pt holds, whoever wrote it
+
+
+def trained(optimizer, **changes):
+    """Return (cfg, model, optimizers) after an update without gradients, and their trainer.pt of step 6."""
+    part = part_of(optimizer=optimizer, **changes)
+    cfg = SimpleNamespace(**part["config"] | dict(run_id="r", max_steps=9), origin={})
+    model = Transformer(cfg)
+    optimizers = optim.make_optimizers(cfg, model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for one in optimizers:
+        one.step()
+    states = copy.deepcopy([one.state_dict() for one in optimizers])
+    return cfg, model, optimizers, dict(optimizer=states, step=6, data=DATA, best={}, counts={})
+
+
+DATA = dict(complete=True, shards={})
+
+
+def resumed(run_dir, cfg, model, optimizers, trainer):
+    """Return the State of a resume from a checkpoint with this trainer.pt, in the folder of step 6."""
+    part = dict(config=vars(cfg) | dict(origin=None), model=model.state_dict())
+    folder = write(run_dir, 6, trainer=trainer, **part)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    args = cfg, resume.Origin(folder), RunDir(run_dir), CHAR, DATA, model, optimizers, scaler
+    return resume.restore(*args)[0]
+
+
+def first(trainer):
+    """Return the state of the first parameter of the last optimizer, an AdamW."""
+    return trainer["optimizer"][-1]["state"][0]
+
+
+def state_of(trainer):
+    """Return the state dict of the last optimizer."""
+    return trainer["optimizer"][-1]
+
+
+DAMAGE = {
+    "no optimizer": lambda t: t.update(optimizer=[]),
+    "one more optimizer": lambda t: t["optimizer"].append(state_of(t)),
+    "no state": lambda t: [one["state"].clear() for one in t["optimizer"]],
+    "another optimizer": lambda t: t["optimizer"].reverse() or first(t).clear(),
+    "no groups": lambda t: state_of(t).update(param_groups=[]),
+    "other parameters": lambda t: state_of(t)["param_groups"][0]["params"].pop(),
+    "groups without parameters": lambda t: state_of(t)["param_groups"][0].clear(),
+    "one more parameter": lambda t: state_of(t)["state"].update({10**6: first(t)}),
+    "a negative parameter": lambda t: state_of(t)["state"].update({-1: first(t)}),
+    "no exp_avg": lambda t: first(t).pop("exp_avg"),
+    "exp_avg of another shape": lambda t: first(t).update(exp_avg=torch.zeros(3)),
+    "exp_avg without a place": lambda t: first(t).update(
+        exp_avg=torch.zeros(1).expand_as(first(t)["exp_avg"])
+    ),
+    "exp_avg of integers": lambda t: first(t).update(exp_avg=first(t)["exp_avg"].long()),
+    "exp_avg of text": lambda t: first(t).update(exp_avg="x"),
+    "more updates than steps": lambda t: first(t).update(step=torch.tensor(7.0)),
+    "negative updates": lambda t: first(t).update(step=torch.tensor(-1.0)),
+    "updates that are not a number": lambda t: first(t).update(step=torch.tensor(math.nan)),
+    "a negative step": lambda t: t.update(step=-5),
+    "another step": lambda t: t.update(step=5),
+    "no data": lambda t: t.update(data={}),
+    "data without shards": lambda t: t.update(data=dict(complete=True)),
+    "shards of another type": lambda t: t.update(data=dict(complete=True, shards=3)),
+    "a best of another type": lambda t: t.update(best=None),
+    "an optimizer of another type": lambda t: t.update(optimizer={"state": {}}),
+    "a scaler of another type": lambda t: t.update(scaler=[]),
+    "data of another type": lambda t: t.update(data=3),
+    "a best loss of text": lambda t: t.update(best=dict(step=3, val_loss="x")),
+    "a best step of text": lambda t: t.update(best=dict(step="x", val_loss=1.0)),
+    "counts of text": lambda t: t.update(counts={"scalars.jsonl": "x"}),
+    "counts as a list": lambda t: t.update(counts=[3]),
+    "negative counts": lambda t: t.update(counts={"scalars.jsonl": -1}),
+    "one number of skips": lambda t: t.update(skipped=[0]),
+    "skips of text": lambda t: t.update(skipped=["x", 0]),
+    "more skips than a float holds": lambda t: t.update(skipped=[10**400, 0]),
+    "negative evaluations": lambda t: t.update(stale_evals=-1),
+    "a scaler without its scale": lambda t: t.update(scaler=dict(growth_factor=2.0)),
+    "a scale of text": lambda t: t.update(scaler=dict(scale="x")),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_trainer_that_does_not_fit_is_one_line(run_dir, name, optimizer):
+    """State of training of another form, or that does not fit the model, exits with 2 and one line, and
+    changes neither the model nor its optimizers."""
+    cfg, model, optimizers, trainer = trained(optimizer)
+    before = copy.deepcopy((model.state_dict(), [one.state_dict() for one in optimizers]))
+    DAMAGE[name](trainer)
+    err = refusal(resumed, run_dir, cfg, model, optimizers, trainer)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    now = model.state_dict(), [one.state_dict() for one in optimizers]
+    torch.testing.assert_close(now, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_trainer_that_fits_is_resumed(run_dir, optimizer):
+    """The state of the optimizers is given back, with the settings of today instead of its own."""
+    cfg, model, optimizers, trainer = trained(optimizer)
+    first(trainer)["exp_avg"] += 3
+    state_of(trainer)["param_groups"][0]["amsgrad"] = True
+    assert resumed(run_dir, cfg, model, optimizers, trainer | dict(best=dict(step=3, val_loss=1.0))).step == 6
+    torch.testing.assert_close(optimizers[-1].state_dict()["state"], state_of(trainer)["state"])
+    assert not optimizers[-1].param_groups[0]["amsgrad"]
+
+
+def test_a_renamed_step_folder_is_not_resumed(run_dir):
+    """A step folder that has the name of another step is refused: the record would be cut there."""
+    cfg, model, optimizers, trainer = trained("adamw")
+    os.rename(write(run_dir, 6, trainer=trainer), step_dir(run_dir, 7))
+    args = cfg, resume.Origin(step_dir(run_dir, 7)), RunDir(run_dir), CHAR, DATA, model, optimizers, None
+    assert "the name of the folder must agree" in refusal(resume.restore, *args)
+
+
+@pytest.mark.parametrize(
+    "routers", [None, [], [torch.zeros(3), 1], ["x", 1], [torch.zeros(2, 6), "x"], [torch.zeros(2, 6), -1]]
+)
+def test_a_mixture_needs_the_sums_of_its_routers(run_dir, routers):
+    """A trainer.pt of a mixture without the sums of its routers, or with others, exits with 2."""
+    cfg, model, optimizers, trainer = trained("adamw", n_expert=3, n_expert_active=2)
+    err = refusal(resumed, run_dir, cfg, model, optimizers, trainer | dict(routers=routers))
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_mixture_gets_the_sums_of_its_routers(run_dir):
+    """A mixture that resumes has the sums of its routers, or none yet."""
+    cfg, model, optimizers, trainer = trained("adamw", n_expert=3, n_expert_active=2)
+    for shape in ((), (2, 6)):
+        routers = [torch.ones(shape), 4]
+        state = resumed(run_dir, cfg, model, optimizers, trainer | dict(routers=routers))
+        assert torch.equal(state.routers, routers[0])
+        assert state.n_router_samples == 4
