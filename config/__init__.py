@@ -25,7 +25,8 @@ CHOICES = {
     "schedule": ("two_stage", "bitnet", "wsd", "cosine", "linear", "constant"),
 }
 RANGES = {  # those of the other numbers: at least 0
-    "(0, inf)": "batch_size seq_len n_layer n_head n_kv_head n_embd ffn_dim vocab_multiple rope_theta "
+    "(0, 1048576]": "batch_size",
+    "(0, inf)": "seq_len n_layer n_head n_kv_head n_embd ffn_dim vocab_multiple rope_theta "
     "norm_eps adam_eps log_every",
     "[0, 1)": "beta1 beta2 muon_momentum dropout",
     "(0, 1]": "stage_boundary decay_fraction",
@@ -247,7 +248,7 @@ def divide_batch(cfg):
     remedy = f"use {max(1, round(total / micro)) * micro}"
     sequences, rest = divmod(total, cfg.seq_len * WORLD)
     if not rest:
-        fits = max(n for n in range(1, min(cfg.batch_size, sequences) + 1) if sequences % n == 0)
+        fits = max(n for n in range(1, min(cfg.batch_size, sequences, 2**20) + 1) if sequences % n == 0)
         remedy += f", or batch_size = {fits}, which does not change the experiment"
     yield f"total_batch_size = {total:,} is not a multiple of {product} = {micro:,} tokens; {remedy}"
 

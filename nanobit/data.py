@@ -249,8 +249,8 @@ class Windows:
         return rows[:, :-1], rows[:, 1:]
 
     def places(self, samples):
-        """Return [(shard, window)] of training sample numbers."""
-        assert self.has(max(samples)), "the caller waits for them"
+        """Return [(shard, window)] of training sample numbers, the largest of which is the last."""
+        assert self.has(samples[-1]), "the caller waits for them"
         epochs, positions = np.divmod(np.asarray(samples, np.int64), self.ready)
         shards, inside = self.inside(positions)
         for epoch, shard in {*zip(epochs.tolist(), shards.tolist())}:

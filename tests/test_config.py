@@ -89,6 +89,8 @@ def test_values_take_the_type_of_the_default():
         (["--run_id", "--resume=auto"], ["--run_id needs a value"]),
         (["--learning_rate=1e400"], ["learning_rate = inf"]),
         (["--learning_rate=1" + 400 * "0"], ["learning_rate = inf"]),
+        (["--batch_size=1e18"], ["batch_size = 1" + 18 * "0", "at most 1048576"]),
+        (["--batch_size=1e18", "--total_batch_size=1" + 18 * "0"], ["at most 1048576"]),
         (["--seed=99999999999999999999"], ["seed = 99999999999999999999"]),
         (["--out_dir="], ["out_dir = ''"]),
         (["n_layer=3"], ["did you mean --n_layer=3"]),

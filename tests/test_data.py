@@ -89,6 +89,16 @@ def test_a_batch_depends_on_its_numbers_alone(data_dir):
     assert x.shape == (8, 16)
 
 
+def test_a_batch_of_many_windows_takes_little_time(data_dir, monkeypatch):
+    """The last sample of a batch is known without a walk through all of them, which no signal can end."""
+    w = windows(data_dir)
+    asked = []
+    monkeypatch.setattr(w, "has", asked.append)
+    with pytest.raises(AssertionError):
+        w.places(range(10**15, 10**18))
+    assert asked == [10**18 - 1]
+
+
 def test_shards_come_in_order_and_hold_their_windows(tmp_path, monkeypatch):
     """No window lies across two shards, and shards come one after the other."""
     from nanobit.prepare import token_files

@@ -230,6 +230,7 @@ def test_a_run_uses_the_float16_units_of_a_card(card, capsys, capability, change
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (MemoryError("Unable to allocate 195. GiB for an array"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (KeyError("out of memory"), False),
     ],
