@@ -92,6 +92,7 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         ordered, order = logits.sort(-1, descending=True)
         probs = ordered.softmax(-1)
         excluded = probs.cumsum(-1) - probs >= top_p  # the token that crosses top_p stays in
+        excluded[:, 0] = False  # also if top_p is 0 in fp32
         logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).to(device)
 

@@ -96,6 +96,7 @@ def draw(logits=PROBS, seed=0, **options):
         (dict(), {0, 1, 2, 3}),
         (dict(top_k=2), {0, 1}),
         (dict(top_p=0.5), {0}),
+        (dict(top_p=1e-300), {0}),
         (dict(top_p=0.6), {0, 1}),  # the token that crosses top_p stays in
         (dict(top_p=0.9), {0, 1, 2}),
         (dict(top_k=100, top_p=1.0, temperature=2.0), {0, 1, 2, 3}),
