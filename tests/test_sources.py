@@ -61,6 +61,11 @@ BAD = {
     "fake.parquet": (b"text", [], "is not a parquet file"),
     "nul.txt": (b"a\0b\n" * 20, [], "NUL"),
     "vocab.txt": (b"abc\n" * 50, ["--tokenizer=sentencepiece", "--vocab_size=4000"], "vocab_size = 4000"),
+    "huge.txt": (
+        b"abc\n" * 50,
+        ["--tokenizer=sentencepiece", "--vocab_size=1e18"],
+        "vocab_size = 1" + 18 * "0",
+    ),
     "tokenizer.txt": (b"abc\n" * 50, ["--tokenizer=gpt-2"], "tokenizer = 'gpt-2' is unknown"),
     "model.txt": (b"abc\n" * 50, ["--tokenizer={path}"], "is not a SentencePiece model"),
     "binary.txt": (b"\x80" * 3000, ["--val_fraction=0.5"], "is not UTF-8"),

@@ -109,7 +109,7 @@ def train(cfg, spm, texts):
     options |= dict(num_threads=1)  # the same model each time
     try:
         spm.SentencePieceTrainer.train(sentence_iterator=lines(), model_writer=out, **options)
-    except (RuntimeError, OSError) as error:  # a vocabulary too large or too small for the text
+    except (RuntimeError, OSError, ValueError) as error:  # a vocabulary too large or small for the text
         if not failures:
             explain(cfg.vocab_size, " ".join(str(error).split()), TRAIN_CHARS - left)
     if failures:
