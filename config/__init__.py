@@ -280,6 +280,6 @@ def contradictions(cfg):
     if cfg.n_head % cfg.n_kv_head:
         yield f"n_head = {cfg.n_head} is not divisible by n_kv_head = {cfg.n_kv_head}"
     if cfg.ternary and max(cfg.n_embd, cfg.ffn_dim) * 127 >= 2**24:
-        yield f"n_embd = {cfg.n_embd}, ffn_dim = {cfg.ffn_dim}: a ternary layer has at most 132,103 inputs"
+        yield f"n_embd = {cfg.n_embd}, ffn_dim = {cfg.ffn_dim}: a ternary layer has at most 132,104 inputs"
     yield from divide_batch(cfg)
     cfg.max_steps = cfg.max_steps or -(-cfg.total_tokens // cfg.total_batch_size)

@@ -73,6 +73,7 @@ def test_values_take_the_type_of_the_default():
         (["--n_embd=100", "--n_head=3", "--n_kv_head=3"], ["n_embd = 100", "n_head = 3"]),
         (["--n_embd=12", "--n_head=4", "--n_kv_head=4"], ["= 3 is odd"]),
         (["--n_head=12", "--n_kv_head=5"], ["n_head = 12", "n_kv_head = 5"]),
+        (["--ffn_dim=132105"], ["ffn_dim = 132105", "at most 132,104 inputs"]),
         (["--schedule=step"], ["schedule = 'step'", "two_stage"]),
         (["--dtype=int8"], ["dtype = 'int8'", "bfloat16"]),
         (["--device=gpu"], ["device = 'gpu'", "cuda:1"]),
@@ -102,6 +103,11 @@ def test_a_wrong_setting_is_named_with_its_value(capsys, argv, says):
     errors = "\n".join(faults(capsys, "--max_steps=10", *argv))
     for text in says:
         assert text in errors, errors
+
+
+def test_the_widest_ternary_layer():
+    """A ternary layer may have as many inputs as the error of a wider one names."""
+    assert config.load(["--max_steps=10", "--ffn_dim=132104"]).ffn_dim == 132_104
 
 
 @pytest.mark.parametrize(
