@@ -71,7 +71,7 @@ def locate(path, resumable=False, setting="ckpt", also=""):
     """Return the verified step folder that a run folder, RUN/best, a step folder or checkpoint.pt stands for.
     Exits with 2 if there is none, naming what `also` could be given; prints which newer ones were skipped."""
     wanted = f"give a run folder, RUN/best, a step folder or its checkpoint.pt{also}"
-    run_dir, name = os.path.split(path)
+    run_dir, name = os.path.split(os.path.normpath(path))
     if name == "best" and not os.path.exists(path) and os.path.isdir(run_dir):
         with reading():
             step = best_step(run_dir)

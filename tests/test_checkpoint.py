@@ -265,7 +265,8 @@ def test_the_best_is_found_by_its_name(run_dir):
     """RUN/best stands for the step of best.json."""
     write(run_dir, 50), write(run_dir, 60)
     RunDir(run_dir).write_best({"step": 50, "val_loss": 1.0})
-    assert checkpoint.locate(f"{run_dir}/best") == step_dir(run_dir, 50)
+    for path in (f"{run_dir}/best", f"{run_dir}/best/"):
+        assert checkpoint.locate(path) == step_dir(run_dir, 50)
 
 
 @pytest.mark.parametrize(
