@@ -7,7 +7,7 @@ from checkpoints import flip, no_room, refusal, save, write
 from conftest import settings
 from parts import part_of
 
-from nanobit import checkpoint, saving, start, weights
+from nanobit import checkpoint, record, saving, start, weights
 from nanobit.checkpoint import MODEL, TRAINER, step_dir
 from nanobit.run_dir import Origin, RunDir, steps
 
@@ -104,6 +104,21 @@ def test_a_checkpoint_is_flushed_before_it_has_its_name(run_dir, monkeypatch):
     save(run_dir, 5)
     partial = "step_000005.tmp"
     assert calls == [MODEL, TRAINER, "manifest.json.tmp", partial, "rename", "checkpoints"]
+
+
+def test_the_record_is_flushed_before_a_checkpoint(run_dir, monkeypatch):
+    """A checkpoint that survives a power cut has the lines of the record before it."""
+    record.event(run_dir, "start")
+    calls = []
+    fsync = os.fsync
+
+    def noted_fsync(handle):
+        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    assert saving.try_save(settings(), RunDir(run_dir), 5, ({}, {}), "schedule", set())
+    assert "events.jsonl" in calls[: calls.index(MODEL)]
 
 
 @pytest.mark.parametrize("function", ["fsync", "rename"])

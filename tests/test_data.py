@@ -125,6 +125,8 @@ def test_validation_is_fixed_and_spread(data_dir):
     assert [len(batch) for batch in a] == [3, 1]
     assert sum(len(x) for x, _ in w.fixed(0, 5, CPU)) == w.total == 12
     assert w.read(0, 9).tolist()[:16] == a[1][0], "4 of 12 windows: 0, 3, 6, 9"
+    (five,) = (x.tolist() for x, _ in w.fixed(80, 5, CPU))
+    assert five == [w.read(0, i).tolist()[:16] for i in (0, 2, 4, 7, 9)], "5 of 12 windows"
 
 
 def damage(data_dir, name, change):

@@ -82,6 +82,24 @@ def test_health_counts_weights_near_a_threshold(model):
     assert (row["near_threshold"], row["plus"], row["zero"]) == (0.5, 0.75, 0.25)
 
 
+def test_near_a_threshold_is_within_a_twentieth(model):
+    """0.055 from the threshold is not near."""
+    set_weights(model, 2.0, 0.555, -0.445, 1.0)  # mean 1
+    assert health(model)["layers"][Q_PROJ]["near_threshold"] == 0
+
+
+def test_the_scale_of_a_model_is_the_mean_over_its_layers(model):
+    """In the total, a large layer has the weight of a small one in scale, and more of it in the fractions."""
+    set_weights(model, 20.0, 0.0, 0.0, -20.0)
+    record = health(model)
+    sizes = {name: layer.weight.numel() for name, layer in bit_layers(model).items()}
+    assert len(set(sizes.values())) > 1
+    scales = [row["scale"] for row in record["layers"].values()]
+    assert record["total"]["scale"] == pytest.approx(sum(scales) / len(scales), rel=1e-5)
+    zeros = sum(record["layers"][name]["zero"] * size for name, size in sizes.items())
+    assert record["total"]["zero"] == pytest.approx(zeros / sum(sizes.values()), rel=1e-5)
+
+
 def test_health_counts_flips_since_the_last_codes(model):
     """flip_rate compares with the codes that are given, per layer, and is None without any."""
     assert health(model)["total"]["flip_rate"] is None

@@ -159,6 +159,18 @@ def test_forward_under_autocast_has_fp32_norms_and_logits():
             assert model(idx).dtype == model(idx, idx)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_rounds_before_it_multiplies(dtype):
+    """The normalized x is rounded to the dtype of x before it meets the weights, as in transformers."""
+    norm = make(n_embd=64).norm.to(dtype)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = torch.randn(2, 5, 64).bfloat16()
+    want = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.eps)
+    y = norm(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, norm.weight * want.bfloat16())
+
+
 @pytest.mark.parametrize("changes", [{}, dict(ternary=False), dict(n_expert=4)])
 def test_restore_gives_the_same_model(changes):
     """A restored model, packed or not, computes the logits and the text of the original. Guards against

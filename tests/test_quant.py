@@ -171,6 +171,18 @@ def test_gradient_dtypes_under_autocast():
     torch.testing.assert_close(bit.weight.grad, other.weight.grad, rtol=2e-2, atol=2e-2)
 
 
+def test_the_gradient_of_the_input_is_a_product_with_the_codes():
+    """Under bfloat16 autocast dx is the bf16 product of dy and the codes, divided by the scale in fp32: the
+    codes are exact in bf16, codes / scale is not."""
+    bit, x = layer(), torch.randn(6, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bit(x)
+    dy = torch.randn(6, 48).bfloat16()
+    y.backward(dy)
+    codes, scale = quant.ternarize(bit.weight)
+    assert torch.equal(x.grad, (dy @ codes.bfloat16()).float() / scale)
+
+
 @pytest.mark.parametrize("product, autocast", [*((product, False) for product in PRODUCTS), ("fp32", True)])
 def test_compiled_equals_eager(monkeypatch, product, autocast):
     """BitLinear compiles without a graph break, and to the same bits. Guards against a compiler that

@@ -12,7 +12,7 @@ from conftest import settings
 from parts import CHAR, part_of
 
 from model import Transformer
-from nanobit import optim, resume, start
+from nanobit import optim, resume, schedule, start
 from nanobit.checkpoint import TRAINER, step_dir
 from nanobit.run_dir import RunDir
 
@@ -113,12 +113,12 @@ DATA = dict(complete=True, shards={})
 
 
 def resumed(run_dir, cfg, model, optimizers, trainer):
-    """Return the State of a resume from a checkpoint with this trainer.pt, in the folder of step 6."""
+    """Return (State, former) of a resume from a checkpoint of step 6 with this trainer.pt."""
     part = dict(config=vars(cfg) | dict(origin=None), model=model.state_dict())
     folder = write(run_dir, 6, trainer=trainer, **part)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     args = cfg, resume.Origin(folder), RunDir(run_dir), CHAR, DATA, model, optimizers, scaler
-    return resume.restore(*args)[0]
+    return resume.restore(*args)
 
 
 def first(trainer):
@@ -195,9 +195,19 @@ def test_a_trainer_that_fits_is_resumed(run_dir, optimizer):
     cfg, model, optimizers, trainer = trained(optimizer)
     first(trainer)["exp_avg"] += 3
     state_of(trainer)["param_groups"][0]["amsgrad"] = True
-    assert resumed(run_dir, cfg, model, optimizers, trainer | dict(best=dict(step=3, val_loss=1.0))).step == 6
+    state, _ = resumed(run_dir, cfg, model, optimizers, trainer | dict(best=dict(step=3, val_loss=1.0)))
+    assert state.step == 6
     torch.testing.assert_close(optimizers[-1].state_dict()["state"], state_of(trainer)["state"])
     assert not optimizers[-1].param_groups[0]["amsgrad"]
+
+
+def test_a_resume_knows_what_was_reported_and_its_stage(run_dir):
+    """The skipped steps that the log has are not reported twice, and the last update was still of stage 1."""
+    cfg, model, optimizers, trainer = trained("adamw")
+    cfg.max_steps = 12
+    state, former = resumed(run_dir, cfg, model, optimizers, trainer | dict(skipped=[3, 2]))
+    assert (state.skipped, state.skips_reported) == (3, 2)
+    assert (schedule.stage(cfg, 6), former.stage) == (2, 1)
 
 
 def test_a_renamed_step_folder_is_not_resumed(run_dir):
@@ -224,6 +234,6 @@ def test_a_mixture_gets_the_sums_of_its_routers(run_dir):
     cfg, model, optimizers, trainer = trained("adamw", n_expert=3, n_expert_active=2)
     for shape in ((), (2, 6)):
         routers = [torch.ones(shape), 4]
-        state = resumed(run_dir, cfg, model, optimizers, trainer | dict(routers=routers))
+        state, _ = resumed(run_dir, cfg, model, optimizers, trainer | dict(routers=routers))
         assert torch.equal(state.routers, routers[0])
         assert state.n_router_samples == 4

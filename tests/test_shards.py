@@ -67,6 +67,14 @@ def test_a_token_changed_later_is_noticed(place, monkeypatch):
     assert read == ["val_00000.bin"] * 2
 
 
+def test_a_smaller_vocabulary_is_noticed(place):
+    """A shard is read again when meta.json claims another number of ids than when it was checked."""
+    check(place)
+    meta = read_meta(place)
+    with pytest.raises(Damaged, match="holds token id .* vocab_size is 3"):
+        shards.check_shards(place, meta | dict(vocab_size=3))
+
+
 def test_verify_finds_what_kept_size_and_time(place, capsys):
     """--verify_data reads all shards again, and the cache forgets those that are damaged."""
     check(place)
@@ -246,7 +254,10 @@ def test_shards_in_use_outlive_their_names(data_dir):
     "damage, says",
     [
         (lambda path: os.truncate(path, 40), "has become shorter"),
-        (lambda path: change(os.path.dirname(path), keep_time=True, new=28), "holds token id 28"),
+        (
+            lambda path: change(os.path.dirname(path), keep_time=True, new=len(CHARS)),
+            f"holds token id {len(CHARS)} since",
+        ),
     ],
 )
 def test_damage_behind_the_check_is_one_line(data_dir, capsys, damage, says):

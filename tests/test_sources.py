@@ -51,6 +51,12 @@ def test_hub_folder(corpus, tmp_path):
     assert found["val"] == [text for text in documents if chunks.split_of(text, 0.2) == "val"]
 
 
+def test_a_text_stays_in_its_split():
+    """The split of a text is the same in every version: what was held out is never trained on."""
+    texts = ["", "a", "to be", "the cat", "12 birds", "\u65e5\u672c", "a line\n"]
+    assert [text for text in texts if chunks.split_of(text, 0.5) == "train"] == ["", "to be", "a line\n"]
+
+
 BAD = {
     "latin1.txt": (b"good line\n" * 300 + b"caf\xe9\n", [], "byte 3,003 (0xe9) is not UTF-8"),
     "empty.txt": (b"", [], "no text in 1 file"),

@@ -291,6 +291,11 @@ def test_a_training_line_describes_its_update(written):
     assert row["lr"] == pytest.approx(5e-4)
 
 
+def test_the_line_of_the_last_update_of_stage_1_says_so(written):
+    """The stage of a line is that of its update: of six steps, the third is the last of stage 1."""
+    assert [row["stage"] for row in lines(written[0], SCALARS) if "stage" in row] == [1, 1, 1, 2, 2, 2]
+
+
 def test_the_settings_are_stored_with_their_origin(written):
     """config.json holds each setting with its origin, and the process."""
     with open(f"{written[0]}/config.json", encoding="utf-8") as file:
