@@ -24,7 +24,9 @@ FLAGS = {
     "dataset": Flag("", "name of the data set in data_dir; '' = the one that the model was trained on"),
     "split": Flag("val", "val | train"),
     "dtype": Flag("float32", "auto | float32 | bfloat16 | float16: of the matrix products", config.DTYPES),
-    "head": Flag("float32", "float32 | bfloat16 | int8: the loss with it too", config.HEADS),
+    "head": Flag(
+        "float32", "float32 | bfloat16 | int8: score with this head, beside that in float32", config.HEADS
+    ),
     "packed": Flag(True, "integer weights in ternary layers; False = float master weights, the same loss"),
     "eval_tokens": Flag(0, "tokens of the loss, spread over the split; 0 = all"),
     "batch_size": Flag(16, "sequences at a time", within="[1, inf)"),
@@ -33,6 +35,7 @@ FLAGS = {
 }
 cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir", "verify_data", "device"))
 
+import quant
 from nanobit import data, machine, record, weights
 from nanobit.infer.head import lighten_head
 from nanobit.infer.restore import restore
@@ -70,6 +73,7 @@ else:
 print(f"{machine.describe(device)}, {machine.name(dtype)}")
 
 model = restore(part, device, cfg.packed)
+quant.keep_codes(model)  # of layers that are not packed
 result = dict(step=part["step"], dataset=cfg.dataset, split=cfg.split, dtype=machine.name(dtype))
 scores = {  # each returns (fields of the JSON line, lines of text)
     "arithmetic": lambda: arithmetic.score(model, tokenizer, spec["eot"], examples, cfg.batch_size),

@@ -116,21 +116,27 @@ def keep_codes(model, compiled=False):
             layer.kept_codes = torch.empty_like(w, dtype=torch.int8)
             layer.kept_scale = torch.empty_like(w[..., :1, :1], dtype=torch.float32)
         write(w, layer.kept_codes, layer.kept_scale)
-        layer.version = layer.weight._version  # torch counts the changes of a tensor
+        layer.kept_version = version_of(layer.weight)
 
 
 def check_codes(model):
-    """Raise RuntimeError if the weight of a layer has changed since keep_codes."""
+    """Raise RuntimeError if the weight of a layer has changed since keep_codes, see version_of."""
     for name, layer in model.named_modules():
-        if getattr(layer, "kept_codes", None) is not None and layer.weight._version != layer.version:
+        is_kept = getattr(layer, "kept_codes", None) is not None
+        if is_kept and layer.kept_version != version_of(layer.weight):
             raise RuntimeError(f"{name}: its weight has changed since keep_codes(model); call it again")
+
+
+def version_of(w):
+    """Return another value after W was replaced or changed in place, but for changes of W.data. torch does
+    not count those by fused AdamW, optim.update does."""
+    return id(w), w.is_inference() or w._version
 
 
 def write_codes(w, codes, scale):
     """Write the codes of W into a tensor of int8, and its scale into another."""
-    new_codes, new_scale = ternarize(w)
-    codes.copy_(new_codes)
-    scale.copy_(new_scale)
+    for target, value in zip((codes, scale), ternarize(w)):
+        target.copy_(value)
 
 
 @functools.cache

@@ -50,6 +50,7 @@ cfg = config.load(doc=__doc__, flags=FLAGS, only=("device",), derive=derive)
 
 import torch
 
+import quant
 from nanobit import machine, weights
 from nanobit.generate import generate
 from nanobit.infer.head import lighten_head
@@ -94,6 +95,7 @@ except ValueError as error:
 if cfg.cuda_graph:
     machine.check_cuda_graph(device, part["config"]["n_expert"])
 model = restore(part, device, cfg.packed)
+quant.keep_codes(model)  # of layers that are not packed
 lighten_head(model, cfg.head)
 context = model.cfg.seq_len
 generator = torch.Generator().manual_seed(cfg.seed)

@@ -72,6 +72,7 @@ step_model, is_compiled = machine.compiled(model, cfg.compile, device)
 quant.keep_codes(model, is_compiled)  # the forward is compiled with them
 with machine.autocast(device, dtype):
     step_model = distributed.replicate(step_model, device, (cfg.batch_size, cfg.seq_len))
+quant.keep_codes(model, is_compiled)  # again, since DDP takes the weights of rank 0
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=n_params)
 repeat_eval, repeat_samples = start.begin(cfg, run, origin, state, former, facts)
 if warning := train_data.repetition(cfg.max_steps * cfg.total_batch_size):
@@ -223,7 +224,6 @@ retry_save = False  # a scheduled save has failed
 reason = ending()
 model.train()
 while True:
-    quant.keep_codes(model, is_compiled)  # of the weights as they are until the next update
     lr, weight_decay = optim.set_rates(optimizers, cfg, state.step)
     state.counts = dict(record.counts)  # lines in each file of the record
     before_eval = replace(state)  # what is saved: resuming repeats the evaluation of its step
@@ -285,8 +285,8 @@ while True:
         if distributed.stops_alone():  # Ctrl-C also ended a worker of torch.compile, which raises here
             leave()
         raise
-    # unscale and clip the gradients, one optimizer step, clear them; sums loss_sum over the ranks
     norm, skipped = optim.update(model, optimizers, scaler, cfg.grad_clip, loss_sum)
+    quant.keep_codes(model, is_compiled)  # for all forwards until the next update
     skips.add(skipped)
     if cfg.n_expert:
         state.routers = state.routers + router_sum

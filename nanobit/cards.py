@@ -50,9 +50,13 @@ def fault(number):
         return f"{build} has no code for {card}, compute capability {major}.{minor}; install {other}"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not shutil.which("nvidia-smi"):
         return ""
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace")
+    command = ["nvidia-smi", "-L"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20)
+    except subprocess.TimeoutExpired:
+        return "nvidia-smi does not answer; to use the CPU on purpose: --device=cpu"
     if listed.returncode:
-        return f"nvidia-smi fails: {' '.join(listed.stdout.split())[:200]}"
+        return f"nvidia-smi fails: {' '.join(listed.stdout.split())[:200]}; to use the CPU: --device=cpu"
     card = listed.stdout.partition("(")[0].strip()  # of GPU 0: NVIDIA GeForce RTX 3060 (UUID: ...)
     if not torch.version.cuda:
         return f"nvidia-smi lists {card}, but {build} is built without CUDA; install {other}"

@@ -50,14 +50,15 @@ def from_main(make, on_each_machine=False):
     """Return on every rank what make() returns on rank 0, after the first rank of each machine has called it
     too, if wanted. If it exits on one of them, all exit with its code."""
     value = None
-    code = 0
+    code = -1  # it did not exit
     if is_main or (on_each_machine and LOCAL_RANK == 0):
         try:
             value = make()
         except SystemExit as end:
-            code = end.code
+            code = end.code or 0
     value = share(value)
-    if code := int(largest(code)):
+    code = int(largest(code))
+    if code >= 0:
         raise SystemExit(code)
     return value
 

@@ -5,17 +5,18 @@ import torch
 HAS_VNNI = torch.cpu._is_vnni_supported()  # torch._int_mm then uses int8 units, for a single row too
 # whether oneDNN has int8 products for this CPU
 HAS_INT8 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability()[:3] == "AVX"
-# of a CUDA card; machine.pick tries both
+# of a CUDA card; machine.pick sets them
 HAS_CUDA_INT8 = True  # whether cuBLAS has int8 products for it
-fused = None  # kernels_cuda.scaled_int8_matmul if it works there
+fused_matmul = None  # kernels_cuda.scaled_int8_matmul if it works there
 FUSED_FROM = 8, 0  # the compute capability from which it is used; bench.py prints its time beside cuBLAS's
 
 
 def scaled_matmul(x_int, x_scale, codes, scale, dtype):
     """Return (x_int @ codes^T) / (scale * x_scale) in dtype, (N, out), as exact_matmul computes it. codes are
     int8, x_scale (N, 1)."""
-    if fused and x_int.is_cuda and len(x_int) > 16:
-        return fused(x_int.to(torch.int8), codes, x_scale, scale, dtype)
+    if fused_matmul and x_int.is_cuda and len(x_int) > 16:
+        assert codes.shape[1] * 127 < 2**24, "sums of this width are not exact in fp32"
+        return fused_matmul(x_int.to(torch.int8), codes, x_scale, scale, dtype)
     y = exact_matmul(x_int, codes) / (scale * x_scale)
     # compiled by torch 2.11, a cast to the same dtype silently cuts the gradient off
     return y if dtype == torch.float32 else y.to(dtype)
@@ -45,7 +46,7 @@ def int_matmul_pays(device, rows, n_in, n_out):
 
 def fp32_matmul(a, b):
     """Return a (N, in) @ b (in, out) of 16-bit floats as fp32; on CUDA its sums are never rounded to 16."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
 
@@ -61,16 +62,22 @@ def multiplies_int8(device):
 
 
 def working_fused(device):
-    """Return kernels_cuda.scaled_int8_matmul if it gives the right bits on a CUDA device, else None."""
-    from nanobit.kernels_cuda import scaled_int8_matmul  # here, since it needs Triton
+    """Return (kernels_cuda.scaled_int8_matmul, '') if it gives the right bits on a CUDA device with each of
+    its tiles, else (None, the reason)."""
+    try:
+        from nanobit.kernels_cuda import scaled_int8_matmul  # here, since it needs Triton
 
-    q = (torch.arange(40 * 64, device=device) % 255 - 127).view(40, 64).to(torch.int8)
-    codes = (torch.arange(48 * 64, device=device) % 3 - 1).view(48, 64).to(torch.int8)
-    x_scale = torch.linspace(1, 9, 40, device=device)[:, None]
-    scale = torch.full((1, 1), 7.0, device=device)
-    y = scaled_int8_matmul(q, codes, x_scale, scale, torch.bfloat16)
-    expected = (q.float() @ codes.float().t() / (scale * x_scale)).bfloat16()
-    return scaled_int8_matmul if torch.equal(y, expected) else None
+        for N, n_in, n_out in ((40, 200, 48), (1032, 200, 1032)):
+            q = (torch.arange(N * n_in, device=device) % 255 - 127).view(N, n_in).to(torch.int8)
+            codes = (torch.arange(n_out * n_in, device=device) % 3 - 1).view(n_out, n_in).to(torch.int8)
+            x_scale = torch.linspace(1, 9, N, device=device)[:, None]
+            scale = torch.full((1, 1), 7.0, device=device)
+            y = scaled_int8_matmul(q, codes, x_scale, scale, torch.bfloat16)
+            if not torch.equal(y, (q.float() @ codes.float().t() / (scale * x_scale)).bfloat16()):
+                return None, f"its product of {N} x {n_in} x {n_out} is wrong"
+    except Exception as error:  # of Triton, its compiler or the driver: cuBLAS works
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return scaled_int8_matmul, ""
 
 
 @torch.library.custom_op("nanobit::int8_matmul", mutates_args=())

@@ -40,7 +40,8 @@ def scaled_int8_matmul(
     q: torch.Tensor, codes: torch.Tensor, x_scale: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return (q @ codes^T) / (scale * x_scale) in dtype (N, out), rounded as kernels.scaled_matmul does. q
-    (N, in) and codes (out, in) are int8, x_scale (N, 1) and scale (one number) fp32, all contiguous."""
+    (N, in) and codes (out, in) are int8, x_scale (N, 1) and scale (one number) fp32."""
+    q, codes = q.contiguous(), codes.contiguous()
     N, n_in = q.shape
     n_out = len(codes)
     y = torch.empty(N, n_out, dtype=dtype, device=q.device)

@@ -57,7 +57,9 @@ def pick(wanted):
     if not kernels.HAS_CUDA_INT8:
         print(f"{describe(device)} has no int8 products; ternary layers multiply in float32", file=sys.stderr)
     elif torch.cuda.get_device_capability(device) >= kernels.FUSED_FROM and not no_compiler(device):
-        kernels.fused = kernels.working_fused(device)
+        kernels.fused_matmul, reason = kernels.working_fused(device)
+        if reason:
+            print(f"Triton's int8 product is not used, but that of cuBLAS: {reason}", file=sys.stderr)
     return device
 
 

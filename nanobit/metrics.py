@@ -66,6 +66,7 @@ def codes(model):
 @torch.no_grad()
 def activation_absmax(model, idx):
     """Return {name: max|x|}, 0-dim tensors, of the inputs of ternary layers in an extra forward of idx."""
+    check_codes(model)
     names = {layer: name for name, layer in bit_layers(model).items()}
     absmax = dict.fromkeys(names.values(), torch.zeros((), device=idx.device))
 

@@ -38,6 +38,10 @@ def check_bits():
         for dtype in (torch.float32, torch.float16):
             y = kernels_cuda.scaled_int8_matmul(x_int, codes, x_scale, scale, dtype)
             assert torch.equal(y, expected.to(dtype))
+        # whatever the strides are
+        q, t = x_int.t().contiguous().t(), codes.t().contiguous().t()
+        y = kernels_cuda.scaled_int8_matmul(q, t, x_scale, scale, torch.float32)
+        assert torch.equal(y, expected)
         # the interpreter cuts bits off where a card rounds to bfloat16
         y = kernels_cuda.scaled_int8_matmul(x_int, codes, x_scale, scale, torch.bfloat16)
         torch.testing.assert_close(y, expected.to(torch.bfloat16), rtol=2**-7, atol=0)

@@ -24,11 +24,11 @@ def card(monkeypatch):
     """Return a function that declares a CUDA card, as torch describes it."""
 
     monkeypatch.setattr(kernels, "HAS_CUDA_INT8", True)  # pick() sets both
-    monkeypatch.setattr(kernels, "fused", None)
+    monkeypatch.setattr(kernels, "fused_matmul", None)
 
     def declare(name="NVIDIA GeForce RTX 3060", capability=(8, 6), has_int8=True):
         monkeypatch.setattr(kernels, "multiplies_int8", lambda device: has_int8)
-        monkeypatch.setattr(kernels, "working_fused", lambda device: "the fused kernel")
+        monkeypatch.setattr(kernels, "working_fused", lambda device: ("the fused kernel", ""))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -90,16 +90,30 @@ def test_the_fused_product_is_for_ampere_and_newer(
     card(capability=capability, has_int8=has_int8)
     monkeypatch.setattr(machine, "no_compiler", lambda device: {False: "no gcc", True: ""}[has_compiler])
     machine.pick("cuda")
-    assert bool(kernels.fused) == is_fused
+    assert bool(kernels.fused_matmul) == is_fused
+
+
+def test_a_fused_product_that_fails_is_reported_and_not_used(card, monkeypatch, capsys):
+    """A card on which Triton fails, or computes other bits, uses cuBLAS, with a line that says why."""
+    working = kernels.working_fused
+    card()
+    monkeypatch.setattr(machine, "no_compiler", lambda device: "")
+    wrong = SimpleNamespace(scaled_int8_matmul=lambda q, codes, *_: torch.zeros(len(q), len(codes)))
+    for module, says in ((None, "ModuleNotFoundError"), (wrong, "its product of 40 x 200 x 48 is wrong")):
+        monkeypatch.setitem(sys.modules, "nanobit.kernels_cuda", module)
+        monkeypatch.setattr(kernels, "working_fused", lambda device: working(torch.device("cpu")))
+        machine.pick("cuda")
+        assert kernels.fused_matmul is None
+        assert says in capsys.readouterr().err
 
 
 def test_the_products_of_a_forward_are_timed_and_the_choice_stays(monkeypatch, capsys):
     """bench.py prints the time of both int8 products, and leaves the one that was chosen."""
-    monkeypatch.setattr(kernels, "fused", "the fused kernel")  # which only CUDA tensors reach
+    monkeypatch.setattr(kernels, "fused_matmul", "the fused kernel")  # which only CUDA tensors reach
     timing.print_products(model.Transformer(settings(n_layer=1)), torch.device("cpu"), torch.float32, 4)
-    line = r"int8 products of a forward: [\d.]+ ms by Triton, [\d.]+ ms by cuBLAS"
+    line = r"int8 products of a forward, eager: [\d.]+ ms by Triton, [\d.]+ ms by cuBLAS"
     assert re.search(line, capsys.readouterr().out)
-    assert kernels.fused == "the fused kernel"
+    assert kernels.fused_matmul == "the fused kernel"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ def test_an_evaluation_refuses_stale_codes(model):
     set_weights(model, 1.0, 0.0, -1.0, 2.0)
     with pytest.raises(RuntimeError, match="keep_codes"):
         mean_loss(model, [(IDX, IDX)])
+    with pytest.raises(RuntimeError, match="keep_codes"):
+        health(model)
 
 
 def test_health_begins_with_the_codes_of_gaussian_weights(model):

@@ -103,6 +103,24 @@ def test_weights_changed_behind_kept_codes_are_an_error():
     quant.check_codes(model)
 
 
+def test_a_weight_that_was_replaced_is_noticed():
+    """Another Parameter in the place of the weight makes the kept codes stale, though versions are equal."""
+    bit = layer()
+    quant.keep_codes(bit)
+    bit.load_state_dict(layer(seed=1).state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="has changed"):
+        quant.check_codes(bit)
+
+
+def test_codes_are_kept_in_inference_mode():
+    """Weights that were made in inference mode have no version, and can be kept."""
+    with torch.inference_mode():
+        bit = layer()
+        quant.keep_codes(bit)
+        quant.check_codes(bit)
+        assert torch.equal(bit(torch.ones(1, 64)), reference(torch.ones(1, 64), bit.weight))
+
+
 def test_scales_are_clamped():
     """max|x| and mean|W| below 1e-5 count as 1e-5."""
     assert quant.quantize_activations(torch.full((1, 4), 5e-6))[1].item() == pytest.approx(1.27e7)

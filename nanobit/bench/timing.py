@@ -78,7 +78,6 @@ class Contestant:
     def step(self, by_parts=False):
         """Time one optimizer step of cfg.accumulation micro-steps, as a whole or part by part."""
         began = now(self.device)
-        quant.keep_codes(self.model, self.is_compiled)
         marks = [began]
         spent = Counter()
 
@@ -87,6 +86,8 @@ class Contestant:
                 marks.append(now(self.device))
                 spent[part] += 1e3 * (marks[-1] - marks[-2])
 
+        quant.keep_codes(self.model, self.is_compiled)
+        mark("codes")
         for _ in range(self.cfg.accumulation):
             first = self.n_batches * self.cfg.batch_size
             batch = self.windows.batch(first, self.cfg.batch_size, self.device)
@@ -156,22 +157,23 @@ def device_use(contestant, step_ms):
 
 def print_products(model, device, dtype, rows):
     """Print the time of one forward's int8 products of so many rows, by Triton with the scales in its
-    epilogue (kernels.fused) and by cuBLAS, in turn."""
+    epilogue (kernels.fused_matmul) and by cuBLAS, in turn."""
     ms = Counter()
-    chosen = kernels.fused
+    chosen = kernels.fused_matmul
     for layer in bit_layers(model).values():
         codes, scale = quant.int8_codes(layer.weight)
         x = torch.randn(rows, layer.weight.shape[-1], device=device)
         operands = (*quant.quantize_activations(x), codes, scale, dtype)
-        for name, kernels.fused in {"Triton": chosen, "cuBLAS": None}.items():
+        for name, product in {"Triton": chosen, "cuBLAS": None}.items():
+            kernels.fused_matmul = product
             kernels.scaled_matmul(*operands)
             began = now(device)
             for _ in range(10):
                 kernels.scaled_matmul(*operands)
             ms[name] += 100 * (now(device) - began)
-    kernels.fused = chosen
+    kernels.fused_matmul = chosen
     times = ", ".join(f"{value:.2f} ms by {name}" for name, value in ms.items())
-    print(f"int8 products of a forward: {times}; kernels.FUSED_FROM chooses")
+    print(f"int8 products of a forward, eager: {times}; kernels.FUSED_FROM chooses")
 
 
 def in_turn(everyone, rounds, what):
@@ -219,7 +221,7 @@ def training(cfg, device, dtype, twin=True, peer=None):
     shares = ", ".join(f"{name} {ms / sum(parts_ms.values()):.1%}" for name, ms in parts_ms.items())
     print(f"time of a step: {shares}")
     use = device_use(first, step_ms[first.name])
-    if kernels.fused and cfg.ternary and not cfg.n_expert:
+    if kernels.fused_matmul and cfg.ternary and not cfg.n_expert:
         print_products(first.model, device, dtype, cfg.batch_size * cfg.seq_len)
     tokens_per_sec = 1e3 * cfg.total_batch_size / step_ms[first.name]
     flops = tokens_per_sec * first.model.flops_per_token()
@@ -248,6 +250,7 @@ def writer(cfg, ternary, head, device, prompt, n_new):
     if ternary and cfg.packed:
         name = "ternary"
         pack_layers(model)
+    quant.keep_codes(model)
     if head != "float32":
         name += f", {head} head"
         lighten_head(model, head)
@@ -292,6 +295,7 @@ def sampling(cfg, device, dtype, peers=None):
 def once_seconds(cfg, device, dtype):
     """Return the seconds of an evaluation, a round of samples (a part of both is timed) and a checkpoint."""
     model = build(cfg, cfg.ternary, device).eval()
+    quant.keep_codes(model)
     x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len), device=device)
     with machine.autocast(device, dtype):
         for _ in range(2):  # the first warms up

@@ -17,13 +17,14 @@ class Bfloat16Head(nn.Linear):
 class Int8Head(nn.Module):
     """A head whose rows are int8, each with a scale in fp32: a quarter of the memory. The rows of W and the
     input x are rounded as quant.py rounds activations; y (..., V) = (q_x @ q_W^T) / (scale_W * scale_x). C
-    sums integers. Without C the sums are in fp32, exact up to a width of 1,040 (1040 * 127^2 < 2^24)."""
+    sums integers. Without C the sums are in fp32, exact up to a width of 1,040 (1040 * 127^2 < 2^24), and
+    slower than those of a head in fp32."""
 
     def __init__(self, weight):
         super().__init__()
         rows, scales = quantize_activations(weight)
-        self.rows = rows.to(torch.int8).contiguous()
-        self.scales = scales.view(-1)
+        self.register_buffer("rows", rows.to(torch.int8).contiguous(), persistent=False)
+        self.register_buffer("scales", scales.view(-1), persistent=False)
         self.uses_c = weight.device.type == "cpu" and packed.library() is not None
 
     def forward(self, x):

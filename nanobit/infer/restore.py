@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import torch
 
-import quant
 from model import Transformer
 from nanobit.cli import fail
 from nanobit.infer.packed import PackedLinear, pack_layers
@@ -31,5 +30,4 @@ def restore(part, device, packed=False):
     model.eval()
     if packed:
         pack_layers(model)
-    quant.keep_codes(model)
     return model
