@@ -57,9 +57,8 @@ def check_trainer(part):
     if {type(best["val_loss"]), *map(type, part["scaler"].values())} - {int, float}:
         raise ValueError(f"best = {best!r}, scaler = {part['scaler']!r}, expected numbers")
     skipped, reported = part["skipped"]
-    _, n_samples = part.get("routers") or (None, 0)
-    counts = dict(step=part["step"], best=best["step"], stale_evals=part["stale_evals"])
-    counts |= dict(skipped=skipped, reported=reported, routers=n_samples) | (part.get("counts") or {})
+    counts = dict(step=part["step"], best=best["step"], stale_evals=part["stale_evals"], skipped=skipped)
+    counts |= dict(reported=reported, routers=(part.get("routers") or [0, 0])[1]) | (part.get("counts") or {})
     for key, value in counts.items():
         if type(value) is not int or not 0 <= value < 2**53:
             raise ValueError(f"{key} = {value!r}, expected a whole number from 0 to 2^53")
@@ -80,8 +79,7 @@ def check_states(optimizers, states, step):
                 shapes = dict(momentum_buffer=params[i].shape)
             found = {key: value.shape for key, value in entry.items()}
             if found != shapes or not 0 <= entry.get("step", 0) <= step:
-                wanted = f"the shape {tuple(params[i].shape)} of parameter {i}, or step {step}"
-                raise ValueError(f"the state of its optimizer does not fit {wanted}")
+                raise ValueError(f"optimizer: state of parameter {i} does not fit its shape or step {step}")
             check_stored(entry)
 
 

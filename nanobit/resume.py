@@ -121,6 +121,8 @@ def restore(cfg, origin, run, tokenizer, meta, model, optimizers, scaler):
     hint = "; --init_from= takes the weights alone"
     changed = must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}", hint)
     parts.check_shapes(folder, part["model"], model.state_dict())
+    skipped, reported = trainer["skipped"]
+    state = State(step=step, skipped=skipped, skips_reported=reported, counts=trainer.get("counts"))
     with checkpoint.checking(os.path.join(folder, TRAINER)):
         if not data.same_tokens(trainer["data"], data.digest(meta)):
             fail(
@@ -130,15 +132,11 @@ def restore(cfg, origin, run, tokenizer, meta, model, optimizers, scaler):
         if trainer["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(trainer["scaler"])
         if cfg.n_expert:
-            routers, n_router_samples = trainer["routers"]
-            routers.expand(cfg.n_layer, 3 + cfg.n_expert)  # or it has another shape
+            state.routers, state.n_router_samples = trainer["routers"]
+            state.routers.expand(cfg.n_layer, 3 + cfg.n_expert)  # raises an error for another shape
+    if not distributed.is_main:  # the sum is over all ranks
+        state.routers = torch.zeros_like(state.routers)
     distributed.load(model, optimizers, part["model"], trainer["optimizer"])
-    skipped, reported = trainer["skipped"]
-    state = State(step=step, skipped=skipped, skips_reported=reported, counts=trainer.get("counts"))
-    if cfg.n_expert:
-        state.routers, state.n_router_samples = routers, n_router_samples
-        if not distributed.is_main:  # the sum is over all ranks
-            state.routers = torch.zeros_like(state.routers)
     # a branch has its own best, and so have other validation windows
     same_eval = origin.is_own and all(getattr(cfg, name) == part["config"][name] for name in VALIDATION)
     if distributed.share(same_eval and trainer["best"].get("step") in steps(run.path)):

@@ -219,7 +219,16 @@ def test_a_renamed_step_folder_is_not_resumed(run_dir):
 
 
 @pytest.mark.parametrize(
-    "routers", [None, [], [torch.zeros(3), 1], ["x", 1], [torch.zeros(2, 6), "x"], [torch.zeros(2, 6), -1]]
+    "routers",
+    [
+        None,
+        [],
+        [torch.zeros(()), 1, 2],
+        [torch.zeros(3), 1],
+        ["x", 1],
+        [torch.zeros(2, 6), "x"],
+        [torch.zeros(2, 6), -1],
+    ],
 )
 def test_a_mixture_needs_the_sums_of_its_routers(run_dir, routers):
     """A trainer.pt of a mixture without the sums of its routers, or with others, exits with 2."""
