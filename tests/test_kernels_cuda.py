@@ -1,6 +1,6 @@
-"""nanobit/kernels_cuda.py without a card: Triton's interpreter, and its compiler for cards that are not here.
+"""The Triton kernels without a card: by Triton's interpreter, and compiled for cards that are not here.
 
-Both run in a process of their own, since Triton decides at its import whether it interprets."""
+All run in a process of their own, since Triton decides at its import whether it interprets."""
 
 import os
 import subprocess
@@ -47,6 +47,19 @@ def check_bits():
         torch.testing.assert_close(y, expected.to(torch.bfloat16), rtol=2**-7, atol=0)
 
 
+def check_packed():
+    """Compare the kernel of packed weights with BitLinear."""
+    from nanobit.infer import packed, packed_cuda
+
+    for shape in ((80, 48), (100, 64), (768, 16)):
+        bit = quant.BitLinear(*shape)
+        layer = packed.packed_linear(bit.weight)
+        for x in (torch.randn(shape[0]), torch.zeros(shape[0]), torch.randint(-254, 255, shape[:1]) / 2):
+            x[:1] = 127.0 * x.any()
+            with torch.no_grad():
+                assert torch.equal(packed_cuda.packed_linear(layer.packed, x, layer.matrix.scale), bit(x))
+
+
 def check_compilation():
     """Compile the kernel for every card: integer products, exact division, rounding to nearest."""
     import triton
@@ -77,3 +90,9 @@ def test_the_kernel_gives_the_bits_of_quant():
 def test_the_kernel_compiles_for_every_card():
     """The compiler makes integer tensor-core code with exact divisions, from Ampere to Blackwell."""
     in_child("check_compilation")
+
+
+def test_the_kernel_of_packed_weights_computes_what_bitlinear_does():
+    """Interpreted, the kernel for one token equals BitLinear. It shows rows and codes that are mistaken, not
+    what the compiler does to a rounding."""
+    in_child("check_packed", TRITON_INTERPRET="1")

@@ -437,21 +437,3 @@ def test_all_units_of_this_cpu_give_the_same_bits(libraries, n_rows, n_in, monke
     for layer, head in results:
         assert torch.equal(layer, results[0][0])
         assert torch.equal(head, results[0][1])
-
-
-def test_the_triton_kernel(monkeypatch):
-    """Triton's interpreter computes what BitLinear does. It shows rows and codes that are mistaken, not what
-    the compiler does to a rounding."""
-    if torch.cuda.is_available():
-        pytest.skip("test_gpu.py runs it on the device")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pytest.importorskip("triton", reason="needs triton")
-    from nanobit.infer import packed_cuda
-
-    for shape in ((80, 48), (100, 64), (768, 16)):
-        bit = BitLinear(*shape)
-        layer = packed.packed_linear(bit.weight)
-        for x in (torch.randn(shape[0]), torch.zeros(shape[0]), torch.randint(-254, 255, shape[:1]) / 2):
-            x[:1] = 127.0 * x.any()
-            with torch.no_grad():
-                assert torch.equal(packed_cuda.packed_linear(layer.packed, x, layer.matrix.scale), bit(x))
