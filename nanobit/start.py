@@ -30,8 +30,8 @@ def find(cfg, run):
 
 def load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler):
     """Give model, optimizers and scaler the state that a run begins with: a checkpoint's, the weights of
-    init_from, or as drawn. Return (State, former): see resume.restore; former is None if there is no
-    checkpoint. Exits with 0 if the run is finished."""
+    init_from, or as drawn. Return (State, former): see resume.restore; former is None without a checkpoint.
+    Exits with 0 if the run is finished."""
     state = saving.State()
     former = None
     if origin.folder or cfg.init_from:

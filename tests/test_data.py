@@ -177,7 +177,7 @@ def growing(folder, monkeypatch):
         whole = json.load(file)
     os.rename(folder / "tiny" / "val_00000.bin", folder / "tiny" / "val_00000.bin.partial")
     shards = {name: whole["shards"][name] for name in ("train_00000.bin", "train_00001.bin")}
-    part = dict(complete=False, command="python go on", shards=shards, tokens=dict(train=450, val=150))
+    part = dict(complete=False, command="python continue", shards=shards, tokens=dict(train=450, val=150))
     damage(data_dir, "meta.json", meta_with(**part))
     return data_dir, whole
 
@@ -193,7 +193,7 @@ def test_a_data_set_that_nothing_writes_is_used_up_and_then_reported(tmp_path, m
     assert w.has(23)
     assert not w.has(24)
     assert w.wait_for(23, say=messages.append) == ""
-    assert "python go on" in w.wait_for(24, say=messages.append)
+    assert "python continue" in w.wait_for(24, say=messages.append)
     with pytest.raises(AssertionError):
         w.batch(20, 5, CPU)
     batches = [w.batch(8 * i, 8, CPU) for i in range(3)]
