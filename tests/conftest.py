@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -212,3 +213,19 @@ def corpus(tmp_path_factory):
         pyarrow.parquet.write_table(part, folder / "hub" / "data" / f"{split}.parquet", row_group_size=40)
     pyarrow.parquet.write_table(table[:20], folder / "hub" / "data" / "validation-00000-of-00001.parquet")
     return folder, documents
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return (data_dir, out_dir) with run "a", finished at step 10, which began with resume = 'auto'."""
+    folder = tmp_path_factory.mktemp("finished")
+    where = write_data(folder / "data"), str(folder / "runs")
+    train(*where, "a", max_steps=10, resume="auto", sample_every=0)
+    return where
+
+
+@pytest.fixture
+def copied(finished, out_dir):
+    """Return (data_dir, out_dir) with a copy of run "a", to be changed."""
+    shutil.copytree(f"{finished[1]}/a", f"{out_dir}/a")
+    return finished[0], out_dir

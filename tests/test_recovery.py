@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 
 import faults
 import pytest
@@ -16,72 +15,30 @@ from conftest import (
     EVENTS,
     ROOT,
     SCALARS,
-    final,
     kill_at,
     lines,
     result_of,
     rows,
     run,
     settings,
-    start_train,
     train,
     write_data,
+)
+from runs import (
+    NO_EXTRAS,
+    ROUTER,
+    assert_same_end,
+    assert_same_run,
+    best_of,
+    events,
+    rewrite,
+    val_losses,
 )
 
 import config
 from nanobit import checkpoint, data, saving
 from nanobit.checkpoint import MODEL, TRAINER, step_dir
 from nanobit.run_dir import steps
-
-ROUTER, SAMPLES = "metrics/router.jsonl", "samples/samples.jsonl"
-
-
-def best_of(run_dir):
-    """Return the content of best.json."""
-    with open(f"{run_dir}/best.json", encoding="utf-8") as file:
-        return json.load(file)
-
-
-def events(run_dir, name):
-    """Return the events of one kind."""
-    return [row for row in lines(run_dir, EVENTS) if row["event"] == name]
-
-
-def trained_steps(run_dir):
-    """Return the steps that have a training line, in the order of the file."""
-    return [row["step"] for row in lines(run_dir, SCALARS) if "loss" in row]
-
-
-def val_losses(run_dir):
-    """Return {step: validation loss}."""
-    return {row["step"]: row["val_loss"] for row in lines(run_dir, SCALARS) if "val_loss" in row}
-
-
-def rewrite(path, change):
-    """Replace the text of a file by change(text)."""
-    with open(path, encoding="utf-8") as file:
-        text = change(file.read())
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def assert_same_end(a, b):
-    """Two runs end with the same weights and optimizer state, and have logged the same."""
-    for left, right in zip(final(a), final(b)):
-        torch.testing.assert_close(left, right, rtol=0, atol=0)
-    assert rows(a) == rows(b)
-
-
-def assert_same_run(a, b):
-    """Two runs are the same in all that they wrote, but for what depends on the clock."""
-    assert_same_end(a, b)
-    assert lines(a, SAMPLES) == lines(b, SAMPLES)
-    assert best_of(a) == best_of(b)
-    health = [[row["total"] for row in lines(run_dir, "metrics/bitnet.jsonl")] for run_dir in (a, b)]
-    for total in health[0] + health[1]:
-        del total["flip_rate"]  # of the first line after a resume it is not known
-    assert health[0] == health[1]
-
 
 # an exact resume
 
@@ -188,176 +145,6 @@ def test_a_run_from_before_the_ratios_keeps_its_rates(data_dir, out_dir):
     assert_same_run(f"{out_dir}/whole", f"{out_dir}/half")
 
 
-# how a run starts, resumes and branches off
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Return (data_dir, out_dir) with run "a", finished at step 10, which began with resume = 'auto'."""
-    folder = tmp_path_factory.mktemp("finished")
-    where = write_data(folder / "data"), str(folder / "runs")
-    train(*where, "a", max_steps=10, resume="auto", sample_every=0)
-    return where
-
-
-@pytest.fixture
-def copied(finished, out_dir):
-    """Return (data_dir, out_dir) with a copy of run "a", to be changed."""
-    shutil.copytree(f"{finished[1]}/a", f"{out_dir}/a")
-    return finished[0], out_dir
-
-
-def test_auto_starts_if_there_is_nothing_to_resume(finished):
-    """resume = 'auto' starts a run whose folder does not exist."""
-    assert events(f"{finished[1]}/a", "start")[0]["step"] == 0
-    assert trained_steps(f"{finished[1]}/a") == list(range(1, 11))
-
-
-def test_a_run_is_not_overwritten(finished):
-    """The same command again, without resume, exits with 2 and names both ways out."""
-    _, err = train(*finished, "a", code=2, sample_every=0)
-    assert "already holds a run, up to step 10" in err
-    assert "--resume=auto" in err
-    assert "--run_id=" in err
-
-
-def test_a_finished_run_prints_its_result_again(finished):
-    """resume = 'auto' of a finished run prints what ended it, and its result, and exits with 0."""
-    out, _ = train(*finished, "a", max_steps=10, resume="auto", sample_every=0)
-    assert "is finished: step 10, ended by max_steps" in out
-    assert result_of(out)["step"] == 10
-
-
-@pytest.mark.parametrize(
-    "changes, says",
-    [
-        (
-            dict(n_embd=64, n_layer=3),
-            ["n_embd = 64, the checkpoint has 32", "n_layer = 3, the checkpoint has 1"],
-        ),
-        (dict(seed=1), ["seed = 1, the checkpoint has 1337"]),
-        (dict(ternary=False), ["ternary = False"]),
-        (dict(total_batch_size=128), ["total_batch_size = 128, the checkpoint has 64"]),
-    ],
-)
-def test_another_model_is_not_resumed(finished, changes, says):
-    """A resume into another model, seed or batch exits with 2, and names each setting with both values."""
-    _, err = train(*finished, "a", code=2, resume="auto", sample_every=0, **changes)
-    assert [text for text in says if text not in err] == []
-
-
-def test_a_run_is_not_made_shorter_than_its_checkpoint(finished):
-    """A max_steps below the step of the checkpoint exits with 2."""
-    _, err = train(*finished, "a", code=2, resume="auto", sample_every=0, max_steps=8)
-    assert "max_steps = 8 is less than the 10 steps" in err
-    assert "raise it" in err
-
-
-def test_a_path_with_another_run_id_branches_off(finished):
-    """A new run from the checkpoint of another records it, makes the later steps itself, and prints what
-    changed."""
-    data_dir, out_dir = finished
-    origin = step_dir(f"{out_dir}/a", 5)
-    out, _ = train(data_dir, out_dir, "b", max_steps=10, resume=origin, sample_every=0, grad_clip=0.5)
-    assert "changed: grad_clip = 0.5, the checkpoint has 1.0" in out
-    event = lines(f"{out_dir}/b", EVENTS)[0]
-    assert event["event"] == "resume"
-    assert event["step"] == 5
-    assert event["path"] == origin
-    assert trained_steps(f"{out_dir}/b") == [6, 7, 8, 9, 10]
-
-
-def test_a_path_inside_the_run_rewinds_it(copied):
-    """A run that resumes from an earlier checkpoint of its own renames the later ones, and writes each line
-    once; it then is what a branch from there is."""
-    data_dir, out_dir = copied
-    origin = step_dir(f"{out_dir}/a", 5)
-    for run_id in ("b", "a"):
-        out, _ = train(data_dir, out_dir, run_id, max_steps=10, resume=origin, sample_every=0, grad_clip=0.5)
-    assert "later than the step" in out
-    assert trained_steps(f"{out_dir}/a") == list(range(1, 11))
-    assert rows(f"{out_dir}/a")[-1] == rows(f"{out_dir}/b")[-1]
-
-
-WORSE = dict(sample_every=0, learning_rate=3.0, stage2_lr_ratio=1.0, min_lr_ratio=1.0)
-
-
-def test_a_branch_has_its_own_best(finished):
-    """The best of a branch is among its own evaluations, though they are worse than that of its origin."""
-    data_dir, out_dir = finished
-    train(data_dir, out_dir, "c", max_steps=12, resume=f"{out_dir}/a", **WORSE)
-    assert best_of(f"{out_dir}/c")["step"] == 12
-
-
-def test_the_best_stays_if_it_is_not_beaten(copied):
-    """A run that continues with worse evaluations keeps its best."""
-    data_dir, out_dir = copied
-    former = best_of(f"{out_dir}/a")
-    train(data_dir, out_dir, "a", max_steps=12, resume="auto", **WORSE)
-    assert former["step"] <= 10
-    assert best_of(f"{out_dir}/a") == former
-
-
-def test_other_validation_windows_begin_a_new_best(copied):
-    """The best loss of other validation windows is not compared with that of the former ones."""
-    data_dir, out_dir = copied
-    former = best_of(f"{out_dir}/a")
-    train(data_dir, out_dir, "a", max_steps=14, resume="auto", eval_tokens=48, **WORSE)
-    losses = {step: loss for step, loss in val_losses(f"{out_dir}/a").items() if step >= former["step"]}
-    best = best_of(f"{out_dir}/a")
-    assert best["val_loss"] == min(losses.values()) == losses[best["step"]]
-    assert best["val_loss"] != former["val_loss"]
-
-
-@pytest.mark.parametrize("resume, changes", [("checkpoints/step_000005", dict(seed=1)), ("nothing", {})])
-def test_a_refused_start_leaves_no_folder(finished, resume, changes):
-    """A start that exits with 2 leaves no folder of a run behind."""
-    data_dir, out_dir = finished
-    train(data_dir, out_dir, "d", code=2, resume=f"{out_dir}/a/{resume}", **changes)
-    assert not os.path.exists(f"{out_dir}/d")
-
-
-def test_other_tokens_under_the_same_name_are_refused(finished, tmp_path):
-    """A data set that was made again in another way is not the one of the run, and exits with 2."""
-    other = write_data(tmp_path / "other", n_train=501)
-    _, err = train(other, finished[1], "a", code=2, max_steps=10, resume="auto", sample_every=0)
-    assert "its tokens are not those" in err
-
-
-# a finished run that is made longer
-
-
-@pytest.fixture(scope="module")
-def longer(tmp_path_factory):
-    """Return (folder, stdout) of a run of 10 steps that was continued to 16."""
-    folder = tmp_path_factory.mktemp("longer")
-    where = write_data(folder / "data"), str(folder / "runs")
-    changes = dict(resume="auto", sample_every=8, save_every=0, stage_boundary=0.75)
-    train(*where, "r", max_steps=10, **changes)
-    out, _ = train(*where, "r", max_steps=16, **changes)
-    return f"{where[1]}/r", out
-
-
-def test_a_longer_run_prints_where_its_schedule_jumps(longer):
-    """A run that is made longer prints that it is back in stage 1, and both learning rates."""
-    assert "back in stage 1 until step 12" in longer[1]
-    assert "the learning rate is 1.11e-03 from here; before it was 1.50e-05" in longer[1]
-
-
-def test_a_longer_run_loses_no_evaluation(longer):
-    """The evaluation of the former end, and the best, stay, though nothing is due there any more."""
-    losses = val_losses(longer[0])
-    assert list(losses) == [0, 6, 10, 12, 16]
-    del losses[0]
-    best = best_of(longer[0])
-    assert best["val_loss"] == min(losses.values()) == losses[best["step"]]
-
-
-def test_a_longer_run_loses_no_sample(longer):
-    """The samples of the former end stay."""
-    assert {row["step"] for row in lines(longer[0], SAMPLES)} == {8, 10, 16}
-
-
 # what is kept, and what is damaged
 
 
@@ -434,9 +221,6 @@ def test_without_a_whole_checkpoint_the_old_run_is_kept(data_dir, out_dir):
     assert len(lines(f"{out_dir}/r.aside", SCALARS)) == 6
 
 
-NO_EXTRAS = dict(sample_every=0, eval_every=0, schedule="linear")
-
-
 def test_a_disk_that_fills_loses_nothing(data_dir, out_dir):
     """A save that fails is reported and recorded, and the run saves again when there is room."""
     _, err = train(data_dir, out_dir, "r", patch=faults.no_room_for_saves(3, 6), **NO_EXTRAS)
@@ -502,71 +286,3 @@ def test_damaged_lines_of_the_record_are_reported_and_cost_nothing(copied):
     assert [row["what"] for row in events(run_dir, "anomaly")] == [says]
     assert rows(run_dir) == [row for row in whole if row["step"] != 3]
     assert lines(run_dir, EVENTS)[-1]["result"]["val_loss"] == end["result"]["val_loss"]
-
-
-# signals, and errors
-
-
-@pytest.mark.parametrize(
-    "module, function, step, changes",
-    [
-        ("metrics", "mean_loss", 0, dict(eval_every=6)),
-        ("generate", "generate", 6, dict(eval_every=0, sample_tokens=200000)),
-    ],
-)
-def test_signals_are_heard_in_evaluation_and_sampling(data_dir, out_dir, module, function, step, changes):
-    """Ctrl-C does not wait for the end of an evaluation or of a sample: the run is saved, and prints how to
-    resume."""
-    patch = faults.signal_in(module, function, 1, signal.SIGINT)
-    _, err = train(data_dir, out_dir, "r", patch=patch, code=128 + signal.SIGINT, sample_every=6, **changes)
-    end = lines(f"{out_dir}/r", EVENTS)[-1]
-    assert end["event"] == "interrupt"
-    assert end["step"] == step
-    assert checkpoint.newest(f"{out_dir}/r", True)[0]
-    assert f"--resume={out_dir}/r" in err
-
-
-def test_the_second_signal_exits_immediately(data_dir, out_dir):
-    """A run that saves to a dead disk is ended by the second Ctrl-C."""
-    child = start_train(data_dir, out_dir, "r", faults.endless_save(), eval_every=0)
-    while not os.path.exists(f"{out_dir}/r/{SCALARS}"):
-        time.sleep(0.02)
-    time.sleep(1)
-    child.kill(signal.SIGINT)
-    time.sleep(0.5)
-    assert not child.ended()
-    child.kill(signal.SIGINT)
-    assert child.wait(10)[0] == 128 + signal.SIGINT
-
-
-def failed(data_dir, out_dir, patch):
-    """Return (stderr, last event) of a run that exits with 1."""
-    code, _, err = start_train(data_dir, out_dir, "r", patch, save_every=0, **NO_EXTRAS).wait(60)
-    assert code == 1
-    return err, lines(f"{out_dir}/r", EVENTS)[-1]
-
-
-@pytest.mark.parametrize(
-    "patch, says",
-    [(faults.nan_loss_always(), "5 steps in a row"), (faults.error_in_training(), "KeyError: 'x'")],
-    ids=["skips", "error"],
-)
-def test_a_run_that_ends_itself_records_why(data_dir, out_dir, patch, says):
-    """The last event of a run that an error ended holds the error, so that it does not look like a kill."""
-    err, end = failed(data_dir, out_dir, patch)
-    assert end["event"] == "failed"
-    assert says in end["what"]
-    assert says in err
-
-
-def test_a_remedy_names_no_checkpoint_that_does_not_exist(data_dir, out_dir):
-    """A run that diverges before its first save is not sent to a checkpoint."""
-    _, end = failed(data_dir, out_dir, faults.nan_loss_always())
-    assert "no checkpoint was saved" in end["what"]
-
-
-def test_weights_changed_behind_kept_codes_end_training(data_dir, out_dir):
-    """An update whose weights are not those of the kept codes raises an error before its forward."""
-    err, event = failed(data_dir, out_dir, faults.change_weights_at(3))
-    assert "q_proj: its weight has changed since keep_codes" in err
-    assert (event["event"], event["step"]) == ("failed", 3)
