@@ -11,8 +11,8 @@ import sys
 import time
 from unittest import mock
 
-import faults
 import numpy as np
+import prepare_faults
 import tiktoken
 import torch
 from conftest import ROOT, start
@@ -84,7 +84,7 @@ def documents_of(folder):
 
 def prepare(*flags, patch="", code=0, script="text"):
     """Run prepare/<script>.py in this process, tokenizing here too; return (stdout, stderr)."""
-    return run_here(f"prepare/{script}.py", *flags, patch=faults.tokenize_here() + patch, code=code)
+    return run_here(f"prepare/{script}.py", *flags, patch=prepare_faults.tokenize_here() + patch, code=code)
 
 
 def run_here(script, *flags, patch="", code=0):
@@ -134,11 +134,13 @@ class Preparation:
     def __init__(self, flags, place, patch="", script="text", has_workers=False):
         self.place = place
         script = f"prepare/{script}.py"
-        patch = faults.small() + patch
+        patch = prepare_faults.small() + patch
         if has_workers:
             self.child = start(script, *flags, patch=patch)
         else:
-            self.child = Script(os.path.join(ROOT, script), flags, ROOT, patch + faults.tokenize_here())
+            self.child = Script(
+                os.path.join(ROOT, script), flags, ROOT, patch + prepare_faults.tokenize_here()
+            )
 
     def ended(self):
         if isinstance(self.child, Script):
@@ -174,7 +176,7 @@ class Preparation:
 def stopped(flags, place, tokens_written=3000, **options):
     """Return the progress of a preparation that was killed when about so many tokens were written.
     It holds there until it is killed, however busy the machine is."""
-    child = Preparation(flags, place, faults.hold_at(tokens_written + 2000), **options)
+    child = Preparation(flags, place, prepare_faults.hold_at(tokens_written + 2000), **options)
     child.until(lambda: child.written() > max(0, tokens_written - 1000))
     child.kill()
     return stream.read_json(place / "progress.json")
@@ -182,6 +184,6 @@ def stopped(flags, place, tokens_written=3000, **options):
 
 def started(flags, place, patch="", **options):
     """Return a preparation that holds its lock."""
-    child = Preparation(flags, place, patch or faults.slow_writes(), **options)
+    child = Preparation(flags, place, patch or prepare_faults.slow_writes(), **options)
     child.until(lambda: data.is_being_written(place))
     return child

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 
-import faults
+import export_faults
 import pytest
 import torch
 from conftest import lines, run, train, write_data
@@ -127,7 +127,7 @@ def test_what_appears_while_an_export_is_written_stays(more, runs, tmp_path):
     """A folder that somebody makes at `out` meanwhile is not replaced, and nothing temporary remains."""
     folder = tmp_path / "mine"
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={folder}", *more]
-    _, err = run("export.py", *flags, code=2, patch=faults.folder_meanwhile(str(folder)))
+    _, err = run("export.py", *flags, code=2, patch=export_faults.folder_meanwhile(str(folder)))
     assert "not an earlier export" in err
     assert os.listdir(folder) == ["diary.txt"]
     assert os.listdir(tmp_path) == ["mine"]
@@ -146,7 +146,7 @@ def test_what_was_there_before_stays_too(runs, tmp_path):
 def test_a_rename_that_fails_costs_no_earlier_export(runs, packed):
     """If the new export cannot be renamed, the earlier one is put back."""
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={packed}", "--force"]
-    _, err = run("export.py", *flags, code=1, patch=faults.stuck_rename(str(packed)))
+    _, err = run("export.py", *flags, code=1, patch=export_faults.stuck_rename(str(packed)))
     assert "cannot be written: stuck" in err
     assert hf.is_ours(str(packed))
     assert os.listdir(packed.parent) == ["packed"]
@@ -157,7 +157,7 @@ def test_ctrl_c_leaves_what_was_there(format, module, runs, packed):
     """Ctrl-C while an export is written keeps the earlier one and leaves no part of the new one."""
     out = {"hf": packed, "gguf": packed.parent / "new.gguf"}[format]
     flags = [f"--ckpt={runs[1]}/r", f"--format={format}", f"--out={out}", "--force"]
-    run("export.py", *flags, code=130, patch=faults.interrupt_after_write(module))
+    run("export.py", *flags, code=130, patch=export_faults.interrupt_after_write(module))
     assert os.listdir(packed.parent) == ["packed"]
     assert hf.is_ours(str(packed))
 
@@ -169,7 +169,12 @@ def test_a_full_disk_leaves_what_was_there(flags, runs, packed):
     """A disk that fills up keeps the earlier export and leaves no part of the new one."""
     flags = [flag.replace("--out=", f"--out={packed.parent}/") for flag in flags]
     _, err = run(
-        "export.py", f"--ckpt={runs[1]}/r", *flags, "--force", code=1, patch=faults.files_of_at_most(8000)
+        "export.py",
+        f"--ckpt={runs[1]}/r",
+        *flags,
+        "--force",
+        code=1,
+        patch=export_faults.files_of_at_most(8000),
     )
     assert "cannot be written" in err
     assert os.listdir(packed.parent) == ["packed"]
@@ -185,14 +190,14 @@ def test_ctrl_c_after_the_rename_is_too_late(format, runs, tmp_path):
         f"--ckpt={runs[1]}/r",
         f"--format={format}",
         f"--out={out}",
-        patch=faults.interrupt_after_rename(out),
+        patch=export_faults.interrupt_after_rename(out),
     )
     assert text.startswith(f"wrote {out}")
 
 
 def test_all_missing_packages_are_named_at_one_time(runs, tmp_path):
     """One line names all packages that an export lacks."""
-    gone = faults.not_installed("safetensors", "tokenizers", "gguf", "transformers")
+    gone = export_faults.not_installed("safetensors", "tokenizers", "gguf", "transformers")
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={tmp_path}/x"]
     _, err = run("export.py", *flags, "--verify", code=2, patch=gone)
     assert "pip install safetensors tokenizers transformers, or" in err
@@ -325,4 +330,4 @@ def test_another_tokenizer_ends_the_comparison(reader):
 def test_the_verdict_is_the_exit_code(runs, tmp_path):
     """export.py --verify exits with 1 if the export is not good."""
     flags = [f"--ckpt={runs[1]}/r", "--format=hf", f"--out={tmp_path}/y", "--verify"]
-    run("export.py", *flags, code=1, patch=faults.bad_verdict())
+    run("export.py", *flags, code=1, patch=export_faults.bad_verdict())

@@ -3,7 +3,7 @@
 import json
 import os
 
-import faults
+import export_faults
 import pytest
 import torch
 from conftest import lines, run, write_data
@@ -141,14 +141,14 @@ def test_samples_of_a_run_begin_with_bos(folders):
         run_id="spied", max_steps=1, device="cpu", compile=False, batch_size=1, seq_len=16, eval_every=0
     )
     out, _ = run(
-        "train.py", *(f"--{k}={v}" for k, v in values.items()), patch=faults.spy_on_prompts("generate")
+        "train.py", *(f"--{k}={v}" for k, v in values.items()), patch=export_faults.spy_on_prompts("generate")
     )
     assert "begins 1" in out
     words = folders["data"] / "words.jsonl"
     words.write_text('{"text": "the cat sat"}\n')
     run("prepare/lambada.py", f"--files={words}", f"--data_dir={folders['data']}", "--name=words")
     flags = [f"--ckpt={folders['runs']}/spied", f"--data_dir={folders['data']}", "--dataset=words"]
-    assert "begins 1" in run("evaluate.py", *flags, patch=faults.spy_on_prompts("tasks.text"))[0]
+    assert "begins 1" in run("evaluate.py", *flags, patch=export_faults.spy_on_prompts("tasks.text"))[0]
 
 
 def test_a_llama_is_used_as_it_is(folders):

@@ -3,7 +3,7 @@
 import signal
 import time
 
-import faults
+import prepare_faults
 import torch
 from conftest import RUN, final, rows, settings, start_ranks, train
 from documents import started, stopped, text_flags
@@ -63,7 +63,7 @@ def test_train_beside_a_preparation_that_dies_and_goes_on(corpus, tmp_path):
     assert "prepare/text.py --files" in err
     assert "train.py --resume=" in err
     assert steps(tmp_path / "runs" / "fly")[0] > 0, "what was trained is saved"
-    child = started(flags, place, faults.hold_writes(str(tmp_path / "go")))
+    child = started(flags, place, prepare_faults.hold_writes(str(tmp_path / "go")))
     more = dict(data_dir=tmp_path, out_dir=tmp_path / "runs", run_id="fly", resume="auto")
     for is_last in (False, True):
         first, second = start_ranks(2, **RUN | of | more)

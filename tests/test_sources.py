@@ -8,8 +8,8 @@ import os
 import time
 from types import SimpleNamespace
 
-import faults
 import numpy as np
+import prepare_faults
 import pytest
 from documents import documents_of, prepare, text_flags
 
@@ -22,7 +22,7 @@ def test_every_kind_of_file(corpus, tmp_path, name):
     folder, documents = corpus
     flags = text_flags(folder, tmp_path, name, column="body" if "json" in name else "text")
     flags += ["--separator=<|end|>"] if name == "separated.txt" else []
-    prepare(*flags, patch=faults.small(longest=1000))
+    prepare(*flags, patch=prepare_faults.small(longest=1000))
     found = documents_of(tmp_path / "text")
     whole = "".join(documents)
     if name == "part*.txt":
@@ -107,7 +107,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path):
     """A first document that is not text leaves no meta.json, for which a training would wait."""
     (tmp_path / "latin1.txt").write_bytes(BAD["latin1.txt"][0])
     flags = text_flags(tmp_path, tmp_path / "data", "latin1.txt", "gpt2")
-    prepare(*flags, patch=faults.small_tiktoken(), code=2)
+    prepare(*flags, patch=prepare_faults.small_tiktoken(), code=2)
     assert not os.path.exists(tmp_path / "data" / "text")
 
 

@@ -6,8 +6,8 @@ import os
 import signal
 import time
 
-import faults
 import numpy as np
+import prepare_faults
 import pytest
 from conftest import run
 from documents import Preparation, documents_of, prepare, read, stopped, text_flags
@@ -23,7 +23,7 @@ def prepared(request, corpus, tmp_path_factory):
     """Return (the folder of a data set made with one of the tokenizers, stdout)."""
     folder = tmp_path_factory.mktemp(request.param)
     flags = text_flags(corpus[0], folder, tokenizer=request.param, vocab_size=330)
-    return folder / "text", prepare(*flags, patch=faults.small_tiktoken())[0]
+    return folder / "text", prepare(*flags, patch=prepare_faults.small_tiktoken())[0]
 
 
 def test_text_comes_back(corpus, prepared):
@@ -68,7 +68,7 @@ def test_a_tokenizer_file_with_bos_begins_each_text_with_it(corpus, tmp_path):
     (tmp_path / "llama" / "tokenizer.model").write_bytes(sentencepiece()["content"])
     flags = text_flags(corpus[0], tmp_path, tokenizer=tmp_path / "llama", max_documents=60)
     stopped(flags, tmp_path / "text", 1000)
-    prepare(*flags, patch=faults.small())
+    prepare(*flags, patch=prepare_faults.small())
     found, meta = documents_of(tmp_path / "text"), read(tmp_path / "text")[1]
     assert (meta["bos"], meta["eot"]) == (1, 2)
     assert sorted(found["train"] + found["val"]) == sorted(corpus[1][:60])
@@ -140,13 +140,15 @@ def test_killed_and_continued(corpus, tmp_path, name, has_workers):
     """A preparation that is killed again and again writes the same bytes as one that is not."""
     folder, _ = corpus
     more = dict(files=name, column="text" if "parquet" in name else "body")
-    patch = faults.small(longest=1000)
+    patch = prepare_faults.small(longest=1000)
     prepare(*text_flags(folder, tmp_path / "whole", **more), patch=patch)
     flags = text_flags(folder, tmp_path / "killed", **more)
     place, whole = tmp_path / "killed" / "text", tmp_path / "whole" / "text"
     written = 0
     for _ in range(3):
-        child = Preparation(flags, place, patch + faults.hold_at(written + 7000), has_workers=has_workers)
+        child = Preparation(
+            flags, place, patch + prepare_faults.hold_at(written + 7000), has_workers=has_workers
+        )
         child.until(lambda: child.written() >= written + 3000)  # noqa: B023
         child.kill()
         written = child.written()
@@ -176,7 +178,7 @@ def test_what_an_earlier_version_began_keeps_its_line_ends(tmp_path):
         del found["stamp"]
         (place / name).write_text(json.dumps(found))
     stopped(flags, place, before + 5000)
-    prepare(*flags, patch=faults.small())
+    prepare(*flags, patch=prepare_faults.small())
     assert documents_of(place) == {"train": ["a\r\nb"] * 10_000}
     assert "is complete (an earlier version made it, with the line ends" in prepare(*flags)[0]
 
@@ -185,17 +187,17 @@ def test_hub_killed_and_continued(corpus, tmp_path):
     """A stream of the hub continues at the document after the last one written."""
     folder, documents = corpus
     flags = [f"--repo={folder / 'hub'}", f"--data_dir={tmp_path}", "--workers=1", "--tokenizer=char"]
-    child = Preparation(flags, tmp_path / "tinystories", faults.hold_at(12_000), script="tinystories")
+    child = Preparation(flags, tmp_path / "tinystories", prepare_faults.hold_at(12_000), script="tinystories")
     child.until(lambda: child.written() >= 13_000)
     child.kill()
-    prepare(*flags, script="tinystories", patch=faults.small())
+    prepare(*flags, script="tinystories", patch=prepare_faults.small())
     assert documents_of(tmp_path / "tinystories") == {"train": documents, "val": documents[:20]}
 
 
 def test_interrupt_reports_how_to_continue(corpus, tmp_path):
     """Ctrl-C ends a preparation and its workers with exit code 130 and without a traceback."""
     flags = text_flags(corpus[0], tmp_path)
-    child = Preparation(flags, tmp_path / "text", faults.slow_writes(), has_workers=True)
+    child = Preparation(flags, tmp_path / "text", prepare_faults.slow_writes(), has_workers=True)
     child.until(child.written)
     code, _, err = child.kill(signal.SIGINT)
     assert code == 130
@@ -207,28 +209,30 @@ def test_interrupt_reports_how_to_continue(corpus, tmp_path):
 def test_full_disk_loses_nothing(corpus, tmp_path):
     """A disk that fills leaves no torn file, and costs nothing that was written."""
     folder, _ = corpus
-    prepare(*text_flags(folder, tmp_path / "whole"), patch=faults.small())
+    prepare(*text_flags(folder, tmp_path / "whole"), patch=prepare_faults.small())
     flags = text_flags(folder, tmp_path / "full")
-    _, err = prepare(*flags, patch=faults.small() + faults.full_disk(after=30), code=1)
+    _, err = prepare(*flags, patch=prepare_faults.small() + prepare_faults.full_disk(after=30), code=1)
     assert "No space left" in err
     assert "continues" in err
     assert err.count("\n") == 1
     assert not [name for name in os.listdir(tmp_path / "full" / "text") if ".tmp" in name]
-    prepare(*flags, patch=faults.small())
+    prepare(*flags, patch=prepare_faults.small())
     same_shards(tmp_path / "whole" / "text", tmp_path / "full" / "text")
 
 
 def test_a_full_disk_ends_the_workers(corpus, tmp_path):
     """With worker processes, too, a full disk is one line, and the program ends."""
     flags = text_flags(corpus[0], tmp_path, workers=2)
-    _, err = run("prepare/text.py", *flags, code=1, patch=faults.small() + faults.full_disk(after=3))
+    _, err = run(
+        "prepare/text.py", *flags, code=1, patch=prepare_faults.small() + prepare_faults.full_disk(after=3)
+    )
     assert "No space left" in err
     assert err.count("\n") == 1
 
 
 def test_disk_too_small(corpus, tmp_path):
     """A disk on which the tokens do not fit is reported before the work."""
-    _, err = prepare(*text_flags(corpus[0], tmp_path), patch=faults.free_bytes(1000), code=1)
+    _, err = prepare(*text_flags(corpus[0], tmp_path), patch=prepare_faults.free_bytes(1000), code=1)
     assert err.startswith("error:")
     assert "MB free" in err
     assert not os.path.exists(tmp_path / "text")
@@ -254,7 +258,9 @@ def test_a_kill_after_a_shard_is_renamed(tmp_path, monkeypatch):
 def test_tokens_reach_the_disk_before_the_progress_that_counts_them(corpus, tmp_path):
     """Tokens are flushed before progress.json counts them, and meta.json, which a training may read, lists
     only what is counted there: a continued preparation never takes it back."""
-    _, err = prepare(*text_flags(corpus[0], tmp_path), patch=faults.small() + faults.check_order_on_disk())
+    _, err = prepare(
+        *text_flags(corpus[0], tmp_path), patch=prepare_faults.small() + prepare_faults.check_order_on_disk()
+    )
     assert err.count("checked") > 10
 
 
@@ -279,14 +285,14 @@ def test_missing_files_cost_nothing_that_is_written(half, tmp_path):
 def test_a_mistake_costs_nothing_that_is_written(half):
     """An error with exit code 2 keeps what is written, and says so."""
     flags, place = half
-    _, err = prepare(*flags, patch=faults.no_tokenizer(), code=2)
+    _, err = prepare(*flags, patch=prepare_faults.no_tokenizer(), code=2)
     assert "keeps what is written" in err
     assert stream.read_json(place / "progress.json")["tokens"]
 
 
 def test_a_continued_preparation_needs_room_for_the_rest_only(half):
     flags, place = half
-    prepare(*flags, patch=faults.small() + faults.free_bytes(250_000))
+    prepare(*flags, patch=prepare_faults.small() + prepare_faults.free_bytes(250_000))
     documents_of(place)
 
 
@@ -314,7 +320,7 @@ def test_one_process_at_a_time(corpus, tmp_path):
     """The same command given twice is refused while the first one runs, which is not disturbed."""
     flags, place = text_flags(corpus[0], tmp_path), tmp_path / "text"
     go = tmp_path / "go"
-    child = Preparation(flags, place, faults.hold_writes(str(go)), has_workers=True)
+    child = Preparation(flags, place, prepare_faults.hold_writes(str(go)), has_workers=True)
     child.until((place / "progress.json").exists)
     _, err = prepare(*flags, code=2)
     assert "by another process" in err
