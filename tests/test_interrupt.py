@@ -13,7 +13,7 @@ from conftest import (
     start_train,
     train,
 )
-from runs import NO_EXTRAS
+from written import NO_EXTRAS
 
 from nanobit import checkpoint
 

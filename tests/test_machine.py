@@ -174,6 +174,20 @@ def test_a_card_that_torch_does_not_see_is_reported(monkeypatch, nvidia_smi, cap
     assert not capsys.readouterr().err, "the card is hidden on purpose"
 
 
+def test_nvidia_smi_that_hangs_is_reported(monkeypatch, nvidia_smi, capsys):
+    """A driver that does not answer costs seconds and a line, not the command."""
+    nvidia_smi("")
+    run = cards.subprocess.run
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def hang(*args, timeout, **options):
+        return run(["sleep", "30"], timeout=timeout / 100)
+
+    monkeypatch.setattr(cards.subprocess, "run", hang)
+    assert machine.pick("auto").type == "cpu"
+    assert "nvidia-smi does not answer" in capsys.readouterr().err
+
+
 def test_a_card_without_code_in_torch_is_reported(card, capsys):
     """A card older than all code in torch is not used; newer and AMD's cards are."""
     card("NVIDIA GeForce GTX 1080", (6, 1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import settings
 
+import quant
 from model import Transformer
 from nanobit import distributed, optim, schedule
 
@@ -268,3 +269,17 @@ def test_a_loss_that_is_not_finite_is_a_skip_in_float16_too():
         scaler.scale(model(torch.ones(1, 2)).sum() * gradient).backward()
         _, skipped = optim.update(model, optimizers, scaler, 1.0, torch.tensor(loss))
         assert skipped == counts
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_makes_kept_codes_stale(optimizer):
+    """torch does not count what fused AdamW changes, but check_codes notices an update."""
+    cfg = settings(n_layer=1, optimizer=optimizer)
+    model = Transformer(cfg)
+    quant.keep_codes(model)
+    optimizers = optim.make_optimizers(cfg, model)
+    idx = torch.arange(8)[None]
+    model(idx, idx)[0].backward()
+    optim.update(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, torch.zeros(()))
+    with pytest.raises(RuntimeError, match="has changed since keep_codes"):
+        quant.check_codes(model)

@@ -24,7 +24,7 @@ from conftest import (
     train,
     write_data,
 )
-from runs import (
+from written import (
     NO_EXTRAS,
     ROUTER,
     assert_same_end,

@@ -11,7 +11,7 @@ from conftest import (
     train,
     write_data,
 )
-from runs import SAMPLES, best_of, events, trained_steps, val_losses
+from written import SAMPLES, best_of, events, trained_steps, val_losses
 
 from nanobit.checkpoint import step_dir
 
