@@ -23,7 +23,6 @@ FLAGS = {
     "sample": Flag(False, "time generating text instead of training"),
     "packed": Flag(True, "integer weights in ternary layers, as in sample.py", only_with="sample"),
     "head": Flag("float32", "float32 | bfloat16 | int8, as in sample.py", config.HEADS, only_with="sample"),
-    "cuda_graph": Flag(False, "on CUDA, one graph a token; not yet tried on a GPU", only_with="sample"),
     "compare": Flag(False, "also nanoGPT and memory; with --sample the twin, other heads, llama.cpp"),
     "peers": Flag("..", "the folder that holds a clone of nanoGPT", only_with="compare"),
     "plan": Flag(False, "print a table of lengths: time, cost, expected loss", not_with="sample compare"),

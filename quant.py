@@ -31,7 +31,7 @@ import functools
 import torch
 from torch import nn
 
-from nanobit.kernels import fp32_matmul, scaled_matmul
+from nanobit.kernels import fp32_matmul, reciprocal, scaled_matmul
 
 EPS = 1e-5  # the least mean|W| and max|x|: an all-zero matrix or token divides by this, not by zero
 
@@ -167,7 +167,7 @@ def weight_scale(w):
     if w.device.type == "mps":  # it has no float64
         sum_dtype = torch.float32
     mean = w.detach().abs().mean((-2, -1), keepdim=True, dtype=sum_dtype).float()
-    return 1.0 / mean.clamp(min=EPS)
+    return reciprocal(mean.clamp(min=EPS))
 
 
 def dequantised(w):
@@ -179,7 +179,7 @@ def dequantised(w):
 def quantize_activations(x):
     """Return (x_int, x_scale) of x (..., in): q, whole floats in [-128, 127], and a per token, (..., 1)."""
     x = x.detach().float()
-    x_scale = 127.0 / x.abs().amax(-1, keepdim=True).clamp(min=EPS)
+    x_scale = 127.0 * reciprocal(x.abs().amax(-1, keepdim=True).clamp(min=EPS))
     return (x * x_scale).round().clamp(-128, 127), x_scale
 
 

@@ -32,7 +32,6 @@ FLAGS = {
     "dtype": Flag("float32", "auto | float32 | bfloat16 | float16: of the matrix products", config.DTYPES),
     "packed": Flag(True, "integer weights in ternary layers; False = float master weights, the same text"),
     "head": Flag("float32", "float32 | bfloat16 | int8 (fewer bytes, rounded logits)", config.HEADS),
-    "cuda_graph": Flag(False, "on CUDA, replay each token as one graph; not yet tried on a GPU"),
     "chat": Flag(False, "write a text in turns, after the prompt if there is one; /help lists the commands"),
     "play": Flag(False, "play tic-tac-toe against a model of config/train_tictactoe.py", not_with="chat"),
     "side": Flag("X", "X | O: the side that you play; X begins", ("X", "O"), only_with="play"),
@@ -46,7 +45,7 @@ def derive(cfg):
         yield "prompt = '-' does not work with --chat, which reads your messages from stdin; give a text"
 
 
-cfg = config.load(doc=__doc__, flags=FLAGS, only=("device",), derive=derive)
+cfg = config.load(doc=__doc__, flags=FLAGS, only=("device", "cuda_graph"), derive=derive)
 
 import torch
 
@@ -92,8 +91,7 @@ try:
     prompt = encode_prompt(tokenizer, bos, text)
 except ValueError as error:
     fail(f"{source}: {error}")
-if cfg.cuda_graph:
-    machine.check_cuda_graph(device, part["config"]["n_expert"])
+cfg.cuda_graph = machine.can_replay(cfg, device, part["config"]["n_expert"])
 model = restore(part, device, cfg.packed)
 quant.keep_codes(model)  # of layers that are not packed
 lighten_head(model, cfg.head)

@@ -30,6 +30,7 @@ import quant
 from model import Transformer
 from nanobit import data, distributed, generate, machine, metrics, optim, record, saving, schedule, start
 from nanobit.cli import fail
+from nanobit.cuda_graph import MicroSteps
 from nanobit.experts import router_loss
 from nanobit.run_dir import RunDir, has_manifest, step_dir
 from nanobit.tokenizer import bos_of, make_tokenizer, spec_of
@@ -209,6 +210,14 @@ def log_step(lr, weight_decay, loss_sum, norm, health_input):
     skips.reset_row()
 
 
+def micro_step(*batch):
+    """Add the gradients of one micro-step. Return its loss, and the numbers of its routers or None."""
+    with machine.autocast(device, dtype):
+        loss, router = step_model(*batch)
+    scaler.scale((loss + router_loss(cfg, router)) / cfg.accumulation).backward()
+    return loss.detach(), None if router is None else router.detach()
+
+
 def ending():
     """Return what ends the run at this step, or ''. Every rank must ask."""
     seconds = distributed.largest(speed.seconds()) if cfg.max_minutes else 0.0
@@ -217,6 +226,8 @@ def ending():
 
 # the loop
 
+is_replayed = machine.replays_micro_steps(cfg, device, model.flops_per_token())
+run_micro_step = MicroSteps(micro_step, model.parameters(), cfg.accumulation, is_replayed)
 batch = train_data.micro_batch(state.step, 0, device)
 for windows in filter(None, (train_data, val_data)):
     windows.shards.on_damage = rescue
@@ -271,14 +282,12 @@ while True:
         for micro in range(cfg.accumulation):
             torch.manual_seed(data.seed(cfg, state.step, micro))
             distributed.sync_gradients(step_model, micro == cfg.accumulation - 1)
-            with machine.autocast(device, dtype):
-                loss, router = step_model(*batch)
+            loss, router = run_micro_step(micro, *batch)
             health_input = batch[0][:1]
             batch = train_data.micro_batch(state.step, micro + 1, device)  # while the device computes
-            scaler.scale((loss + router_loss(cfg, router)) / cfg.accumulation).backward()
-            loss_sum += loss.detach()
+            loss_sum += loss
             if cfg.n_expert:
-                router_sum = router_sum + router.detach()
+                router_sum = router_sum + router
             if distributed.stops_alone():
                 leave()
     except Exception:

@@ -64,6 +64,7 @@ min_lr_ratio = 0.01  # rate at max_steps, as a fraction of learning_rate
 device = "auto"  # auto | cpu | cuda | cuda:1 | mps
 dtype = "auto"  # auto | float32 | bfloat16 | float16: of the matrix products; weights stay float32
 compile = True  # use torch.compile; switched off, with the reason, if it cannot run
+cuda_graph = True  # on one CUDA card, start the kernels of a small micro-step or of a new token together
 fsdp = False  # torchrun: split every parameter over the devices, for models that do not fit in one
 deterministic = True  # repeat a run, and resume it, bit for bit on the same machine and torch
 

@@ -5,6 +5,7 @@ import math
 import torch
 
 from nanobit.cli import fail
+from nanobit.cuda_graph import captured
 from nanobit.tokenizer import continuation, encode_prompt
 
 
@@ -54,22 +55,12 @@ class StaticCache(KVCache):
 
 def replayed(model, cache, new):
     """Return a function new (B, 1) -> logits (B, 1, V) that continues a StaticCache by one CUDA graph."""
-    token = new.clone()
     length = cache.length
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles kernels, and writes what the replay writes again
-        for _ in range(2):
-            model(token, cache=cache)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = model(token, cache=cache)
+    replay = captured(lambda token: model(token, cache=cache), new)  # writes what the replay writes again
     cache.length = length
 
     def step(new):
-        token.copy_(new)
-        graph.replay()
+        logits = replay(new)
         cache.length += 1
         cache.position += 1
         return logits

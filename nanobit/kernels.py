@@ -51,6 +51,11 @@ def fp32_matmul(a, b):
     return (a @ b).float()
 
 
+def reciprocal(x):
+    """Return 1 / x of fp32, rounded once; compiled code for CUDA rounds divisions right only in float64."""
+    return (1.0 / x.double()).float() if x.is_cuda else 1.0 / x
+
+
 def multiplies_int8(device):
     """Return whether torch._int_mm works on a CUDA device: cuBLAS refuses on those without tensor cores."""
     codes = (torch.arange(32 * 32, device=device) % 3 - 1).view(32, 32).to(torch.int8)

@@ -1,7 +1,7 @@
 """The int8 product of a ternary layer with its scales in the epilogue, by a Triton kernel for CUDA cards.
 
 torch._int_mm writes sums of 4 bytes, which the next kernel reads to divide them by the scales. Here the sums
-stay in registers, and only the output is written. Not measured on a card yet.
+stay in registers, and only the output is written.
 """
 
 import torch
@@ -11,7 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def kernel(
-    q, t, x_scale, scale, y, N, n_out, n_in, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
+    q, t, x_scale, scale, y, N, n_out,
+    n_in: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
     """Compute a tile (ROWS, COLUMNS) of y. Eight tiles below each other share their columns of t in L2."""
     column_tiles = tl.cdiv(n_out, COLUMNS)
@@ -46,7 +47,7 @@ def scaled_int8_matmul(
     n_out = len(codes)
     y = torch.empty(N, n_out, dtype=dtype, device=q.device)
     small = N * n_out < 64 * 128 * 128  # too few tiles to fill a card
-    rows, columns, depth, warps = (64, 64, 64, 4) if small else (128, 128, 64, 8)
+    rows, columns, depth, warps = (64, 64, 64, 4) if small else (128, 128, 128, 8)
     grid = (triton.cdiv(N, rows) * triton.cdiv(n_out, columns),)
     # a fused multiply-add would round once where quant.py rounds twice
     options = dict(num_warps=warps, num_stages=3, enable_fp_fusion=False)

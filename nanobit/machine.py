@@ -15,8 +15,6 @@ import time
 
 # deterministic cuBLAS needs this before the first CUDA call; it is not a setting
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# compiled CUDA code then divides as eager code does, so that scales and codes are the same; before inductor
-os.environ.setdefault("TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING", "1")
 
 import torch
 from torch.utils._triton import has_triton
@@ -60,6 +58,8 @@ def pick(wanted):
         kernels.fused_matmul, reason = kernels.working_fused(device)
         if reason:
             print(f"Triton's int8 product is not used, but that of cuBLAS: {reason}", file=sys.stderr)
+    if not kernels.fused_matmul:  # compiled code divides by the scales, which it should do as eager code does
+        os.environ.setdefault("TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING", "1")  # before inductor is loaded
     return device
 
 
@@ -175,12 +175,16 @@ def compile_fault(device):
     return ""
 
 
-def check_cuda_graph(device, n_expert):
-    """Exit with 2 if the pass of a token cannot be a CUDA graph."""
-    if device.type != "cuda":
-        fail(f"cuda_graph needs a cuda device, this is {device.type}; leave it out")
-    if n_expert:
-        fail("cuda_graph is for models without experts, which wait for the device; leave it out")
+def can_replay(cfg, device, n_expert):
+    """Return whether the kernels of this model can be started as CUDA graphs: experts wait for the device."""
+    return cfg.cuda_graph and device.type == "cuda" and not n_expert
+
+
+def replays_micro_steps(cfg, device, flops_per_token):
+    """Return whether CUDA graphs pay in training: on one card, if a micro-step is so short that the device
+    would wait for the host. In longer ones, the memory that graphs hold is better used for a larger batch."""
+    is_short = cfg.batch_size * cfg.seq_len * flops_per_token < 1e13  # some 25 ms of an H100
+    return WORLD == 1 and is_short and can_replay(cfg, device, cfg.n_expert)
 
 
 def compiled(model, wanted, device):
@@ -190,8 +194,7 @@ def compiled(model, wanted, device):
     if reason := no_compiler(device) or compile_fault(device):
         print(f"compile: off, {reason}", file=sys.stderr)
         return model, False
-    options = {"combo_kernels": device.type == "cuda"}  # joins small kernels, so that fewer are launched
-    return torch.compile(model, dynamic=False, options=options), True
+    return torch.compile(model, dynamic=False), True
 
 
 def describe(device):

@@ -38,6 +38,18 @@ def test_a_run_resumes_bit_for_bit(data_dir, out_dir, name):
     assert after[-1]["val_loss"] == pytest.approx(3.33, abs=0.3)  # ln 28: the ids are random
 
 
+@pytest.mark.parametrize("name", ["ternary", "compiled", "float16"])
+def test_graphs_change_no_bit(data_dir, out_dir, name):
+    """A run whose micro-steps are replayed as CUDA graphs is the run that starts each kernel, with dropout
+    and with gradients that are added over two micro-steps."""
+    changes = RUNS[name] | dict(device="cuda", total_batch_size=128)
+    for cuda_graph in (True, False):
+        train(data_dir, out_dir, f"graph_{cuda_graph}", cuda_graph=cuda_graph, **changes)
+    for left, right in zip(*(final(f"{out_dir}/graph_{cuda_graph}") for cuda_graph in (True, False))):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+    assert rows(f"{out_dir}/graph_True") == rows(f"{out_dir}/graph_False")
+
+
 def test_one_grouped_product_is_the_loop(monkeypatch):
     """One grouped product gives the outputs and gradients of the loop, also for an expert without tokens."""
     cfg = settings(**TINY, n_expert=4, ternary=False)

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import quant
 
-TILES = ((64, 64, 64), 4), ((128, 128, 64), 8)  # tile and warps
+TILES = ((64, 64, 64), 4), ((128, 128, 128), 8)  # tile and warps
 CARDS = 80, 86, 89, 90, 100, 120
 
 
@@ -68,10 +68,10 @@ def check_compilation():
     from nanobit import kernels_cuda
 
     pointers = dict(q="*i8", t="*i8", x_scale="*fp32", scale="*fp32", y="*bf16")
-    sizes = dict(N="i32", n_out="i32", n_in="i32")
+    sizes = dict(N="i32", n_out="i32")
     for capability in CARDS:
         for tile, warps in TILES:
-            constants = dict(zip(("ROWS", "COLUMNS", "DEPTH"), tile))
+            constants = dict(zip(("n_in", "ROWS", "COLUMNS", "DEPTH"), (768, *tile)))
             signature = pointers | sizes | dict.fromkeys(constants, "constexpr")
             source = triton.compiler.ASTSource(kernels_cuda.kernel, signature, constants)
             options = dict(num_warps=warps, num_stages=3, enable_fp_fusion=False)

@@ -375,13 +375,3 @@ def test_launches_and_busy_time_are_reported(monkeypatch, capsys):
         assert timing.device_use(contestant, 10.0) == facts
         assert says in capsys.readouterr().out
     assert timing.device_use(SimpleNamespace(device=torch.device("cpu")), 10.0) == {}
-
-
-@pytest.mark.parametrize("device", [CUDA, torch.device("cpu")])
-def test_small_kernels_are_joined_on_cuda(monkeypatch, device):
-    """On CUDA the compiler joins small kernels, on a CPU nothing changes."""
-    monkeypatch.setattr(machine, "no_compiler", lambda device: "")
-    monkeypatch.setattr(machine, "compile_fault", lambda device: "")
-    monkeypatch.setattr(torch, "compile", lambda model, **how: (model, how))
-    _, how = machine.compiled("model", True, device)[0]
-    assert how == dict(dynamic=False, options=dict(combo_kernels=device == CUDA))

@@ -32,7 +32,11 @@ def nanogpt(cfg, windows, device, dtype):
     def loss(x, y):
         return compiled(x, y.contiguous())[1]
 
-    return timing.Contestant(cfg, "nanoGPT", model, loss, [optimizer], windows, device, dtype, is_compiled)
+    flops_per_token = 6 * sum(p.numel() for p in model.parameters())
+    is_replayed = machine.replays_micro_steps(cfg, device, flops_per_token)
+    return timing.Contestant(
+        cfg, "nanoGPT", model, loss, [optimizer], windows, device, dtype, is_compiled, is_replayed
+    )
 
 
 def memory_gb(cfg, ternary):

@@ -18,11 +18,14 @@ import quant
 from model import Transformer
 from nanobit import cards, data, kernels, machine, optim, saving
 from nanobit.bench import planner
+from nanobit.cuda_graph import MicroSteps
 from nanobit.experts import bit_layers, router_loss
 from nanobit.generate import generate
 from nanobit.infer.head import lighten_head
 from nanobit.infer.packed import pack_layers
 from nanobit.metrics import mean_loss
+
+STEPS_TOGETHER = 10  # of a CUDA device that are timed as one
 
 
 def random_tokens(cfg, folder):
@@ -49,6 +52,10 @@ def now(device):
     return time.perf_counter()
 
 
+def do_nothing(part):
+    """Ignore the end of a part of a step."""
+
+
 @dataclass
 class Contestant:
     """A model with all that a training step needs; making one runs the steps that warm it up."""
@@ -62,49 +69,73 @@ class Contestant:
     device: torch.device
     dtype: torch.dtype
     is_compiled: bool
+    is_replayed: bool
     n_batches: int = 0
     ms: list = field(default_factory=list)  # of whole steps
     parts_ms: dict = field(default_factory=lambda: defaultdict(list))  # of steps timed part by part
 
     def __post_init__(self):
+        accumulation = self.cfg.accumulation
+        self.micro_steps = MicroSteps(
+            self.micro_step, self.model.parameters(), accumulation, self.is_replayed
+        )
         if self.is_compiled:
             print(f"{self.name}: compiling, which takes a minute or so", file=sys.stderr, flush=True)
-        for _ in range(self.cfg.warmup):
-            self.step()
-        self.first_seconds = self.ms[0] / 1e3
-        print(f"{self.name}: {self.first_seconds:.1f} s for the first step", flush=True)
-        self.ms.clear()
-
-    def step(self, by_parts=False):
-        """Time one optimizer step of cfg.accumulation micro-steps, as a whole or part by part."""
         began = now(self.device)
-        marks = [began]
-        spent = Counter()
+        self.step()
+        self.first_seconds = now(self.device) - began
+        print(f"{self.name}: {self.first_seconds:.1f} s for the first step", flush=True)
+        for _ in range(self.cfg.warmup - 1):
+            self.step()
 
-        def mark(part):
-            if by_parts:
-                marks.append(now(self.device))
-                spent[part] += 1e3 * (marks[-1] - marks[-2])
+    def micro_step(self, *batch, mark=do_nothing):
+        """Compute the gradients of a batch; return its loss."""
+        with machine.autocast(self.device, self.dtype):
+            loss = self.loss(*batch)
+        mark("forward")
+        (loss / self.cfg.accumulation).backward()
+        mark("backward")
+        return loss.detach()
 
+    def step(self, mark=do_nothing):
+        """Do an optimizer step of cfg.accumulation micro-steps. mark(part) is called after each part."""
         quant.keep_codes(self.model, self.is_compiled)
         mark("codes")
-        for _ in range(self.cfg.accumulation):
+        for micro in range(self.cfg.accumulation):
             first = self.n_batches * self.cfg.batch_size
             batch = self.windows.batch(first, self.cfg.batch_size, self.device)
             self.n_batches += 1
             mark("data")
-            with machine.autocast(self.device, self.dtype):
-                loss = self.loss(*batch)
-            mark("forward")
-            (loss / self.cfg.accumulation).backward()
-            mark("backward")
+            if mark is do_nothing:
+                self.micro_steps(micro, *batch)
+            else:
+                self.micro_step(*batch, mark=mark)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         mark("optimizer")
-        if not by_parts:
-            self.ms.append(1e3 * (now(self.device) - began))
+
+    def time_steps(self):
+        """Time a step: on a CUDA device some of them together, since in training the host is ahead of it."""
+        n = 1
+        if self.device.type == "cuda":
+            n = STEPS_TOGETHER
+        began = now(self.device)
+        for _ in range(n):
+            self.step()
+        self.ms.append(1e3 * (now(self.device) - began) / n)
+
+    def time_parts(self):
+        """Time the parts of a step, each alone, without graphs."""
+        marks = [now(self.device)]
+        spent = Counter()
+
+        def mark(part):
+            marks.append(now(self.device))
+            spent[part] += 1e3 * (marks[-1] - marks[-2])
+
+        self.step(mark)
         for part, ms in spent.items():
             self.parts_ms[part].append(ms)
 
@@ -120,7 +151,8 @@ def ours(cfg, ternary, windows, device, dtype):
         return value + router_loss(cfg, router)
 
     name = "ternary" if ternary else "float"
-    return Contestant(cfg, name, model, loss, optimizers, windows, device, dtype, is_compiled)
+    is_replayed = machine.replays_micro_steps(cfg, device, model.flops_per_token())
+    return Contestant(cfg, name, model, loss, optimizers, windows, device, dtype, is_compiled, is_replayed)
 
 
 def matmul_flops(device, dtype):
@@ -203,9 +235,9 @@ def training(cfg, device, dtype, twin=True, peer=None):
         if peer:
             everyone.append(peer(cfg, windows, device, dtype))
         for _, contestant in in_turn(everyone, cfg.pairs, "steps"):
-            contestant.step()
+            contestant.time_steps()
         for _ in range(max(1, cfg.pairs // 3)):
-            first.step(by_parts=True)
+            first.time_parts()
     print(f"{cfg.total_batch_size:,} tokens a step = {cfg.accumulation} x {cfg.batch_size} x {cfg.seq_len}")
     step_ms = {one.name: median(one.ms) for one in everyone}
     for one in everyone:
@@ -243,8 +275,7 @@ def training(cfg, device, dtype, twin=True, peer=None):
 def writer(cfg, ternary, head, device, prompt, n_new):
     """Return (name, function that yields n_new greedy tokens after prompt (1, T)) of the experiment's model
     or its twin, with this head."""
-    if cfg.cuda_graph:
-        machine.check_cuda_graph(device, cfg.n_expert)
+    replays = machine.can_replay(cfg, device, cfg.n_expert)
     model = build(cfg, ternary, device).eval()
     name = "ternary, master weights" if ternary else "float"
     if ternary and cfg.packed:
@@ -254,7 +285,7 @@ def writer(cfg, ternary, head, device, prompt, n_new):
     if head != "float32":
         name += f", {head} head"
         lighten_head(model, head)
-    return name, lambda: generate(model, prompt, n_new, temperature=0.0, cuda_graph=cfg.cuda_graph)
+    return name, lambda: generate(model, prompt, n_new, temperature=0.0, cuda_graph=replays)
 
 
 @torch.inference_mode()

@@ -1,0 +1,75 @@
+"""nanobit/cuda_graph.py without a card: which gradients are replaced, which added, and when graphs are used."""
+
+import pytest
+import torch
+from conftest import settings
+
+from nanobit import cuda_graph, kernels, machine
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def as_recorded(function, *inputs, pool=None):
+    """Do what captured does, on the CPU: outputs and gradients keep their addresses when it is repeated."""
+    function(*inputs)
+    kept = [p.grad for p in function.__self__.parameters] if hasattr(function, "__self__") else None
+
+    def replay(*inputs):
+        outputs = function(*inputs)
+        for p, grad in zip(function.__self__.parameters if kept else (), kept or ()):
+            grad.copy_(p.grad)
+            p.grad = grad
+        return outputs
+
+    return replay
+
+
+@pytest.mark.parametrize("n_micro_steps", [1, 3])
+def test_replayed_gradients_are_those_of_the_update(monkeypatch, n_micro_steps):
+    """The gradients after an update's micro-steps are their sum, also in the second update, although recording
+    has computed gradients too and the optimizer drops them after each update."""
+    monkeypatch.setattr(cuda_graph, "captured", as_recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    w = torch.nn.Parameter(torch.ones(3))
+
+    def micro_step(x):
+        loss = (w * x).sum()
+        loss.backward()
+        return (loss.detach(),)
+
+    steps = cuda_graph.MicroSteps(micro_step, [w], n_micro_steps, is_replayed=True)
+    for update in range(2):
+        for micro in range(n_micro_steps):
+            (loss,) = steps(micro, torch.full((3,), 10.0**micro))
+            assert loss == 3 * 10.0**micro
+        assert w.grad.tolist() == [sum(10.0**micro for micro in range(n_micro_steps))] * 3, update
+        w.grad = None
+
+
+def test_without_graphs_a_micro_step_is_called():
+    """MicroSteps that are not replayed call the function once for each micro-step."""
+    calls = []
+    steps = cuda_graph.MicroSteps(lambda x: calls.append(x), [], 2, is_replayed=False)
+    steps(0, "a")
+    steps(1, "b")
+    assert calls == ["a", "b"]
+
+
+def test_graphs_are_used_if_the_host_would_be_late(monkeypatch):
+    """Graphs are for short micro-steps on one card: not for a CPU, experts, several ranks or cuda_graph=False."""
+    short = 1e13 / (4 * 16) - 1
+    cfg = settings(batch_size=4, seq_len=16)
+    assert machine.replays_micro_steps(cfg, CUDA, short)
+    assert not machine.replays_micro_steps(cfg, CUDA, short + 1)
+    assert not machine.replays_micro_steps(cfg, CPU, short)
+    assert not machine.replays_micro_steps(settings(batch_size=4, seq_len=16, cuda_graph=False), CUDA, short)
+    assert not machine.replays_micro_steps(settings(n_expert=4, ternary=False), CUDA, short)
+    monkeypatch.setattr(machine, "WORLD", 2)
+    assert not machine.replays_micro_steps(cfg, CUDA, short)
+
+
+def test_the_reciprocal_by_float64_is_the_one_of_float32():
+    """1 / x in float64, rounded to float32, is 1 / x rounded once: how a card computes scales is exact."""
+    torch.manual_seed(0)
+    x = torch.rand(100_000) * 2.0 ** torch.randint(-16, 40, (100_000,))
+    assert torch.equal((1.0 / x.double()).float(), kernels.reciprocal(x))
