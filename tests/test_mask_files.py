@@ -12,7 +12,7 @@ from masks import T, add_masks, stored, windows, write_masked
 
 from nanobit import data, distributed, shards
 from nanobit.prepare import token_files
-from nanobit.run_dir import step_dir
+from nanobit.run_dir import steps
 
 CPU = torch.device("cpu")
 
@@ -152,10 +152,11 @@ def test_a_mask_that_is_cut_ends_a_run_that_saves_first(tmp_path, out_dir):
     """A mask that is cut during a run ends it with one line; the run is saved."""
     data_dir = write_masked(tmp_path)
     patch = faults.truncate_at_update(6, f"{data_dir}/tiny/train_00000.mask", 100)
-    _, err = train(data_dir, out_dir, "r", patch=patch, code=1, eval_every=0, sample_every=0)
+    changes = dict(save_every=0, eval_every=0, sample_every=0)
+    _, err = train(data_dir, out_dir, "r", patch=patch, code=1, **changes)
     assert err.count("error: ") == 1
     assert "train_00000.mask has become shorter" in err
-    assert os.path.exists(f"{step_dir(f'{out_dir}/r', 5)}/manifest.json")
+    assert steps(f"{out_dir}/r"), "the run is saved"
 
 
 def test_a_complete_data_set_with_masks_trains_on_the_fly(tmp_path, out_dir):
