@@ -72,7 +72,7 @@ def validation(part):
         print(f"no loss is compared: that needs {folder} and eval_tokens above 0")
         return []
     _, val_windows = weights.data_of(part, "val", data_dir=data_dir)
-    return list(val_windows.fixed(cfg.eval_tokens, 1, torch.device("cpu")))
+    return [batch[:2] for batch in val_windows.fixed(cfg.eval_tokens, 1, torch.device("cpu"))]
 
 
 def write(part, run_dir, kind):

@@ -55,11 +55,12 @@ class Transformer(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, divisor=None, cache=None):
         """Return logits (B, T, V) in fp32 for idx (B, T). With targets (B, T), return (loss, router) instead:
         the mean cross entropy in nats, and the numbers of the routers (n_layer, 3 + E), see experts.ROUTER,
-        or None. With a cache (generate.KVCache), idx continues the tokens that it holds, and the logits are
-        those of the last position (B, 1, V)."""
+        or None. With a divisor (0-dim), the loss is the sum over the targets that are not -100, divided by
+        it. With a cache (generate.KVCache), idx continues the tokens that it holds, and the logits are those
+        of the last position (B, 1, V)."""
         T = idx.shape[1]
         positions = slice(T) if cache is None else cache.positions(T)
         cos, sin = self.cos[positions], self.sin[positions]
@@ -74,7 +75,11 @@ class Transformer(nn.Module):
         logits = self.head(self.norm(x))[..., : self.cfg.vocab_size].float()  # without the rows of padding
         if targets is None:
             return logits
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+        logits = logits.reshape(-1, logits.shape[-1])
+        if divisor is None:
+            loss = F.cross_entropy(logits, targets.reshape(-1))
+        else:
+            loss = F.cross_entropy(logits, targets.reshape(-1), reduction="sum") / divisor
         return loss, torch.stack(routers) if self.cfg.n_expert else None
 
     def counts(self):

@@ -72,7 +72,7 @@ state, former = start.load(cfg, run, origin, tokenizer_spec, meta, model, optimi
 step_model, is_compiled = machine.compiled(model, cfg.compile, device)
 quant.keep_codes(model, is_compiled)  # the forward is compiled with them
 with machine.autocast(device, dtype):
-    step_model = distributed.replicate(step_model, device, (cfg.batch_size, cfg.seq_len))
+    step_model = distributed.replicate(step_model, device, cfg, train_data.is_masked)
 quant.keep_codes(model, is_compiled)  # again, since DDP takes the weights of rank 0
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=n_params)
 repeat_eval, repeat_samples = start.begin(cfg, run, origin, state, former, facts)
@@ -230,7 +230,7 @@ is_replayed = machine.replays_micro_steps(cfg, device, model.flops_per_token())
 run_micro_step = MicroSteps(micro_step, model.parameters(), cfg.accumulation, is_replayed)
 batch = train_data.micro_batch(state.step, 0, device)
 for windows in filter(None, (train_data, val_data)):
-    windows.shards.on_damage = rescue
+    windows.shards.on_damage = windows.masks.on_damage = rescue
 retry_save = False  # a scheduled save has failed
 reason = ending()
 model.train()

@@ -4,7 +4,10 @@ Window i of a shard is its tokens [i * seq_len, i * seq_len + seq_len]: each tok
 once. The batch is a pure function of (seed, step): sample number step * sequences_per_step + slot counts
 through epochs, an epoch through the shards in order, and inside a shard through a keyed permutation of its
 windows. So resuming needs the step alone, and any number of devices sees the same tokens. Training waits for
-the tokens of a data set that still grows; its first epoch ends when the set is complete."""
+the tokens of a data set that still grows; its first epoch ends when the set is complete.
+
+A loss mask beside a shard says which tokens count as targets. The loss of a step is then the sum over those
+that count, of all micro-steps and ranks, divided by their number."""
 
 import glob
 import hashlib
@@ -17,10 +20,12 @@ import torch
 
 from nanobit import distributed
 from nanobit.cli import fail
-from nanobit.data_set import Damaged, read_meta
+from nanobit.data_set import Damaged, is_masked, mask_of, read_meta
 from nanobit.files import is_locked
 from nanobit.shards import Shards, bad_shard, check_shards, say
 from nanobit.terminal import command_line, printable
+
+IGNORED = -100  # a target that does not count, as in torch's cross entropy
 
 
 def meta(cfg, split="", verify=False):
@@ -60,9 +65,10 @@ def how_to_make(cfg):
 def checked_meta(cfg, folder, split="", verify=False):
     """Return meta.json of a folder and check that it serves cfg. Raises Damaged with one line."""
     meta = read_meta(folder)
-    if not meta["complete"] and not cfg.tokenize_on_fly:
+    if not meta["complete"] and (is_masked(meta) or not cfg.tokenize_on_fly):
         how = f"continue it: {printable(meta['command'])}" if "command" in meta else "prepare it again"
-        meanwhile = "" if os.name == "nt" else "; to train while it runs: --tokenize_on_fly"
+        cannot_wait = os.name == "nt" or is_masked(meta)  # all masks of a step are counted before it
+        meanwhile = "" if cannot_wait else "; to train while it runs: --tokenize_on_fly"
         raise Damaged(f"data set {folder} is not complete; {how}{meanwhile}")
     if cfg.vocab_size and cfg.vocab_size < meta["vocab_size"]:
         source = cfg.origin.get("vocab_size", "")
@@ -71,6 +77,9 @@ def checked_meta(cfg, folder, split="", verify=False):
             how = f"it is that of {source}: prepare the data set with the tokenizer there"
         fault = f"vocab_size = {cfg.vocab_size} is less than the {meta['vocab_size']} ids of {folder}"
         raise Damaged(f"{fault}; {how}")
+    if meta.get("window", cfg.seq_len) != cfg.seq_len:
+        fault = f"seq_len = {cfg.seq_len}, but {folder} was prepared in windows of {meta['window']} tokens"
+        raise Damaged(f"{fault}; set --seq_len={meta['window']}, or prepare it again for the model")
     check_shards(folder, meta, split, verify)
     return meta
 
@@ -84,10 +93,12 @@ def check_vocabulary(cfg, meta, tokenizer):
 
 
 def bits_per_byte(meta, loss, split="val"):
-    """Return the loss on a split, in nats per token, as bits per byte of text, or None if that is unknown."""
+    """Return the loss on a split, in nats per token, as bits per byte of text, or None if that is unknown.
+    With masks, both the tokens and the bytes are those that count."""
     if loss is None or not meta["bytes"].get(split):
         return None
-    return loss * (meta["tokens"][split] / meta["bytes"][split] / math.log(2))
+    tokens = meta.get("counted", meta["tokens"])
+    return loss * (tokens[split] / meta["bytes"][split] / math.log(2))
 
 
 def is_being_written(folder):
@@ -134,6 +145,14 @@ def permute(i, n, key):
     return i
 
 
+def to_device(array, device):
+    """Return an array as a tensor on a device. To a GPU it travels while the host continues."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Windows:
     """The windows of one split, for sequences of seq_len tokens. Of a data set that is still growing, waits
     for the first shard, or for the validation windows. Exits with 2 if the split holds not even one window,
@@ -145,6 +164,8 @@ class Windows:
         self.folder = os.path.join(cfg.data_dir, cfg.dataset)
         self.seq_len = cfg.seq_len
         self.shards = Shards(self.folder, meta["dtype"])
+        self.masks = Shards(self.folder, "uint8")
+        self.counted_step = None
         self.update_shards()
         needed = max(1, cfg.eval_tokens // self.seq_len) if split == "val" else 1
         if fault := self.wait_for(needed - 1):
@@ -176,6 +197,9 @@ class Windows:
             fault = f"the largest {self.split} shard of {self.folder} has {largest:,} tokens"
             fail(f"seq_len = {self.seq_len} is longer than the data: {fault}, so {how}")
         self.shards.update([*sizes], n_finished)
+        self.is_masked = is_masked(self.meta)
+        if self.is_masked:
+            self.masks.update([mask_of(name) for name in sizes], n_finished)
 
     def last_sample(self, step):
         """Return the number of the last training sample of a step, of all ranks."""
@@ -234,19 +258,40 @@ class Windows:
         """Return window i of a shard: seq_len + 1 token ids."""
         return self.shards.read(shard, i * self.seq_len, self.seq_len + 1)
 
-    def tensor(self, places, device):
-        """Return the windows at (shard, i) places as inputs and targets (B, T), views of one tensor."""
+    def mask(self, places):
+        """Return which targets of the windows at (shard, i) places count, (B, T) bool."""
+        n = self.seq_len
+        return np.stack([self.masks.read(shard, i * n + 1, n) for shard, i in places]).astype(bool)
+
+    def counted(self, step):
+        """Return how many targets of a step count, of all ranks: each rank reads all masks of the step, since
+        the order of the windows is known to all."""
+        if self.counted_step != step:
+            samples = range(self.last_sample(step - 1) + 1, self.last_sample(step) + 1)
+            self.n_counted = int(self.mask(self.places(samples)).sum())
+            self.counted_step = step
+            if self.n_counted == 0 and distributed.is_main:
+                say(f"warning: no target of step {step + 1} counts; its loss is 0 / 0, and it is skipped")
+        return self.n_counted
+
+    def tensor(self, places, device, divisor=None):
+        """Return the windows at (shard, i) places as inputs and targets (B, T), views of one tensor. With
+        masks the targets are IGNORED if they do not count, and a third tensor (0-dim) is what divides the sum
+        of their losses: divisor, or the number of those that count here (1 if none does)."""
         rows = np.stack([self.read(shard, i) for shard, i in places])
         vocab_size = self.meta["vocab_size"]
         if rows.max() >= vocab_size:  # a GPU would report it as a failed assertion
             shard, _ = places[int(rows.max(axis=1).argmax())]
             state = f"holds token id {rows.max()} since it was checked, but vocab_size is {vocab_size}"
             self.shards.end(bad_shard(self.shards.paths[shard], state))
-        rows = torch.from_numpy(rows.astype(np.int64))
-        if device.type == "cuda":
-            rows = rows.pin_memory()
-        rows = rows.to(device, non_blocking=True)
-        return rows[:, :-1], rows[:, 1:]
+        rows = to_device(rows.astype(np.int64), device)
+        if not self.is_masked:
+            return rows[:, :-1], rows[:, 1:]
+        mask = self.mask(places)
+        if divisor is None:
+            divisor = max(1, mask.sum())
+        targets = rows[:, 1:].where(to_device(mask, device), IGNORED)
+        return rows[:, :-1], targets, to_device(np.array(divisor, np.float32), device)
 
     def places(self, samples):
         """Return [(shard, window)] of training sample numbers, the largest of which is the last."""
@@ -265,20 +310,31 @@ class Windows:
         shards = np.searchsorted(self.ends, positions, "right")
         return shards, positions - (self.ends - self.counts)[shards]
 
-    def batch(self, first, n, device):
-        """Return training samples first ... first + n - 1 as (inputs, targets), each (n, T) int64."""
-        return self.tensor(self.places(range(first, first + n)), device)
+    def batch(self, first, n, device, divisor=None):
+        """Return training samples first ... first + n - 1 as (inputs, targets), each (n, T) int64, and with
+        masks the divisor of the loss, see tensor."""
+        return self.tensor(self.places(range(first, first + n)), device, divisor)
 
     def micro_batch(self, step, micro, device):
-        """Return the (inputs, targets) of this rank's micro-step, or None if its tokens are not written yet.
-        The micro-step after the last one is the first of the next step."""
+        """Return the batch of this rank's micro-step, or None if its tokens are not written yet. The
+        micro-step after the last one is the first of the next step.
+
+        With masks the divisor is the number of targets that count in the whole step, per micro-step and rank:
+        the mean of the losses over these is then the sum of all losses, divided by that number."""
         size = self.cfg.batch_size
-        first = ((step * self.cfg.accumulation + micro) * distributed.WORLD + distributed.RANK) * size
-        return self.batch(first, size, device) if self.has(first + size - 1) else None
+        number = step * self.cfg.accumulation + micro
+        first = (number * distributed.WORLD + distributed.RANK) * size
+        if not self.has(first + size - 1):
+            return None
+        divisor = None
+        if self.is_masked:
+            parts = self.cfg.accumulation * distributed.WORLD
+            divisor = self.counted(number // self.cfg.accumulation) / parts
+        return self.batch(first, size, device, divisor)
 
     def fixed(self, tokens, batch_size, device):
-        """Yield batches (inputs, targets) of at most `tokens` tokens (0 = all), always the same: spread
-        evenly, or the first ones if the split may still grow."""
+        """Yield batches, see tensor, of at most `tokens` tokens (0 = all), always the same: spread evenly, or
+        the first ones if the split may still grow."""
         n = min(self.ready, max(1, tokens // self.seq_len)) if tokens else self.ready
         positions = np.arange(n)
         if not self.cfg.tokenize_on_fly:

@@ -41,6 +41,7 @@ META = {
     "tokenizer": {"kind": KIND, "sha256": SHA256},
 }
 OPTIONAL = {"bos": ID, "task": TEXT, "command": TEXT}
+OPTIONAL |= {"window": whole(1, 2**24), "counted": [r"\w+", COUNT]}  # of a data set with loss masks
 TOKENIZER = {  # what each kind has besides
     "char": {"chars": TEXT},
     "sentencepiece": {"file": FILE},
@@ -75,6 +76,16 @@ def shown(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def is_masked(meta):
+    """Return whether a data set has loss masks, one beside each shard."""
+    return any("mask_sha256" in shard for shard in meta["shards"].values())
+
+
+def mask_of(name):
+    """Return the name of the loss mask of a shard."""
+    return name.removesuffix(".bin") + ".mask"
+
+
 def contradiction(meta):
     """Return how the fields of a meta.json, each of them right alone, disagree, or ''."""
     spec = meta["tokenizer"]
@@ -97,6 +108,19 @@ def contradiction(meta):
             return f"tokens.{split} = {expected}, but its shards have {held}"
         if names != [f"{split}_{i:05d}.bin" for i in range(len(names))]:
             return f"shards has {names[-1]}, but not all before it"
+    return mask_fault(meta)
+
+
+def mask_fault(meta):
+    """Return how the loss masks that a meta.json names disagree with its other fields, or ''."""
+    if not is_masked(meta) and "counted" not in meta:
+        return ""
+    for name, shard in meta["shards"].items():
+        if text := fault(shard, {"mask_sha256": SHA256}, f"shards.{name}"):
+            return text
+        split = name.rpartition("_")[0]
+        if meta["complete"] and not meta.get("counted", {}).get(split):
+            return f"counted.{split} is missing or 0, but the shards have masks"
     return ""
 
 

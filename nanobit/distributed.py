@@ -155,9 +155,9 @@ def shard(model, device):
     fully_shard(model, mesh=mesh)
 
 
-def replicate(model, device, shape):
+def replicate(model, device, cfg, is_masked):
     """Return the model with its gradients averaged over the ranks, each of which has it whole (DDP), unless
-    it is sharded. shape: that of its batches, (B, T)."""
+    it is sharded. is_masked: whether its batches have loss masks."""
     if WORLD == 1 or any(hasattr(p, "placements") for p in model.parameters()):
         return model
     ids = [device.index] if device.type == "cuda" else None
@@ -170,9 +170,11 @@ def replicate(model, device, shape):
     # after its first backward DDP packs the gradients in the order in which they came, which changes the last
     # bits of sums over three or more ranks. that backward is thrown away here: the first step after a resume
     # is then like any other
-    B, T = shape
-    rows = torch.zeros(B, T + 1, dtype=torch.long, device=device)
-    model(rows[:, :-1], rows[:, 1:])[0].backward()  # strided as Windows.tensor does, or it compiles twice
+    rows = torch.zeros(cfg.batch_size, cfg.seq_len + 1, dtype=torch.long, device=device)
+    batch = [rows[:, :-1], rows[:, 1:]]  # strided as Windows.tensor does, or it compiles twice
+    if is_masked:
+        batch = [rows[:, :-1], rows[:, 1:].clone(), torch.ones((), device=device)]
+    model(*batch)[0].backward()
     model.zero_grad()
     return model
 

@@ -11,8 +11,9 @@ from quant import check_codes, ternarize
 
 @torch.no_grad()
 def mean_loss(model, batches, stop=lambda: False):
-    """Return the mean cross entropy in nats per token over batches of (inputs, targets), summed in float64.
-    The ranks share the work, and each returns the same. Return None if stop() was true after a batch."""
+    """Return the mean cross entropy in nats per target that counts, over batches of Windows.fixed, summed in
+    float64. The ranks share the work, and each returns the same. Return None if stop() was true after a
+    batch."""
     check_codes(model)
     was_training = model.training
     model.eval()
@@ -20,7 +21,7 @@ def mean_loss(model, batches, stop=lambda: False):
     losses, sizes = [], []
     stopped = False
     while not stopped and (group := list(itertools.islice(batches, distributed.WORLD))):
-        sizes += [targets.numel() for _, targets in group]
+        sizes += [(targets >= 0).sum() for _, targets, *_ in group]
         # a sharded model computes on all ranks or on none: a rank without a batch repeats another's
         own = group[distributed.RANK % len(group)]
         losses.append(model(*own)[0])
@@ -28,7 +29,7 @@ def mean_loss(model, batches, stop=lambda: False):
     model.train(was_training)
     if stopped:
         return None
-    sizes = torch.tensor(sizes, dtype=torch.float64)
+    sizes = torch.stack(sizes).cpu().double()
     table = torch.zeros_like(sizes)
     own_losses = table[distributed.RANK :: distributed.WORLD]
     own_losses[:] = torch.stack(losses).cpu().double()[: len(own_losses)]

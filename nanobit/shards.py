@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanobit.cli import fail
-from nanobit.data_set import Damaged, unreadable
+from nanobit.data_set import Damaged, mask_of, unreadable
 from nanobit.files import read_json, write_json
 
 MAX_OPEN = 8  # shards of a split that are open at a time
@@ -24,17 +24,29 @@ LARGE = 2**30  # bytes to read that are announced in a line
 remembered = {}  # {folder: {shard: entry}} of this process, for a .checked.json that cannot be written
 
 
+def files_of(meta):
+    """Return {file: (dtype, tokens, sha256, number of different values)} of the shards and their masks."""
+    files = {}
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    for name, shard in meta["shards"].items():
+        files[name] = dtype, shard["tokens"], shard["sha256"], meta["vocab_size"]
+        if "mask_sha256" in shard:
+            files[mask_of(name)] = np.dtype("u1"), shard["tokens"], shard["mask_sha256"], 2
+    return files
+
+
 def check_shards(folder, meta, split="", verify=False):
-    """Check the size of every shard, and sha256 and ids of those of a split ('' = of all) that this machine
-    has not read since they were last changed; verify: of each. Raises Damaged at the first that is wrong."""
+    """Check the size of every shard and mask, and sha256 and ids of those of a split ('' = of all) that this
+    machine has not read since they were last changed; verify: of each. Raises Damaged at the first that is
+    wrong."""
     cache = os.path.join(folder, ".checked.json")
     host = host_of(folder)
     seen = read_checked(cache).get(host, {}) | remembered.get(folder, {})
-    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    stored = files_of(meta)
     known, to_read = {}, {}
-    for name, shard in meta["shards"].items():
+    for name, (dtype, n, sha256, n_values) in stored.items():
         path = os.path.join(folder, name)
-        size = shard["tokens"] * dtype.itemsize
+        size = n * dtype.itemsize
         try:
             stat = os.stat(path)
         except FileNotFoundError:
@@ -43,7 +55,7 @@ def check_shards(folder, meta, split="", verify=False):
             raise Damaged(unreadable(path, error)) from None
         if stat.st_size != size:
             raise Damaged(bad_shard(path, f"has {stat.st_size:,} bytes, meta.json says {size:,}"))
-        entry = [size, stat.st_mtime_ns, shard["sha256"], meta["vocab_size"]]
+        entry = [size, stat.st_mtime_ns, sha256, n_values]
         if seen.get(name) == entry:
             known[name] = entry
         if name.startswith(split) and (verify or name not in known):
@@ -58,7 +70,7 @@ def check_shards(folder, meta, split="", verify=False):
     try:
         with tqdm(total=size, desc=f"checking {folder}", **options) as bar:
             for name, entry in to_read.items():
-                if fault := check_shard(folder, name, meta, dtype, bar.update):
+                if fault := check_shard(folder, name, stored[name], bar.update):
                     known.pop(name, None)
                     raise Damaged(fault)
                 known[name] = entry
@@ -72,9 +84,11 @@ def check_shards(folder, meta, split="", verify=False):
         say(f"{folder}: {len(to_read)} shards read again, all have the sha256 that meta.json names")
 
 
-def check_shard(folder, name, meta, dtype, progress):
-    """Read a shard once. Return '', or the line for an id over the vocabulary, another sha256 or a fault."""
+def check_shard(folder, name, stored, progress):
+    """Read a shard or mask once; stored: its entry of files_of. Return '', or the line for an id over the
+    vocabulary, a mask that holds more than 0 and 1, another sha256 or a fault."""
     path = os.path.join(folder, name)
+    dtype, _, expected, n_values = stored
     sha256, largest = hashlib.sha256(), 0
     buffer = memoryview(bytearray(2**22))
     try:
@@ -86,9 +100,11 @@ def check_shard(folder, name, meta, dtype, progress):
                 progress(n)
     except OSError as error:
         return unreadable(path, error)
-    if largest >= meta["vocab_size"]:
-        return bad_shard(path, f"holds token id {largest}, but vocab_size is {meta['vocab_size']}")
-    if sha256.hexdigest() != meta["shards"][name]["sha256"]:
+    if largest >= n_values and name.endswith(".mask"):
+        return bad_shard(path, f"holds {largest}, but a mask is of 0 and 1")
+    if largest >= n_values:
+        return bad_shard(path, f"holds token id {largest}, but vocab_size is {n_values}")
+    if sha256.hexdigest() != expected:
         return bad_shard(path, "has changed: its sha256 is not the one in meta.json")
     return ""
 
