@@ -1,5 +1,6 @@
 """Load and check settings: config/default.py, then the config files, then the flags, wherever they stand."""
 
+import contextlib
 import difflib
 import glob
 import json
@@ -15,6 +16,10 @@ from nanobit import cli, files, terminal
 from nanobit.cli import ROOT, WORLD, Flag, coerce, fail
 
 DEFAULT = os.path.join(ROOT, "config", "default.py")
+SHAPE = (  # what a run takes over from the run that init_from names
+    "n_layer n_head n_kv_head n_embd ffn_dim n_expert n_expert_active vocab_size vocab_multiple "
+    "rope_theta norm_eps tie_embeddings seq_len"
+).split()
 RATIOS = {"stage2_lr": "stage2_lr_ratio", "min_lr": "min_lr_ratio"}  # former settings and their successors
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HEADS = ("float32", "bfloat16", "int8")  # of a model that is used: only the first is exact
@@ -219,21 +224,31 @@ def load(argv=None, doc="", flags=None, only=None, derive=lambda cfg: (), takes_
 
 
 def take_shape(cfg):
-    """Give shape settings at their defaults the values of the Llama whose folder init_from names; the others
-    are compared when its weights are read. Yields the fault of a seq_len that it does not have."""
-    if not files.is_hf_folder(cfg.init_from):
-        return
-    from nanobit.export import llama  # only for such a folder: train.py needs no other part of an export
-
-    shape, positions = llama.shape(cfg.init_from)
+    """Give shape settings at their defaults the values of the run or Llama that init_from names; the others
+    are compared when its weights are read. Yields the fault of a seq_len that a Llama does not have."""
     source = f"init_from {cfg.init_from}"
-    if cfg.seq_len > positions:
-        shape["seq_len"] = positions
-        if cfg.origin["seq_len"] != "default":
-            yield f"seq_len = {cfg.seq_len} is more than the {positions:,} positions of {source}"
+    if files.is_hf_folder(cfg.init_from):
+        from nanobit.export import llama  # only for such a folder: train.py needs no other part of an export
+
+        shape, positions = llama.shape(cfg.init_from)
+        if cfg.seq_len > positions:
+            shape["seq_len"] = positions
+            if cfg.origin["seq_len"] != "default":
+                yield f"seq_len = {cfg.seq_len} is more than the {positions:,} positions of {source}"
+    else:
+        shape = run_shape(cfg)
     unset = {name: value for name, value in shape.items() if cfg.origin[name] == "default"}
     vars(cfg).update(unset)
     cfg.origin |= dict.fromkeys(unset, source)
+
+
+def run_shape(cfg):
+    """Return {setting: value} of the shape of the run that init_from names, {} if there is none."""
+    shape = {}
+    with contextlib.suppress(ValueError):  # whoever reads its weights reports it
+        if cfg.init_from:
+            _, shape = run_settings(cfg.init_from, set(), SHAPE)
+    return {name: value for name, value in shape.items() if type(value) is type(getattr(cfg, name))}
 
 
 def divide_batch(cfg):

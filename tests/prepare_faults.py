@@ -24,10 +24,10 @@ def tokenize_here():
     """Tokenize in the process itself: no worker process has to start."""
     from nanobit.prepare import workers
 
-    def encoded(chunks, n_workers, spec, dtype):
+    def encoded(chunks, n_workers, spec, dtype, encode):
         workers.load(spec, dtype)
         for pieces, mark, share in chunks:
-            yield workers.encode_chunk(pieces), mark, share
+            yield encode(pieces), mark, share
 
     workers.encoded = encoded
 

@@ -290,6 +290,19 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path):
     assert config.load(["--resume", str(step), "--run_id=branch"]).run_id == "branch"
 
 
+def test_the_shape_is_that_of_the_run(tmp_path):
+    """A run that begins with the weights of another has its shape and seq_len, and nothing else, unless they
+    are set; a path without a run is reported by whoever reads the weights."""
+    step = write_run(tmp_path / "base", vocab_size=15, seq_len=64, n_embd="many")
+    for path in (step, tmp_path / "base", tmp_path / "base" / "best"):
+        cfg = config.load([f"--init_from={path}", "--max_steps=1", "--n_layer=3"])
+        assert (cfg.n_head, cfg.vocab_size, cfg.seq_len, cfg.ffn_dim) == (4, 15, 64, 512)
+        assert cfg.n_layer == 3
+        assert (cfg.seed, cfg.learning_rate, cfg.max_steps, cfg.n_embd) == (1337, 1.5e-3, 1, 768)
+        assert cfg.origin["n_head"] == f"init_from {path}"
+    assert config.load(["--init_from=nothing", "--max_steps=1"]).n_layer == 8
+
+
 def test_a_config_file_replaces_the_settings_of_a_run(tmp_path):
     """With a config file, the settings come from the file and not from the run that --resume names."""
     step = write_run(tmp_path / "r")

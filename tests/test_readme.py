@@ -16,7 +16,7 @@ DOCS = [
     "README.md",
     *(f"docs/{name}" for name in sorted(os.listdir(os.path.join(ROOT, "docs"))) if name.endswith(".md")),
 ]
-PAGES = ["README.md", "docs/experiments.md", "docs/data.md", "docs/how-it-works.md"]
+PAGES = ["README.md", "docs/experiments.md", "docs/data.md", "docs/how-it-works.md", "docs/chat.md"]
 MODEL = ["--n_layer=1", "--n_embd=32", "--n_head=2", "--n_kv_head=1", "--ffn_dim=32"]
 HUB = ["--repo={hub}", "--vocab_size=330", "--workers=1"]
 SMALL = {  # what makes a command small enough for a test, without changing what it does
@@ -25,6 +25,7 @@ SMALL = {  # what makes a command small enough for a test, without changing what
     "prepare/tinystories.py": HUB,
     "prepare/fineweb_edu.py": [*HUB, "--config=", "--tokenizer=sentencepiece", "--val_fraction=0.2"],
     "prepare/text.py": ["--files={hub}/*.jsonl", "--vocab_size=330", "--workers=1", "--val_fraction=0.2"],
+    "prepare/chat.py": ["--files={talks}/*.jsonl", "--val_fraction=0.2", "--workers=1"],
     "prepare/lambada.py": ["--files={tasks}/*.jsonl"],
     "prepare/blimp.py": ["--files={tasks}/*.jsonl"],
     "train.py": [
@@ -153,7 +154,9 @@ class Session:
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     """Return a Session, and make the texts that its preparations read."""
-    folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("runs", "data", "hub", "tasks", "out")}
+    folders = {
+        name: str(tmp_path_factory.mktemp(name)) for name in ("runs", "data", "hub", "tasks", "talks", "out")
+    }
     pair = dict(
         sentence_good="a dog sat", sentence_bad="a dog sit", UID="agreement", linguistics_term="verbs"
     )
@@ -161,6 +164,10 @@ def session(tmp_path_factory):
     for folder, split, n in (("hub", "train", 300), ("hub", "validation", 300), ("tasks", "test", 10)):
         with open(os.path.join(folders[folder], f"{split}.jsonl"), "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows[:n])
+    talks = re.search(r"```json\n(.*?)```", text_of("docs/chat.md"), re.S)[1].splitlines()
+    talks += [json.dumps(dict(prompt=f"a dog and {i} birds", completion="a cat")) for i in range(40)]
+    with open(os.path.join(folders["talks"], "talks.jsonl"), "w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in talks)
     return Session(folders)
 
 

@@ -85,7 +85,7 @@ BAD = {
     "other.csv": (b"id,title\n1,a\n", [], "has no column 'body', but id, title"),
     "quote.csv": (b'id,body\n1,a\0b\n2,"caf\xe9"\n', [], "is NUL"),
     "latin1.csv": (b"id,body\n1,a\n2,caf\xe9\n", [], "byte 17 (0xe9) is not UTF-8"),
-    "nulls.jsonl": (b'{"body": null}\n' * 5, ["--max_bad_rows=3"], "max_bad_rows = 3: rows without text"),
+    "nulls.jsonl": (b'{"body": null}\n' * 5, ["--max_bad_rows=3"], "max_bad_rows = 3: skipped rows"),
     "one.txt": (b"one document", ["--separator=@@", "--val_fraction=0.9999"], "was left to train on of 1"),
     "fraction.txt": (b"abc\n" * 50, ["--val_fraction=1"], "val_fraction = 1.0 must be"),
 }

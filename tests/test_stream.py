@@ -383,7 +383,7 @@ def test_skipped_rows_survive_a_kill(tmp_path, monkeypatch, capsys):
     cfg.max_bad_rows = 23
     with pytest.raises(SystemExit):
         marks(whole[5])
-    assert "max_bad_rows = 23: rows without text: 18 empty, 24 null" in capsys.readouterr().err
+    assert "max_bad_rows = 23: skipped rows: 18 empty, 24 null" in capsys.readouterr().err
 
 
 def test_a_small_text_gets_a_small_vocabulary(capsys):

@@ -13,7 +13,8 @@ from nanobit.prepare import hub
 
 CHUNK_CHARS = 2**20  # characters of text in a chunk
 START = dict(stream=0, state=None)  # the mark before the first document
-SHOWN = 3  # rows without text that are shown of each kind
+SHOWN = 3  # skipped rows that are shown of each kind
+HARMLESS = ("empty", "too long")  # kinds that max_bad_rows does not limit
 WAITS = (5, 15, 60, 120, 300)  # seconds before a lost connection is opened again
 
 
@@ -73,12 +74,14 @@ def split_of(text, val_fraction):
 
 
 def skip(cfg, skipped, reason, place):
-    """Count a row that holds no text. Exits with 2 if more than max_bad_rows of them are not empty."""
+    """Count a row that is not used. Exits with 2 if more than max_bad_rows of them are not harmless."""
     skipped[reason] += 1
     if skipped[reason] <= SHOWN:
         show_once(f"skipped: {place} ({reason})")
-    if reason != "empty" and skipped.total() - skipped["empty"] > cfg.max_bad_rows:
-        how = "repair them, name another --column=, or allow more with --max_bad_rows="
+    n_bad = skipped.total() - sum(skipped[kind] for kind in HARMLESS)
+    if reason not in HARMLESS and n_bad > cfg.max_bad_rows:
+        column = "name another --column=, " * hasattr(cfg, "column")
+        how = f"repair them, {column}or allow more with --max_bad_rows="
         fail(f"max_bad_rows = {cfg.max_bad_rows:,}: {counted(skipped)} up to {place}; {how}")
 
 
@@ -91,4 +94,4 @@ def show_once(line):
 def counted(skipped):
     """Return skipped rows {reason: n} in words."""
     kinds = [f"{n:,} {reason}" for reason, n in sorted(skipped.items()) if n]
-    return f"rows without text: {', '.join(kinds) or 'none'}"
+    return f"skipped rows: {', '.join(kinds) or 'none'}"

@@ -47,11 +47,12 @@ HUB_FLAGS = {
 }
 
 
-def prepare(cfg, open_streams, options, paths=()):
+def prepare(cfg, open_streams, options, paths=(), layout=(token_files.Writer, workers.encode_chunk)):
     """Write data_dir/name from the documents of open_streams() -> [Hub or Files, ...], or continue it.
-    options: those that decide what is written; paths: files whose content decides it, too. Exits with 2 for
-    a user's mistake, with 1 for a full disk or a lost hub, with 130 for Ctrl-C. What is written stays, for
-    the same command to continue, as after kill -9; if nothing is, no file stays."""
+    options: those that decide what is written; paths: files whose content decides it, too; layout: what
+    writes the tokens, and the function of a worker that makes them. Exits with 2 for a user's mistake, with 1
+    for a full disk or a lost hub, with 130 for Ctrl-C. What is written stays, for the same command to
+    continue, as after kill -9; if nothing is, no file stays."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = os.path.join(cfg.data_dir, cfg.name)
     source, stamp = source_now(folder, options, paths)
@@ -77,9 +78,9 @@ def prepare(cfg, open_streams, options, paths=()):
                 progress["stamp"] = stamp
             else:  # an earlier version began it, which kept line ends
                 cfg.keep_crlf = True
-        writer = encode(cfg, folder, streams, progress)
+        writer = encode(cfg, folder, streams, progress, *layout)
         if "train" not in progress["tokens"]:  # the corrected command would find another data set here
-            for name in ("progress.json", *progress["shards"]):
+            for name in ("progress.json", *progress["shards"], *progress.get("masks", ())):
                 os.remove(os.path.join(folder, name))
             fail(too_few(cfg, progress))
     except (KeyboardInterrupt, SystemExit) as end:
@@ -102,7 +103,7 @@ def begin(cfg, folder, streams, open_streams):
     """Return the progress of a preparation that begins; make its tokenizer, which is written into folder."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(folder, "meta.json"))  # no progress.json says where to continue
-    if not cfg.max_documents:
+    if not getattr(cfg, "max_documents", 0):
         bytes_each = 2 if cfg.tokenizer == "char" else 0.4  # of tokens for a byte of text, at the least
         check_room(folder, bytes_each * sum(stream.size for stream in streams))
     spec, marks, vocab_size = vocab.pick(cfg, folder, chunks.texts(cfg, open_streams()))
@@ -111,12 +112,13 @@ def begin(cfg, folder, streams, open_streams):
     return progress | dict(stream_began=[0, 0])  # tokens and bytes before the stream under way
 
 
-def encode(cfg, folder, streams, progress):
+def encode(cfg, folder, streams, progress, make_writer, make_tokens):
     """Tokenize all documents from progress on, and keep it up to date; return the Writer of the files."""
-    writer = token_files.Writer(folder, progress)
+    writer = make_writer(folder, progress)
     rest = chunks.chunks(cfg, streams, progress["mark"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    results = workers.encoded(rest, cfg.workers or cores, spec_of(progress, folder), writer.dtype)
+    spec = spec_of(progress, folder)
+    results = workers.encoded(rest, cfg.workers or cores, spec, writer.dtype, make_tokens)
     began = saved = time.perf_counter()
     n_before = writer.n()
     done = sum(progress["bytes"].values())
@@ -128,9 +130,9 @@ def encode(cfg, folder, streams, progress):
                 if mark["stream"] != progress["mark"]["stream"]:
                     progress["stream_began"] = [writer.n(), bar.n]
                 progress["mark"] = mark
-                for split, (ids, documents, size) in encoded.items():
-                    writer.add(split, ids, documents, size)
-                    bar.update(size)
+                for split, part in encoded.items():
+                    writer.add(split, *part)
+                    bar.update(part[2])  # bytes of text
                 now = time.perf_counter()
                 speed = (writer.n() - n_before) / (now - began)
                 bar.set_postfix_str(f"{writer.n():,} tokens, {speed:,.0f} tokens/s", refresh=False)
@@ -158,7 +160,9 @@ def leave(folder, before, end):
     written, remove what it has put into a folder that held the names `before`, and the folder if empty."""
     is_kept = bool(read_json(os.path.join(folder, "progress.json")).get("tokens"))
     for name in [] if is_kept else os.listdir(folder):
-        is_ours = re.fullmatch(r"\.lock.*|(train|val)_\d{5}\.bin\.partial|(meta|progress)\.json.*", name)
+        is_ours = re.fullmatch(
+            r"\.lock.*|(train|val)_\d{5}\.(bin|mask)\.partial|(meta|progress)\.json.*", name
+        )
         if is_ours or (name.startswith("tokenizer.") and name not in before):
             os.remove(os.path.join(folder, name))
     if not os.listdir(folder):
@@ -214,7 +218,9 @@ def too_few(cfg, progress):
     counts = progress["documents"]
     n = sum(counts.values())
     if not n:
-        return f"there is no text to train on; {chunks.counted(progress['mark'].get('skipped', {}))}"
+        skipped = token_files.skipped(progress)
+        short = f"; a window of {progress.get('window')} tokens holds no turn" * ("too long" in skipped)
+        return f"there is no text to train on; {chunks.counted(skipped)}{short}"
     if "train" in counts:
         state, size, without = "held out", "larger", "train.py"
     else:
@@ -239,9 +245,18 @@ def summarize(folder):
     for split, count in meta["tokens"].items():
         n, size = meta["documents"][split], meta["bytes"][split]
         ratio = f"{count / max(1, size):.4f} tokens per byte"
-        print(f"{folder}: {split}: {n:,} documents, {count:,} tokens, {size:,} bytes of text, {ratio}")
+        line = f"{folder}: {split}: {n:,} documents, {count:,} tokens, {size:,} bytes of text, {ratio}"
+        if "window" in meta:  # of conversations
+            windows = f"{count // meta['window']:,} windows of {meta['window']:,} tokens"
+            learned = f"{meta['counted'][split]:,} tokens to learn, {size:,} bytes of answers"
+            line = f"{folder}: {split}: {n:,} conversations in {windows}, {learned}"
+        print(line)
     if skipped := meta.get("skipped"):
-        print(f"skipped: {chunks.counted(skipped)}")
+        print(chunks.counted(skipped))
+    if meta.get("cut"):
+        print(
+            f"longer than a window: {meta['cut']:,} conversations end after the last whole answer that fits"
+        )
     total = sum(meta["tokens"].values())
     speed = f"{meta['seconds']:.1f} s, {total / meta['seconds']:,.0f} tokens/s"
     print(f"tokenizer: {meta['tokenizer']['kind']}, {meta['vocab_size']:,} tokens; {speed}")

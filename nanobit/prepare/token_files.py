@@ -1,5 +1,6 @@
 """Token files and their meta.json, written so that half a data set never looks whole."""
 
+import collections
 import glob
 import hashlib
 import json
@@ -17,7 +18,7 @@ from nanobit.terminal import command_line
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 # the fields of a meta.json, in this order
 META = "vocab_size tokens bytes shards tokenizer eot source complete task command".split()
-META += "documents seconds revision bos stamp skipped".split()
+META += "documents seconds revision bos stamp skipped window counted cut".split()
 
 
 def char_tokenizer(chars):
@@ -103,28 +104,37 @@ def write_meta(folder, **fields):
     write_file(os.path.join(folder, "meta.json"), json.dumps(meta, indent=1).encode())
 
 
+def skipped(progress):
+    """Return {reason: n} of the rows that were not used."""
+    while_reading = collections.Counter(progress["mark"].get("skipped", {}))
+    return dict(while_reading + collections.Counter(progress.get("skipped", {})))
+
+
 class Split:
     """The token files of one split, of which n tokens are known to be on the disk; what is beyond them is
-    dropped. A shard is train_00000.bin.partial until it is full; shards {file: entry} then gets an entry."""
+    dropped. A shard is train_00000.bin.partial until it has `size` tokens; shards {file: entry} then gets an
+    entry."""
 
-    def __init__(self, folder, split, dtype, n, shards):
+    def __init__(self, folder, split, dtype, n, shards, ending=".bin", size=0):
         self.prefix = os.path.join(folder, f"{split}_")
+        self.ending = ending
+        self.size = size or SHARD_TOKENS
         self.n = n
         self.shards = shards
-        number, rest = divmod(n, SHARD_TOKENS)
+        number, rest = divmod(n, self.size)
         for path in glob.glob(glob.escape(self.prefix) + "*"):
             if path.removeprefix(self.prefix)[:5] > f"{number:05d}":
                 os.remove(path)
         if os.path.exists(self.path(number)):  # killed after the renaming: not yet known to be whole
             os.rename(self.path(number), self.path(number) + ".partial")
         self.open(number)
-        size = rest * dtype.itemsize
-        if os.path.getsize(self.file.name) < size:
+        n_bytes = rest * dtype.itemsize
+        if os.path.getsize(self.file.name) < n_bytes:
             fail(f"{self.file.name} has lost tokens that progress.json counts; delete {folder} to start over")
-        self.file.truncate(size)
+        self.file.truncate(n_bytes)
 
     def path(self, number):
-        return f"{self.prefix}{number:05d}.bin"
+        return f"{self.prefix}{number:05d}{self.ending}"
 
     def open(self, number):
         self.file = open(self.path(number) + ".partial", "ab")
@@ -132,17 +142,20 @@ class Split:
     def write(self, ids):
         """Append ids (array); start a new shard when one is full."""
         while ids.size:
-            room = SHARD_TOKENS - self.n % SHARD_TOKENS
+            room = self.size - self.n % self.size
             self.file.write(ids[:room].tobytes())
             self.n += len(ids[:room])
             ids = ids[room:]
-            if self.n % SHARD_TOKENS == 0:
+            if self.n % self.size == 0:
                 self.finish()
-                self.open(self.n // SHARD_TOKENS)
+                self.open(self.n // self.size)
 
     def sync(self):
         self.file.flush()
         os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
 
     def finish(self):
         """Rename the shard under way to its final name, or remove it if it is empty."""
@@ -156,7 +169,7 @@ class Split:
         os.replace(partial, path)
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        n = (self.n - 1) % SHARD_TOKENS + 1
+        n = (self.n - 1) % self.size + 1
         self.shards[os.path.basename(path)] = {"tokens": n, "sha256": sha256}
 
 
@@ -169,8 +182,12 @@ class Writer:
         self.folder, self.progress = folder, progress
         self.dtype = dtype_of(progress["vocab_size"])
         known = progress["tokens"].items()
-        self.splits = {name: Split(folder, name, self.dtype, n, progress["shards"]) for name, n in known}
+        self.splits = {name: self.split(name, n) for name, n in known}
         self.began = time.perf_counter() - progress["seconds"]
+
+    def split(self, name, n):
+        """Return the files of a split, of which n tokens are known to be on the disk."""
+        return Split(self.folder, name, self.dtype, n, self.progress["shards"])
 
     def n(self):
         """Return the number of tokens of all splits."""
@@ -179,7 +196,7 @@ class Writer:
     def add(self, name, ids, documents, size):
         """Append the ids (array) of so many documents, from so many bytes of text, to a split."""
         if name not in self.splits:
-            self.splits[name] = Split(self.folder, name, self.dtype, 0, self.progress["shards"])
+            self.splits[name] = self.split(name, 0)
             if "bos" not in self.progress:  # the end of a text precedes the first document, too
                 self.splits[name].write(np.array([self.progress["eot"]], self.dtype))
         self.splits[name].write(ids)
@@ -202,9 +219,8 @@ class Writer:
 
     def close(self):
         for split in self.splits.values():
-            split.file.close()
+            split.close()
 
     def write_meta(self, **fields):
         """Write the meta.json of what is counted."""
-        skipped = self.progress["mark"].get("skipped", {})
-        write_meta(self.folder, **self.progress, skipped=skipped, **fields)
+        write_meta(self.folder, **self.progress | dict(skipped=skipped(self.progress)) | fields)

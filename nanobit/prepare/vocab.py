@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nanobit.cli import fail, library
 from nanobit.prepare import hub, token_files
-from nanobit.tokenizer import read_sentencepiece
+from nanobit.tokenizer import make_tokenizer, read_sentencepiece
 
 TRAIN_CHARS = 50_000_000  # characters of text that a new SentencePiece model is trained on
 MODEL = "tokenizer.model"
@@ -22,8 +22,11 @@ MODEL = "tokenizer.model"
 
 def pick(cfg, folder, texts):
     """Return (spec, marks, vocab_size) of cfg.tokenizer; its file is written into folder. marks:
-    {"eot": id}, with "bos" if another token begins a text. A new tokenizer is made of texts, an iterable."""
+    {"eot": id}, with "bos" if another token begins a text. A new tokenizer is made of texts, an iterable; the
+    spec of a trained model, with its content, is taken as it is."""
     wanted = cfg.tokenizer
+    if isinstance(wanted, dict):
+        return of_model(wanted, folder)
     if wanted == "char":
         chars = set().union(*map(set, tqdm(texts, desc="characters", unit=" texts", disable=None)))
         if "\0" in chars:
@@ -40,6 +43,15 @@ def pick(cfg, folder, texts):
     spec["sha256"] = hashlib.sha256(content).hexdigest()
     token_files.write_file(os.path.join(folder, spec["file"]), content)
     return spec, marks, vocab_size
+
+
+def of_model(spec, folder):
+    """Return what pick returns for the spec of a trained model's tokenizer."""
+    entry = {key: value for key, value in spec.items() if key not in ("content", "eot", "bos")}
+    if "content" in spec:
+        token_files.write_file(os.path.join(folder, spec["file"]), spec["content"])
+    marks = {key: spec[key] for key in ("eot", "bos") if key in spec}
+    return entry, marks, make_tokenizer(spec).size
 
 
 def sentencepiece(cfg, path, texts):

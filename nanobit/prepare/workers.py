@@ -16,16 +16,17 @@ from nanobit.tokenizer import make_tokenizer
 PIECE_CHARS = 2**17  # characters of a document that are tokenized at a time, cut at a line end
 
 
-def encoded(chunks, workers, spec, dtype):
-    """Yield (what encode_chunk returns, mark, share) of chunks (pieces, mark, share), in their order. spec:
-    spec_of the tokenizer. Exits with 1 if a worker is killed. Close it to end the workers early."""
+def encoded(chunks, workers, spec, dtype, encode):
+    """Yield (encode(pieces), mark, share) of chunks (pieces, mark, share), in their order. spec: spec_of the
+    tokenizer; encode: encode_chunk, or another function that uses `worker`. Exits with 1 if a worker is
+    killed. Close it to end the workers early."""
     context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, context, start_worker, (spec, dtype.str))
     waiting = collections.deque()
     try:
         for pieces, mark, share in chunks:
-            waiting.append((submit(pool, pieces), mark, share))
+            waiting.append((submit(pool, encode, pieces), mark, share))
             if len(waiting) > 2 * workers + 2:
                 future, *rest = waiting.popleft()
                 yield future.result(), *rest
@@ -42,14 +43,14 @@ def encoded(chunks, workers, spec, dtype):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def submit(pool, pieces):
-    """Return the future of encode_chunk(pieces). Ctrl-C waits meanwhile: a worker that starts here inherits
+def submit(pool, encode, pieces):
+    """Return the future of encode(pieces). Ctrl-C waits meanwhile: a worker that starts here inherits
     that, and would print a traceback if it came before start_worker."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return pool.submit(encode_chunk, pieces)
+        return pool.submit(encode, pieces)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(encode_chunk, pieces)
+        return pool.submit(encode, pieces)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
