@@ -38,6 +38,8 @@ FLAGS = {
 }
 cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir", "verify_data", "device"))
 
+import torch
+
 import quant
 from nanobit import data, machine, record, weights
 from nanobit.infer.head import lighten_head
@@ -107,7 +109,11 @@ with machine.autocast(device, dtype):
         lighten_head(model, cfg.head)
     if not is_text:
         loss = loss_on_windows()
-        result |= dict(tokens=n * windows.seq_len, val_loss=loss, perplexity=text.exp(loss))
+        batches = windows.fixed(cfg.eval_tokens, cfg.batch_size, torch.device("cpu"))
+        tokens = sum((targets >= 0).sum().item() for _, targets, *_ in batches)  # a loss mask leaves some out
+        if tokens < n * windows.seq_len:
+            print(f"{tokens:,} tokens, those of answers, count")
+        result |= dict(tokens=tokens, val_loss=loss, perplexity=text.exp(loss))
         print(f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.3f}")
         if bits := data.bits_per_byte(meta, loss, cfg.split):
             result["bits_per_byte"] = bits

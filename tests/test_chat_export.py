@@ -1,7 +1,14 @@
-"""Conversations in other engines: the template of exports makes our ids, generation ends with an answer."""
+"""
+Conversations in other engines: the template of exports makes our ids, generation ends with an answer.
+
+    python tests/test_chat_export.py runs/chat held_out.jsonl    the same of a checkpoint and these questions
+"""
 
 import importlib.util
 import json
+import sys
+import tempfile
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +18,7 @@ from nanobit import chat, weights
 from nanobit.export import card, gguf_file, hf, tokenizer_files, verify
 from nanobit.generate import write_on
 from nanobit.infer.restore import restore
+from nanobit.tasks import answers
 from nanobit.tokenizer import bos_of, make_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the readers of exports: requirements-dev.txt")
@@ -181,3 +189,79 @@ def test_a_foreign_template_is_ignored_with_one_line(trained, tmp_path, capsys):
     hf.write(trained, str(tmp_path / "ours"))
     assert weights.trained(str(tmp_path / "ours"))[0]["tokenizer"]["chat"] == chat.FORMAT
     assert "chat_template" not in capsys.readouterr().err
+
+
+@torch.no_grad()
+def plain_answer(model, ids, eot, n):
+    """Return the n greedy tokens after ids, or fewer up to eot, each by a forward of the whole text."""
+    ids = list(ids)
+    start = len(ids)
+    while len(ids) < start + n and eot not in ids[start:]:
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[start:]
+
+
+@torch.no_grad()
+def gap_at(model, ids, ours, theirs):
+    """Return by how much the two tokens at which two answers part differ in the logits of the whole text."""
+    n = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+    logits = model(torch.tensor([ids + ours[:n]]))[0, -1]
+    return (logits[ours[n]] - logits[theirs[n]]).abs().item()
+
+
+def same_ids(tokenizer, spec, talks, folder):
+    """Return Counter(prompts, and how many of them have our ids in transformers and in llama.cpp)."""
+    theirs = transformers.AutoTokenizer.from_pretrained(f"{folder}/x")
+    sandbox = Sandbox(f"{folder}/x.gguf")
+    same = Counter()
+    for messages in talks:
+        for i in range(len(messages)):
+            if messages[i]["role"] == "user":
+                asked = messages[: i + 1]
+                ids = chat.prompt_ids(tokenizer, spec, asked)
+                made = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+                same += Counter(prompts=1, transformers=made == ids, llama_cpp=sandbox.ids(asked) == ids)
+    return same
+
+
+def same_answers(model, tokenizer, eot, prompts, folder, n=64):
+    """Return Counter(answers, and how many are the same in transformers without caches and with caches) of
+    greedy answers of at most n tokens, and the gaps (gap_at) of the others."""
+    other = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/x", dtype=torch.float32).eval()
+    how = dict(max_new_tokens=n, do_sample=False)
+    same = Counter(answers=len(prompts))
+    gaps = []
+    for ids in prompts:
+        cached = list(ids)
+        "".join(write_on(model, tokenizer, eot, cached, n, temperature=0.0))
+        ours = dict(plain=plain_answer(model, ids, eot, n), cached=cached[len(ids) :])
+        for name, answer in ours.items():
+            with torch._dynamo.config.patch(disable=True):
+                made = other.generate(torch.tensor([ids]), use_cache=name == "cached", **how)
+            theirs = made[0, len(ids) :].tolist()
+            same[name] += theirs == answer
+            if theirs != answer:
+                gaps.append(gap_at(model, ids, answer, theirs))
+    return same, gaps
+
+
+def main(ckpt, path, n="100"):
+    """Print same_ids of all conversations of a file and same_answers of its first n questions."""
+    part, _ = weights.trained(ckpt)
+    spec = part["tokenizer"]
+    tokenizer = make_tokenizer(spec)
+    talks = [messages for _, messages in answers.read(path)]
+    model = restore(part, "cpu", packed=part["config"]["ternary"])
+    questions = [messages[:1] for messages in talks if messages[0]["role"] == "user"]
+    prompts = [chat.prompt_ids(tokenizer, spec, messages) for messages in questions]
+    prompts = [ids for ids in prompts if len(ids) + 64 <= model.cfg.seq_len][: int(n)]
+    with tempfile.TemporaryDirectory() as folder:
+        hf.write(part, f"{folder}/x")
+        gguf_file.write(part, f"{folder}/x.gguf", "f32", "f32")
+        print("the same ids:", dict(same_ids(tokenizer, spec, talks, folder)))
+        same, gaps = same_answers(model, tokenizer, spec["eot"], prompts, folder)
+    print("the same answers:", dict(same), "gaps of the others:", gaps)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
