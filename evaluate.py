@@ -3,9 +3,11 @@
     python evaluate.py --ckpt=runs/demo
     python evaluate.py --ckpt=runs/demo --split=train --dtype=bfloat16
     python evaluate.py --ckpt=runs/baseline --dataset=lambada
+    python evaluate.py --ckpt=runs/chat --conversations=held_out.jsonl
 
 Tasks: arithmetic (exact answers to held-out problems), tictactoe (games), LAMBADA and BLiMP (text for any
-model, split val only).
+model, split val only). Of conversations, which any model reads, too: the loss on answers and the last numbers
+of worked problems, by source.
 
 If stdout is not a terminal, or with --json, its last line is one JSON object: step, dataset, split, dtype,
 tokens, val_loss (nats per token), perplexity, bits_per_byte if the bytes are known, and for a task accuracy
@@ -22,6 +24,7 @@ from nanobit.cli import JSON, Flag, fail
 FLAGS = {
     "ckpt": Flag("", "a run folder, RUN/best, step folder, checkpoint.pt or exported folder", required=True),
     "dataset": Flag("", "name of the data set in data_dir; '' = the one that the model was trained on"),
+    "conversations": Flag("", "score answers in a .jsonl file, as prepare/chat.py reads", not_with="dataset"),
     "split": Flag("val", "val | train"),
     "dtype": Flag("float32", "auto | float32 | bfloat16 | float16: of the matrix products", config.DTYPES),
     "head": Flag(
@@ -35,12 +38,14 @@ FLAGS = {
 }
 cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir", "verify_data", "device"))
 
+import torch
+
 import quant
 from nanobit import data, machine, record, weights
 from nanobit.infer.head import lighten_head
 from nanobit.infer.restore import restore
 from nanobit.metrics import mean_loss
-from nanobit.tasks import arithmetic, text, tictactoe
+from nanobit.tasks import answers, arithmetic, text, tictactoe
 from nanobit.tokenizer import bos_of, make_tokenizer
 
 device = machine.pick(cfg.device)
@@ -54,10 +59,15 @@ data_set = os.path.join(cfg.data_dir, cfg.dataset)
 spec = part["tokenizer"]
 tokenizer = make_tokenizer(spec)
 
-is_text = os.path.exists(os.path.join(data_set, "task.jsonl"))
-if is_text:
-    if cfg.split != "val":
-        fail(f"split = {cfg.split!r}: {data_set} is a task and has the split val only")
+is_text = bool(cfg.conversations) or os.path.exists(os.path.join(data_set, "task.jsonl"))
+if is_text and cfg.split != "val":
+    fail(f"split = {cfg.split!r}: {cfg.conversations or data_set} is a task and has the split val only")
+if cfg.conversations:
+    task = "chat"
+    examples = answers.read(cfg.conversations)
+    cfg.dataset = os.path.basename(cfg.conversations)
+    print(f"{folder} on {cfg.dataset}: {len(examples):,} conversations")
+elif is_text:
     task, examples = text.read(data_set)
     print(f"{folder} on {cfg.dataset}: {len(examples):,} examples")
 else:
@@ -78,6 +88,7 @@ result = dict(step=part["step"], dataset=cfg.dataset, split=cfg.split, dtype=mac
 scores = {  # each returns (fields of the JSON line, lines of text)
     "arithmetic": lambda: arithmetic.score(model, tokenizer, spec["eot"], examples, cfg.batch_size),
     "tictactoe": lambda: tictactoe.score(model, tokenizer, spec["eot"], cfg.games, trained["seed"]),
+    "chat": lambda: answers.score(model, tokenizer, spec, examples, cfg.batch_size),
     "lambada": lambda: text.lambada(model, tokenizer, bos_of(spec), examples, cfg.batch_size),
     "blimp": lambda: text.blimp(model, tokenizer, bos_of(spec), examples, cfg.batch_size),
 }
@@ -98,7 +109,11 @@ with machine.autocast(device, dtype):
         lighten_head(model, cfg.head)
     if not is_text:
         loss = loss_on_windows()
-        result |= dict(tokens=n * windows.seq_len, val_loss=loss, perplexity=text.exp(loss))
+        batches = windows.fixed(cfg.eval_tokens, cfg.batch_size, torch.device("cpu"))
+        tokens = sum((targets >= 0).sum().item() for _, targets, *_ in batches)  # a loss mask leaves some out
+        if tokens < n * windows.seq_len:
+            print(f"{tokens:,} tokens, those of answers, count")
+        result |= dict(tokens=tokens, val_loss=loss, perplexity=text.exp(loss))
         print(f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.3f}")
         if bits := data.bits_per_byte(meta, loss, cfg.split):
             result["bits_per_byte"] = bits

@@ -23,7 +23,7 @@ EXPECTED += '"output"} with an optional "input"'
 # the same text for other programs; escapes: what escaped() does to the text of a message
 JINJA = (
     "{{ bos_token }}{% set first = 1 if messages[0]['role'] == 'system' else 0 %}"
-    "{% for message in messages %}{% set text = message['content']{escapes} %}"
+    "{% for message in messages %}{% set text = message['content'].strip(){escapes} %}"
     "{% if message['role'] == 'system' and loop.first %}{{ 'System: ' + text + '\\n' }}"
     "{% elif message['role'] == 'user' and loop.index0 % 2 == first %}{{ 'User: ' + text + '\\n' }}"
     "{% elif message['role'] == 'assistant' and loop.index0 % 2 != first %}"
@@ -151,7 +151,7 @@ def turns_of(tokenizer, messages):
     names = special_names(tokenizer)
     head = ""
     for message in messages:
-        text = escaped(message["content"], names)
+        text = escaped(message["content"].strip(), names)  # servers return an answer with its space
         if message["role"] == "assistant":
             yield head, f" {text}"
             head = ""
@@ -189,4 +189,4 @@ def jinja(spec):
     """Return the format as a Jinja template, which makes the same text: chat_template of other programs."""
     names = special_names(make_tokenizer(spec))
     pairs = [(json.dumps(name), json.dumps(f"{name[:1]} {name[1:]}")) for name in names]
-    return JINJA.replace("{escapes}", "".join(f" | replace({old}, {new})" for old, new in pairs))
+    return JINJA.replace("{escapes}", "".join(f".replace({old}, {new})" for old, new in pairs))

@@ -6,7 +6,7 @@ import torch
 
 from nanobit.cli import fail
 from nanobit.cuda_graph import captured
-from nanobit.tokenizer import continuation, encode_prompt
+from nanobit.tokenizer import TextStream, continuation, encode_prompt
 
 
 class KVCache:
@@ -108,6 +108,19 @@ def generate(model, idx, max_new_tokens, cuda_graph=False, **sampling):
         new = sample_token(logits[:, -1], **sampling)
         idx = torch.cat((idx, new), 1)[:, -size:]
         yield new
+
+
+def write_on(model, tokenizer, eot, ids, max_new_tokens, **options):
+    """Yield the text that a model writes after ids, a list that grows, up to the end-of-text token: whole
+    characters, or '', for each token, and the rest at the end. options: those of generate."""
+    stream = TextStream(tokenizer, ids)
+    idx = torch.tensor([ids], device=model.embed.weight.device)
+    for token in generate(model, idx, max_new_tokens, **options):
+        ids.append(token.item())
+        if ids[-1] == eot:
+            break
+        yield stream.add(ids[-1])
+    yield stream.end()
 
 
 MODES = {  # of the samples of a run

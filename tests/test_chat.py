@@ -125,7 +125,7 @@ def test_answers_and_their_ends_are_learned(make, messages):
     assert len(learned) == len(answers)
     for (head, turn), answer in zip(learned, answers):
         assert head.endswith("\nAssistant:")
-        assert turn == f"{head} {chat.escaped(answer, names)}"
+        assert turn == f"{head} {chat.escaped(answer.strip(), names)}"
 
 
 @pytest.mark.parametrize("make", KINDS)

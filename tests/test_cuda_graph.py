@@ -1,4 +1,4 @@
-"""nanobit/cuda_graph.py without a card: which gradients are replaced, which added, and when graphs are used."""
+"""nanobit/cuda_graph.py without a card: which gradients are replaced or added, and when graphs are used."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ def as_recorded(function, *inputs, pool=None):
 
 @pytest.mark.parametrize("n_micro_steps", [1, 3])
 def test_replayed_gradients_are_those_of_the_update(monkeypatch, n_micro_steps):
-    """The gradients after an update's micro-steps are their sum, also in the second update, although recording
-    has computed gradients too and the optimizer drops them after each update."""
+    """The gradients of an update are the sum over its micro-steps, in the second update too, although recording
+    computes gradients as well, and the optimizer drops them after each update."""
     monkeypatch.setattr(cuda_graph, "captured", as_recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     w = torch.nn.Parameter(torch.ones(3))
@@ -56,7 +56,7 @@ def test_without_graphs_a_micro_step_is_called():
 
 
 def test_graphs_are_used_if_the_host_would_be_late(monkeypatch):
-    """Graphs are for short micro-steps on one card: not for a CPU, experts, several ranks or cuda_graph=False."""
+    """Graphs are for short micro-steps on one card: not on a CPU, for experts, on several ranks or if unwanted."""
     short = 1e13 / (4 * 16) - 1
     cfg = settings(batch_size=4, seq_len=16)
     assert machine.replays_micro_steps(cfg, CUDA, short)

@@ -23,16 +23,10 @@ pipeline_tag: text-generation
 
 A {weights} language model of {total:,} parameters, trained with nanoBit \
 for {step:,} steps, {tokens:,} tokens of {dataset}.{init}
-A base model: it continues a text, it does not answer.
+{use}
 
 {warning}```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
-model = AutoModelForCausalLM.from_pretrained(".")
-inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)
-made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-print(tokenizer.decode(made[0], skip_special_tokens=True))
+{code}
 ```
 
 {command}{curve}{twin}`model.safetensors` has {size:,} bytes, {bits:.2f} bits for each parameter.
@@ -43,6 +37,22 @@ Made by `python train.py` with these settings, the rest as in config/default.py:
 {settings}
 ```
 {branch}"""
+
+BASE = "A base model: it continues a text, it does not answer."
+BASE_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
+model = AutoModelForCausalLM.from_pretrained(".")
+inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)
+made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(made[0], skip_special_tokens=True))"""
+CHAT = "Trained on conversations: it answers. The losses below are those of answers."
+CHAT_CODE = """from transformers import pipeline
+
+talk = pipeline("text-generation", model=".")  # this folder
+messages = [{"role": "user", "content": "Hello!"}]
+made = talk(messages, max_new_tokens=64, do_sample=False)
+print(made[0]["generated_text"][-1]["content"])"""
 
 
 def evaluations(run_dir):
@@ -129,8 +139,14 @@ def write(part, out, run_dir, latent=False):
         texts["warning"] = LATENT + "\n\n"
     elif cfg["n_expert"] and cfg["ternary"]:
         texts["warning"] = f"Written here are {hf.DEQUANTISED}; the losses below are of one that does.\n\n"
+    if "chat" in part["tokenizer"]:
+        texts |= dict(use=CHAT, code=CHAT_CODE)
+        arguments = "--chat"
+    else:
+        texts |= dict(use=BASE, code=BASE_CODE.format(prompt=json.dumps(prompt)))
+        arguments = f"--prompt={shell(prompt)}"
     if not cfg["n_expert"]:
-        command = f"python sample.py --ckpt=FOLDER --prompt={shell(prompt)} --temperature=0"
+        command = f"python sample.py --ckpt=FOLDER {arguments} --temperature=0"
         texts["command"] = f"With nanoBit:\n\n```bash\n{command}\n```\n\n"
     twin = twin_of(run_dir)
     twin_loss = twin and evaluations(twin).get(step)
@@ -143,7 +159,7 @@ def write(part, out, run_dir, latent=False):
         texts["speed"] = f"Training ran at {statistics.median_high(speeds):,.0f} tokens/s (median).\n"
     if branched:
         texts["branch"] = f"\nIts first {branched:,} steps are those of another run.\n"
-    texts |= dict(name=code(cfg["run_id"]), dataset=code(cfg["dataset"]), prompt=json.dumps(prompt))
+    texts |= dict(name=code(cfg["run_id"]), dataset=code(cfg["dataset"]))
     texts |= dict(curve=curve(losses, step), settings=changed_settings(cfg, former))
     numbers = dict(total=total, step=step, tokens=part["tokens"], size=size, bits=8 * size / total)
     with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as file:

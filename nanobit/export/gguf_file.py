@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 import quant
+from nanobit import chat
 from nanobit.cli import fail, library
 from nanobit.export import hf, tokenizer_files
 from nanobit.tokenizer import bos_of
@@ -163,3 +164,5 @@ def add_tokenizer(gguf, writer, spec, vocab_size):
     writer.add_bos_token_id(bos_of(spec))
     writer.add_eos_token_id(spec["eot"])
     writer.add_add_bos_token(True)
+    if "chat" in spec:
+        writer.add_chat_template(chat.jinja(spec))

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -20,7 +21,7 @@ from model import Transformer
 from nanobit import parts
 from nanobit.cli import fail, library
 from nanobit.export import llama, tokenizer_files
-from nanobit.files import write_json
+from nanobit.files import read_json, write_json
 from nanobit.infer import packed
 from nanobit.tokenizer import bos_of, read_sentencepiece, with_content
 
@@ -254,6 +255,13 @@ def check_shapes(folder, settings, weights, is_packed):
     parts.check_shapes(folder, weights, needed, "copy or export it again")
 
 
+def report_template(folder):
+    """Print that a template of conversations is ignored, if the folder has one where transformers looks."""
+    has_file = os.path.exists(os.path.join(folder, "chat_template.jinja"))
+    if has_file or "chat_template" in read_json(os.path.join(folder, "tokenizer_config.json")):
+        print(f"{folder}: its chat_template is ignored; here conversations have one format", file=sys.stderr)
+
+
 def read(folder, to_train=False):
     """Return the part of a checkpoint.pt that a folder stands for; packed matrices stay uint8, beside their
     weight_scale. to_train: a float Llama of any origin, whose tokenizer is what is known of it, or None.
@@ -274,4 +282,6 @@ def read(folder, to_train=False):
     elif not own and os.path.exists(path):  # beside a Llama of another origin
         spec = with_content(dict(kind="sentencepiece", file="tokenizer.model", sha256=sha256(path)), folder)
         spec |= read_sentencepiece(spec["content"], path)[1]
+    if "chat" not in (spec or {}):
+        report_template(folder)
     return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0))

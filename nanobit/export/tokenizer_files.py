@@ -2,6 +2,7 @@
 
 import os
 
+from nanobit import chat
 from nanobit.cli import fail, library
 from nanobit.files import write_json
 from nanobit.tokenizer import bos_of, ranks_of
@@ -108,11 +109,14 @@ def fast_tokenizer(spec):
 
 
 def write(spec, out, seq_len):
-    """Write the files from which AutoTokenizer makes this tokenizer, with the first token of a text."""
+    """Write the files from which AutoTokenizer makes this tokenizer, with the first token of a text, and the
+    template of conversations if the model was trained on them."""
     made, begin, end = fast_tokenizer(spec)
     made.save(os.path.join(out, "tokenizer.json"))
     content = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end)
     content |= dict(clean_up_tokenization_spaces=False, model_max_length=seq_len)
+    if "chat" in spec:
+        content["chat_template"] = chat.jinja(spec)
     write_json(os.path.join(out, "tokenizer_config.json"), content)
     if spec["kind"] in CONTENT:
         with open(os.path.join(out, CONTENT[spec["kind"]]), "wb") as file:
