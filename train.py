@@ -137,10 +137,7 @@ def evaluate():
         loss = metrics.mean_loss(model, batches, distributed.asked_to_stop)
     if loss is None:
         return None
-    perplexity = math.exp(min(loss, 700.0))  # e^700 is about the largest that a float holds
-    run.write(record.SCALARS, step=state.step, val_loss=loss, val_perplexity=perplexity)
-    text = f"val_loss {loss:.4f}  perplexity {perplexity:.4g}  {time.perf_counter() - began:.1f} s"
-    run.log(f"eval {state.step}/{cfg.max_steps}  {text}")
+    run.log_evaluation(state.step, loss, time.perf_counter() - began)
     return loss
 
 
@@ -211,11 +208,11 @@ def log_step(lr, weight_decay, loss_sum, norm, health_input):
 
 
 def micro_step(*batch):
-    """Add the gradients of one micro-step. Return its loss, and the numbers of its routers or None."""
+    """Add the gradients of a micro-step to those of its update. Return its loss and router numbers."""
     with machine.autocast(device, dtype):
         loss, router = step_model(*batch)
     scaler.scale((loss + router_loss(cfg, router)) / cfg.accumulation).backward()
-    return loss.detach(), None if router is None else router.detach()
+    return loss.detach(), router
 
 
 def ending():
@@ -287,7 +284,7 @@ while True:
             batch = train_data.micro_batch(state.step, micro + 1, device)  # while the device computes
             loss_sum += loss
             if cfg.n_expert:
-                router_sum = router_sum + router
+                router_sum = router_sum + router.detach()
             if distributed.stops_alone():
                 leave()
     except Exception:
@@ -311,18 +308,11 @@ while True:
 # the end
 
 run.end_log()
-result = dict(
-    run_id=cfg.run_id,
-    step=state.step,
-    tokens=state.step * cfg.total_batch_size,
-    loss=last_row.get("loss"),
-    val_loss=val_loss,
-    val_bits_per_byte=data.bits_per_byte(meta, val_loss),
-    seconds=speed.seconds(),
-    tokens_per_sec=last_row.get("tokens_per_sec"),
-    peak_memory_gb=machine.peak_memory_gb(device),
-    checkpoint=step_dir(run.path, state.step),
-)
+result = dict(run_id=cfg.run_id, step=state.step, tokens=state.step * cfg.total_batch_size)
+result |= dict(loss=last_row.get("loss"), val_loss=val_loss)
+result |= dict(val_bits_per_byte=data.bits_per_byte(meta, val_loss), seconds=speed.seconds())
+result |= dict(tokens_per_sec=last_row.get("tokens_per_sec"), peak_memory_gb=machine.peak_memory_gb(device))
+result |= dict(checkpoint=step_dir(run.path, state.step))
 run.event("finish", step=state.step, why=reason, result=result)
 distributed.stop()
 end = f"run {cfg.run_id} ended by {reason} at step {state.step:,} after {speed.seconds() / 60:.1f} minutes"

@@ -8,6 +8,7 @@ runs/<run_id>/checkpoints/step_000500/
 
 import atexit
 import contextlib
+import math
 import os
 import platform
 import re
@@ -152,6 +153,13 @@ class RunDir:
             f"grad {row['grad_norm']:.2f}  {pace}  eta {eta}"
         )
         self.bar.set_description_str(f"loss {row['loss']:.3f} {pace} ", refresh=False)
+
+    def log_evaluation(self, step, loss, seconds):
+        """Log a validation loss in nats per token, and record it."""
+        perplexity = math.exp(min(loss, 700.0))  # e^700 is about the largest that a float holds
+        self.write(record.SCALARS, step=step, val_loss=loss, val_perplexity=perplexity)
+        text = f"val_loss {loss:.4f}  perplexity {perplexity:.4g}  {seconds:.1f} s"
+        self.log(f"eval {step}/{self.cfg.max_steps}  {text}")
 
     def show_sample(self, step, row):
         """Show a greedy sample above the bar, shortened to a line; row: that of samples.jsonl."""

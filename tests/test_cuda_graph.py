@@ -1,5 +1,7 @@
 """nanobit/cuda_graph.py without a card: which gradients are replaced or added, and when graphs are used."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import settings
@@ -12,11 +14,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def as_recorded(function, *inputs, pool=None):
     """Do what captured does, on the CPU: outputs and gradients keep their addresses when it is repeated."""
     function(*inputs)
-    kept = [p.grad for p in function.__self__.parameters] if hasattr(function, "__self__") else None
+    parameters = getattr(function, "__self__", SimpleNamespace(parameters=[])).parameters
+    grads = [p.grad for p in parameters]
 
     def replay(*inputs):
         outputs = function(*inputs)
-        for p, grad in zip(function.__self__.parameters if kept else (), kept or ()):
+        for p, grad in zip(parameters, grads):
             grad.copy_(p.grad)
             p.grad = grad
         return outputs
@@ -26,8 +29,8 @@ def as_recorded(function, *inputs, pool=None):
 
 @pytest.mark.parametrize("n_micro_steps", [1, 3])
 def test_replayed_gradients_are_those_of_the_update(monkeypatch, n_micro_steps):
-    """The gradients of an update are the sum over its micro-steps, in the second update too, although recording
-    computes gradients as well, and the optimizer drops them after each update."""
+    """The gradients of an update are the sum over its micro-steps, also in the second update: recording
+    computes gradients too, and the optimizer drops them after each update."""
     monkeypatch.setattr(cuda_graph, "captured", as_recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     w = torch.nn.Parameter(torch.ones(3))
@@ -56,7 +59,7 @@ def test_without_graphs_a_micro_step_is_called():
 
 
 def test_graphs_are_used_if_the_host_would_be_late(monkeypatch):
-    """Graphs are for short micro-steps on one card: not on a CPU, for experts, on several ranks or if unwanted."""
+    """Graphs are for short micro-steps on one card: not on a CPU, on several ranks, nor for experts."""
     short = 1e13 / (4 * 16) - 1
     cfg = settings(batch_size=4, seq_len=16)
     assert machine.replays_micro_steps(cfg, CUDA, short)
