@@ -52,7 +52,11 @@ class MicroSteps:
         if not self.is_replayed:
             return self.micro_step(*batch)
         if not self.graphs:
-            self.capture(batch)
+            try:
+                self.capture(batch)
+            except RuntimeError as error:
+                error.add_note("if it is the recording that fails: --cuda_graph=False trains without it")
+                raise
         if micro == 0:
             for p, grad in zip(self.parameters, self.grads):
                 p.grad = grad  # the optimizer has dropped them

@@ -334,7 +334,7 @@ def test_bench_times_the_weights_that_it_names(monkeypatch):
     """What is timed as integers has packed layers, and a head has the dtype of its name."""
     monkeypatch.setattr(timing, "generate", lambda model, *args, **how: model)
     for packed, head in ((True, "float32"), (False, "bfloat16"), (True, "int8")):
-        cfg = SimpleNamespace(**vars(settings()), packed=packed, head=head, cuda_graph=False)
+        cfg = SimpleNamespace(**vars(settings()), packed=packed, head=head)
         prompt = torch.zeros(1, 4, dtype=torch.long)
         _, write = timing.writer(cfg, True, head, torch.device("cpu"), prompt, 4)
         model = write()
@@ -443,3 +443,16 @@ def test_a_finished_run_calibrates_the_law(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(run_config))
     _, _, err = bench(BASELINE, plan=True, step_ms=100, calibrate=tmp_path, code=2)
     assert "does not hold for so small a model" in err
+
+
+def test_a_cuda_device_is_timed_over_many_steps(monkeypatch):
+    """On CUDA ten steps are timed together, since the host of a run is ahead of the device; on a CPU each."""
+    monkeypatch.setattr(timing, "now", lambda device: float(done[0]))
+    for name, together in (("cuda", 10), ("cpu", 1)):
+        done = [0]
+        contestant = SimpleNamespace(
+            device=torch.device(name), ms=[], step=lambda: done.append(done.pop() + 1)
+        )
+        timing.Contestant.time_steps(contestant)
+        assert done == [together]
+        assert contestant.ms == [1000.0]  # of a step

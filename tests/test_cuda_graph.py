@@ -49,6 +49,20 @@ def test_replayed_gradients_are_those_of_the_update(monkeypatch, n_micro_steps):
         w.grad = None
 
 
+def test_a_recording_that_fails_names_the_remedy(monkeypatch):
+    """An error while a graph is recorded ends the run, and names the flag that does without."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+    def fails(*args, **how):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda_graph, "captured", fails)
+    steps = cuda_graph.MicroSteps(print, [], 1, is_replayed=True)
+    with pytest.raises(RuntimeError, match="not permitted") as caught:
+        steps(0)
+    assert "--cuda_graph=False" in caught.value.__notes__[0]
+
+
 def test_without_graphs_a_micro_step_is_called():
     """MicroSteps that are not replayed call the function once for each micro-step."""
     calls = []
