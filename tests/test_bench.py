@@ -445,14 +445,12 @@ def test_a_finished_run_calibrates_the_law(tmp_path):
     assert "does not hold for so small a model" in err
 
 
-def test_a_cuda_device_is_timed_over_many_steps(monkeypatch):
+@pytest.mark.parametrize("name, together", [("cuda", 10), ("cpu", 1)])
+def test_a_cuda_device_is_timed_over_many_steps(monkeypatch, name, together):
     """On CUDA ten steps are timed together, since the host of a run is ahead of the device; on a CPU each."""
-    monkeypatch.setattr(timing, "now", lambda device: float(done[0]))
-    for name, together in (("cuda", 10), ("cpu", 1)):
-        done = [0]
-        contestant = SimpleNamespace(
-            device=torch.device(name), ms=[], step=lambda: done.append(done.pop() + 1)
-        )
-        timing.Contestant.time_steps(contestant)
-        assert done == [together]
-        assert contestant.ms == [1000.0]  # of a step
+    steps = []
+    monkeypatch.setattr(timing, "now", lambda device: float(len(steps)))
+    contestant = SimpleNamespace(device=torch.device(name), ms=[], step=lambda: steps.append(None))
+    timing.Contestant.time_steps(contestant)
+    assert len(steps) == together
+    assert contestant.ms == [1000.0]  # of a step
