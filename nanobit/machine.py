@@ -183,7 +183,7 @@ def can_replay(cfg, device, n_expert):
 def replays_micro_steps(cfg, device, flops_per_token):
     """Return whether CUDA graphs pay in training: on one card, if a micro-step is so short that the device
     would wait for the host. In longer ones, the memory that graphs hold is better used for a larger batch."""
-    is_short = cfg.batch_size * cfg.seq_len * flops_per_token < 1e13  # some 25 ms of an H100
+    is_short = cfg.batch_size * cfg.seq_len * flops_per_token < 1e13  # some 30 ms of an H200
     return WORLD == 1 and is_short and can_replay(cfg, device, cfg.n_expert)
 
 

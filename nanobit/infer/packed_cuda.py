@@ -1,4 +1,4 @@
-"""A token through a ternary matrix packed to two bits, by a Triton kernel; not measured on a GPU yet."""
+"""A token through a ternary matrix packed to two bits, by a Triton kernel."""
 
 import torch
 import triton
