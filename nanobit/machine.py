@@ -216,7 +216,7 @@ def peak_memory_gb(device):
     """Return the most memory held so far, in 1e9 bytes: of the device, or of the process on CPU; None on
     Windows, which has no such number in Python."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_reserved(device) / 1e9  # CUDA graphs use what is reserved
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
     try:  # getrusage would count what the process that started this one held then
