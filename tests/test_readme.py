@@ -182,7 +182,8 @@ def test_the_page_on_exports(session, tmp_path, monkeypatch, capsys):
     for name in ("transformers", "cyllama"):
         pytest.importorskip(name, reason="the readers of exports: requirements-dev.txt")
     monkeypatch.chdir(tmp_path)
-    session.run(session.makers["runs/train_text"])
+    for name in ("train_text", "chat"):
+        session.run(session.makers[f"runs/{name}"])
     llama_folder(tmp_path / "llama")  # in place of one that is downloaded
     outputs = []
     for language, block in re.findall(r"```(bash|python)\n(.*?)```", text_of("docs/export.md"), re.S):
@@ -194,7 +195,7 @@ def test_the_page_on_exports(session, tmp_path, monkeypatch, capsys):
         for command in block.strip().split("\n"):
             if command.startswith("python "):
                 outputs.append(session.run_small(command, str(tmp_path)))
-    assert len(outputs) == 16
+    assert len(outputs) == 19
     ours, theirs = [text for text in outputs if text.startswith("Once upon a time")][:2]
     assert len(theirs) > 16
     assert ours.startswith(theirs.rstrip()), outputs

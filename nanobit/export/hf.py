@@ -19,7 +19,7 @@ import config
 import quant
 from model import Transformer
 from nanobit import parts
-from nanobit.cli import fail, library
+from nanobit.cli import RANK, fail, library
 from nanobit.export import llama, tokenizer_files
 from nanobit.files import read_json, write_json
 from nanobit.infer import packed
@@ -282,6 +282,6 @@ def read(folder, to_train=False):
     elif not own and os.path.exists(path):  # beside a Llama of another origin
         spec = with_content(dict(kind="sentencepiece", file="tokenizer.model", sha256=sha256(path)), folder)
         spec |= read_sentencepiece(spec["content"], path)[1]
-    if "chat" not in (spec or {}):
+    if RANK == 0 and "chat" not in (spec or {}):
         report_template(folder)
     return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0))
