@@ -88,14 +88,13 @@ if cfg.chat and spec.get("chat", FORMAT) != FORMAT:
     fail(f"ckpt = {cfg.ckpt!r} has another format of conversations, {spec['chat']!r}, than {FORMAT!r}")
 if cfg.system and "chat" not in spec:
     fail(f"ckpt = {cfg.ckpt!r} is a base model: --system needs one trained on conversations (docs/chat.md)")
-cfg.cuda_graph = machine.can_replay(cfg, device, part["config"]["n_expert"])
 model = restore(part, device, cfg.packed)
 quant.keep_codes(model)  # of layers that are not packed
 lighten_head(model, cfg.head)
 context = model.cfg.seq_len
 generator = torch.Generator().manual_seed(cfg.seed)
 options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)
-options["cuda_graph"] = cfg.cuda_graph
+options["cuda_graph"] = machine.can_replay(cfg, device, part["config"]["n_expert"])
 
 
 def write(ids, max_new_tokens):

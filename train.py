@@ -74,7 +74,9 @@ quant.keep_codes(model, is_compiled)  # the forward is compiled with them
 with machine.autocast(device, dtype):
     step_model = distributed.replicate(step_model, device, cfg, train_data.is_masked)
 quant.keep_codes(model, is_compiled)  # again, since DDP takes the weights of rank 0
+is_replayed = machine.replays_micro_steps(cfg, device, dtype, model.flops_per_token())
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=n_params)
+facts |= dict(graphs=is_replayed)
 repeat_eval, repeat_samples = start.begin(cfg, run, origin, state, former, facts)
 if warning := train_data.repetition(cfg.max_steps * cfg.total_batch_size):
     print(f"warning: {warning}")
@@ -223,7 +225,6 @@ def ending():
 
 # the loop
 
-is_replayed = machine.replays_micro_steps(cfg, device, model.flops_per_token())
 run_micro_step = MicroSteps(micro_step, model.parameters(), cfg.accumulation, is_replayed)
 batch = train_data.micro_batch(state.step, 0, device)
 for windows in filter(None, (train_data, val_data)):

@@ -3,7 +3,15 @@
 A step of a small model is hundreds of short kernels. To start one takes the host longer than the device needs
 to run it, so that without a graph the device waits most of the time (docs/results.md)."""
 
+import functools
+
 import torch
+
+
+@functools.cache
+def side_stream():
+    """Return the stream on which all graphs are recorded: cuBLAS keeps memory for each that it meets."""
+    return torch.cuda.Stream()
 
 
 def captured(function, *inputs, pool=None):
@@ -12,17 +20,18 @@ def captured(function, *inputs, pool=None):
 
     function is called three times here: twice to compile and to allocate what stays, then to be recorded. The
     random numbers of the device are afterwards what they were. pool: memory that several graphs share, if one
-    is replayed after another (torch.cuda.graph_pool_handle)."""
+    is replayed after another (torch.cuda.graph_pool_handle). Do not drop one graph while another lives: torch
+    may free the memory of cuBLAS that they share (PyTorch's issue 193402)."""
     static = [tensor.clone() for tensor in inputs]
     random_state = torch.cuda.get_rng_state()
-    side = torch.cuda.Stream()
+    side = side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             function(*static)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=side):
         outputs = function(*static)
     torch.cuda.set_rng_state(random_state)
 
@@ -55,7 +64,7 @@ class MicroSteps:
             try:
                 self.capture(batch)
             except RuntimeError as error:
-                error.add_note("if it is the recording that fails: --cuda_graph=False trains without it")
+                error.add_note("if it is the recording that fails: --cuda_graph=False")
                 raise
         if micro == 0:
             for p, grad in zip(self.parameters, self.grads):

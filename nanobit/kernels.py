@@ -52,8 +52,10 @@ def fp32_matmul(a, b):
 
 
 def reciprocal(x):
-    """Return 1 / x of fp32, rounded once; compiled code for CUDA rounds divisions right only in float64."""
-    return (1.0 / x.double()).float() if x.is_cuda else 1.0 / x
+    """Return 1 / x of fp32, rounded once: compiled code for CUDA does that only in float64."""
+    if x.is_cuda and torch.compiler.is_compiling():
+        return x.double().reciprocal().float()
+    return x.reciprocal()
 
 
 def multiplies_int8(device):

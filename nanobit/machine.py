@@ -127,6 +127,8 @@ def explain_out_of_memory(cfg, device):
             remedy = f"halve it: --batch_size={divisors[-1]} --total_batch_size={cfg.total_batch_size}"
             if not cfg.dropout and not cfg.n_expert:
                 remedy += " gives the same result"
+        if can_replay(cfg, device, cfg.n_expert):
+            remedy += "; --cuda_graph=False takes less, too"
         fault = f"out of memory on {describe(device)} with batch_size = {cfg.batch_size}"
         print(f"\nerror: {fault}; {remedy}", file=sys.stderr)
 
@@ -180,11 +182,13 @@ def can_replay(cfg, device, n_expert):
     return cfg.cuda_graph and device.type == "cuda" and not n_expert
 
 
-def replays_micro_steps(cfg, device, flops_per_token):
+def replays_micro_steps(cfg, device, dtype, flops_per_token):
     """Return whether CUDA graphs pay in training: on one card, if a micro-step is so short that the device
     would wait for the host. In longer ones, the memory that graphs hold is better used for a larger batch."""
-    is_short = cfg.batch_size * cfg.seq_len * flops_per_token < 1e13  # some 30 ms of an H200
-    return WORLD == 1 and is_short and can_replay(cfg, device, cfg.n_expert)
+    if WORLD > 1 or not can_replay(cfg, device, cfg.n_expert):
+        return False
+    peak = cards.peak_flops(device, dtype) or 1e14
+    return cfg.batch_size * cfg.seq_len * flops_per_token < 0.01 * peak  # 10 ms; really some 30
 
 
 def compiled(model, wanted, device):

@@ -105,6 +105,8 @@ def opening(cfg, facts):
         device = f"{distributed.WORLD} x {device}"
         batch = f"{distributed.WORLD} x {batch}"
     compiled = "compiled: the first step takes longer" if facts["compile"] else "not compiled"
+    if facts["graphs"]:
+        compiled = f"micro-steps as CUDA graphs, {compiled}"
     total = cfg.max_steps * cfg.total_batch_size
     return (
         f"{textwrap.fill('settings: ' + ', '.join(changed), 100, subsequent_indent='  ')}\n"

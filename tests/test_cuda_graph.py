@@ -73,16 +73,25 @@ def test_without_graphs_a_micro_step_is_called():
 
 
 def test_graphs_are_used_if_the_host_would_be_late(monkeypatch):
-    """Graphs are for short micro-steps on one card: not on a CPU, on several ranks, nor for experts."""
-    short = 1e13 / (4 * 16) - 1
-    cfg = settings(batch_size=4, seq_len=16)
-    assert machine.replays_micro_steps(cfg, CUDA, short)
-    assert not machine.replays_micro_steps(cfg, CUDA, short + 1)
-    assert not machine.replays_micro_steps(cfg, CPU, short)
-    assert not machine.replays_micro_steps(settings(batch_size=4, seq_len=16, cuda_graph=False), CUDA, short)
-    assert not machine.replays_micro_steps(settings(n_expert=4, ternary=False), CUDA, short)
+    """Graphs are for short micro-steps on one card, at most 10 ms at its peak: not on a CPU, on several
+    ranks, nor for experts. A card whose peak is unknown counts as one of 100 TFLOP/s."""
+    peak = 64e12
+    monkeypatch.setattr(machine.cards, "peak_flops", lambda device, dtype: peak)
+
+    def replays(device, flops_per_token, **changes):
+        cfg = settings(**dict(batch_size=4, seq_len=16) | changes)
+        return machine.replays_micro_steps(cfg, device, torch.bfloat16, flops_per_token)
+
+    assert replays(CUDA, 0.99e10)
+    assert not replays(CUDA, 1.01e10)
+    assert not replays(CPU, 1)
+    assert not replays(CUDA, 1, cuda_graph=False)
+    assert not replays(CUDA, 1, n_expert=4, ternary=False)
+    peak = None
+    assert replays(CUDA, 1.5e10)
+    assert not replays(CUDA, 1.6e10)
     monkeypatch.setattr(machine, "WORLD", 2)
-    assert not machine.replays_micro_steps(cfg, CUDA, short)
+    assert not replays(CUDA, 1)
 
 
 def test_the_reciprocal_by_float64_is_the_one_of_float32():

@@ -16,7 +16,7 @@ pytestmark = [
 MIXTURE = dict(n_expert=4, ternary=False, optimizer="muon", total_batch_size=128)
 RUNS = {
     "ternary": dict(dtype="bfloat16", dropout=0.1),
-    "compiled": dict(dtype="bfloat16", compile=True),
+    "compiled": dict(dtype="bfloat16", compile=True, dropout=0.1),
     "float16": dict(dtype="float16", ternary=False, dropout=0.1, patience=3),
     "mixture": dict(dtype="bfloat16") | MIXTURE,
     "compiled mixture": dict(dtype="bfloat16", compile=True) | MIXTURE,
@@ -44,10 +44,24 @@ def test_graphs_change_no_bit(data_dir, out_dir, name):
     and with gradients that are added over two micro-steps."""
     changes = RUNS[name] | dict(device="cuda", total_batch_size=128)
     for cuda_graph in (True, False):
-        train(data_dir, out_dir, f"graph_{cuda_graph}", cuda_graph=cuda_graph, **changes)
+        out, _ = train(data_dir, out_dir, f"graph_{cuda_graph}", cuda_graph=cuda_graph, **changes)
+        assert ("micro-steps as CUDA graphs" in out) == cuda_graph
     for left, right in zip(*(final(f"{out_dir}/graph_{cuda_graph}") for cuda_graph in (True, False))):
         torch.testing.assert_close(left, right, rtol=0, atol=0)
     assert rows(f"{out_dir}/graph_True") == rows(f"{out_dir}/graph_False")
+
+
+def test_compiled_codes_and_scales_are_eager_ones():
+    """Compiled code rounds weights and activations as eager code does. Guards against divisions that are
+    approximate when compiled for CUDA."""
+    write = torch.compile(quant.ternarize, dynamic=False)
+    read = torch.compile(quant.quantize_activations, dynamic=False)
+    torch.manual_seed(0)
+    for _ in range(30):
+        w = 0.036 * torch.randn(3072, 768, device="cuda")
+        for function, compiled in ((quant.ternarize, write), (quant.quantize_activations, read)):
+            for left, right in zip(function(w), compiled(w)):
+                assert torch.equal(left, right)
 
 
 def test_one_grouped_product_is_the_loop(monkeypatch):

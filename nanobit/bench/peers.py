@@ -33,7 +33,7 @@ def nanogpt(cfg, windows, device, dtype):
         return compiled(x, y.contiguous())[1]
 
     flops_per_token = 6 * sum(p.numel() for p in model.parameters())
-    is_replayed = machine.replays_micro_steps(cfg, device, flops_per_token)
+    is_replayed = machine.replays_micro_steps(cfg, device, dtype, flops_per_token)
     return timing.Contestant(
         cfg, "nanoGPT", model, loss, [optimizer], windows, device, dtype, is_compiled, is_replayed
     )

@@ -25,8 +25,6 @@ from nanobit.infer.head import lighten_head
 from nanobit.infer.packed import pack_layers
 from nanobit.metrics import mean_loss
 
-STEPS_TOGETHER = 10  # of a CUDA device that are timed as one
-
 
 def random_tokens(cfg, folder):
     """Write a data set of random tokens for a hundred micro-steps; return its Windows."""
@@ -70,6 +68,7 @@ class Contestant:
     dtype: torch.dtype
     is_compiled: bool
     is_replayed: bool
+    steps_together: int = 1  # timed as one
     n_batches: int = 0
     ms: list = field(default_factory=list)  # of whole steps
     parts_ms: dict = field(default_factory=lambda: defaultdict(list))  # of steps timed part by part
@@ -86,7 +85,10 @@ class Contestant:
         self.first_seconds = now(self.device) - began
         print(f"{self.name}: {self.first_seconds:.1f} s for the first step", flush=True)
         for _ in range(self.cfg.warmup - 1):
+            began = now(self.device)
             self.step()
+        if self.device.type == "cuda":  # in training the host is ahead of the device
+            self.steps_together = max(1, int(0.3 / (now(self.device) - began)))
 
     def micro_step(self, *batch, mark=do_nothing):
         """Compute the gradients of a batch; return its loss."""
@@ -106,6 +108,8 @@ class Contestant:
             batch = self.windows.batch(first, self.cfg.batch_size, self.device)
             self.n_batches += 1
             mark("data")
+            if self.is_replayed:  # a graph has dense inputs, and other strides would compile the model again
+                batch = [tensor.clone() for tensor in batch]
             if mark is do_nothing:
                 self.micro_steps(micro, *batch)
             else:
@@ -117,14 +121,11 @@ class Contestant:
         mark("optimizer")
 
     def time_steps(self):
-        """Time a step: on a CUDA device some of them together, since in training the host is ahead of it."""
-        n = 1
-        if self.device.type == "cuda":
-            n = STEPS_TOGETHER
+        """Time a step, the mean of steps_together."""
         began = now(self.device)
-        for _ in range(n):
+        for _ in range(self.steps_together):
             self.step()
-        self.ms.append(1e3 * (now(self.device) - began) / n)
+        self.ms.append(1e3 * (now(self.device) - began) / self.steps_together)
 
     def time_parts(self):
         """Time the parts of a step, each alone, without graphs."""
@@ -151,7 +152,7 @@ def ours(cfg, ternary, windows, device, dtype):
         return value + router_loss(cfg, router)
 
     name = "ternary" if ternary else "float"
-    is_replayed = machine.replays_micro_steps(cfg, device, model.flops_per_token())
+    is_replayed = machine.replays_micro_steps(cfg, device, dtype, model.flops_per_token())
     return Contestant(cfg, name, model, loss, optimizers, windows, device, dtype, is_compiled, is_replayed)
 
 
@@ -181,9 +182,8 @@ def device_use(contestant, step_ms):
         print("launches: unknown, the profiler saw none")
         return dict(launches=None, device_busy=None)
     busy = sum(work_us) / 1e3 / step_ms  # of a step without the profiler, which slows the host
-    print(
-        f"{len(work_us):,} launches a step, device busy {busy:.0%}: if below 90 %, a larger batch_size pays"
-    )
+    use = f"{len(work_us):,} kernels and copies a step, device busy {busy:.0%}"
+    print(f"{use}: if below 90 %, a larger batch_size pays")
     return dict(launches=len(work_us), device_busy=busy)
 
 
@@ -251,7 +251,8 @@ def training(cfg, device, dtype, twin=True, peer=None):
         print(f"{first.name} / {other.name}: {ratio}; pair by pair {low:.3f} to {high:.3f} (quartiles)")
     parts_ms = {name: median(ms) for name, ms in first.parts_ms.items()}
     shares = ", ".join(f"{name} {ms / sum(parts_ms.values()):.1%}" for name, ms in parts_ms.items())
-    print(f"time of a step: {shares}")
+    without = ", without graphs" if first.is_replayed else ""
+    print(f"time of a step{without}: {shares}")
     use = device_use(first, step_ms[first.name])
     if kernels.fused_matmul and cfg.ternary and not cfg.n_expert:
         print_products(first.model, device, dtype, cfg.batch_size * cfg.seq_len)
@@ -306,7 +307,8 @@ def sampling(cfg, device, dtype, peers=None):
             clock = [time.perf_counter(), *(now(device) for _ in write())]
         if i:  # the first round warms up
             prefill[name].append(prompt.shape[1] / (clock[1] - clock[0]))
-            decode[name].append((n_new - 1) / (clock[-1] - clock[1]))
+            second = min(2, n_new - 1)  # for which a CUDA graph is recorded
+            decode[name].append((n_new - second) / (clock[-1] - clock[second]))
     width = max(map(len, everyone))
     tokens_per_sec = {name: median(speeds) for name, speeds in decode.items()}
     for name, speeds in decode.items():
