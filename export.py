@@ -3,6 +3,7 @@
     python export.py --ckpt=runs/demo --format=hf --out=demo_hf
     python export.py --ckpt=runs/demo --format=hf --out=demo_latent --latent
     python export.py --ckpt=runs/train_text --format=gguf --out=text.gguf --type=q2_0
+    python export.py --ckpt=models/stories --format=gguf --out=stories.gguf
     python export.py --ckpt=runs/train_text --format=hf --out=text_hf --verify
 
 --verify loads what was written with another reader (transformers, or cyllama, a binding of llama.cpp) and
@@ -19,7 +20,7 @@ from nanobit.cli import Flag, fail
 
 TYPES = ("tq2_0", "q2_0", "tq1_0", "q8_0", "q5_0", "q4_0", "f16", "f32")
 FLAGS = {
-    "ckpt": Flag("", "a run folder, RUN/best, a step folder or a checkpoint.pt", required=True),
+    "ckpt": Flag("", "a run folder, RUN/best, step folder, checkpoint.pt or exported folder", required=True),
     "format": Flag("", "hf: for transformers | gguf: for llama.cpp", ("hf", "gguf"), required=True),
     "out": Flag("", "the folder or file to write", required=True),
     "latent": Flag(False, "the float master weights, for further training", only_with="format=hf"),
@@ -108,7 +109,9 @@ def report(part, kind):
     """Print what was written, and its size beside that of the float32 weights."""
     paths = [entry.path for entry in os.scandir(cfg.out)] if cfg.format == "hf" else [cfg.out]
     size = sum(map(os.path.getsize, paths))
-    whole = sum(w.nbytes for w in {w.data_ptr(): w for w in part["model"].values()}.values())
+    tensors = {w.data_ptr(): w for w in part["model"].values()}.values()  # a tied one once
+    packed = sum(w.numel() for w in tensors if w.dtype == torch.uint8)  # bytes of four weights each
+    whole = 4 * (sum(w.numel() for w in tensors) + 3 * packed)
     types = {"hf": "", "gguf": f", {kind}, embedding {cfg.embed}"}[cfg.format]
     share = f"{size / whole:.0%} of the float32 weights"
     print(f"wrote {cfg.out}: {size:,} bytes ({share}){types}, step {part['step']:,}")
@@ -124,7 +127,7 @@ needed = {"hf": ["safetensors", "tokenizers"], "gguf": ["gguf"]}[cfg.format]
 if cfg.verify:
     needed += {"hf": ["transformers", "accelerate"], "gguf": ["cyllama"]}[cfg.format]
 cli.need_packages(needed, "export,verify" if cfg.verify else "export")
-if files.is_hf_folder(cfg.ckpt):
+if cfg.format == "hf" and files.is_hf_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is a folder for transformers already; give a run, as the one it was made from")
 part, folder = weights.trained(cfg.ckpt)
 run_dir = os.path.dirname(os.path.dirname(os.path.abspath(folder)))

@@ -229,6 +229,21 @@ def test_a_gguf_file_has_the_smallest_type_that_fits(runs, tmp_path):
     assert "needs a llama.cpp of 2026" in text
 
 
+def test_an_export_becomes_the_gguf_file_of_its_run(runs, verified, tmp_path):
+    """A GGUF file of a packed export has the tensors of that of its run, and is no smaller beside them."""
+    gguf = pytest.importorskip("gguf", reason="writes GGUF files: requirements-dev.txt")
+    tensors, sizes = [], []
+    for i, ckpt in enumerate((verified[0], f"{runs[1]}/r")):
+        path = tmp_path / f"{i}.gguf"
+        out, _ = run("export.py", f"--ckpt={ckpt}", "--format=gguf", "--type=f16", f"--out={path}")
+        sizes.append(out.partition(": ")[2])
+        tensors.append({t.name: t.data.tobytes() for t in gguf.GGUFReader(path).tensors})
+    assert tensors[0] == tensors[1]
+    assert sizes[0] == sizes[1]
+    _, err = run("export.py", f"--ckpt={verified[0]}", "--format=hf", f"--out={tmp_path}/x", code=2)
+    assert "is a folder for transformers already" in err
+
+
 def test_a_type_that_cannot_hold_the_model_is_refused(runs, tmp_path):
     """A type whose blocks do not fit, or with codes for a float model, is an error that writes nothing."""
     flags = ["--format=gguf", f"--out={tmp_path}/y.gguf"]

@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 
-import quant
 from nanobit import chat
 from nanobit.cli import fail, library
 from nanobit.export import hf, tokenizer_files
@@ -86,17 +85,18 @@ def smallest(part):
     return next(kind for kind in ("tq2_0", "q2_0", "f16") if kind in fitting(part))
 
 
-def encoded(gguf, w, kind, has_codes):
-    """Return (array, type of the gguf package) of a tensor, also of experts (E, out, in)."""
+def encoded(gguf, w, kind, scale=None):
+    """Return (array, type of the gguf package) of a tensor, also of experts (E, out, in). With a scale, one
+    for each matrix, w holds codes."""
     if w.dim() == 3:
-        arrays, types = zip(*(encoded(gguf, expert, kind, has_codes) for expert in w))
+        scales = [None] * len(w) if scale is None else scale
+        arrays, types = zip(*(encoded(gguf, expert, kind, s) for expert, s in zip(w, scales)))
         return np.stack(arrays), types[0]
-    if has_codes:
-        codes, scale = quant.ternarize(w)
+    if scale is not None:
         if kind == "q2_0":
             gguf.constants.GGML_QUANT_SIZES[Q2_0] = (64, 18)
-            return q2_0(codes.numpy(), 1 / scale.item()), Q2_0
-        w = codes / scale  # an all-zero block keeps its scale 0: its codes are 0, too
+            return q2_0(w.numpy(), 1 / scale.item()), Q2_0
+        w = w / scale  # an all-zero block keeps its scale 0: its codes are 0, too
     kind = gguf.GGMLQuantizationType[kind.upper()]
     return gguf.quants.quantize(np.ascontiguousarray(w.numpy(), np.float32), kind), kind
 
@@ -115,15 +115,18 @@ def write(part, path, kind, embed):
             getattr(writer, f"add_{theirs}")(sizes[name])
     add_tokenizer(gguf, writer, part["tokenizer"], cfg["vocab_size"])
     for name, w in part["model"].items():
-        if name == "head.weight" and cfg["tie_embeddings"]:
+        if name.endswith("weight_scale") or (name == "head.weight" and cfg["tie_embeddings"]):
             continue
+        scale = None
+        if hf.is_ternary(part, name):
+            w, scale = hf.codes_of(part, name)
         if heads := HEADS.get(name.split(".")[-2]):
             w = interleaved(w, cfg[heads])
         wanted = kind if name.endswith("_proj.weight") else "f32"
         if name in ("embed.weight", "head.weight"):
             w = w[: cfg["vocab_size"]]
             wanted = embed
-        array, dtype = encoded(gguf, w, wanted, hf.is_ternary(part, name))
+        array, dtype = encoded(gguf, w, wanted, scale)
         theirs = hf.their_name(name, NAMES, "blk")
         if w.dim() == 3:  # all experts of a layer are one tensor
             theirs += "_exps"

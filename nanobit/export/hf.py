@@ -64,6 +64,14 @@ def is_ternary(part, name):
     return part["config"]["ternary"] and name.endswith("_proj.weight")
 
 
+def codes_of(part, name):
+    """Return (codes, scale) of a ternary matrix: what is packed in an exported folder is unpacked."""
+    w = part["model"][name]
+    if w.dtype == torch.uint8:
+        return packed.unpack(w), part["model"][f"{name}_scale"]
+    return quant.ternarize(w)
+
+
 def tensors(part, latent=False):
     """Return {their name: tensor} of a checkpoint's part: ternary matrices packed, with their scale, or the
     float master weights and rows of padding (latent). Exits with 2 if a width cannot be packed."""

@@ -3,9 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-import quant
 from nanobit.cli import fail, library
-from nanobit.export.hf import is_ternary
+from nanobit.export.hf import codes_of, is_ternary
 from nanobit.generate import generate
 from nanobit.infer.restore import restore
 from nanobit.tokenizer import bos_of, continuation, encode_prompt, make_tokenizer
@@ -22,8 +21,14 @@ def probe(part):
 
 def dequantised(part):
     """Return the part of a float model with the ternary values of this one: it rounds no input."""
-    matrices = {name: quant.dequantised(w) for name, w in part["model"].items() if is_ternary(part, name)}
-    return part | dict(config=part["config"] | dict(ternary=False), model=part["model"] | matrices)
+    model = {}
+    for name, w in part["model"].items():
+        if is_ternary(part, name):
+            codes, scale = codes_of(part, name)
+            w = codes / scale
+        if not name.endswith("weight_scale"):
+            model[name] = w
+    return part | dict(config=part["config"] | dict(ternary=False), model=model)
 
 
 def loss_of(logits, windows):
