@@ -141,7 +141,7 @@ class Session:
             more.append(f"--out_dir={self.folders['runs']}")
         args = [arg.replace("runs/", self.folders["runs"] + "/") for arg in args]
         args = [re.sub(r"=(\w+\.png)", rf"={out}/\1", arg) for arg in args]
-        args = [re.sub(r"^--(out|ckpt|init_from)=(?!/)", rf"--\1={out}/", arg) for arg in args]
+        args = [re.sub(r"^--(out|ckpt|init_from)=(?!/|models/)", rf"--\1={out}/", arg) for arg in args]
         args = [arg.replace("--tokenizer=llama", f"--tokenizer={out}/llama") for arg in args]
         if script.startswith("prepare/"):
             return prepare(*args, *more, script=script[len("prepare/") : -len(".py")])[0]
@@ -202,9 +202,9 @@ def test_the_page_on_exports(session, tmp_path, monkeypatch, capsys):
 
 
 def test_the_front_page_is_short():
-    """README.md has at most 10,000 characters, and a picture."""
+    """README.md has at most 10,500 characters, and a picture."""
     text = text_of("README.md")
-    assert len(text) <= 10_000
+    assert len(text) <= 10_500
     assert re.search(r"!\[.+\]\(docs/\w+\.png\)", text)
 
 
