@@ -41,6 +41,8 @@ def load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler):
             state, former = resume.restore(cfg, origin, run, tokenizer_spec, meta, model, optimizers, scaler)
         else:
             resume.take_weights(cfg, tokenizer_spec, model)
+    elif "chat" in tokenizer_spec:
+        print("warning: conversations are for a trained model, and this one is random; see --init_from=")
     state.routers = state.routers.to(next(model.parameters()).device)
     return state, former
 

@@ -50,7 +50,9 @@ def main():
     cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
     held_out = sources.find(cfg.val_files) if cfg.val_files else []
     files = [("val", path) for path in held_out]
-    files += [("train" if held_out else "", path) for path in sources.find(cfg.files) if path not in held_out]
+    held_out_paths = set(map(os.path.realpath, held_out))
+    others = [path for path in sources.find(cfg.files) if os.path.realpath(path) not in held_out_paths]
+    files += [("train" if held_out else "", path) for path in others]
     if len(files) == len(held_out):
         fail(f"files = {cfg.files!r} and val_files = {cfg.val_files!r}: no file is left to train on")
 
@@ -62,7 +64,8 @@ def main():
     cfg.window = cfg.window or context
     if not 2 <= cfg.window <= context:
         fail(f"window = {cfg.window:,}: expected 2 to {context:,}, the context of ckpt = {cfg.ckpt!r}")
-    cfg.val_fraction *= not held_out
+    if held_out:
+        cfg.val_fraction = 0.0
     source = token_files.source_of("prepare/chat.py", cfg, ("files", "val_files", "val_fraction", "window"))
     source += f" --tokenizer={cfg.tokenizer['sha256'][:12]}"
     layout = (

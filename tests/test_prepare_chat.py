@@ -162,6 +162,14 @@ def test_the_bytes_are_those_of_answers(models, tmp_path):
     assert meta["counted"] == {"train": 5 + 2 * 2}  # the spaces and the ends
 
 
+def test_the_bytes_of_a_cut_conversation_are_those_that_fit(models, tmp_path):
+    """The bytes of answers that are cut off do not count."""
+    path = write_rows(tmp_path / "a.jsonl", [dict(messages=talk("a", "bc", "d", "e" * 500))])
+    prepare_chat(path, models["char"], tmp_path, val_fraction=0)
+    _, meta = windows_of(tmp_path / "chat")
+    assert meta["bytes"] == {"train": 2}
+
+
 @pytest.mark.parametrize("has_workers", [False, True])
 def test_killed_and_continued(has_workers, models, rows, tmp_path):
     """A preparation that is killed again and again writes the same bytes as one that is not."""

@@ -45,14 +45,13 @@ def test_a_chat_model_is_asked_in_its_format(chat_ckpt, tmp_path):
 
 def test_a_chat_model_forgets_whole_turns(chat_ckpt, tmp_path):
     """When the context is full, the oldest question leaves with its answer, and the system text stays. A
-    question for which there is no room is refused."""
-    patch = scripted(words(" Yes.|")) + stdin(tmp_path, "one\ntwo\nthree\n" + "x" * 80)
+    question for which there is no room is refused, and changes nothing: /retry repeats the one before."""
+    patch = scripted(words(" Yes.|")) + stdin(tmp_path, "one\ntwo\nthree\n" + "x" * 80 + "\n/retry\n")
     out, err = run("sample.py", chat_ckpt, "--chat", "--system=Be", "--max_new_tokens=30", patch=patch)
-    assert out == "Yes.\n" * 3
-    assert asked_texts(err)[1:] == [
-        "|System: Be\nUser: one\nAssistant: Yes.|User: two\nAssistant:",
-        "|System: Be\nUser: two\nAssistant: Yes.|User: three\nAssistant:",
-    ]
+    assert out == "Yes.\n" * 4
+    third = "|System: Be\nUser: two\nAssistant: Yes.|User: three\nAssistant:"
+    second = "|System: Be\nUser: one\nAssistant: Yes.|User: two\nAssistant:"
+    assert asked_texts(err)[1:] == [second, third, third]
     assert err.count("the oldest turn is forgotten") == 1
     assert "message ignored: it takes 109 tokens of the context, and 66 are left for it" in err
 
@@ -63,6 +62,16 @@ def test_an_empty_answer_is_not_kept(chat_ckpt, tmp_path):
     err = run("sample.py", chat_ckpt, "--chat", patch=patch)[1]
     assert asked_texts(err) == ["|User: one\nAssistant:"] * 2 + ["|User: two\nAssistant:"]
     assert err.count("the answer is empty") == 3
+
+
+def test_an_answer_that_cannot_be_read_again_is_not_kept(capsys):
+    """An answer with a NUL, which a model may write, does not spoil the questions after it."""
+    spec = token_files.char_tokenizer(LETTERS) | {"eot": 0}
+    write = lambda ids, n: iter([" a\0b"])  # noqa: E731
+    conversation = talk.Conversation(make_tokenizer(spec), spec, write, 96, 30, system="")
+    conversation.reply("Hi", conversation.ids_after("Hi"))
+    assert "cannot be read again (message 2 (assistant) has a NUL character" in capsys.readouterr().err
+    assert conversation.ids_after("More") == words("|User: More\nAssistant:")
 
 
 def test_ctrl_c_keeps_what_was_answered():

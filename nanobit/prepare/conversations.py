@@ -78,15 +78,20 @@ def piece_of(line, place, split, seen):
         messages = chat.messages_of(json.loads(line))
         chat.check(messages)
     except chat.BadConversation as error:
-        return None, "malformed", f"{place}: {printable(str(error))}", ""
+        return None, "malformed", f"{place}: {shown(error)}", ""
     except (ValueError, RecursionError) as error:
-        return None, "malformed", f"{place}: not JSON: {printable(str(error))}", ""
+        return None, "malformed", f"{place}: not JSON: {shown(error)}", ""
     text = json.dumps(messages)
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     if digest in seen:
         return None, "duplicate", place, ""
     seen.add(digest)
     return split, text, place, True
+
+
+def shown(error):
+    """Return an error, which may quote a row, as a short line."""
+    return printable(str(error))[:200]
 
 
 def encode_chunk(window, pieces):
@@ -100,7 +105,7 @@ def encode_chunk(window, pieces):
         try:
             ids, mask = chat.encode(tokenizer, spec, messages)
         except ValueError as error:  # also a BadConversation
-            skipped.append(("not encoded", f"{place}: {printable(str(error))[:200]}"))
+            skipped.append(("not encoded", f"{place}: {shown(error)}"))
             continue
         ends = [
             i + 1

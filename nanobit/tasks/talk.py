@@ -175,17 +175,22 @@ lines pasted together are one message.
 
     def ids_after(self, question):
         """Return the ids of the turns and a question. Forgets the oldest turns if the context is too short.
-        Raises ValueError if the question cannot be asked."""
-        while True:
-            messages = [*self.system, *itertools.chain(*self.turns), {"role": "user", "content": question}]
-            ids = chat.prompt_ids(self.tokenizer, self.spec, messages)
-            if len(ids) + self.budget <= self.context:
-                return ids
-            if not self.turns:
-                room = self.context - self.budget
-                raise ValueError(f"it takes {len(ids)} tokens of the context, and {room} are left for it")
-            del self.turns[0]
+        Raises ValueError, and forgets none, if the question cannot be asked."""
+        room = self.context - self.budget
+        for first in range(len(self.turns) + 1):
+            ids = self.encode([*itertools.chain(*self.turns[first:]), {"role": "user", "content": question}])
+            if len(ids) <= room:
+                break
+        else:
+            raise ValueError(f"it takes {len(ids)} tokens of the context, and {room} are left for it")
+        if first:
+            del self.turns[:first]
             self.report_forgotten("turn")
+        return ids
+
+    def encode(self, messages):
+        """Return the ids of messages, of which the last is a question, after the system message."""
+        return chat.prompt_ids(self.tokenizer, self.spec, [*self.system, *messages])
 
     def reply(self, question, ids):
         """Print the answer after the ids, those of ids_after(question), and keep both."""
@@ -201,10 +206,16 @@ lines pasted together are one message.
             self.keep(answer)
 
     def keep(self, answer):
-        """Add the last question and its answer to the turns, unless the answer is empty."""
-        self.is_answered = bool(answer)
-        if not answer:
-            say("the answer is empty: this turn is not kept")
-            return
+        """Add the last question and its answer to the turns, unless the answer is empty or cannot be read: a
+        model may write a NUL."""
         question = {"role": "user", "content": self.question}
-        self.turns.append([question, {"role": "assistant", "content": answer}])
+        turn = [question, {"role": "assistant", "content": answer}]
+        self.is_answered = False
+        try:
+            self.encode([*turn, question])
+        except ValueError as error:
+            reason = f"cannot be read again ({error})" if answer else "is empty"
+            say(f"the answer {reason}: this turn is not kept")
+            return
+        self.turns.append(turn)
+        self.is_answered = True
