@@ -267,7 +267,7 @@ def test_every_lack_of_memory_is_explained(card, monkeypatch, capsys, error, exp
     """A lack of memory is one line with the remedy, whichever library raises it."""
     card()
     monkeypatch.setattr(sys, "excepthook", None)  # restored afterwards
-    cfg = SimpleNamespace(batch_size=8, total_batch_size=1024, dropout=0.0, n_expert=0)
+    cfg = SimpleNamespace(batch_size=8, total_batch_size=1024, dropout=0.0, n_expert=0, cuda_graph=True)
     machine.explain_out_of_memory(cfg, CUDA)
     sys.excepthook(type(error), error, None)
     err = capsys.readouterr().err
@@ -275,6 +275,7 @@ def test_every_lack_of_memory_is_explained(card, monkeypatch, capsys, error, exp
         "\nerror: out of memory on NVIDIA GeForce RTX 3060 with batch_size = 8; halve it" in err
     ) == explained
     assert (type(error).__name__ in err) != explained
+    assert ("--cuda_graph=False takes less" in err) == explained
 
 
 def test_the_product_of_all_experts_is_for_hopper(card, monkeypatch):
@@ -366,7 +367,7 @@ def test_launches_and_busy_time_are_reported(monkeypatch, capsys):
 
     step = [event("CPU", 900), event("CUDA", 6000), event("CUDA", 2000), event("CUDA", 8000, True)]
     for events, says, facts in [
-        (step, "2 launches a step, device busy 80%", dict(launches=2, device_busy=0.8)),
+        (step, "2 kernels and copies a step, device busy 80%", dict(launches=2, device_busy=0.8)),
         ([], "launches: unknown", dict(launches=None, device_busy=None)),
     ]:
         result = contextlib.nullcontext(SimpleNamespace(events=lambda events=events: events))
