@@ -135,6 +135,11 @@ def chat():
         talk.Text(tokenizer, spec, write, *sizes, ids=prompt).talk()
         return
     conversation = talk.Conversation(tokenizer, spec, write, *sizes, system=cfg.system)
+    if cfg.system:
+        try:
+            conversation.ids_after("x")
+        except ValueError as error:
+            fail(f"system = {cfg.system[:60]!r}: {error}")
     if not text:
         conversation.talk()
         return

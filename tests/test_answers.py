@@ -132,6 +132,14 @@ def test_a_bad_file_is_one_line(content, says, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_byte_order_mark_and_empty_lines_are_skipped(tmp_path):
+    """A byte order mark and empty lines do not count, as in prepare/chat.py."""
+    path = tmp_path / "talks.jsonl"
+    row = json.dumps(dict(prompt="a", completion="b"))
+    path.write_text(f"\ufeff\n{row}\n\n{row}\n", encoding="utf-8")
+    assert len(answers.read(str(path))) == 2
+
+
 def test_evaluate_scores_conversations(tmp_path):
     """evaluate.py --conversations= scores any model, and excludes data sets and other splits."""
     path = write(tmp_path / "rows.jsonl", *ROWS)

@@ -104,5 +104,9 @@ def test_one_question_is_answered(chat_ckpt, tmp_path):
     base = save(tmp_path / "base", token_files.char_tokenizer(LETTERS))
     err = run("sample.py", base, "--chat", "--system=x", code=2)[1]
     assert "is a base model: --system needs one trained on conversations" in err
+    err = run("sample.py", chat_ckpt, "--chat", "--system=  ", code=2)[1]
+    assert err.splitlines()[-1] == "error: system = '  ': message 1 (system) is empty"
+    err = run("sample.py", chat_ckpt, "--chat", f"--system={'x' * 80}", code=2)[1]
+    assert "it takes 108 tokens of the context, and 48 are left" in err
     other = save(tmp_path / "other", token_files.char_tokenizer(LETTERS) | {"chat": "newer"})
     assert "'newer'" in run("sample.py", other, "--chat", code=2)[1]

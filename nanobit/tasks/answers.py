@@ -22,8 +22,8 @@ def read(path):
     source is what stands before a colon in the field `source`. Exits with 2 if a line is not valid."""
     examples = []
     try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
+        with open(path, encoding="utf-8-sig") as file:
+            for line in filter(str.strip, file):
                 row = json.loads(line)
                 messages = chat.messages_of(row)
                 chat.check(messages)
