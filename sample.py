@@ -28,7 +28,9 @@ FLAGS = {
     "temperature": Flag(0.8, "0 = greedy, 1 = the model's probabilities", within="[0, 0] or [0.01, inf)"),
     "top_k": Flag(0, "draw from the k most likely tokens; 0 = from all"),
     "top_p": Flag(1.0, "draw from the smallest set with this total probability; 1 = all", within="(0, 1]"),
-    "num_samples": Flag(1, "texts to generate, with a line --- between them", within="[1, inf)"),
+    "num_samples": Flag(
+        1, "texts to generate, with a line --- between them", within="[1, inf)", not_with="chat play"
+    ),
     "seed": Flag(1337, "another seed draws another text", within=SEED),
     "dtype": Flag("float32", "auto | float32 | bfloat16 | float16: of the matrix products", config.DTYPES),
     "packed": Flag(True, "integer weights in ternary layers; False = float master weights, the same text"),

@@ -26,6 +26,8 @@ def card(monkeypatch):
     monkeypatch.setattr(kernels, "HAS_CUDA_INT8", True)  # pick() sets both
     monkeypatch.setattr(kernels, "fused_matmul", None)
 
+    monkeypatch.delenv("TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING", raising=False)  # which pick may set
+
     def declare(name="NVIDIA GeForce RTX 3060", capability=(8, 6), has_int8=True):
         monkeypatch.setattr(kernels, "multiplies_int8", lambda device: has_int8)
         monkeypatch.setattr(kernels, "working_fused", lambda device: ("the fused kernel", ""))
@@ -105,6 +107,17 @@ def test_a_fused_product_that_fails_is_reported_and_not_used(card, monkeypatch, 
         machine.pick("cuda")
         assert kernels.fused_matmul is None
         assert says in capsys.readouterr().err
+
+
+def test_compiled_code_divides_exactly_if_it_divides_by_the_scales(card, monkeypatch):
+    """Without the fused product, which divides exactly, compiled code has to; with it, it need not."""
+    card()
+    monkeypatch.setattr(machine, "no_compiler", lambda device: "")
+    for fused, value in (("the fused kernel", None), (None, "1")):
+        monkeypatch.delenv("TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING", raising=False)
+        monkeypatch.setattr(kernels, "working_fused", lambda device, fused=fused: (fused, ""))
+        machine.pick("cuda")
+        assert os.environ.get("TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING") == value
 
 
 def test_the_products_of_a_forward_are_timed_and_the_choice_stays(monkeypatch, capsys):

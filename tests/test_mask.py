@@ -286,6 +286,8 @@ def test_evaluate_agrees_with_training(validated):
             assert result_of(out)["val_loss"] == pytest.approx(result["val_loss"], abs=1e-6)
             assert result_of(out)["bits_per_byte"] == pytest.approx(result["val_bits_per_byte"], abs=1e-6)
         assert 0 < result_of(out)["val_loss"] < 10
+        mask = np.fromfile(f"{data_dir}/tiny/{split}_00000.mask", np.uint8)[1:]  # of the targets
+        assert result_of(out)["tokens"] == mask[: len(mask) // T * T].sum()
 
 
 def test_bits_per_byte_are_those_of_the_answers(validated):

@@ -26,7 +26,10 @@ WINDOW = 128
 def talks(n=150, seed=0):
     """Return n conversations of one to four turns, all different, some longer than a window."""
     rng = np.random.default_rng(seed)
-    words = lambda: " ".join(rng.choice(["the", "cat", "sat", "12", "a\nb"], rng.integers(1, 12)))  # noqa: E731
+
+    def words():
+        return " ".join(rng.choice(["the", "cat", "sat", "12", "a\nb"], rng.integers(1, 12)))
+
     made = []
     for i in range(n):
         texts = [words() for _ in range(2 * rng.integers(1, 5))]
@@ -288,6 +291,15 @@ def test_letters_that_the_tokenizer_lacks_are_counted(models, tmp_path):
     assert "max_bad_rows = 2" in prepare_chat(path, models["char"], tmp_path, max_bad_rows=2, code=2)[1]
 
 
+def test_the_limit_is_for_all_kinds_together(models, tmp_path):
+    """Rows that are not conversations, and rows of letters that the tokenizer lacks, have one limit."""
+    lacking = [dict(prompt=f"{i} \u00e9", completion="a") for i in range(2)]
+    path = write_rows(tmp_path / "a.jsonl", [*MANY, b"{}", *lacking])
+    prepare_chat(path, models["char"], tmp_path / "data", max_bad_rows=3)
+    _, err = prepare_chat(path, models["char"], tmp_path, max_bad_rows=2, code=2)
+    assert "max_bad_rows = 2: skipped rows: 1 malformed, 2 not encoded" in err
+
+
 def test_held_out_files(models, tmp_path):
     """Files of val_files are held out whole, even if files names them too; copies of their rows are not
     trained on."""
@@ -339,7 +351,7 @@ def test_packed_files(models, tmp_path):
             "is 'Once upon a time'; expected one JSON object a line; plain",
         ),
         ('[\n {"prompt": "a", "completion": "b"}\n]\n', "of a JSON array: jq -c '.[]'"),
-        ('{\n "prompt": "a",\n "completion": "b"\n}\n', "of a JSON array: jq -c '.[]'"),
+        ('\n{\n "prompt": "a",\n "completion": "b"\n}\n', "of objects on several lines: jq -c . FILE"),
         ("a\0b", "is not text: byte 1 is NUL"),
     ],
 )
@@ -358,7 +370,7 @@ def test_a_context_shorter_than_a_turn(models, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [dict(prompt="a" * 200, completion="b")])
     _, err = prepare_chat(path, models["char"], tmp_path / "data", val_fraction=0, code=2)
     assert f"skipped: line 1 of {path}: its first turn has 221 tokens (too long)" in err
-    assert "there is no text to train on; skipped rows: 1 too long; a window of 128 tokens" in err
+    assert "no text is left to train on; skipped rows: 1 too long; a window of 128 tokens" in err
     assert not os.path.exists(tmp_path / "data" / "chat")
 
 

@@ -3,16 +3,19 @@
 import os
 
 import pytest
+import torch
 from conftest import (
     EVENTS,
     lines,
     result_of,
     rows,
+    settings,
     train,
     write_data,
 )
 from written import SAMPLES, best_of, events, trained_steps, val_losses
 
+from nanobit import run_dir, start
 from nanobit.checkpoint import step_dir
 
 
@@ -165,3 +168,19 @@ def test_a_longer_run_loses_no_evaluation(longer):
 def test_a_longer_run_loses_no_sample(longer):
     """The samples of the former end stay."""
     assert {row["step"] for row in lines(longer[0], SAMPLES)} == {8, 10, 16}
+
+
+def test_conversations_without_a_trained_model_are_a_warning(capsys):
+    """Training on conversations from random weights is reported: it is nearly always a forgotten flag."""
+    layer = torch.nn.Linear(1, 1)
+    start.load(settings(), None, run_dir.Origin(), {"chat": "user-assistant"}, {}, layer, [], None)
+    assert "warning: conversations are for a trained model" in capsys.readouterr().out
+    start.load(settings(), None, run_dir.Origin(), {}, {}, layer, [], None)
+    assert not capsys.readouterr().out
+
+
+def test_the_first_lines_say_whether_graphs_are_used():
+    """The line on the device names CUDA graphs if the run uses them."""
+    facts = dict(params=dict(total=9, ternary=8), device="H200", dtype="bfloat16", compile=True)
+    assert "bfloat16, compiled" in start.opening(settings(), facts | dict(graphs=False))
+    assert "micro-steps as CUDA graphs, compiled" in start.opening(settings(), facts | dict(graphs=True))

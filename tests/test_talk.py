@@ -29,14 +29,14 @@ def asked_texts(err):
 def test_a_chat_model_is_asked_in_its_format(chat_ckpt, tmp_path):
     """A question is put after the turns before it, in the format of training; /retry asks the last one again
     without its answer, /reset forgets all but the system text, and a bad message changes nothing."""
-    lines = ["/retry", "Hi", "a\tb", "/retry", "", "More", "/reset", "New", "/help", "/nothing"]
+    lines = ["/retry", "Hi", "a\tb", "/retry", "", "More", "/reset", "/retry", "New", "/help", "/nothing"]
     patch = scripted(words(" Yes. |")) + stdin(tmp_path, "\n".join(lines))
     out, err = run("sample.py", chat_ckpt, "--chat", "--system=Be kind", "--max_new_tokens=30", patch=patch)
     assert out == "Yes. \n" * 4
     first = "|System: Be kind\nUser: Hi\nAssistant:"
     second = f"{first} Yes.|User: More\nAssistant:"
     assert asked_texts(err) == [first, first, second, "|System: Be kind\nUser: New\nAssistant:"]
-    assert "no question to answer again" in err
+    assert err.count("no question was asked yet") == 2
     assert err.count("message ignored: ") == 2
     assert "no character '\\t'" in err
     assert "/retry   another answer" in err
@@ -45,7 +45,7 @@ def test_a_chat_model_is_asked_in_its_format(chat_ckpt, tmp_path):
 
 def test_a_chat_model_forgets_whole_turns(chat_ckpt, tmp_path):
     """When the context is full, the oldest question leaves with its answer, and the system text stays. A
-    question for which there is no room is refused, and changes nothing: /retry repeats the one before."""
+    question that does not fit alone is refused, and changes nothing: /retry repeats the one before."""
     patch = scripted(words(" Yes.|")) + stdin(tmp_path, "one\ntwo\nthree\n" + "x" * 80 + "\n/retry\n")
     out, err = run("sample.py", chat_ckpt, "--chat", "--system=Be", "--max_new_tokens=30", patch=patch)
     assert out == "Yes.\n" * 4
@@ -54,6 +54,19 @@ def test_a_chat_model_forgets_whole_turns(chat_ckpt, tmp_path):
     assert asked_texts(err)[1:] == [second, third, third]
     assert err.count("the oldest turn is forgotten") == 1
     assert "message ignored: it takes 109 tokens of the context, and 66 are left for it" in err
+
+
+def test_a_question_that_just_fits_is_asked():
+    """A question and an answer of the most tokens may fill the context to the last token."""
+    spec = token_files.char_tokenizer(LETTERS) | {"eot": 0}
+    n = len("|User: Hi\nAssistant:")
+    for room, fits in ((n, True), (n - 1, False)):
+        conversation = talk.Conversation(make_tokenizer(spec), spec, None, room + 30, 30, system="")
+        if fits:
+            assert len(conversation.ids_after("Hi")) == n
+        else:
+            with pytest.raises(ValueError, match=f"takes {n} tokens of the context, and {n - 1} are left"):
+                conversation.ids_after("Hi")
 
 
 def test_an_empty_answer_is_not_kept(chat_ckpt, tmp_path):

@@ -108,12 +108,12 @@ class Contestant:
             batch = self.windows.batch(first, self.cfg.batch_size, self.device)
             self.n_batches += 1
             mark("data")
-            if self.is_replayed:  # a graph has dense inputs, and other strides would compile the model again
-                batch = [tensor.clone() for tensor in batch]
             if mark is do_nothing:
                 self.micro_steps(micro, *batch)
-            else:
-                self.micro_step(*batch, mark=mark)
+                continue
+            if self.is_replayed:  # a graph has dense inputs, and other strides would compile the model again
+                batch = [tensor.clone() for tensor in batch]
+            self.micro_step(*batch, mark=mark)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -73,16 +73,19 @@ def split_of(text, val_fraction):
     return "val" if int.from_bytes(digest, "little") < val_fraction * 2**64 else "train"
 
 
-def skip(cfg, skipped, reason, place):
-    """Count a row that is not used. Exits with 2 if more than max_bad_rows of them are not harmless."""
+def skip(cfg, skipped, reason, place, others=()):
+    """Count a row that is not used. Exits with 2 if more than max_bad_rows of them are not harmless. others:
+    {reason: n} of rows that are counted elsewhere."""
     skipped[reason] += 1
     if skipped[reason] <= SHOWN:
         show_once(f"skipped: {place} ({reason})")
-    n_bad = skipped.total() - sum(skipped[kind] for kind in HARMLESS)
+    every = skipped + collections.Counter(others)
+    n_bad = every.total() - sum(every[kind] for kind in HARMLESS)
     if reason not in HARMLESS and n_bad > cfg.max_bad_rows:
-        column = "name another --column=, " * hasattr(cfg, "column")
-        how = f"repair them, {column}or allow more with --max_bad_rows="
-        fail(f"max_bad_rows = {cfg.max_bad_rows:,}: {counted(skipped)} up to {place}; {how}")
+        how = "repair them, or allow more with --max_bad_rows="
+        if hasattr(cfg, "column"):
+            how = "repair them, name another --column=, or allow more with --max_bad_rows="
+        fail(f"max_bad_rows = {cfg.max_bad_rows:,}: {counted(every)} up to {place}; {how}")
 
 
 @functools.cache

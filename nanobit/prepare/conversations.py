@@ -13,6 +13,7 @@ import numpy as np
 
 from nanobit import chat
 from nanobit.cli import fail
+from nanobit.data_set import mask_of
 from nanobit.prepare import chunks, formats, token_files, workers
 from nanobit.terminal import printable
 
@@ -37,10 +38,12 @@ class Conversations:
             start = formats.text_start(path)
             with formats.opened(path) as (file, raw):
                 formats.go_to(file, start)
+                is_checked = False
                 for number, line in formats.whole_lines(file, path, 0):
                     place = f"line {number:,} of {printable(path)}"
-                    if number == 1:
+                    if line.strip() and not is_checked:
                         need_object(line, place)
+                        is_checked = True
                     self.n_rows += 1
                     self.n_bytes = sum(self.sizes[:i]) + raw.tell()
                     piece = piece_of(line, place, split, seen)
@@ -55,19 +58,19 @@ class Conversations:
 
 
 def need_object(line, place):
-    """Exit with 2 if the first line of a file is not a JSON object, whatever is in it."""
-    with_remedy = "expected one JSON object a line"
-    if line.strip() in (b"", b"{", b"[") or line.startswith(b"["):
-        with_remedy += "; of a JSON array: jq -c '.[]' FILE > FILE.jsonl"
-    else:
-        with_remedy += "; plain text is for prepare/text.py"
+    """Exit with 2 if a line, the first of a file, is not a JSON object, whatever is in it."""
+    remedy = "plain text is for prepare/text.py"
+    if line.strip() == b"{":
+        remedy = "of objects on several lines: jq -c . FILE > FILE.jsonl"
+    elif line.startswith(b"["):
+        remedy = "of a JSON array: jq -c '.[]' FILE > FILE.jsonl"
     try:
         is_object = isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):  # also if it is not UTF-8
         is_object = False
     if not is_object:
         start = printable(line[:40].strip().decode(errors="replace"))
-        fail(f"{place} is {start!r}; {with_remedy}")
+        fail(f"{place} is {start!r}; expected one JSON object a line; {remedy}")
 
 
 def piece_of(line, place, split, seen):
@@ -225,8 +228,9 @@ class Writer(token_files.Writer):
 
     def add(self, name, ids, documents, size, mask, n_cut, skipped):
         """Append what encode_chunk returns for a split."""
+        while_reading = self.progress["mark"].get("skipped", {})
         for reason, place in skipped:
-            chunks.skip(self.cfg, self.progress["skipped"], reason, place)
+            chunks.skip(self.cfg, self.progress["skipped"], reason, place, while_reading)
         if not documents:
             return
         if name not in self.splits:
@@ -246,7 +250,7 @@ class Writer(token_files.Writer):
             return
         masks = self.progress["masks"]
         shards = {
-            name: entry | {"mask_sha256": masks[name.replace(".bin", ".mask")]["sha256"]}
+            name: entry | {"mask_sha256": masks[mask_of(name)]["sha256"]}
             for name, entry in self.progress["shards"].items()
         }
         super().write_meta(shards=shards)

@@ -219,8 +219,10 @@ def too_few(cfg, progress):
     n = sum(counts.values())
     if not n:
         skipped = token_files.skipped(progress)
-        short = f"; a window of {progress.get('window')} tokens holds no turn" * ("too long" in skipped)
-        return f"there is no text to train on; {chunks.counted(skipped)}{short}"
+        fault = f"no text is left to train on; {chunks.counted(skipped)}"
+        if "too long" in skipped:
+            fault += f"; a window of {progress['window']} tokens holds no turn"
+        return fault
     if "train" in counts:
         state, size, without = "held out", "larger", "train.py"
     else:

@@ -167,7 +167,7 @@ lines pasted together are one message.
     def retry(self):
         """Answer the last question again; the earlier answer is forgotten."""
         if not self.question:
-            say("there is no question to answer again")
+            say("no question was asked yet")
             return
         if self.is_answered:
             self.turns.pop()
