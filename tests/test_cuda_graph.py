@@ -12,16 +12,18 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def as_recorded(function, *inputs, pool=None):
-    """Do what captured does, on the CPU: outputs and gradients keep their addresses when it is repeated."""
+    """Do what captured does, on the CPU: repeated, it writes the gradients where they were when it was
+    recorded, and does not touch p.grad."""
     function(*inputs)
     parameters = getattr(function, "__self__", SimpleNamespace(parameters=[])).parameters
     grads = [p.grad for p in parameters]
 
     def replay(*inputs):
+        before = [p.grad for p in parameters]
         outputs = function(*inputs)
-        for p, grad in zip(parameters, grads):
+        for p, grad, former in zip(parameters, grads, before):
             grad.copy_(p.grad)
-            p.grad = grad
+            p.grad = former
         return outputs
 
     return replay

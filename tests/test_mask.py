@@ -290,6 +290,15 @@ def test_evaluate_agrees_with_training(validated):
         assert result_of(out)["tokens"] == mask[: len(mask) // T * T].sum()
 
 
+def test_an_export_is_verified_on_masked_windows(validated, tmp_path):
+    """export.py --verify finds the validation loss of training, also if a window has no target."""
+    pytest.importorskip("transformers")
+    _, out_dir, result = validated
+    out, _ = run("export.py", f"--ckpt={out_dir}/v", "--format=hf", f"--out={tmp_path}/hf", "--verify")
+    for key in ("val_loss", "reader_val_loss"):
+        assert result_of(out)[key] == pytest.approx(result["val_loss"], abs=1e-6)
+
+
 def test_bits_per_byte_are_those_of_the_answers(validated):
     """Both the tokens and the bytes of bits per byte are those that count."""
     _, _, result = validated

@@ -266,6 +266,14 @@ def test_malformed_rows_are_named(row, says, models, tmp_path):
     assert read_json(tmp_path / "chat" / "meta.json")["skipped"]["malformed"] == 1
 
 
+def test_a_skipped_row_is_a_short_line(models, tmp_path):
+    """A row is named in a line of a bounded length, whatever it holds."""
+    long = dict(messages=[dict(role="x" * 10_000, content="a")])
+    _, err = prepare_chat(write_rows(tmp_path / "a.jsonl", [*MANY, long]), models["char"], tmp_path)
+    assert "has the role 'xxx" in err
+    assert max(map(len, err.splitlines())) < 500
+
+
 def test_what_is_skipped_has_a_limit(models, tmp_path):
     """More malformed and duplicate rows than max_bad_rows end a preparation; empty and long ones do not."""
     long = dict(messages=talk("a" * WINDOW, "b"))
@@ -304,7 +312,8 @@ def test_held_out_files(models, tmp_path):
     """Files of val_files are held out whole, even if files names them too; copies of their rows are not
     trained on."""
     write_rows(tmp_path / "a.jsonl", MANY)
-    held_out = write_rows(tmp_path / "b.jsonl", [*MANY[:3], dict(prompt="new", completion="one")])
+    write_rows(tmp_path / "b.jsonl", [*MANY[:3], dict(prompt="new", completion="one")])
+    held_out = f"{tmp_path}/../{tmp_path.name}/b.jsonl"  # not as files writes it
     flags = dict(val_files=held_out, data_dir=tmp_path / "data")
     out, err = prepare_chat(tmp_path / "*.jsonl", models["char"], **flags)
     windows, meta = windows_of(tmp_path / "data" / "chat")

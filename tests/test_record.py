@@ -1,13 +1,16 @@
 """The record of a run: each line is there once and whole, whatever was killed, damaged or full."""
 
+import math
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import no_room
 
 from nanobit import record
 from nanobit.record import BITNET, EVENTS, SAMPLES, SCALARS
+from nanobit.run_dir import RunDir
 
 
 def steps(run_dir, name=SCALARS):
@@ -20,6 +23,19 @@ def text_of(run_dir, name):
 
 
 # writing
+
+
+def test_an_evaluation_is_a_loss_and_its_perplexity():
+    """Perplexity is e^loss in the record and in the log; one of a very large loss is still a float."""
+    written, logged = [], []
+    run = SimpleNamespace(
+        cfg=SimpleNamespace(max_steps=9), write=lambda name, **row: written.append(row), log=logged.append
+    )
+    for loss in (2.0, 1e6):
+        RunDir.log_evaluation(run, 3, loss, 1.25)
+    assert written[0] == dict(step=3, val_loss=2.0, val_perplexity=pytest.approx(7.389056))
+    assert logged[0] == "eval 3/9  val_loss 2.0000  perplexity 7.389  1.2 s"
+    assert written[1]["val_perplexity"] == pytest.approx(math.exp(700))
 
 
 def test_the_record_is_flushed(run_dir, monkeypatch):

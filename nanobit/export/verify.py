@@ -32,9 +32,15 @@ def dequantised(part):
 
 
 def loss_of(logits, windows):
-    """Return the mean cross entropy in nats over (inputs, targets) of what makes logits (1, T, V) of ids."""
-    losses = [F.cross_entropy(logits(x)[0], y[0]).item() for x, y in windows]
-    return sum(losses) / len(losses)
+    """Return the mean cross entropy in nats over the targets that count (not -100) in windows of (inputs,
+    targets), of what makes logits (1, T, V) of ids. Each window has such a target."""
+    nats = sum(F.cross_entropy(logits(x)[0], y[0], reduction="sum").item() for x, y in windows)
+    return nats / n_targets(windows)
+
+
+def n_targets(windows):
+    """Return how many targets count in windows of (inputs, targets)."""
+    return sum((y >= 0).sum().item() for _, y in windows)
 
 
 @torch.no_grad()
@@ -69,7 +75,7 @@ def compare(part, windows, reference, bound, name, logits, tokenize, write):
         print(f"{text!r} continues with {continuation(tokenizer, ids, new)!r}{other}")
     if windows:
         own = restore(part, torch.device("cpu"), packed=part["config"]["ternary"])
-        facts |= dict(val_tokens=sum(y.numel() for _, y in windows), val_loss=loss_of(own, windows))
+        facts |= dict(val_tokens=n_targets(windows), val_loss=loss_of(own, windows))
         facts["reader_val_loss"] = loss_of(logits, windows)
         allowed = max(0.01, bound / 10) if bound else 0
         facts["good"] &= abs(facts["reader_val_loss"] - facts["val_loss"]) <= allowed
