@@ -297,6 +297,9 @@ def test_an_export_is_verified_on_masked_windows(validated, tmp_path):
     out, _ = run("export.py", f"--ckpt={out_dir}/v", "--format=hf", f"--out={tmp_path}/hf", "--verify")
     for key in ("val_loss", "reader_val_loss"):
         assert result_of(out)[key] == pytest.approx(result["val_loss"], abs=1e-6)
+    flags = ["--format=hf", f"--out={tmp_path}/one", "--verify", f"--eval_tokens={T}"]  # one without a target
+    out, _ = run("export.py", f"--ckpt={out_dir}/v", *flags)
+    assert "val_loss" not in result_of(out)
 
 
 def test_bits_per_byte_are_those_of_the_answers(validated):

@@ -33,7 +33,7 @@ def dequantised(part):
 
 def loss_of(logits, windows):
     """Return the mean cross entropy in nats over the targets that count (not -100) in windows of (inputs,
-    targets), of what makes logits (1, T, V) of ids. Each window has such a target."""
+    targets), of what makes logits (1, T, V) of ids."""
     nats = sum(F.cross_entropy(logits(x)[0], y[0], reduction="sum").item() for x, y in windows)
     return nats / n_targets(windows)
 
@@ -73,9 +73,10 @@ def compare(part, windows, reference, bound, name, logits, tokenize, write):
         facts["tokens"] += n
         other = f" here, {continuation(tokenizer, ids, theirs)!r} there" if theirs != new else ""
         print(f"{text!r} continues with {continuation(tokenizer, ids, new)!r}{other}")
-    if windows:
+    n_counted = n_targets(windows)
+    if n_counted:
         own = restore(part, torch.device("cpu"), packed=part["config"]["ternary"])
-        facts |= dict(val_tokens=n_targets(windows), val_loss=loss_of(own, windows))
+        facts |= dict(val_tokens=n_counted, val_loss=loss_of(own, windows))
         facts["reader_val_loss"] = loss_of(logits, windows)
         allowed = max(0.01, bound / 10) if bound else 0
         facts["good"] &= abs(facts["reader_val_loss"] - facts["val_loss"]) <= allowed
@@ -83,9 +84,9 @@ def compare(part, windows, reference, bound, name, logits, tokenize, write):
     verdict = "good" if facts["good"] else "BAD"
     same = f"{facts['same']} of {facts['tokens']} greedy tokens the same"
     print(f"{name}: {logit_text} (at most {bound:g} of it is good); {same}: {verdict}")
-    if windows:
+    if n_counted:
         losses = "{val_loss:.5f} nats here, {reader_val_loss:.5f} there".format(**facts)
-        print(f"loss on {facts['val_tokens']:,} tokens of the validation set: {losses}")
+        print(f"loss on {n_counted:,} tokens of the validation set: {losses}")
     return facts
 
 
