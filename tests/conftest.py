@@ -73,6 +73,16 @@ def settings(**changes):
     return config.load([f"--{key}={value}" for key, value in values.items()])
 
 
+def errors_of(capsys, *argv):
+    """Return the error lines of a command line that must end with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        config.load(list(argv))
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err.strip().split("\n")
+    assert all(line.startswith("error: ") for line in errors)
+    return errors
+
+
 def flags(**changes):
     return [f"--{key}={value}" for key, value in changes.items()]
 

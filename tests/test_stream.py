@@ -1,21 +1,18 @@
 """nanobit/prepare/stream.py: from documents to token files and back, killed, interrupted and continued."""
 
-import hashlib
 import json
 import os
 import signal
-import time
+from types import SimpleNamespace
 
-import numpy as np
 import prepare_faults
 import pytest
-from conftest import run
 from documents import Preparation, documents_of, prepare, read, stopped, text_flags
 from parts import sentencepiece
+from text_files import written
 
-import config
-from nanobit.prepare import chunks, sources, stream, token_files, vocab, workers
-from nanobit.tokenizer import make_tokenizer, with_content
+from nanobit.prepare import sources, stream
+from nanobit.tokenizer import with_content
 
 
 @pytest.fixture(scope="module", params=["char", "sentencepiece", "gpt2"])
@@ -72,56 +69,6 @@ def test_a_tokenizer_file_with_bos_begins_each_text_with_it(corpus, tmp_path):
     found, meta = documents_of(tmp_path / "text"), read(tmp_path / "text")[1]
     assert (meta["bos"], meta["eot"]) == (1, 2)
     assert sorted(found["train"] + found["val"]) == sorted(corpus[1][:60])
-
-
-def test_bos_is_before_the_first_piece_of_a_text_only(monkeypatch):
-    """A long text that is tokenized in pieces has bos at its beginning only."""
-    ours = make_tokenizer(sentencepiece())
-    monkeypatch.setattr(workers, "PIECE_CHARS", 8)
-    monkeypatch.setattr(workers, "worker", (ours, {"eot": 2, "bos": 1}, np.dtype("<u2")), raising=False)
-    pieces = [("train", "the cat\nsat on", True, False), ("train", " the mat", False, True)]
-    ids = workers.encode_chunk(pieces)["train"][0].tolist()
-    assert (ids[0], ids[-1]) == (1, 2)
-    assert not {1, 2} & {*ids[1:-1]}
-    assert ours.decode(ids[1:-1]) == "the cat\nsat on the mat"
-
-
-def test_a_tokenizer_trained_here_keeps_its_layout(tmp_path):
-    """A second data set by the tokenizer of a first one, or of an export, begins its texts with the same
-    token."""
-    content = sentencepiece()["content"]
-    sha256, path = hashlib.sha256(content).hexdigest(), tmp_path / "tokenizer.model"
-    path.write_bytes(content)
-    cfg = config.SimpleNamespace(tokenizer=str(path))
-    for entry, marks in (
-        ({}, {"eot": 2, "bos": 1}),
-        ({"eot": 2}, {"eot": 2}),
-        ({"eot": 2, "bos": 7}, {"eot": 2, "bos": 7}),
-    ):
-        spec = {"kind": "sentencepiece", "sha256": sha256}
-        for name, beside in (
-            ("meta.json", {"tokenizer": spec} | entry),
-            ("config.json", {"nanobit": {"tokenizer": spec | entry}}),
-        ):
-            (tmp_path / name).write_text(json.dumps(beside))
-            assert vocab.sentencepiece(cfg, str(path), [])[2] == marks
-            (tmp_path / name).unlink()
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": {"sha256": "another"}, "eot": 2}))
-    assert vocab.sentencepiece(cfg, str(path), [])[2] == {"eot": 2, "bos": 1}
-
-
-def test_a_folder_without_a_sentencepiece_model(corpus, tmp_path):
-    """A folder without a tokenizer.model is not taken for a hub repository, and a tokenizer.json is named as
-    not supported."""
-    folder = tmp_path / "llama3"
-    os.makedirs(folder)
-    flags = text_flags(corpus[0], tmp_path, tokenizer=folder)
-    assert "the folder has no tokenizer.model; expected one" in prepare(*flags, code=2)[1]
-    (folder / "tokenizer.json").write_text("{}")
-    for name in (folder, folder / "tokenizer.json"):
-        _, err = prepare(*text_flags(corpus[0], tmp_path, tokenizer=name), code=2)
-        assert "tokenizer.json, as of Llama 3, is not supported" in err
-        assert err.count("\n") == 1
 
 
 def same_shards(one, other):
@@ -220,48 +167,12 @@ def test_full_disk_loses_nothing(corpus, tmp_path):
     same_shards(tmp_path / "whole" / "text", tmp_path / "full" / "text")
 
 
-def test_a_full_disk_ends_the_workers(corpus, tmp_path):
-    """With worker processes, too, a full disk is one line, and the program ends."""
-    flags = text_flags(corpus[0], tmp_path, workers=2)
-    _, err = run(
-        "prepare/text.py", *flags, code=1, patch=prepare_faults.small() + prepare_faults.full_disk(after=3)
-    )
-    assert "No space left" in err
-    assert err.count("\n") == 1
-
-
 def test_disk_too_small(corpus, tmp_path):
     """A disk on which the tokens do not fit is reported before the work."""
     _, err = prepare(*text_flags(corpus[0], tmp_path), patch=prepare_faults.free_bytes(1000), code=1)
     assert err.startswith("error:")
     assert "MB free" in err
     assert not os.path.exists(tmp_path / "text")
-
-
-def test_a_kill_after_a_shard_is_renamed(tmp_path, monkeypatch):
-    """A shard that was renamed before progress.json counted it is continued from what is counted; longer
-    files of an earlier try are removed."""
-    monkeypatch.setattr(token_files, "SHARD_TOKENS", 8)
-    split = token_files.Split(str(tmp_path), "train", np.dtype("<u2"), 0, {})
-    split.write(np.arange(21, dtype="<u2"))
-    split.sync()
-    # as known before the first shard was full
-    split = token_files.Split(str(tmp_path), "train", np.dtype("<u2"), 5, {})
-    assert sorted(os.listdir(tmp_path)) == ["train_00000.bin.partial"]
-    split.write(np.arange(5, 19, dtype="<u2"))
-    split.finish()
-    found = [np.fromfile(tmp_path / name, "<u2") for name in sorted(split.shards)]
-    assert np.concatenate(found).tolist() == list(range(19))
-    assert [part.size for part in found] == [8, 8, 3]
-
-
-def test_tokens_reach_the_disk_before_the_progress_that_counts_them(corpus, tmp_path):
-    """Tokens are flushed before progress.json counts them, and meta.json, which a training may read, lists
-    only what is counted there: a continued preparation never takes it back."""
-    _, err = prepare(
-        *text_flags(corpus[0], tmp_path), patch=prepare_faults.small() + prepare_faults.check_order_on_disk()
-    )
-    assert err.count("checked") > 10
 
 
 @pytest.fixture
@@ -347,120 +258,29 @@ def test_no_two_sources_in_one_folder(corpus, tmp_path):
     assert "holds another data set" in err
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"source": 3}', '{"complete": true}'])
-def test_a_meta_json_without_a_source_is_reported(tmp_path, capsys, content):
-    """A meta.json of something else is left in its place, and is one error line."""
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "meta.json").write_text(content)
-    for start_over in (True, False):
+def test_content_decides_whether_files_have_changed(tmp_path, capsys):
+    """A touched file is the same, an edited one is not, and a data set that an earlier version made (with the
+    hash of sizes and times) is recognised."""
+    path, folder = str(written(tmp_path / "a.txt", b"text")), str(tmp_path)
+    source, stamp = stream.source_now(folder, "options", [path])
+    for known in (dict(source=source, stamp=stamp), dict(source=f"options {stamp}")):
+        (tmp_path / "meta.json").write_text(json.dumps(known))
+        assert stream.source_now(folder, "options", [path])[0] == known["source"]
+    (tmp_path / "meta.json").write_text(json.dumps(dict(source=source, stamp=stamp)))
+    os.utime(path, (1, 1))
+    assert stream.source_now(folder, "options", [path])[0] == source
+    written(tmp_path / "a.txt", b"tex.")
+    for options, expected in (("options", "the files have changed"), ("others", "holds another data set")):
         with pytest.raises(SystemExit):
-            stream.source_now(str(tmp_path / "text"), "options", ())
-            token_files.open_data_set(str(tmp_path), "text", "options", start_over)
-        err = capsys.readouterr().err
-        assert "holds another data set (its meta.json names no source)" in err
-        assert err.count("\n") == 1
-    assert (tmp_path / "text" / "meta.json").read_text() == content
+            stream.source_now(folder, options, [path])
+        assert expected in capsys.readouterr().err
 
 
-def test_skipped_rows_survive_a_kill(tmp_path, monkeypatch, capsys):
-    """From each mark on, the rows without text are counted to the same sums, and only the first of a kind are
-    shown."""
-    monkeypatch.setattr(chunks, "CHUNK_CHARS", 10)
-    rows = ['{"text": "abcdef"}', '{"text": null}', '{"text": ""}'] * 9 + ['{"text": NaN}'] * 3
-    (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    flags = dict(column="text", separator="", val_fraction=0.0, max_documents=0, keep_crlf=False)
-    cfg = config.SimpleNamespace(**flags, max_bad_rows=24)
-    streams = [sources.Files([str(tmp_path / "a.jsonl")], cfg)] * 2
-
-    def marks(start):
-        return [mark for _, mark, _ in chunks.chunks(cfg, streams, start)]
-
-    whole = json.loads(json.dumps(marks(chunks.START)))
-    assert whole[-1]["skipped"] == {"null": 24, "empty": 18}
-    for n, mark in enumerate(whole, 1):
-        assert marks(mark) == whole[n:]
-    assert capsys.readouterr().err.count("(null)") == chunks.SHOWN
-    cfg.max_bad_rows = 23
-    with pytest.raises(SystemExit):
-        marks(whole[5])
-    assert "max_bad_rows = 23: skipped rows: 18 empty, 24 null" in capsys.readouterr().err
-
-
-def test_a_small_text_gets_a_small_vocabulary(capsys):
-    """What is suggested is not warned of, and what is warned of is not suggested."""
-    assert [vocab.suited(size) for size in (0, 50_000, 110_000, 10**7)] == [
-        "--tokenizer=char",
-        "--tokenizer=char",
-        "--vocab_size=512",
-        "--vocab_size=32768",
-    ]
-    vocab.warn_if_large(512, 110_000 // 3, 110_000)
-    assert not capsys.readouterr().out
-    vocab.warn_if_large(4096, 8409, 30_000)
-    assert "each 2.1 times on average; --tokenizer=char" in capsys.readouterr().out
-
-
-def test_a_nul_in_a_prompt_is_not_the_end_of_a_text():
-    """A NUL is not a character, although its place in the characters is that of the end-of-text token."""
-    tokenizer = make_tokenizer(token_files.char_tokenizer("\0ab"))
-    assert tokenizer.encode("ba") == [2, 1]
-    with pytest.raises(ValueError, match="it has 'ab'"):
-        tokenizer.encode("a\0b")
-
-
-class Flaky:
-    """A source of 40 documents that loses its connection twice, each time after a few more."""
-
-    def __init__(self):
-        self.at, self.falls = 0, [7, 23]
-
-    def pieces(self, state):
-        for self.at in range((state or 0) + 1, 41):
-            if self.falls and self.at > self.falls[0]:
-                self.falls.pop(0)
-                raise ConnectionError("reset by peer")
-            yield "train", f"document {self.at}" * 20, True, True
-
-    def state(self):
-        return self.at
-
-    def fraction(self):
-        return self.at / 40
-
-
-@pytest.mark.parametrize("reader", ["chunks", "texts"])
-def test_a_lost_connection_is_taken_up_again(monkeypatch, reader):
-    """No document is lost or repeated when the hub is lost and comes back."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(chunks, "CHUNK_CHARS", 1000)
-    cfg, mark = (
-        config.SimpleNamespace(max_documents=0, val_fraction=0.0),
-        dict(stream=0, state=None, documents=0),
-    )
-    if reader == "texts":  # which a tokenizer is trained on
-        found = list(chunks.texts(config.SimpleNamespace(**vars(cfg), tokenizer="char"), [Flaky()]))
-    else:
-        found = [piece[1] for pieces, _, _ in chunks.chunks(cfg, [Flaky()], mark) for piece in pieces]
-    assert found == [f"document {i}" * 20 for i in range(1, 41)]
-
-
-@pytest.mark.parametrize("text", ["a" * 700_000, "ab " * 200_000, "\u65e5\u672c" * 150_000, "x\n" * 150_000])
-def test_an_endless_line(tmp_path, text):
-    """A text without line ends is tokenized in a time that grows with its length, and comes back
-    unchanged."""
-    from types import SimpleNamespace
-
-    import sentencepiece
-
-    cfg = SimpleNamespace(tokenizer="sentencepiece", vocab_size=380, max_documents=0, val_fraction=0.0)
-    with open(__file__, encoding="utf-8") as file:
-        content = vocab.train(cfg, sentencepiece, [file.read()])
-    (tmp_path / "tokenizer.model").write_bytes(content)
-    spec = dict(kind="sentencepiece", content=content, eot=2)
-    workers.load(spec, "<u2")
-    began = time.time()
-    ids, documents, size = workers.encode_chunk([("train", text, True, True)])["train"]
-    assert make_tokenizer(spec).decode(ids[:-1].tolist()) == text
-    assert ids[-1] == 2
-    assert (documents, size) == (1, len(text.encode()))
-    assert time.time() - began < 20
+def test_newer_flags_leave_the_source_as_it_was():
+    """A data set made before a flag existed is the same data set while the flag has its default."""
+    flags = dict(files=("", ""), name=("", ""), max_bad_rows=(9, ""), keep_crlf=(False, ""))
+    flags |= dict(plain_quotes=(False, ""))
+    cfg = SimpleNamespace(files="a.txt", name="x", max_bad_rows=3, keep_crlf=False, plain_quotes=False)
+    assert stream.source_of("prepare/text.py", cfg, flags) == "prepare/text.py --files=a.txt"
+    cfg.keep_crlf = True
+    assert stream.source_of("prepare/text.py", cfg, flags).endswith(" --keep_crlf=True")
