@@ -25,6 +25,7 @@ from fork import Script  # noqa: E402
 
 import config  # noqa: E402
 from nanobit import checkpoint  # noqa: E402
+from nanobit.infer import packed  # noqa: E402
 from nanobit.prepare import token_files  # noqa: E402
 from nanobit.run_dir import RunDir, step_dir  # noqa: E402
 
@@ -239,3 +240,14 @@ def copied(finished, out_dir):
     """Return (data_dir, out_dir) with a copy of run "a", to be changed."""
     shutil.copytree(f"{finished[1]}/a", f"{out_dir}/a")
     return finished[0], out_dir
+
+
+@pytest.fixture(params=["C", "int8"])
+def form(request, monkeypatch):
+    """Return the form of computing packed weights: with the C functions, compiled once for all tests, or
+    without a compiler."""
+    if request.param == "int8":
+        monkeypatch.setattr(packed, "library", lambda: None)
+    elif not packed.library():
+        pytest.skip("needs a C compiler")
+    return request.param
