@@ -22,9 +22,10 @@ if hasattr(signal, "SIGHUP"):  # nohup ignores it, and the children would inheri
 
 import faults  # noqa: E402
 from fork import Script  # noqa: E402
+from histories import noisy, write_run  # noqa: E402
 
 import config  # noqa: E402
-from nanobit import checkpoint  # noqa: E402
+from nanobit import checkpoint, saving  # noqa: E402
 from nanobit.infer import packed  # noqa: E402
 from nanobit.prepare import token_files  # noqa: E402
 from nanobit.run_dir import RunDir, step_dir  # noqa: E402
@@ -240,6 +241,20 @@ def copied(finished, out_dir):
     """Return (data_dir, out_dir) with a copy of run "a", to be changed."""
     shutil.copytree(f"{finished[1]}/a", f"{out_dir}/a")
     return finished[0], out_dir
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory):
+    """Return a folder with a ternary run `r`, 72 wide so that a matrix is larger than the picture's corner,
+    and its float twin `f`."""
+    folder = tmp_path_factory.mktemp("twins")
+    data_dir = write_data(folder / "data")
+    train(data_dir, f"{folder}/runs", "r", n_layer=2, n_embd=72, learning_rate=0.02)
+    write_run(folder / "runs" / "f", losses=noisy(0.01, n=24), evals=[(0, 2.5)], run_id="f", ternary=False)
+    part = checkpoint.load(step_dir(f"{folder}/runs/r", 5))
+    part["config"]["ternary"] = False
+    saving.save(f"{folder}/runs/f", 5, part, {"format": 1})
+    return f"{folder}/runs"
 
 
 @pytest.fixture(params=["C", "int8"])
