@@ -266,3 +266,21 @@ def form(request, monkeypatch):
     elif not packed.library():
         pytest.skip("needs a C compiler")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def chat_models(tmp_path_factory):
+    """Return {kind of tokenizer: the folder of a model with it}, for prepare/chat.py."""
+    import talks
+
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: talks.model(folder, kind) for kind in talks.KINDS}
+
+
+@pytest.fixture(scope="session")
+def talk_rows(tmp_path_factory):
+    """Return the path of a file of conversations."""
+    import talks
+
+    rows = [dict(messages=messages) for messages in talks.talks()]
+    return talks.write_rows(tmp_path_factory.mktemp("talks") / "rows.jsonl", rows)
