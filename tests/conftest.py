@@ -188,6 +188,14 @@ def run_dir(tmp_path):
 
 
 @pytest.fixture
+def ckpt(tmp_path):
+    """Return --ckpt= of a random model of the 28 characters."""
+    from scripted_models import save  # which imports this file
+
+    return save(tmp_path / "run", token_files.char_tokenizer(CHARS))
+
+
+@pytest.fixture
 def unreadable(run_dir, monkeypatch):
     """Save checkpoints of steps 5 and 10 in run_dir, of which those of step 10 cannot be read now."""
     from checkpoints import save  # which imports this file

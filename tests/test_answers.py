@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run, settings
-from test_sample import save
+from scripted_models import save
 
 from model import Transformer
 from nanobit import chat

@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 from conftest import ROOT, result_of, run
-from test_sample import stdin
+from scripted_models import stdin
 
 from nanobit import weights
 from nanobit.infer.restore import restore

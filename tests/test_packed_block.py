@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CHARS, run, settings, token_files
-from test_sample import save
+from scripted_models import save
 from torch import nn
 
 import model as plain

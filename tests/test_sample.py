@@ -4,7 +4,6 @@ sample.py as a child process: streaming, the chat, the game; and how far cached 
     python tests/test_sample.py runs/demo        the same measurement on a checkpoint, in float32
 """
 
-import hashlib
 import os
 import pty
 import re
@@ -20,9 +19,10 @@ import pytest
 import torch
 from conftest import CHARS, ROOT, run, settings, token_files
 from fork import Script
+from scripted_models import asked, save, scripted, sentencepiece_spec, stdin
 
 from model import Transformer
-from nanobit import checkpoint, data, saving
+from nanobit import checkpoint, data
 from nanobit.generate import KVCache
 from nanobit.infer.restore import restore
 from nanobit.tasks import game
@@ -96,42 +96,6 @@ def test_cached_text_is_the_uncached_one(ternary, bound):
     assert found["positions"] >= (200 - found["differ"]) * 24
 
 
-def save(folder, spec, eot=0, **changes):
-    """Write a run folder with a random model that uses this tokenizer; return --ckpt=."""
-    torch.manual_seed(0)
-    cfg = settings(**dict(vocab_size=len(spec.get("chars", range(285)))) | changes)
-    config = {key: value for key, value in vars(cfg).items() if key != "origin"}
-    part = dict(format=checkpoint.FORMAT, step=1, tokens=0, config=config, tokenizer=spec | {"eot": eot})
-    saving.save(str(folder), 1, part | {"model": Transformer(cfg).state_dict()}, {})
-    return f"--ckpt={folder}"
-
-
-@pytest.fixture
-def ckpt(tmp_path):
-    return save(tmp_path / "run", token_files.char_tokenizer(CHARS))
-
-
-def stdin(tmp_path, text):
-    """Return a patch for conftest.run: the child reads this text from stdin."""
-    path = tmp_path / "stdin"
-    path.write_bytes(text.encode())
-    return f"import os; os.dup2(os.open({str(path)!r}, 0), 0)\n"
-
-
-def scripted(body):
-    """Return a patch for conftest.run: this body, a generator over `ids` (the prompt's) and `n`, writes in
-    place of the model; stderr shows what it was asked."""
-    lines = "import sys, time, torch; from nanobit import generate as module\n"
-    lines += "def generate(model, idx, n, **how):\n    ids = idx[0].tolist()\n"
-    lines += f"    print('asked', ids, n, file=sys.stderr, flush=True)\n    for token in {body}:\n"
-    return lines + "        yield torch.tensor([[token]])\nmodule.generate = generate\n"
-
-
-def asked(err):
-    """Return the ids that a scripted model was asked to continue, one list a turn."""
-    return [[int(i) for i in ids.split(", ")] for ids in re.findall(r"asked \[(.*?)\]", err)]
-
-
 def test_a_prompt_is_the_same_from_every_source(ckpt, tmp_path):
     """A prompt gives the same texts from a file, from stdin and with float weights; its last newline does not
     count, samples differ, and speeds go to stderr."""
@@ -197,17 +161,6 @@ module.generate = generate
     flags = ["--temperature=0", "--top_k=3", "--top_p=0.5", "--seed=7", "--head=bfloat16", "--dtype=float16"]
     out, _ = run("sample.py", ckpt, "--prompt=a", *flags, "--packed=False", patch=spy)
     assert "0.0 3 0.5 7 torch.bfloat16 torch.float16 False\n" in out
-
-
-def sentencepiece_spec(tmp_path):
-    """Return a small SentencePiece model, of the kind that prepare/ trains."""
-    spm = pytest.importorskip("sentencepiece")
-    (tmp_path / "text").write_text("the cat sat on the mat and the dog sat on the cat\n" * 50)
-    options = dict(vocab_size=285, model_type="bpe", byte_fallback=True, minloglevel=2)
-    options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
-    spm.SentencePieceTrainer.train(input=f"{tmp_path}/text", model_prefix=f"{tmp_path}/text", **options)
-    content = (tmp_path / "text.model").read_bytes()
-    return dict(kind="sentencepiece", content=content, sha256=hashlib.sha256(content).hexdigest())
 
 
 def test_streams_whole_characters_in_linear_time(tmp_path):

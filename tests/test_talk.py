@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import run, token_files
-from test_sample import asked, save, scripted, stdin
+from scripted_models import asked, save, scripted, stdin
 
 from nanobit import chat
 from nanobit.tasks import talk
