@@ -7,10 +7,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import CHARS, settings, write_data
+from conftest import settings, write_data
 
 from nanobit import data, files
-from nanobit.tokenizer import make_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -333,14 +332,6 @@ def test_a_text_that_is_read_many_times_is_worth_a_line(data_dir):
     assert "reads its text 12 times" in rows.repetition(12 * epoch)
     rows.cfg.max_minutes = 5.0
     assert not rows.repetition(12 * epoch), "max_minutes may end the run long before"
-
-
-def test_tokenizer_names_the_character_it_does_not_have():
-    """A character that the tokenizer lacks is named in a ValueError."""
-    t = make_tokenizer({"kind": "char", "chars": CHARS})
-    assert t.decode(t.encode("to be\n")) == "to be\n"
-    with pytest.raises(ValueError, match="'É'"):
-        t.encode("É")
 
 
 @pytest.mark.parametrize("world, rank", [(1, 0), (2, 0), (2, 1)])

@@ -3,12 +3,11 @@
 import os
 import re
 
-import parts
 import pytest
 from conftest import run, token_files
 from scripted_models import asked, save, scripted, sentencepiece_spec, stdin
 
-from nanobit.tokenizer import TextStream, make_tokenizer
+from nanobit.tokenizer import make_tokenizer
 
 
 def test_a_prompt_is_the_same_from_every_source(ckpt, tmp_path):
@@ -103,21 +102,6 @@ builtins.print, tokenizer.SentencePieceTokenizer.decode = bar, count
     assert "".join(pieces) == "the" + said * 100 + "\ufffd" * len(half)
     assert len(pieces) == 1 + 100 * (len(new) - 3 - 2 - 2) + 1  # the bytes of a character come together
     assert int(re.findall(r"decoded (\d+)", err)[-1]) < 1500 * len(new)
-
-
-@pytest.mark.parametrize("make", [parts.sentencepiece, parts.tiktoken])
-def test_bytes_that_make_no_character_are_shown_in_time(make):
-    """A byte is held back for three tokens at most, in bounded memory, and whole characters after such bytes
-    are printed whole."""
-    spec = make()
-    tokenizer = make_tokenizer(spec)
-    whole = tokenizer.encode_on("\U0001f600")
-    byte, stream = whole[-1], TextStream(tokenizer, [spec["eot"]])
-    shown = [stream.add(byte) for _ in range(1000)]
-    assert not any(shown[:3])
-    assert set(shown[3:]) == {"\ufffd"}
-    assert len(stream.window) < 16
-    assert "".join(map(stream.add, whole)) + stream.end() == "\ufffd" * 3 + "\U0001f600"
 
 
 def test_a_prompt_of_nothing_or_of_what_ends_a_text(ckpt, tmp_path):
