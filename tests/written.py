@@ -31,6 +31,11 @@ def trained_steps(run_dir):
     return [row["step"] for row in lines(run_dir, SCALARS) if "loss" in row]
 
 
+def values_of(run_dir, key):
+    """Return a value of each training line."""
+    return [row[key] for row in lines(run_dir, SCALARS) if key in row]
+
+
 def val_losses(run_dir):
     """Return {step: validation loss}."""
     return {row["step"]: row["val_loss"] for row in lines(run_dir, SCALARS) if "val_loss" in row}
