@@ -21,11 +21,12 @@ if hasattr(signal, "SIGHUP"):  # nohup ignores it, and the children would inheri
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import faults  # noqa: E402
+import torch  # noqa: E402
 from fork import Script  # noqa: E402
 from histories import noisy, write_run  # noqa: E402
 
 import config  # noqa: E402
-from nanobit import checkpoint, saving  # noqa: E402
+from nanobit import checkpoint, kernels, saving  # noqa: E402
 from nanobit.infer import packed  # noqa: E402
 from nanobit.prepare import token_files  # noqa: E402
 from nanobit.run_dir import RunDir, step_dir  # noqa: E402
@@ -209,6 +210,27 @@ def unreadable(run_dir, monkeypatch):
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", failing)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Return a function that declares a CUDA card, as torch describes it."""
+    monkeypatch.setattr(kernels, "HAS_CUDA_INT8", True)  # pick() sets both
+    monkeypatch.setattr(kernels, "fused_matmul", None)
+    monkeypatch.delenv("TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING", raising=False)  # which pick may set
+
+    def declare(name="NVIDIA GeForce RTX 3060", capability=(8, 6), has_int8=True):
+        monkeypatch.setattr(kernels, "multiplies_int8", lambda device: has_int8)
+        monkeypatch.setattr(kernels, "working_fused", lambda device: ("the fused kernel", ""))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_120", "compute_120"])
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: capability >= (8, 0))
+
+    return declare
 
 
 @pytest.fixture(scope="session")
