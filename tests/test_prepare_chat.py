@@ -154,7 +154,7 @@ def test_a_model_of_other_letters(changes, says, talk_rows, tmp_path):
     assert not os.path.exists(tmp_path / "chat")
 
 
-def test_another_model_is_refused(chat_models, talk_rows, tmp_path):
+def test_another_model_is_refused(chat_models, tmp_path):
     """A model does not train on conversations in the tokens of another, nor are these made under one name."""
     path = write_rows(tmp_path / "a.jsonl", MANY)
     prepare_chat(path, chat_models["char"], tmp_path)
