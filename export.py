@@ -1,14 +1,18 @@
-"""Write a trained model for other engines: a folder for transformers, or a GGUF file for llama.cpp.
+"""Write a trained model for other engines: a folder for transformers, a GGUF file for llama.cpp, a page for
+browsers.
 
     python export.py --ckpt=runs/demo --format=hf --out=demo_hf
     python export.py --ckpt=runs/demo --format=hf --out=demo_latent --latent
     python export.py --ckpt=runs/train_text --format=gguf --out=text.gguf --type=q2_0
     python export.py --ckpt=models/stories --format=gguf --out=stories.gguf
+    python export.py --ckpt=runs/demo --format=web --out=adder.html
     python export.py --ckpt=runs/train_text --format=hf --out=text_hf --verify
 
---verify loads what was written with another reader (transformers, or cyllama, a binding of llama.cpp) and
+A page is one HTML file that holds the model and runs it, without a server or a network.
+
+--verify loads what was written with another reader (transformers; cyllama, a binding of llama.cpp; Node) and
 compares logits, greedy text and, if the data set is here, the validation loss; stdout then ends with one JSON
-line. Needs `pip install -e ".[export]"`, and for --verify `".[export,verify]"`."""
+line. hf and gguf need `pip install -e ".[export]"`, and for --verify `".[export,verify]"`."""
 
 import os
 import shutil
@@ -19,13 +23,16 @@ import config
 from nanobit.cli import Flag, fail
 
 TYPES = ("tq2_0", "q2_0", "tq1_0", "q8_0", "q5_0", "q4_0", "f16", "f32")
+EMBED = {"gguf": TYPES[3:], "web": ("int8", "f16")}  # the first is the default
+EMBED_TYPES = "; ".join(f"{name}: {' | '.join(types)}" for name, types in EMBED.items())
+ENDING = {"hf": "", "gguf": ".gguf", "web": ".html"}
 FLAGS = {
     "ckpt": Flag("", "a run folder, RUN/best, step folder, checkpoint.pt or exported folder", required=True),
-    "format": Flag("", "hf: for transformers | gguf: for llama.cpp", ("hf", "gguf"), required=True),
+    "format": Flag("", "hf: transformers | gguf: llama.cpp | web: one page", tuple(ENDING), required=True),
     "out": Flag("", "the folder or file to write", required=True),
     "latent": Flag(False, "the float master weights, for further training", only_with="format=hf"),
     "type": Flag("", f"{' | '.join(TYPES)}; '' = the smallest", ("", *TYPES), only_with="format=gguf"),
-    "embed": Flag("q8_0", f"{' | '.join(TYPES[3:])}: embedding and head", TYPES[3:], only_with="format=gguf"),
+    "embed": Flag("", f"embedding and head, {EMBED_TYPES}; '' = the first"),
     "force": Flag(False, "replace what an earlier export has written to out"),
     "verify": Flag(False, "load it with an independent reader and compare"),
     "eval_tokens": Flag(8192, "tokens of the validation set for the loss; 0 = none", only_with="verify"),
@@ -34,13 +41,21 @@ FLAGS = {
 
 
 def derive(cfg):
-    """Take the slash off the end of --out; yield the fault of its ending."""
+    """Take the slash off the end of --out, choose the first type for --embed; yield their faults."""
     given = cfg.out
     cfg.out = given.rstrip("/" + os.sep)
+    ending = ENDING.get(cfg.format, "")
     if cfg.origin["out"] != "default" and not cfg.out:
         yield f"out = {given!r} is not a name; give the folder or file to write"
-    elif cfg.format and (cfg.format == "gguf") != cfg.out.endswith(".gguf"):
-        yield f"out = {given!r} must end in .gguf for --format=gguf, and only for that"
+    elif not cfg.out.endswith(ending):
+        yield f"out = {given!r} must end in {ending} for --format={cfg.format}"
+    elif cfg.format == "hf" and cfg.out.endswith((".gguf", ".html")):
+        yield f"out = {given!r} is the name of a file; --format=hf writes a folder"
+    types = EMBED.get(cfg.format, ())
+    if cfg.embed and cfg.embed not in types:
+        yield f"embed = {cfg.embed!r} does not apply to --format={cfg.format}; it has {EMBED_TYPES}"
+    elif types:
+        cfg.embed = cfg.embed or types[0]
 
 
 cfg = config.load(doc=__doc__, flags=FLAGS, only=(), derive=derive)
@@ -49,13 +64,14 @@ import torch
 
 from nanobit import checkpoint, cli, files, record, weights
 from nanobit.export import card, gguf_file, hf, verify
+from nanobit.export.web import html_file
 
 torch.set_grad_enabled(False)
 
 
 def make_room():
     """Exit with 2 if `out` exists and may not be replaced, or its folder is missing."""
-    writer = {"hf": hf, "gguf": gguf_file}[cfg.format]
+    writer = {"hf": hf, "gguf": gguf_file, "web": html_file}[cfg.format]
     if not os.path.exists(cfg.out):
         if not os.path.isdir(os.path.dirname(cfg.out) or "."):
             fail(f"out = {cfg.out!r}: the folder {os.path.dirname(cfg.out)} does not exist; make it first")
@@ -83,6 +99,8 @@ def write(part, run_dir, kind):
     try:
         if cfg.format == "gguf":
             gguf_file.write(part, partial, kind, cfg.embed)
+        elif cfg.format == "web":
+            html_file.write(part, partial, cfg.embed, *card.read(cfg.ckpt))
         else:
             hf.write(part, partial, cfg.latent)
             card.write(part, partial, run_dir, cfg.latent)
@@ -112,7 +130,8 @@ def report(part, kind):
     tensors = {w.data_ptr(): w for w in part["model"].values()}.values()  # a tied one once
     packed = sum(w.numel() for w in tensors if w.dtype == torch.uint8)  # bytes of four weights each
     whole = 4 * (sum(w.numel() for w in tensors) + 3 * packed)
-    types = {"hf": "", "gguf": f", {kind}, embedding {cfg.embed}"}[cfg.format]
+    embed = f", embedding {cfg.embed}"
+    types = {"hf": "", "gguf": f", {kind}{embed}", "web": embed}[cfg.format]
     share = f"{size / whole:.0%} of the float32 weights"
     print(f"wrote {cfg.out}: {size:,} bytes ({share}){types}, step {part['step']:,}")
     if cfg.format == "gguf" and kind == "q2_0":
@@ -123,9 +142,9 @@ def report(part, kind):
 
 
 make_room()
-needed = {"hf": ["safetensors", "tokenizers"], "gguf": ["gguf"]}[cfg.format]
+needed = {"hf": ["safetensors", "tokenizers"], "gguf": ["gguf"], "web": []}[cfg.format]
 if cfg.verify:
-    needed += {"hf": ["transformers", "accelerate"], "gguf": ["cyllama"]}[cfg.format]
+    needed += {"hf": ["transformers", "accelerate"], "gguf": ["cyllama"], "web": []}[cfg.format]
 cli.need_packages(needed, "export,verify" if cfg.verify else "export")
 if cfg.format == "hf" and files.is_hf_folder(cfg.ckpt):
     fail(f"ckpt = {cfg.ckpt!r} is a folder for transformers already; give a run, as the one it was made from")
@@ -133,6 +152,7 @@ part, folder = weights.trained(cfg.ckpt)
 run_dir = os.path.dirname(os.path.dirname(os.path.abspath(folder)))
 if os.path.abspath(folder) != checkpoint.step_dir(run_dir, part["step"]):
     run_dir = folder  # renamed or copied: the record of the run that is above it is of other checkpoints
+part.setdefault("curve", card.points(run_dir, part["step"]))  # an exported folder has it
 windows = validation(part) if cfg.verify else []
 kind = cfg.type or gguf_file.smallest(part)
 if cfg.latent and part["config"]["ternary"]:
@@ -141,7 +161,7 @@ write(part, run_dir, kind)
 report(part, kind)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if cfg.verify:
-    options = dict(hf=[cfg.latent], gguf=[kind, cfg.embed])[cfg.format]
+    options = dict(hf=[cfg.latent], gguf=[kind, cfg.embed], web=[cfg.embed])[cfg.format]
     result = getattr(verify, cfg.format)(part, cfg.out, *options, windows)
     print(record.to_json(result))
     raise SystemExit(int(not result["good"]))

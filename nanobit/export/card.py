@@ -12,6 +12,7 @@ from nanobit.monitor import run_files
 from nanobit.terminal import printable
 
 LIMIT = 10  # rows of the curve
+POINTS = 200  # of the curve in config.json
 LATENT = "**Float master weights, for further training**: as they are, they have not the loss below."
 # an empty value takes its line away, see write()
 CARD = """---
@@ -60,6 +61,44 @@ def evaluations(run_dir):
     return {row["step"]: row["val_loss"] for row in run_files.read_run(run_dir)["evals"]}
 
 
+def thinned(losses, step, n):
+    """Return at most n of the steps up to `step` that have a loss, evenly spread, with the first and last."""
+    steps = sorted(at for at in losses if at <= step)
+    if len(steps) <= n:
+        return steps
+    return [steps[round(i * (len(steps) - 1) / (n - 1))] for i in range(n)]
+
+
+def points(run_dir, step):
+    """Return the curve of a run up to a step as at most POINTS pairs [step, validation loss]."""
+    losses = evaluations(run_dir)
+    return [[at, round(losses[at], 5)] for at in thinned(losses, step, POINTS)]
+
+
+def read(folder):
+    """Return (name, {score: number}) of the model card in a folder: its heading, and the first block of JSON
+    that is an object of numbers. What is missing is '' or {}."""
+    try:
+        with open(os.path.join(folder, "README.md"), encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        return "", {}
+    headings = re.findall(r"^# (.+)$", text, re.M)
+    blocks = re.findall(r"^```json$(.*?)^```$", text, re.M | re.S)
+    scores = [score for score in map(numbers_of, blocks) if score]
+    return "".join(headings[:1]).strip(" `"), next(iter(scores), {})
+
+
+def numbers_of(text):
+    """Return the object that a JSON text is if it holds numbers only, else {}."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    is_flat = isinstance(value, dict) and all(type(item) in (int, float) for item in value.values())
+    return value if is_flat else {}
+
+
 def twin_of(run_dir):
     """Return the run beside this one that differs in `ternary` and in its name only, or None."""
     root = os.path.dirname(os.path.abspath(run_dir))
@@ -104,10 +143,9 @@ def former_settings(run_dir, step):
 
 def curve(losses, step):
     """Return a table of at most LIMIT validation losses up to a step, or ''."""
-    steps = sorted(at for at in losses if at <= step)
-    if not steps:
+    shown = thinned(losses, step, LIMIT)
+    if not shown:
         return ""
-    shown = sorted({steps[round(i * (len(steps) - 1) / (LIMIT - 1))] for i in range(LIMIT)})
     rows = "".join(f"| {at:,} | {losses[at]:.4f} |\n" for at in shown)
     return f"| step | validation loss, nats per token |\n|---|---|\n{rows}\n"
 

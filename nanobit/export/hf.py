@@ -123,7 +123,8 @@ def model_config(part, latent=False):
     if spec["kind"] in tokenizer_files.CONTENT:
         tokenizer["file"] = tokenizer_files.CONTENT[spec["kind"]]
     public = {key: value for key, value in cfg.items() if key not in PRIVATE}
-    return theirs | dict(nanobit=dict(step=part["step"], config=public, tokenizer=tokenizer))
+    own = dict(step=part["step"], config=public, tokenizer=tokenizer, curve=part.get("curve", []))
+    return theirs | dict(nanobit=own)
 
 
 def check(part):
@@ -195,6 +196,9 @@ def check_own(own, settings):
         are_ids = all(type(i) is int and i in ids for i in (spec["eot"], bos_of(spec)))
         if not (are_ids and spec["sha256"] and spec["kind"]) or type(file) is not str:
             raise ValueError(f"nanobit: tokenizer {spec}")
+        for step, loss in own.get("curve", []):
+            if (type(step), type(loss)) != (int, float):
+                raise ValueError(f"nanobit: curve with the point {step!r}, {loss!r}")
 
 
 def read_config(folder, to_train):
@@ -292,4 +296,5 @@ def read(folder, to_train=False):
         spec |= read_sentencepiece(spec["content"], path)[1]
     if RANK == 0 and "chat" not in (spec or {}):
         report_template(folder)
-    return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0))
+    curve = own.get("curve", [])
+    return dict(config=settings, model=weights, tokenizer=spec, step=own.get("step", 0), curve=curve)

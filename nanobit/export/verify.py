@@ -1,10 +1,16 @@
-"""Compare an export in transformers or a binding of llama.cpp with our float32 forward, eager, on the CPU."""
+"""Compare an export in transformers, a binding of llama.cpp or Node with our float32 forward, eager, on the
+CPU."""
+
+import functools
+import os
 
 import torch
 import torch.nn.functional as F
 
+import quant
 from nanobit.cli import fail, library
 from nanobit.export.hf import codes_of, is_ternary
+from nanobit.export.web import html_file, node
 from nanobit.generate import generate
 from nanobit.infer.restore import restore
 from nanobit.tokenizer import bos_of, continuation, encode_prompt, make_tokenizer
@@ -44,14 +50,15 @@ def n_targets(windows):
 
 
 @torch.no_grad()
-def compare(part, windows, reference, bound, name, logits, tokenize, write):
+def compare(part, windows, reference, bound, name, logits, tokenize, write, loss=None):
     """Print and return the differences between what a reader computes and a reference of ours, the part of a
     model; windows: (inputs, targets) for the loss of both. Exits with 1 if its tokenizer is another.
 
     `good`: no logit differs by more than `bound` times their spread, and the loss by no more than bound / 10
-    or 0.01 nats (0 for a bound of 0). The reader has logits(ids (B, T)), tokenize(text) -> ids and
-    write(ids, n) -> n greedy tokens."""
-    ours = restore(reference, torch.device("cpu"))
+    or 0.01 nats (0 for a bound of 0). The reader has logits(ids (B, T)), tokenize(text) -> ids,
+    write(ids, n) -> n greedy tokens, and loss(windows) unless that is loss_of its logits."""
+    is_packed = any(w.dtype == torch.uint8 for w in reference["model"].values())
+    ours = restore(reference, torch.device("cpu"), is_packed)
     tokenizer = make_tokenizer(part["tokenizer"])
     x = probe(part)
     mine = ours(x)
@@ -74,10 +81,11 @@ def compare(part, windows, reference, bound, name, logits, tokenize, write):
         other = f" here, {continuation(tokenizer, ids, theirs)!r} there" if theirs != new else ""
         print(f"{text!r} continues with {continuation(tokenizer, ids, new)!r}{other}")
     n_counted = n_targets(windows)
+    loss = loss or functools.partial(loss_of, logits)
     if n_counted:
         own = restore(part, torch.device("cpu"), packed=part["config"]["ternary"])
         facts |= dict(val_tokens=n_counted, val_loss=loss_of(own, windows))
-        facts["reader_val_loss"] = loss_of(logits, windows)
+        facts["reader_val_loss"] = loss(windows)
         allowed = max(0.01, bound / 10) if bound else 0
         facts["good"] &= abs(facts["reader_val_loss"] - facts["val_loss"]) <= allowed
     logit_text = f"largest difference of logits {difference:.3g}, their standard deviation {spread:.3g}"
@@ -181,3 +189,72 @@ def gguf(part, path, kind, embed, windows=()):
     bound = max(BOUNDS[kind], BOUNDS[embed])
     reader = (llama.logits, llama.tokenize, llama.write)
     return compare(part, windows, dequantised(part), bound, "llama.cpp (cyllama)", *reader)
+
+
+def rounding_of(part, held):
+    """Return the largest distance of a weight in a page, {name: tensor}, from that of a model, as a part of
+    the largest in its row; 1 if a ternary matrix differs at all."""
+    worst = 0.0
+    for name, w in held.items():
+        own = part["model"][name]
+        if is_ternary(part, name):
+            codes, scale = codes_of(part, name)
+            worst = max(worst, float(not torch.equal(codes / scale.view(1, 1), w)))
+        else:
+            own = own[: len(w)]
+            rows = own.abs().amax(-1, keepdim=True)
+            worst = max(worst, ((w - own) / rows.clamp(min=quant.EPS)).abs().max().item())
+    return worst
+
+
+# the largest rounding_of a page: half a step of int8, or of the 11 bits of float16
+STEPS = dict(int8=0.5 / 127, f16=0.5 / 1024)
+
+
+def as_held(part, held):
+    """Return a part with the embeddings and the other floats of a page, {name: tensor}."""
+    model = dict(part["model"])
+    for name, w in held.items():
+        if not is_ternary(part, name):
+            padding = len(model[name]) - len(w)
+            model[name] = F.pad(w, (0, 0, 0, padding)) if padding else w
+    if part["config"]["tie_embeddings"]:
+        model["head.weight"] = model["embed.weight"]
+    return part | dict(model=model)
+
+
+def web(part, path, embed, windows=()):
+    """Return compare() with the scripts of a page, in Node, and our model with the page's own embeddings; the
+    losses are those of the page and of the model as it was trained. Without Node only weights are compared.
+
+    The scripts compute in doubles: in fp32 one ulp flips the rounding of an int8 input now and then, which
+    moves logits by some thousandths of their spread, so the bound is not 0."""
+    held = html_file.values(path)
+    rounding = rounding_of(part, held)
+    is_held = rounding <= STEPS[embed] * 1.001
+    verdict = "good" if is_held else "BAD"
+    print(f"weights of the page: rounded by {rounding:.2g} of the largest in a row at most: {verdict}")
+    if not node.is_installed():
+        print("Node is not installed: the page's logits, text and loss were not compared")
+        return dict(reader=None, rounding=rounding, good=is_held)
+
+    def call(expression, **data):
+        return node.call(["verify.js"], expression, path=os.path.abspath(path), **data)
+
+    def logits(x):
+        return torch.tensor(call("logitsOf(path, rows)", rows=x.tolist()))
+
+    def loss(windows):
+        rows = [[x[0].tolist(), y[0].tolist()] for x, y in windows]
+        return call("natsOf(path, windows)", windows=rows) / n_targets(windows)
+
+    def tokenize(text):
+        return call("tokenize(path, text)", text=text)
+
+    def write(ids, n):
+        return call("greedy(path, ids, n)", ids=ids, n=n)
+
+    bound = 0.1 if part["config"]["ternary"] else 1e-4
+    reader = (logits, tokenize, write, loss)
+    facts = compare(part, windows, as_held(part, held), bound, "the page in Node", *reader)
+    return facts | dict(rounding=rounding, good=facts["good"] and is_held)

@@ -14,7 +14,8 @@ def is_installed():
 
 def call(names, expression, **data):
     """Return the value of an expression in JavaScript, after the scripts of this folder with these names; the
-    values of `data` are variables there. All go through JSON. RuntimeError with Node's message if it fails."""
+    values of `data` are variables there. All go through JSON. RuntimeError with Node's message if it fails.
+    """
     scripts = []
     for name in names:
         with open(os.path.join(HERE, name), encoding="utf-8") as file:
