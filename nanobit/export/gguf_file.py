@@ -67,7 +67,7 @@ def check(part, kind, embed):
         faults.append(f"type = {kind!r} rounds ternary weights, and takes more room than {smallest(part)}")
     if {" ", "\u2581"} <= set(part["tokenizer"].get("chars", "")):
         faults.append("the characters ' ' and U+2581 are one in a GGUF file; --format=hf")
-    if part["tokenizer"]["kind"] == "tiktoken" and part["tokenizer"]["name"] not in ("gpt2", "r50k_base"):
+    if part["tokenizer"]["kind"] == "tiktoken" and not tokenizer_files.is_gpt2(part["tokenizer"]):
         faults.append(f"llama.cpp would split text otherwise than {part['tokenizer']['name']!r}; --format=hf")
     if faults:
         fail(*faults)

@@ -52,6 +52,11 @@ SAME = {*range(33, 127), *range(161, 173), *range(174, 256)}
 VISIBLE = {b: 256 + i for i, b in enumerate(b for b in range(256) if b not in SAME)}
 
 
+def is_gpt2(spec):
+    """Return whether a tiktoken tokenizer splits text as GPT-2 does, the only rule that all readers know."""
+    return spec["name"] in ("gpt2", "r50k_base")
+
+
 def bpe_of(spec):
     """Return (vocab {text: id}, merges [(left, right)]) of a tiktoken tokenizer in visible characters."""
     ranks = ranks_of(spec)
