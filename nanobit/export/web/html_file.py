@@ -10,12 +10,14 @@ import html
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import quant
+from model import Transformer
 from nanobit import record
 from nanobit.cli import fail
 from nanobit.export import hf
@@ -49,11 +51,15 @@ def unpacked(content, shape):
 
 
 def tensors(part, embed):
-    """Yield (name, {"type", "shape"} and the scale of a ternary matrix, bytes) of each tensor of a page."""
+    """Yield (name, {"type", "shape"} and the scale of a ternary matrix, bytes) of each tensor of a page, in
+    the order of model.py: exported folders have another one."""
     cfg = part["config"]
-    for name, w in part["model"].items():
-        if name.endswith("weight_scale") or (name == "head.weight" and cfg["tie_embeddings"]):
-            continue
+    with torch.device("meta"):
+        names = list(Transformer(SimpleNamespace(**cfg)).state_dict())
+    if cfg["tie_embeddings"]:
+        names.remove("head.weight")
+    for name in names:
+        w = part["model"][name]
         if hf.is_ternary(part, name):
             codes, scale = hf.codes_of(part, name)
             facts = dict(type="ternary", shape=list(codes.shape), scale=scale.item())
@@ -115,7 +121,7 @@ def is_ours(path):
 
 
 def check(part):
-    """Exit with 2 if a page cannot run a model; page_tokenizer does if it cannot split text as the model's."""
+    """Exit with 2 if a page cannot run a model. page_tokenizer does if it cannot split text as the model."""
     if part["config"]["n_expert"]:
         fail(f"n_expert = {part['config']['n_expert']}: a page runs no mixture of experts; --format=hf")
 

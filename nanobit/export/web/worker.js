@@ -84,12 +84,14 @@ class ModelWorker {
       }
     }
     sendText(stream.end());
+    const seconds = secondsSince(start);
+    if (newTokens === 0) prefillSeconds = seconds;
     this.send("done", question, {
       reason,
       prompt_tokens: Math.min(ids.length, this.model.settings.seq_len),
       new_tokens: newTokens,
       prefill_seconds: prefillSeconds,
-      decode_seconds: secondsSince(start) - prefillSeconds, // of all new tokens but the first
+      decode_seconds: seconds - prefillSeconds, // of all new tokens but the first
     });
   }
 
@@ -105,7 +107,7 @@ class ModelWorker {
         if (ahead) sum += ahead[token];
         ahead = logSoftmax(this.model.forward(token));
       }
-      logprobs.push(ahead);
+      logprobs.push(Array.from(ahead));
       sums.push(sum);
     }
     this.send("next", question, {logprobs, sums});
