@@ -93,6 +93,14 @@ def not_installed(*names):
 
 
 @injected
+def no_node():
+    """Let Node be missing."""
+    from nanobit.export.web import node
+
+    node.is_installed = lambda: False
+
+
+@injected
 def spy_on_prompts(name):
     """Print the token with which each prompt that a module of nanobit encodes begins."""
     module = importlib.import_module(f"nanobit.{name}")

@@ -229,7 +229,7 @@ def web(part, path, embed, windows=()):
 
     The scripts compute in doubles: in fp32 one ulp flips the rounding of an int8 input now and then, which
     moves logits by some thousandths of their spread, so the bound is not 0."""
-    held = html_file.values(path)
+    held = {name: w.float() for name, w in html_file.values(path).items()}
     rounding = rounding_of(part, held)
     is_held = rounding <= STEPS[embed] * 1.001
     verdict = "good" if is_held else "BAD"

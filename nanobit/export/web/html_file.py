@@ -74,17 +74,17 @@ def tensors(part, embed):
         if kind == "int8":
             rows, scales = quant.quantize_activations(w)
             content = rows.to(torch.int8).numpy().tobytes()
-            content += bytes(-len(content) % 4) + scales.numpy().astype("<f4").tobytes()
+            content += bytes(-len(content) % 4) + scales.numpy().tobytes()
         else:
-            array = w.numpy().astype({"f16": "<f2", "f32": "<f4"}[kind])
-            if not np.isfinite(array).all():
+            w = w.to(dict(f16=torch.float16, f32=torch.float32)[kind])
+            if not w.isfinite().all():
                 fail(f"{name} has a weight beyond 65,504, the largest of float16: a page cannot hold it")
-            content = array.tobytes()
+            content = w.numpy().tobytes()
         yield name, facts, content
 
 
 def values(path):
-    """Return {name: fp32 tensor} of what a page holds, ternary matrices as codes / scale."""
+    """Return {name: float64 tensor} of what a page holds, ternary matrices as codes / scale."""
     parts = elements(path)
     content = np.frombuffer(base64.b64decode(parts["weights"]), np.uint8)
     weights = {}
@@ -93,15 +93,16 @@ def values(path):
         size = int(np.prod(shape))
         if kind == "ternary":
             codes = unpacked(content[start : start + -(-shape[1] // 4) * shape[0]], shape)
-            array = codes / np.float32(tensor["scale"])
+            array = codes / tensor["scale"]
         elif kind == "int8":
             rows = content[start : start + size].view(np.int8).reshape(shape)
             start += size + -size % 4
-            array = rows / content[start : start + 4 * shape[0]].view("<f4")[:, None]
+            scales = content[start : start + 4 * shape[0]].view("<f4")
+            array = rows / scales[:, None].astype(np.float64)
         else:
             dtype = np.dtype({"f16": "<f2", "f32": "<f4"}[kind])
             array = content[start : start + size * dtype.itemsize].view(dtype).reshape(shape)
-        weights[name] = torch.from_numpy(array.astype(np.float32))
+        weights[name] = torch.from_numpy(array.astype(np.float64))
     return weights
 
 

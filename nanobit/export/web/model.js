@@ -10,14 +10,14 @@
 // The smallest max|x|: an all-zero input divides by this, not by zero.
 const EPS = 1e-5;
 
-// Return the nearest integer; a half goes to the even neighbour, as everywhere in Python.
+/** Return the nearest integer; a half goes to the even neighbour, as everywhere in Python. */
 function roundHalfToEven(x) {
   const below = Math.floor(x);
   if (x - below !== 0.5) return Math.round(x);
   return below % 2 === 0 ? below : below + 1;
 }
 
-// Return {q, scale} of x: q = round(x * scale) as int8, with zeros at the end up to a multiple of 4.
+/** Return {q, scale} of x: q = round(x * scale) as int8, with zeros at the end up to a multiple of 4. */
 function quantizeActivations(x) {
   let largest = EPS;
   for (const value of x) largest = Math.max(largest, Math.abs(value));
@@ -29,8 +29,8 @@ function quantizeActivations(x) {
   return {q, scale};
 }
 
-// Codes -1, 0 and 1 with one scale. A byte holds code + 1 of four neighbours in a row, lowest bits first. All
-// rows of the first four columns come first, then all rows of the next four. Missing columns are zeros.
+/** Codes -1, 0 and 1 with one scale. A byte holds code + 1 of four neighbours in a row, lowest bits first.
+ *  All rows of the first four columns come first, then those of the next four. Missing columns are zeros. */
 class TernaryMatrix {
   constructor(buffer, {shape, offset, scale}) {
     this.shape = shape;
@@ -39,11 +39,12 @@ class TernaryMatrix {
     this.bytes = new Uint8Array(buffer, offset, this.groups * shape[0]);
   }
 
-  // Return W x: integer sums, then the scales. No row multiplies: two neighbouring inputs, each taken with -1,
-  // 0 or 1, have only nine sums. These stand in a table, each at the 4 bits of its two codes, and each row adds
-  // what it finds at its own bits.
+  /** Return W x: integer sums, then the scales. No row multiplies: two neighbouring inputs, each taken with
+   *  -1, 0 or 1, have only nine sums. These stand in a table, each at the 4 bits of its two codes, and each
+   *  row adds what it finds at its own bits. */
   multiply(x) {
     const [nRows] = this.shape;
+    const bytes = this.bytes;
     const {q, scale} = quantizeActivations(x);
     const sums = new Int32Array(nRows);
     const lowHalf = new Int32Array(16);
@@ -57,15 +58,16 @@ class TernaryMatrix {
           highHalf[bits] = first * q[i + 2] + second * q[i + 3];
         }
       }
-      const bytes = this.bytes.subarray(group * nRows, (group + 1) * nRows);
+      const start = group * nRows;
       for (let row = 0; row < nRows; row++) {
-        sums[row] += lowHalf[bytes[row] & 15] + highHalf[bytes[row] >> 4];
+        const byte = bytes[start + row];
+        sums[row] += lowHalf[byte & 15] + highHalf[byte >> 4];
       }
     }
     return Float64Array.from(sums).map((sum) => sum / (this.scale * scale));
   }
 
-  // Return the codes (out, in), row after row, as int8.
+  /** Return the codes (out, in), row after row, as int8. */
   values() {
     const [nRows, nColumns] = this.shape;
     const codes = new Int8Array(nRows * nColumns);
@@ -79,8 +81,8 @@ class TernaryMatrix {
   }
 }
 
-// Rows of numbers, each row with a divisor: value = number / divisor. For an embedding of int8 these are the
-// scales of its rows, in fp32 after the rows; floats of 16 bits are the values themselves.
+/** Rows of numbers, each row with a divisor: value = number / divisor. For an embedding of int8 these are the
+ *  scales of its rows, in fp32 after the rows; floats of 16 bits are the values themselves. */
 class RowMatrix {
   constructor(buffer, {shape, type, offset}) {
     const [nRows, nColumns] = shape;
@@ -95,14 +97,14 @@ class RowMatrix {
     }
   }
 
-  // Return row i, the embedding of token i.
+  /** Return row i, the embedding of token i. */
   row(i) {
     const [, nColumns] = this.shape;
     const numbers = this.numbers.subarray(i * nColumns, (i + 1) * nColumns);
     return Float64Array.from(numbers, (number) => number / this.divisors[i]);
   }
 
-  // Return W x.
+  /** Return W x. */
   multiply(x) {
     const [nRows, nColumns] = this.shape;
     const y = new Float64Array(nRows);
@@ -115,14 +117,14 @@ class RowMatrix {
     return y;
   }
 
-  // Return all values (out, in), row after row.
+  /** Return all values (out, in), row after row. */
   values() {
     const [nRows, nColumns] = this.shape;
     return Float32Array.from(this.numbers, (number, i) => number / this.divisors[Math.floor(i / nColumns)]);
   }
 }
 
-// The value of each float of 16 bits: 1 bit for the sign, 5 for the exponent, 10 for the fraction (IEEE 754).
+/** All floats of 16 bits: one bit for the sign, 5 for the exponent, 10 for the fraction (IEEE 754). */
 const HALVES = Float32Array.from({length: 65536}, (_, bits) => {
   const sign = bits >> 15 ? -1 : 1;
   const exponent = (bits >> 10) & 31;
@@ -130,14 +132,14 @@ const HALVES = Float32Array.from({length: 65536}, (_, bits) => {
   return exponent === 0 ? sign * fraction * 2 ** -14 : sign * (1 + fraction) * 2 ** (exponent - 15);
 });
 
-// Return x / rms(x) * weight.
+/** Return x / rms(x) * weight. */
 function rmsNorm(x, weight, eps) {
   const meanSquare = x.reduce((sum, value) => sum + value * value, 0) / x.length;
   const inverse = 1 / Math.sqrt(meanSquare + eps);
   return x.map((value, i) => weight[i] * (value * inverse));
 }
 
-// Rotate each pair (x_i, x_{i + D/2}) of each head by its angle, in place; cos, sin (D/2).
+/** Rotate each pair (x_i, x_{i + D/2}) of each head by its angle, in place; cos, sin (D/2). */
 function rotate(x, cos, sin) {
   const half = cos.length;
   for (let head = 0; head < x.length; head += 2 * half) {
@@ -150,22 +152,26 @@ function rotate(x, cos, sin) {
   }
 }
 
-// Return log(e^x / sum(e^x)).
+/** Return e^x / sum(e^x). The largest x is taken off first, so that no power overflows. */
+function softmax(x) {
+  const largest = x.reduce((a, b) => Math.max(a, b));
+  const powers = x.map((value) => Math.exp(value - largest));
+  const sum = powers.reduce((a, b) => a + b);
+  return powers.map((power) => power / sum);
+}
+
+/** Return log(softmax(x)). */
 function logSoftmax(x) {
   const largest = x.reduce((a, b) => Math.max(a, b));
   const sum = x.reduce((total, value) => total + Math.exp(value - largest), 0);
   return x.map((value) => value - largest - Math.log(sum));
 }
 
-function softmax(x) {
-  return logSoftmax(x).map(Math.exp);
-}
-
 function add(a, b) {
   return a.map((value, i) => value + b[i]);
 }
 
-// A plain Llama. settings: the JSON element "model" of the page; buffer: the bytes of all its tensors.
+/** A plain Llama. settings: the JSON element "model" of the page; buffer: the bytes of all its tensors. */
 class Model {
   constructor(settings, buffer) {
     this.settings = settings;
@@ -197,23 +203,24 @@ class Model {
     return new Float32Array(this.buffer, offset, shape[0]);
   }
 
-  // Forget all tokens. The KV cache of a block has the keys and the values (K D) of each token.
+  /** Forget all tokens. The KV cache of a block has the keys and the values (K D) of each token. */
   reset() {
     this.position = 0;
     for (const block of this.blocks) Object.assign(block, {keys: [], values: []});
   }
 
-  // Read the next token; return the logits (V) of the one after it.
+  /** Read the next token; return the logits (V) of the one after it. */
   forward(token) {
     return this.head.multiply(this.read(token));
   }
 
-  // Read the next token; return what the head makes logits of (C).
+  /** Read the next token; return what the head makes logits of (C). */
   read(token) {
     const eps = this.settings.norm_eps;
     const pairs = Array.from({length: this.headDim / 2}, (_, i) => i);
     const angles = pairs.map((i) => this.position / this.settings.rope_theta ** ((2 * i) / this.headDim));
-    const [cos, sin] = [angles.map(Math.cos), angles.map(Math.sin)];
+    const cos = angles.map(Math.cos);
+    const sin = angles.map(Math.sin);
     let x = this.embed.row(token);
     for (const block of this.blocks) {
       x = add(x, this.attention(block, rmsNorm(x, block.attnNorm, eps), cos, sin));
@@ -223,8 +230,8 @@ class Model {
     return rmsNorm(x, this.norm, eps);
   }
 
-  // Each of H query heads compares itself with the keys of all tokens so far, and mixes their values. H / K
-  // neighbouring heads share a key and a value.
+  /** Each of H query heads compares itself with the keys of all tokens so far, and mixes their values. H / K
+   *  neighbouring heads share a key and a value. */
   attention(block, x, cos, sin) {
     const D = this.headDim;
     const {n_head, n_kv_head} = this.settings;
@@ -251,7 +258,7 @@ class Model {
     return block.o.multiply(y);
   }
 
-  // SwiGLU: down(silu(gate(x)) * up(x))
+  /** SwiGLU: down(silu(gate(x)) * up(x)) */
   feedForward(block, x) {
     const up = block.up.multiply(x);
     const gate = block.gate.multiply(x);
@@ -259,9 +266,9 @@ class Model {
   }
 }
 
-// Return a function that draws numbers in [0, 1): xorshift of 32 bits (Marsaglia, Xorshift RNGs, 2003).
+/** Return a function that draws numbers in [0, 1): xorshift of 32 bits (Marsaglia, Xorshift RNGs, 2003). */
 function makeRandom(seed) {
-  let state = ((seed >>> 0) + 1) >>> 0 || 1; // 0 would stay 0
+  let state = ((seed >>> 0) % 0xffffffff) + 1; // the lowest 32 bits, but not 0: it would stay 0
   const random = () => {
     state ^= state << 13;
     state ^= state >>> 17;
@@ -272,8 +279,8 @@ function makeRandom(seed) {
   return random;
 }
 
-// Return a token for logits (V): the most probable at temperature 0, else one drawn from the top_k most
-// probable (0 = all), and of these from the smallest set whose total probability reaches top_p.
+/** Return a token for logits (V): the most probable at temperature 0, else one drawn from the top_k most
+ *  probable (0 = all), and of these from the smallest set whose total probability reaches top_p. */
 function sampleToken(logits, {temperature, top_k, top_p}, random) {
   if (temperature === 0) return logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
   let ids = Array.from(logits.keys());
@@ -284,18 +291,21 @@ function sampleToken(logits, {temperature, top_k, top_p}, random) {
   }
   const probabilities = softmax(ids.map((id) => logits[id] / temperature));
   let total = 0;
-  let size = 0;
-  while (size < ids.length && (size === 0 || top_p >= 1 || total < top_p)) total += probabilities[size++];
+  let kept = 0;
+  do {
+    total += probabilities[kept];
+    kept += 1;
+  } while (kept < ids.length && (top_p === 1 || total < top_p));
   let rest = random() * total;
-  for (let i = 0; i < size; i++) {
+  for (let i = 0; i < kept; i++) {
     rest -= probabilities[i];
     if (rest < 0) return ids[i];
   }
   return ids[0]; // the subtractions left a last bit
 }
 
-// Read the ids of a prompt and yield null after each, then the new tokens. When the context is full, its
-// later half is read again. options: those of sampleToken, and max_new_tokens.
+/** Read the ids of a prompt and yield null after each, then the new tokens. When the context is full, its
+ *  later half is read again. options: those of sampleToken, and max_new_tokens. */
 function* generate(model, ids, options, random) {
   const size = model.settings.seq_len;
   const all = ids.slice(-size);

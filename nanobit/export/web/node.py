@@ -13,9 +13,9 @@ def is_installed():
 
 
 def call(names, expression, **data):
-    """Return the value of an expression in JavaScript, after the scripts of this folder with these names; the
-    values of `data` are variables there. All go through JSON. RuntimeError with Node's message if it fails.
-    """
+    """Return the value of an expression in JavaScript, or what it promises, after the scripts of this folder
+    with these names; the values of `data` are variables there. All go through JSON. RuntimeError with Node's
+    message if it fails."""
     scripts = []
     for name in names:
         with open(os.path.join(HERE, name), encoding="utf-8") as file:
@@ -23,7 +23,8 @@ def call(names, expression, **data):
     variables = "".join(f"var {name} = input.{name};\n" for name in data)
     # the scripts come first, so that line numbers in an error are those of the first one
     main = f"const input = JSON.parse(require('fs').readFileSync(0, 'utf8'));\n{variables}"
-    main += f"process.stdout.write(JSON.stringify({expression}));\n"
+    main += f"Promise.resolve({expression}).then((value) => {{\n"
+    main += "  process.stdout.write(JSON.stringify(value), () => process.exit());  // also if a port is open\n});\n"
     command = ["node", "-e", "\n".join([*scripts, main])]
     result = subprocess.run(command, input=json.dumps(data), capture_output=True, text=True, encoding="utf-8")
     if result.returncode:

@@ -1,6 +1,6 @@
-// Runs a page in Node, for export.py --verify and the tests: the scripts that it holds, on the weights it holds.
+// Runs a page in Node, for export.py --verify and the tests: the scripts and the weights that it holds.
 
-// Return {Model, ..., model, tokenizer, bos} of a page.
+/** Return {Model, ..., model, tokenizer, bos} of a page. */
 function openPage(path) {
   const page = require("fs").readFileSync(path, "utf8");
   const element = (id) => {
@@ -15,13 +15,13 @@ function openPage(path) {
   return {...scripts, model: new scripts.Model(settings, buffer), tokenizer, bos: settings.bos};
 }
 
-// Return the ids of a prompt.
+/** Return the ids of a prompt. */
 function tokenize(path, text) {
   const {tokenizer, bos} = openPage(path);
   return [bos, ...tokenizer.encode(text)];
 }
 
-// Return the logits (B, T, V) after each token of rows (B, T).
+/** Return the logits (B, T, V) after each token of rows (B, T). */
 function logitsOf(path, rows) {
   const {model} = openPage(path);
   return rows.map((ids) => {
@@ -30,7 +30,8 @@ function logitsOf(path, rows) {
   });
 }
 
-// Return the cross entropy in nats, summed over the targets that count (not -100) in windows [inputs, targets].
+/** Return the cross entropy in nats, summed over the targets that count (not -100), of windows [inputs,
+ *  targets]. */
 function natsOf(path, windows) {
   const {model, logSoftmax} = openPage(path);
   let nats = 0;
@@ -44,7 +45,7 @@ function natsOf(path, windows) {
   return nats;
 }
 
-// Return n greedy tokens after ids.
+/** Return n greedy tokens after ids. */
 function greedy(path, ids, n) {
   const {model, generate} = openPage(path);
   const options = {temperature: 0, max_new_tokens: n};

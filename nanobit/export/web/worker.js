@@ -2,7 +2,7 @@
 // its question; an error in an answer is sent as {type: "error", id, message}.
 
 class ModelWorker {
-  // scope: what has postMessage and onmessage in a worker
+  /** scope: what has postMessage and onmessage in a worker */
   constructor(scope) {
     this.scope = scope;
     this.channel = new MessageChannel();
@@ -27,7 +27,7 @@ class ModelWorker {
     this.scope.postMessage({type, id: question.id, ...fields});
   }
 
-  // Let messages in, without the 4 ms that a timer would wait.
+  /** Let messages in, without the 4 ms that a timer would wait. */
   pause() {
     return new Promise((resolve) => {
       this.channel.port1.onmessage = resolve;
@@ -35,7 +35,7 @@ class ModelWorker {
     });
   }
 
-  // {model, tokenizer, weights}: the JSON elements of the page, and its base64 text
+  /** {model, tokenizer, weights}: the JSON elements of the page, and its base64 text */
   load(question) {
     const start = performance.now();
     const bytes = Uint8Array.from(atob(question.weights), (char) => char.charCodeAt(0));
@@ -45,12 +45,12 @@ class ModelWorker {
     this.send("ready", question, {seconds: secondsSince(start)});
   }
 
-  // Return the ids of a text that begins here.
+  /** Return the ids of a text that begins here. */
   encode(text) {
     return [this.spec.bos, ...this.tokenizer.encode(text)];
   }
 
-  // Return the ids to continue: of a prompt, or of messages, for which at least half of the context is left.
+  /** Return the ids to continue: of a prompt, or of messages, which leave room for the answer. */
   promptIds({prompt, messages, max_new_tokens}) {
     if (!messages) return this.encode(prompt);
     const size = this.model.settings.seq_len;
@@ -58,7 +58,7 @@ class ModelWorker {
     return conversationIds(this.tokenizer, this.spec, messages, room);
   }
 
-  // {prompt or messages, max_new_tokens, temperature, top_k, top_p, seed}: the text comes token by token
+  /** {prompt or messages, max_new_tokens, temperature, top_k, top_p, seed}: the text comes token by token */
   async generate(question, isStopped) {
     const start = performance.now();
     const ids = this.promptIds(question);
@@ -95,7 +95,7 @@ class ModelWorker {
     });
   }
 
-  // {texts}: the log probabilities (V) of the token after each text, and of the text itself
+  /** {texts}: the log probabilities (V) of the token after each text, and of the text itself */
   next(question) {
     const logprobs = [];
     const sums = [];
@@ -113,7 +113,7 @@ class ModelWorker {
     this.send("next", question, {logprobs, sums});
   }
 
-  // {name}: the codes of a ternary matrix, or the values of another one, row after row; as in model.tensors
+  /** {name}, as in model.tensors: the codes of a ternary matrix, or the values of another, row after row */
   matrix(question) {
     const matrix = this.model.matrix(question.name);
     this.send("matrix", question, {shape: matrix.shape, codes: matrix.values()});

@@ -1,0 +1,132 @@
+"""worker.js, in Node: what it answers to the messages of a page."""
+
+import json
+import os
+
+import pytest
+import torch
+from parts import part_of
+from web_pages import BOUND, in_float64, js, model_of, needs_node
+
+from nanobit import chat
+from nanobit.export.web import html_file
+from nanobit.generate import generate
+from nanobit.tasks.tictactoe import next_logprobs
+from nanobit.tokenizer import make_tokenizer
+
+pytestmark = needs_node
+HERE = os.path.dirname(os.path.abspath(__file__))
+CHARS = "\0\n" + "".join(map(chr, range(32, 127)))
+SPEC = dict(kind="char", sha256="x", eot=0, chars=CHARS, chat=chat.FORMAT)
+OPTIONS = dict(max_new_tokens=20, temperature=1.0, top_k=0, top_p=1.0, seed=5)
+TALK = [dict(role="user", content="How are you?")]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Return the path of the page of a random model."""
+    path = tmp_path_factory.mktemp("page") / "x.html"
+    html_file.write(part_of(SPEC, vocab_size=len(CHARS)), str(path))
+    return path
+
+
+def answers_of(path, *questions):
+    """Return what the worker of a page answers to each question, the pieces of a text in a list, and last to
+    all of them."""
+    parts = html_file.elements(path)
+    entry = {name: json.loads(parts[name]) for name in ("model", "tokenizer")} | dict(
+        weights=parts["weights"]
+    )
+    names = [*html_file.WORKER, os.path.join(HERE, "web_worker.js")]
+    questions = [dict(question, id=i) for i, question in enumerate(questions)]
+    ready, *answers = js("answersOf(entry, questions)", names, entry=entry, questions=questions)
+    assert ready["type"] == "ready"
+    ends = [answer for answer in answers if answer["type"] != "text"]
+    assert [answer["id"] for answer in ends] == [*range(len(questions))]
+    for answer in answers:
+        if answer["type"] == "text":
+            end = ends[answer["id"]]
+            end["text"] = end.get("text", "") + answer["text"]
+    return ends
+
+
+def write(**changes):
+    """Return the question for a text."""
+    return dict(type="generate", prompt="a cat") | OPTIONS | changes
+
+
+def test_a_seed_gives_the_same_text(page):
+    """The same seed gives the same text, another one another, and all tokens are counted."""
+    one, again, other = answers_of(page, write(), write(), write(seed=6))
+    assert one["text"] == again["text"] != other["text"]
+    assert (one["type"], one["reason"], one["prompt_tokens"]) == ("done", "length", 6)
+    assert one["new_tokens"] == len(one["text"]) == 20
+
+
+@in_float64
+@torch.no_grad()
+def test_a_text_is_that_of_python(page):
+    """Greedy text after a prompt, and the answer in a conversation, are those of Python."""
+    tokenizer = make_tokenizer(SPEC)
+    model = model_of(page)
+    question = write(messages=TALK, temperature=0)
+    answers = answers_of(page, write(temperature=0), question)
+    for answer, ids in zip(
+        answers, ([0, *tokenizer.encode("a cat")], chat.prompt_ids(tokenizer, SPEC, TALK))
+    ):
+        made = [token.item() for token in generate(model, torch.tensor([ids]), 20, temperature=0.0)]
+        assert answer["text"] == tokenizer.decode(made)
+
+
+def test_a_text_ends_at_the_end_token(page):
+    """The token that ends a text ends the answer, and is counted but not shown."""
+    (answer,) = answers_of(page, write(max_new_tokens=3000))
+    assert answer["reason"] == "end"
+    assert answer["new_tokens"] == len(answer["text"]) + 1 < 3000
+
+
+def test_a_text_can_be_stopped(page):
+    """A stop ends the text within a token; what is asked afterwards is answered."""
+    stopped, other = answers_of(page, write(stop_after=3), dict(type="next", texts=["a"]))
+    assert stopped["reason"] == "stopped"
+    assert 3 <= stopped["new_tokens"] <= 4
+    assert other["type"] == "next"
+
+
+@in_float64
+@torch.no_grad()
+def test_the_next_token(page):
+    """The log probabilities of the next token, and of the texts, are those that Python's player asks for."""
+    texts = ["abc", "xyz"]
+    (answer,) = answers_of(page, dict(type="next", texts=texts))
+    after, so_far = next_logprobs(model_of(page), make_tokenizer(SPEC), 0, texts)
+    assert (torch.tensor(answer["logprobs"], dtype=torch.float64) - after).abs().max() <= BOUND
+    assert (torch.tensor(answer["sums"], dtype=torch.float64) - so_far).abs().max() <= BOUND
+
+
+@pytest.mark.parametrize("ternary", [True, False])
+def test_a_matrix(ternary, tmp_path):
+    """A matrix comes row after row, with its shape: the codes of a ternary one, the values of another."""
+    html_file.write(part_of(ternary=ternary), str(tmp_path / "x.html"))
+    held = html_file.values(tmp_path / "x.html")
+    names = ["blocks.0.attn.k_proj.weight", "embed.weight"]
+    answers = answers_of(tmp_path / "x.html", *(dict(type="matrix", name=name) for name in names))
+    for name, answer, is_codes in zip(names, answers, (ternary, False)):
+        values = held[name].sign() if is_codes else held[name].float()
+        assert answer["shape"] == list(values.shape)
+        assert [*answer["codes"].values()] == pytest.approx(values.view(-1).tolist(), rel=1e-6)
+
+
+def test_an_error_is_an_answer(page):
+    """What cannot be done is an answer with the reason, and the next question is answered."""
+    missing, unknown, good = answers_of(page, write(prompt="\u4e2d"), dict(type="sing"), write())
+    assert missing["type"] == unknown["type"] == "error"
+    assert "has no character" in missing["message"]
+    assert good["type"] == "done"
+
+
+def test_a_question_that_does_not_fit_is_an_error(page):
+    """A question longer than the context is refused, not cut."""
+    (answer,) = answers_of(page, write(messages=[dict(role="user", content="a" * 99)]))
+    assert answer["type"] == "error"
+    assert "tokens" in answer["message"]
