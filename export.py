@@ -53,7 +53,7 @@ def derive(cfg):
         yield f"out = {given!r} is the name of a file; --format=hf writes a folder"
     types = EMBED.get(cfg.format, ())
     if cfg.embed and cfg.embed not in types:
-        yield f"embed = {cfg.embed!r} does not apply to --format={cfg.format}; it has {EMBED_TYPES}"
+        yield f"embed = {cfg.embed!r} does not apply to --format={cfg.format}; there is {EMBED_TYPES}"
     elif types:
         cfg.embed = cfg.embed or types[0]
 

@@ -111,8 +111,8 @@ def test_scripts_can_stand_in_a_page():
 @pytest.mark.parametrize("embed, step", [("int8", 0.5 / 127), ("f16", 2**-11)])
 @pytest.mark.parametrize("ternary", [True, False])
 def test_weights_of_a_page(ternary, embed, step, tmp_path):
-    """A page has the codes and the scale of each ternary matrix to the last bit, norms in fp32, floats rounded
-    to float16, and embedding and head as asked."""
+    """A page has the codes and the scale of each ternary matrix to the last bit, norms in fp32, other floats
+    in float16, and embedding and head as asked."""
     part = part_of(ternary=ternary, tie_embeddings=False, vocab_multiple=16)
     path = page_of(tmp_path, part, embed)
     tensors = json.loads(html_file.elements(path)["model"])["tensors"]
@@ -205,7 +205,7 @@ def test_only_pages_are_ours(tmp_path):
 
 
 def test_what_a_page_cannot_hold_is_refused(tmp_path, monkeypatch, capsys):
-    """Experts, weights beyond float16 and a page that is too large are one error each, and nothing is written."""
+    """Experts, weights beyond float16 and a page that is too large are one error each; nothing is written."""
     huge = part_of(ternary=False)
     huge["model"]["blocks.0.attn.q_proj.weight"][0, 0] = 1e5
     monkeypatch.setattr(html_file, "LIMIT", 1000)
@@ -265,7 +265,7 @@ def test_verify_without_node(trained, tmp_path):
     ],
 )
 def test_a_changed_page_is_bad(old, new, says, tmp_path, capsys):
-    """A script that computes something else than model.py, and a scale that is not the model's, is not good."""
+    """A script that computes something else than model.py, and another scale than the model's, is bad."""
     part = part_of()
     path = page_of(tmp_path, part)
     with open(path, encoding="utf-8") as file:

@@ -26,7 +26,6 @@ from nanobit.export.web.node import HERE
 from nanobit.tasks import game
 from nanobit.tokenizer import bos_of
 
-EMBED = ("int8", "f16")  # types of embedding and head
 LIMIT = 150_000_000  # bytes of a page
 WORKER = ("tokenizer.js", "model.js", "worker.js")
 SIZES = """vocab_size seq_len n_layer n_head n_kv_head n_embd ffn_dim norm_eps rope_theta
@@ -89,7 +88,9 @@ def values(path):
     content = np.frombuffer(base64.b64decode(parts["weights"]), np.uint8)
     weights = {}
     for name, tensor in json.loads(parts["model"])["tensors"].items():
-        shape, kind, start = tensor["shape"], tensor["type"], tensor["offset"]
+        shape = tensor["shape"]
+        kind = tensor["type"]
+        start = tensor["offset"]
         size = int(np.prod(shape))
         if kind == "ternary":
             codes = unpacked(content[start : start + -(-shape[1] // 4) * shape[0]], shape)
@@ -145,7 +146,8 @@ def source(text):
 
 def about(part, tensors, size, name, score):
     """Return what the page shows of a model; tensors: those of the element `model`, size: their bytes."""
-    cfg, spec = part["config"], part["tokenizer"]
+    cfg = part["config"]
+    spec = part["tokenizer"]
     counts = {name: int(np.prod(tensor["shape"])) for name, tensor in tensors.items()}
     curve = part.get("curve", [])
     losses = dict(curve)
@@ -182,7 +184,8 @@ def write(part, path, embed="int8", name="", score=()):
     """Write one HTML page at `path`; embed: the type of embedding and head. name and score, {name: number}:
     those of the model's card, if it has one."""
     check(part)
-    cfg, spec = part["config"], part["tokenizer"]
+    cfg = part["config"]
+    spec = part["tokenizer"]
     blob = bytearray()
     stored = {}
     for tensor, facts, content in tensors(part, embed):

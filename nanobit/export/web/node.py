@@ -23,8 +23,9 @@ def call(names, expression, **data):
     variables = "".join(f"var {name} = input.{name};\n" for name in data)
     # the scripts come first, so that line numbers in an error are those of the first one
     main = f"const input = JSON.parse(require('fs').readFileSync(0, 'utf8'));\n{variables}"
-    main += f"Promise.resolve({expression}).then((value) => {{\n"
-    main += "  process.stdout.write(JSON.stringify(value), () => process.exit());  // also if a port is open\n});\n"
+    # exit: an open port of a MessageChannel would keep Node waiting
+    answer = "(value) => process.stdout.write(JSON.stringify(value), () => process.exit())"
+    main += f"Promise.resolve({expression}).then({answer});\n"
     command = ["node", "-e", "\n".join([*scripts, main])]
     result = subprocess.run(command, input=json.dumps(data), capture_output=True, text=True, encoding="utf-8")
     if result.returncode:
