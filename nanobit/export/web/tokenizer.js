@@ -1,13 +1,13 @@
 // Texts to token ids and back, with the same ids as nanobit/tokenizer.py and nanobit/chat.py.
 
 /** Return the tokenizer of a spec (made by tokenizer_data.py): size, the number of ids; encode(text), the ids
- *  of a text; encodeOn(text), those of text that continues another; decode(ids), the text, without other ids. */
+ *  of a text; encodeOn(text), those of text that continues another; decode(ids), the text of these ids. */
 function makeTokenizer(spec) {
   const kinds = { char: charTokenizer, sentencepiece: sentencePieceTokenizer, tiktoken: tiktokenTokenizer };
   return kinds[spec.kind](spec);
 }
 
-/** Characters: each one of the training text is a token, with its place in spec.chars as its id. */
+/** Characters: each character of the training text is a token. Its id is its place in spec.chars. */
 function charTokenizer(spec) {
   const chars = Array.from(spec.chars); // whole characters: spec.chars[i] may be half of one
   const idOf = new Map(chars.map((char, id) => [char, id]));
@@ -21,14 +21,14 @@ function charTokenizer(spec) {
   return { size: chars.length, encode, encodeOn: encode, decode: (ids) => ids.map((i) => chars[i]).join("") };
 }
 
-/** Byte-pair encoding (BPE): join two neighbours if what they make is a token, first the pair whose token has
- *  the lowest rank, of equal ones the leftmost, until no pair makes one. ranks: Map of token to integer. */
+/** Byte-pair encoding (BPE): two neighbours are joined if they make a token (ranks: Map of token to integer).
+ *  The pair of the lowest rank comes first, of equal ones the leftmost, until no pair makes a token. */
 function joinPairs(parts, ranks) {
   const n = parts.length;
-  const next = parts.map((_, i) => i + 1); // places of the neighbours, which change
+  const next = parts.map((_, i) => i + 1); // places of the neighbours, which change when parts are joined
   const previous = parts.map((_, i) => i - 1);
   const keyOf = (i) => (next[i] < n ? ranks.get(parts[i] + parts[next[i]]) * n + i : NaN); // NaN: not a token
-  let heap; // of the keys of all pairs
+  let heap; // the keys of all pairs; the smallest is known without a search
   const add = (i) => {
     if (!Number.isNaN(keyOf(i))) heap = mergeHeaps(heap, { key: keyOf(i), depth: 1 });
   };
@@ -50,8 +50,8 @@ function joinPairs(parts, ranks) {
   return parts.filter((part) => part);
 }
 
-/** Return one heap of two. A heap is undefined or {key, left, right, depth}: left and right are heaps of keys
- *  that are not smaller than key, and left is the deeper one, so that this takes O(log n) steps. */
+/** Return one heap of two, in O(log n). A heap is undefined or {key, left, right, depth}: no key in left and
+ *  right is smaller, and depth counts the heaps along right, which is kept the shorter side. */
 function mergeHeaps(a, b) {
   if (!a || !b) return a ?? b;
   if (b.key < a.key) return mergeHeaps(b, a);
@@ -62,17 +62,17 @@ function mergeHeaps(a, b) {
 }
 
 const SPACE = "\u2581"; // a space in the pieces of SentencePiece
-const toBytes = (text) => Array.from(new TextEncoder().encode(text));
-const fromBytes = (bytes) => new TextDecoder("utf-8", { ignoreBOM: true }).decode(Uint8Array.from(bytes));
+const UTF8 = { encoder: new TextEncoder(), decoder: new TextDecoder("utf-8", { ignoreBOM: true }) };
+const toBytes = (text) => Array.from(UTF8.encoder.encode(text));
+const fromBytes = (bytes) => UTF8.decoder.decode(Uint8Array.from(bytes));
 const nameOf = (byte) => `<0x${byte.toString(16).toUpperCase().padStart(2, "0")}>`; // <0x0A> for 10
 
-/** SentencePiece: BPE of the characters of the whole text, with a space put before it. A character that is no
- *  piece becomes the tokens of its UTF-8 bytes, <0x00> to <0xFF>, or the unknown token if there are none. */
+/** SentencePiece: BPE of the characters of the whole text, with a space put before it. Other characters than
+ *  those of its pieces become tokens of their UTF-8 bytes, <0x00> to <0xFF>, or else the unknown token. */
 function sentencePieceTokenizer(spec) {
-  const size = spec.pieces.length; // pieces: [piece, score, kind]; the highest score is the lowest rank
-  const idOf = new Map(spec.pieces.map(([piece], id) => [piece, id]));
+  const idOf = new Map(spec.pieces.map(([piece], id) => [piece, id])); // pieces: [piece, score, kind]
   const normal = spec.pieces.filter(([, , kind]) => kind === "normal");
-  const ranks = new Map(normal.map(([piece, score]) => [piece, -score]));
+  const ranks = new Map(normal.map(([piece, score]) => [piece, -score])); // the best score is the lowest rank
   const unknown = spec.pieces.findIndex(([, , kind]) => kind === "unknown");
   function encode(text) {
     if (/\p{Surrogate}/u.test(text)) throw new Error("the text has half a surrogate pair");
@@ -87,7 +87,7 @@ function sentencePieceTokenizer(spec) {
     let text = "";
     let isFirst = true; // the space before the first token is the one that encode puts there
     const bytes = []; // of byte tokens side by side
-    for (const [piece, , kind] of ids.filter((id) => id < size).map((id) => spec.pieces[id])) {
+    for (const [piece, , kind] of ids.filter((id) => id < spec.pieces.length).map((id) => spec.pieces[id])) {
       if (kind !== "byte") text += textOf(bytes.splice(0));
       if (kind === "byte") bytes.push(parseInt(piece.slice(1, 5), 16));
       if (kind === "unknown") text += spec.unknown_text;
@@ -99,11 +99,11 @@ function sentencePieceTokenizer(spec) {
   const newline = encode("\n");
   const keepsLines = decode(newline) === "\n"; // false if there are no tokens of bytes
   function encodeOn(text) {
-    const ids = encode("\n" + text); // no space is put after a line end
+    const ids = encode("\n" + text); // no space is put before what follows a line end
     const begins = newline.every((id, i) => ids[i] === id);
     return keepsLines && begins ? ids.slice(newline.length) : encode(text);
   }
-  return { size, encode, encodeOn, decode };
+  return { size: spec.pieces.length, encode, encodeOn, decode };
 }
 
 /** Return the text of bytes of UTF-8, with a U+FFFD for each byte that belongs to no character. */
@@ -117,8 +117,8 @@ function textOf(bytes) {
   return text;
 }
 
-/** GPT-2 (tiktoken): a pattern cuts the text into words, each with the space before it. BPE joins the bytes of
- *  each word (UTF-8, with a visible character for each byte). Names of special tokens are ordinary text. */
+/** GPT-2 (tiktoken): a pattern cuts the text into words, each with the space before it. BPE joins the bytes
+ *  of each word (UTF-8, a visible character for each byte). Names of special tokens are ordinary text. */
 function tiktokenTokenizer(spec) {
   const charOf = Array.from(spec.bytes); // the character of each byte
   const ranks = new Map(spec.tokens.map((token, id) => [token, id])); // a token's rank is its id

@@ -7,8 +7,8 @@ from nanobit.tokenizer import bos_of, make_tokenizer
 
 
 def page_tokenizer(spec):
-    """Return the tokenizer of a spec with content as a dict for JSON. Exits with 2 if tokenizer.js would split
-    text otherwise."""
+    """Return the tokenizer of a spec with content, as a dict for JSON. Exits with 2 if tokenizer.js would
+    split text otherwise."""
     tokenizer = make_tokenizer(spec)
     entry = dict(kind=spec["kind"], bos=bos_of(spec), eot=spec["eot"], chat=spec.get("chat"))
     entry["special_names"] = chat.special_names(tokenizer)
