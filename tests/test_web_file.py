@@ -101,7 +101,8 @@ def test_scripts_can_stand_in_a_page():
         text = html_file.read(name)
         assert text.isascii(), name
         assert max(map(len, text.splitlines())) <= 110, name
-        assert not re.search(r"</script|<!--|<script|\{\{[a-z]+\}\}", text), name
+        if name != "verify.js":  # which runs outside of pages
+            assert not re.search(r"</script|<!--|<script|\{\{[a-z]+\}\}", text), name
         if name in html_file.WORKER:
             names += re.findall(r"^(?:function\*?|class|const|let) (\w+)", text, re.M)
     assert len(names) == len(set(names))

@@ -34,25 +34,25 @@ def some_ids(*shape):
 
 @pytest.mark.parametrize("embed", ["int8", "f16"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@in_float64
 @torch.no_grad()
 def test_logits_are_those_of_the_plain_model(shape, embed, tmp_path):
     """The script computes the logits of model.py and quant.py in float64, for texts that fill the context."""
     path, _ = page_of(tmp_path, embed, **shape)
     ids = some_ids(3, 64)
-    logits = model_of(path)(ids)
+    with in_float64:
+        logits = model_of(path)(ids)
     assert logits.dtype == torch.float64
     assert (logits_of(path, ids.tolist()) - logits).abs().max() <= BOUND
 
 
-@in_float64
 @torch.no_grad()
 def test_text_beyond_the_context_is_that_of_generate(tmp_path):
     """Greedy text continues as generate() does when the context is full, also after a longer prompt."""
     path, _ = page_of(tmp_path, seq_len=16)
     model = model_of(path)
     for ids in (some_ids(1, 5), some_ids(1, 40)):
-        ours = [token.item() for token in generate(model, ids, 40, temperature=0.0)]
+        with in_float64:
+            ours = [token.item() for token in generate(model, ids, 40, temperature=0.0)]
         assert js("greedy(path, ids, 40)", path=str(path), ids=ids[0].tolist()) == ours
 
 
@@ -68,7 +68,8 @@ def test_rounding_is_half_to_even():
 def test_activations_are_rounded_as_in_quant(x):
     """The integers and the scale of an input are those of quant.py, also of zeros."""
     made = js("(({q, scale}) => [Array.from(q), scale])(quantizeActivations(x))", ["model.js"], x=x)
-    q, scale = quant.quantize_activations(torch.tensor(x, dtype=torch.float64))
+    with in_float64:
+        q, scale = quant.quantize_activations(torch.tensor(x, dtype=torch.float64))
     assert made == [q.tolist() + [0] * (-len(x) % 4), scale.item()]
 
 

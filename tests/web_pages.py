@@ -13,7 +13,7 @@ from nanobit.export.web import html_file, node
 
 needs_node = pytest.mark.skipif(not node.is_installed(), reason="needs Node.js: its scripts run there")
 BOUND = 1e-6  # of the difference of logits, as nothing but the order of sums differs
-# a decorator: model.py and quant.py, which compute in fp32 whatever they are given, compute in float64
+# with it, model.py and quant.py, which compute in fp32 whatever they are given, compute in float64
 in_float64 = mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
 
 

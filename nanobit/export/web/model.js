@@ -92,7 +92,8 @@ class RowMatrix {
       this.divisors = new Float32Array(buffer, 4 * Math.ceil((offset + nRows * nColumns) / 4), nRows);
     } else {
       const bits = new Uint16Array(buffer, offset, nRows * nColumns);
-      this.numbers = Float32Array.from(bits, (half) => HALVES[half]);
+      this.numbers = new Float32Array(bits.length);
+      for (let i = 0; i < bits.length; i++) this.numbers[i] = HALVES[bits[i]];
       this.divisors = new Float32Array(nRows).fill(1);
     }
   }

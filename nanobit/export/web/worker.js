@@ -38,7 +38,9 @@ class ModelWorker {
   /** {model, tokenizer, weights}: the JSON elements of the page, and its base64 text */
   load(question) {
     const start = performance.now();
-    const bytes = Uint8Array.from(atob(question.weights), (char) => char.charCodeAt(0));
+    const text = atob(question.weights);
+    const bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     this.model = new Model(question.model, bytes.buffer);
     this.spec = question.tokenizer;
     this.tokenizer = makeTokenizer(this.spec);
