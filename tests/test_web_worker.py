@@ -78,6 +78,12 @@ def test_a_text_is_that_of_python(page):
         assert answer["text"] == tokenizer.decode(made)
 
 
+def test_an_answer_has_half_of_the_context(page):
+    """An answer in a conversation ends after half of the context, however many tokens were asked for."""
+    (answer,) = answers_of(page, write(messages=TALK, temperature=0, max_new_tokens=60))
+    assert answer["new_tokens"] == 32
+
+
 def test_a_text_ends_at_the_end_token(page):
     """The token that ends a text ends the answer, and is counted but not shown."""
     (answer,) = answers_of(page, write(max_new_tokens=3000))

@@ -52,24 +52,26 @@ class ModelWorker {
     return [this.spec.bos, ...this.tokenizer.encode(text)];
   }
 
-  /** Return the ids to continue: of a prompt, or of messages, which leave room for the answer. */
-  promptIds({prompt, messages, max_new_tokens}) {
-    if (!messages) return this.encode(prompt);
-    const size = this.model.settings.seq_len;
-    const room = size - Math.min(max_new_tokens, Math.floor(size / 2));
-    return conversationIds(this.tokenizer, this.spec, messages, room);
-  }
-
-  /** {prompt or messages, max_new_tokens, temperature, top_k, top_p, seed}: the text comes token by token */
+  /** {prompt or messages, max_new_tokens, temperature, top_k, top_p, seed}: the text comes token by token.
+   *  An answer in a conversation has half of the context at most, and what comes before it the rest. */
   async generate(question, isStopped) {
     const start = performance.now();
-    const ids = this.promptIds(question);
+    const {prompt, messages} = question;
+    const options = {...question};
+    let ids;
+    if (messages) {
+      const size = this.model.settings.seq_len;
+      options.max_new_tokens = Math.min(question.max_new_tokens, Math.floor(size / 2));
+      ids = conversationIds(this.tokenizer, this.spec, messages, size - options.max_new_tokens);
+    } else {
+      ids = this.encode(prompt);
+    }
     const stream = new TextStream(this.tokenizer, ids);
     const sendText = (text) => this.send("text", question, {text});
     let reason = "length";
     let newTokens = 0;
     let prefillSeconds = 0;
-    for (const token of generate(this.model, ids, question, makeRandom(question.seed))) {
+    for (const token of generate(this.model, ids, options, makeRandom(question.seed))) {
       if (token !== null) {
         newTokens += 1;
         if (newTokens === 1) prefillSeconds = secondsSince(start);
