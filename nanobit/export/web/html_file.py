@@ -28,6 +28,7 @@ from nanobit.tokenizer import bos_of
 
 LIMIT = 150_000_000  # bytes of a page
 WORKER = ("tokenizer.js", "model.js", "worker.js")
+PAGE = ("game.js", "figures.js", "page.js")
 SIZES = """vocab_size seq_len n_layer n_head n_kv_head n_embd ffn_dim norm_eps rope_theta
 tie_embeddings""".split()  # in the element `model`
 KINDS = {game.CHARS: "tictactoe", "\n+-x=0123456789": "arithmetic"}  # of the models of two data sets
@@ -170,7 +171,7 @@ def about(part, tensors, size, name, score):
 
 def joined(texts):
     """Return the page with these texts in their places, and the scripts and the style of this folder."""
-    script = '"use strict";\n' + read("page.js")
+    script = '"use strict";\n' + "\n".join(map(read, PAGE))
     style = read("style.css")
     worker = '"use strict";\n' + "\n".join(map(read, WORKER))
     policy = f"default-src 'none'; script-src {source(script)}; style-src {source(style)}; worker-src blob:"
