@@ -1,6 +1,7 @@
 """The model card of an export: README.md, made from the files of the run and from nothing else."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -72,7 +73,8 @@ def thinned(losses, step, n):
 def points(run_dir, step):
     """Return the curve of a run up to a step as at most POINTS pairs [step, validation loss]."""
     losses = evaluations(run_dir)
-    return [[at, round(losses[at], 5)] for at in thinned(losses, step, POINTS)]
+    finite = {at: loss for at, loss in losses.items() if math.isfinite(loss)}
+    return [[at, round(finite[at], 5)] for at in thinned(finite, step, POINTS)]
 
 
 def read(folder):
@@ -93,10 +95,12 @@ def numbers_of(text):
     """Return the object that a JSON text is if it holds numbers only, else {}."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    is_flat = isinstance(value, dict) and all(type(item) in (int, float) for item in value.values())
-    return value if is_flat else {}
+    if not isinstance(value, dict):
+        return {}
+    are_numbers = all(type(item) in (int, float) and math.isfinite(item) for item in value.values())
+    return value if are_numbers else {}
 
 
 def twin_of(run_dir):

@@ -7,6 +7,7 @@ experts a Mixtral; one with ternary experts is written dequantised, as no format
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -197,7 +198,7 @@ def check_own(own, settings):
         if not (are_ids and spec["sha256"] and spec["kind"]) or type(file) is not str:
             raise ValueError(f"nanobit: tokenizer {spec}")
         for step, loss in own.get("curve", []):
-            if (type(step), type(loss)) != (int, float):
+            if (type(step), type(loss)) != (int, float) or not math.isfinite(loss):
                 raise ValueError(f"nanobit: curve with the point {step!r}, {loss!r}")
 
 

@@ -240,7 +240,10 @@ def web(part, path, embed, windows=()):
         return dict(reader=None, rounding=rounding, good=is_held)
 
     def call(expression, **data):
-        return node.call(["verify.js"], expression, path=os.path.abspath(path), **data)
+        try:
+            return node.call(["verify.js"], expression, path=os.path.abspath(path), **data)
+        except RuntimeError as error:
+            fail(f"the page does not run in Node ({error}); expected Node 18 or newer", code=1)
 
     def logits(x):
         return torch.tensor(call("logitsOf(path, rows)", rows=x.tolist()))

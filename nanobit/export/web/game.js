@@ -114,6 +114,8 @@ function drawBoard() {
 /** Move the focus on the board by the arrow keys. */
 function moveOnBoard(event) {
   const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -3, ArrowDown: 3}[event.key];
+  if (!step) return;
+  event.preventDefault(); // the page would scroll
   const target = byId("board").children[Number(event.target.value) - 1 + step];
   if (target) target.focus();
 }

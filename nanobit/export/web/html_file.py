@@ -24,6 +24,7 @@ from nanobit.export import hf
 from nanobit.export.web import tokenizer_data
 from nanobit.export.web.node import HERE
 from nanobit.tasks import game
+from nanobit.terminal import printable
 from nanobit.tokenizer import bos_of
 
 LIMIT = 150_000_000  # bytes of a page
@@ -192,11 +193,11 @@ def write(part, path, embed="int8", name="", score=()):
     for tensor, facts, content in tensors(part, embed):
         stored[tensor] = facts | dict(offset=len(blob))
         blob += content + bytes(-len(content) % 8)
-    name = name or cfg["run_id"]
+    name = printable(name or cfg["run_id"])
     model = {key: cfg[key] for key in SIZES}
     page = joined(
         dict(
-            title=html.escape(name),
+            title=html.escape(name).encode("ascii", "xmlcharrefreplace").decode(),
             about=in_script(about(part, stored, len(blob), name, dict(score))),
             model=in_script(model | dict(bos=bos_of(spec), eot=spec["eot"], tensors=stored)),
             tokenizer=in_script(tokenizer_data.page_tokenizer(spec)),

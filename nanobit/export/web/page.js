@@ -28,20 +28,25 @@ function showError(text) {
 
 // --- the worker: the messages that answer a question have its id
 
-const questions = []; // by id: {resolve, reject, onText}
+const questions = new Map(); // by id: {resolve, reject, onText}
+let nQuestions = 0;
 let worker;
 
 function startWorker() {
   const source = new Blob([byId("worker").textContent], {type: "text/javascript"});
   worker = new Worker(URL.createObjectURL(source)); // a page that is a file can start no other worker
-  worker.onerror = (event) => showError(`The model has stopped. ${event.message || "It could not start."}`);
+  worker.onerror = (event) => giveUp(`The model has stopped. ${event.message || "It could not start."}`);
   worker.onmessage = ({data}) => {
-    const question = questions[data.id];
+    const question = questions.get(data.id);
+    if (data.type === "text") {
+      question.onText(data.text);
+      return;
+    }
+    questions.delete(data.id);
     if (data.type === "ready") whenReady(data.seconds);
-    else if (data.type === "text") question.onText(data.text);
     else if (data.type !== "error") question.resolve(data);
     else if (question) question.reject(new Error(data.message));
-    else showError(data.message);
+    else giveUp(data.message);
   };
   worker.postMessage({type: "load", model, tokenizer, weights: byId("weights").textContent});
 }
@@ -49,9 +54,19 @@ function startWorker() {
 /** Return a promise of the last message on a question; onText gets the pieces of text before it. */
 function ask(question, onText) {
   return new Promise((resolve, reject) => {
-    questions.push({resolve, reject, onText});
-    worker.postMessage({...question, id: questions.length - 1});
+    nQuestions += 1;
+    questions.set(nQuestions, {resolve, reject, onText});
+    worker.postMessage({...question, id: nQuestions});
   });
+}
+
+/** Show why the worker cannot continue, and leave no question open. */
+function giveUp(text) {
+  for (const {reject} of questions.values()) reject(new Error(text));
+  questions.clear();
+  byId("speed").textContent = "";
+  byId("turn").textContent = "";
+  showError(text);
 }
 
 function whenReady(seconds) {
@@ -74,8 +89,6 @@ async function submit(prompt) {
   const options = {};
   for (const box of all("#settings input")) options[box.id] = box.valueAsNumber;
   if (Number.isNaN(options.seed)) options.seed = Math.floor(Math.random() * 1e6);
-  // half of the context is left for the turns before, as in sample.py --chat
-  if (isChat) options.max_new_tokens = Math.min(options.max_new_tokens, Math.floor(model.seq_len / 2));
   const input = isChat ? {messages: [...messages, {role: "user", content: prompt}]} : {prompt};
   const item = add(byId("answers"), "li");
   if (!isChat) byId("answers").prepend(item); // the latest stands beside the box
@@ -91,6 +104,7 @@ async function submit(prompt) {
     const done = await ask({type: "generate", ...options, ...input}, onText);
     const text = place.textContent;
     const isReadable = text.trim() && !text.includes("\0");
+    if (isChat && !isReadable && done.reason === "stopped") throw new Error("Stopped before an answer came.");
     if (isChat && !isReadable) throw new Error("The model gave no answer. Please ask again.");
     if (isChat) messages.push(...input.messages.slice(-1), {role: "assistant", content: text});
     if (about.kind === "arithmetic") addVerdict(item, prompt + text);
@@ -98,7 +112,7 @@ async function submit(prompt) {
     byId("spoken").textContent = text; // for a screen reader: once, not token by token
   } catch (error) {
     item.remove();
-    byId("prompt").value = prompt;
+    byId("prompt").value = byId("prompt").value || prompt;
     byId("speed").textContent = "";
     showError(error.message);
   }
@@ -138,13 +152,14 @@ function submitForm(event) {
 }
 
 function retry() {
-  if (!messages.length) return;
+  if (!messages.length || !byId("form").reportValidity()) return;
   byId("answers").lastChild.remove();
   submit(messages.splice(-2)[0].content);
 }
 
 function resetChat() {
   messages.length = 0;
+  showError("");
   byId("answers").replaceChildren();
   byId("prompt").focus();
 }
@@ -182,7 +197,8 @@ function start() {
   document.body.className = about.kind;
   for (const part of all("[data-for]")) part.hidden = !part.dataset.for.split(" ").includes(about.kind);
   showFacts(fileSize);
-  for (const prompt of about.prompts) {
+  const prompts = about.prompts.filter((prompt) => prompt.trim());
+  for (const prompt of prompts) {
     const button = add(byId("examples"), "button", prompt);
     button.type = "button";
     button.dataset.when = "ready";
@@ -197,7 +213,7 @@ function start() {
     byId("temperature").value = 0;
     byId("prompt").rows = 1;
   }
-  byId("prompt").value = about.kind === "chat" ? "" : about.prompts[0] || "";
+  byId("prompt").value = about.kind === "chat" ? "" : prompts[0] || "";
   byId("form").onsubmit = submitForm;
   byId("prompt").onkeydown = submitByKey;
   byId("settings").addEventListener("invalid", () => byId("settings").open = true, true);

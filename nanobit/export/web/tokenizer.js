@@ -195,6 +195,6 @@ function conversationIds(tokenizer, spec, messages, room) {
   const ids = promptIds(tokenizer, spec, messages);
   if (ids.length <= room) return ids;
   const start = messages[0].role === "system" ? 1 : 0;
-  if (messages.length < start + 3) throw new Error(`${ids.length} tokens, and ${room} are left for them`);
+  if (messages.length < start + 3) throw new Error(`${ids.length} tokens, at most ${room} fit: shorten it`);
   return conversationIds(tokenizer, spec, [...messages.slice(0, start), ...messages.slice(start + 2)], room);
 }
