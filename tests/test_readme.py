@@ -195,7 +195,7 @@ def test_the_page_on_exports(session, tmp_path, monkeypatch, capsys):
         for command in block.strip().split("\n"):
             if command.startswith("python "):
                 outputs.append(session.run_small(command, str(tmp_path)))
-    assert len(outputs) == 19
+    assert len(outputs) == 20
     ours, theirs = [text for text in outputs if text.startswith("Once upon a time")][:2]
     assert len(theirs) > 16
     assert ours.startswith(theirs.rstrip()), outputs

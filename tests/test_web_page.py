@@ -63,7 +63,7 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     paths = {name: str(folder / f"{name}.html") for name in (*DOCS, "stories", "chat")}
     for name, model in DOCS.items():
-        flags = [f"--ckpt={ROOT}/models/{model}", "--format=web", f"--out={paths[name]}"]
+        flags = [f"--ckpt={ROOT}/models/{model}", "--format=web", "--embed=f16", f"--out={paths[name]}"]
         run_here("export.py", *flags)
     html_file.write(weights.trained(f"{ROOT}/models/stories")[0], paths["stories"])
     part = part_of(sentencepiece() | dict(chat="user-assistant"), vocab_size=320, n_layer=1, seq_len=128)
@@ -130,7 +130,7 @@ def wait(page):
 @pytest.mark.parametrize("name", DOCS)
 def test_page_of_docs(pages, name):
     """The pages of docs/ are those that the models of the repository give now."""
-    rebuild = f"python export.py --ckpt=models/{DOCS[name]} --format=web --out=docs/{name}.html --force"
+    rebuild = f"python export.py --ckpt=models/{DOCS[name]} --format=web --embed=f16 --out=docs/{name}.html"
     assert filecmp.cmp(pages[name], f"{ROOT}/docs/{name}.html", shallow=False), rebuild
 
 

@@ -269,7 +269,7 @@ def test_whole_turns_leave_a_conversation(system):
     found = in_node(script, spec, messages=messages, rooms=list(rooms))
     assert found == list(map(python_ids, rooms))
     assert len({len(ids or []) for ids in found}) == 5, "none, and one to four turns"
-    with pytest.raises(RuntimeError, match=r"Error: \d+ tokens, and 9 are left for them"):
+    with pytest.raises(RuntimeError, match=r"Error: \d+ tokens, at most 9 fit: shorten it"):
         in_node("conversationIds(t, page, messages, 9)", spec, messages=messages)
 
 
