@@ -21,6 +21,8 @@ from nanobit.terminal import printable
 from nanobit.tokenizer import make_tokenizer
 
 api = pytest.importorskip("playwright.sync_api", reason="drives the browser: requirements-dev.txt")
+WAIT = 60_000  # milliseconds: a busy machine runs a page at a tenth of its speed
+api.expect.set_options(timeout=WAIT)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
@@ -94,7 +96,7 @@ def open_page(browser):
         options = dict(viewport=dict(width=1200, height=800)) | options
         contexts.append(browser.new_context(offline=True, **options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(WAIT)
         page.on("console", lambda message: faults.append(message.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda asked: request(asked, path))
@@ -117,7 +119,7 @@ def write(page, prompt, **settings):
     before = page.locator("#answers li").count()
     page.press("#prompt", "Enter")
     api.expect(page.locator("#answers li")).to_have_count(before + 1)
-    api.expect(page.locator("#go")).to_be_enabled(timeout=20_000)
+    api.expect(page.locator("#go")).to_be_enabled()
     return page.locator("#answers .new").first.text_content()
 
 
