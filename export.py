@@ -47,7 +47,7 @@ def derive(cfg):
     ending = ENDING.get(cfg.format, "")
     if cfg.origin["out"] != "default" and not cfg.out:
         yield f"out = {given!r} is not a name; give the folder or file to write"
-    elif not cfg.out.endswith(ending):
+    elif cfg.out and not cfg.out.endswith(ending):
         yield f"out = {given!r} must end in {ending} for --format={cfg.format}"
     elif cfg.format == "hf" and cfg.out.endswith((".gguf", ".html")):
         yield f"out = {given!r} is the name of a file; --format=hf writes a folder"

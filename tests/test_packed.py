@@ -101,7 +101,7 @@ def test_widths_that_are_not_multiples_of_4(form, ffn_dim):
 
 
 def test_a_packed_layer_stays_on_its_device(form):
-    """Moving a packed layer is an error: C would have an address that is no longer the tensor's."""
+    """Moving a packed layer is an error: C would still have the former address of the tensor."""
     layer = packed.packed_linear(torch.randn(48, 80))
     for move in (lambda: layer.to("meta"), layer.share_memory, layer.double):
         with pytest.raises(RuntimeError, match="stays on the device"):

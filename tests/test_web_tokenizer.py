@@ -128,15 +128,6 @@ def test_ids_are_those_of_python(spec):
 
 
 @needs_node
-def test_ids_of_a_continuation_are_those_of_python(spec):
-    """A text that continues earlier text has the same ids as in Python."""
-    texts = readable(spec)
-    tokenizer = make_tokenizer(spec)
-    ids = in_node("texts.map(t.encodeOn)", spec, texts=texts)
-    assert dict(zip(texts, ids)) == {text: tokenizer.encode_on(text) for text in texts}
-
-
-@needs_node
 def test_any_ids_decode_to_the_text_of_python(spec):
     """Ids decode to the same text as in Python, with as many U+FFFD for bytes of no character."""
     lists = id_lists(spec)
@@ -174,8 +165,8 @@ def test_a_character_that_is_missing_is_named(text):
         make_tokenizer(spec).encode(text)
     with pytest.raises(RuntimeError) as error:
         in_node("t.encode(text)", spec, text=text)
-    shown = re.search(r'the tokenizer has no character (".*"); it has (".*")', str(error.value))
-    assert shown[2] == r'"to\n"'
+    shown = re.search(r'does not know the character (".*"); it knows (.*)', str(error.value))
+    assert shown[2] == "to"
     assert shown[1].strip('"') in (text[-1], r"\u0000", r"\ud83d")
 
 
@@ -202,8 +193,8 @@ def test_a_long_text_takes_no_quadratic_time(make, text):
 
 
 MESSAGES = [
-    *(messages[:-1] for messages in TALKS),
-    talk(f"\x1c\x85\ufeff {HOSTILE}\ufeff\x85", " a\u3000", "  $& \u2028", system="\r\n<s>$1\t"),
+    *([message for message in messages[:-1] if message["role"] != "system"] for messages in TALKS),
+    talk(f"\x1c\x85\ufeff {HOSTILE}\ufeff\x85", " a\u3000", "  $& \u2028", "\r\n<s>$1\t", "a"),
     talk(*["\U0001f642 don't", "</s></s>"] * 3, "\u200b"),
 ]
 
@@ -245,19 +236,16 @@ def test_a_token_across_the_border_is_refused():
 
 
 @needs_node
-@pytest.mark.parametrize("system", ["", "be brief"])
-def test_whole_turns_leave_a_conversation(system):
-    """For any room the oldest turns leave, and the system message stays, as in Python; a question that does
-    not fit alone is refused."""
+def test_whole_turns_leave_a_conversation():
+    """For any room the oldest turns leave, as in Python; a question that does not fit alone is refused."""
     spec = llama_like()
     tokenizer = make_tokenizer(spec)
-    messages = talk("the cat", "sat on the mat", "12 birds", "12", "and?", "a dog", "why", system=system)
+    messages = talk("the cat", "sat on the mat", "12 birds", "12", "and?", "a dog", "why")
     rooms = range(140)
 
     def python_ids(room):
-        partner = Conversation(tokenizer, spec, None, room + 8, 8, system=system)
-        texts = messages[bool(system) :]
-        partner.turns = [list(turn) for turn in zip(texts[:-1:2], texts[1::2])]
+        partner = Conversation(tokenizer, spec, None, room + 8, 8, system="")
+        partner.turns = [list(turn) for turn in zip(messages[:-1:2], messages[1::2])]
         try:
             return partner.ids_after("why")
         except ValueError:
@@ -269,7 +257,7 @@ def test_whole_turns_leave_a_conversation(system):
     found = in_node(script, spec, messages=messages, rooms=list(rooms))
     assert found == list(map(python_ids, rooms))
     assert len({len(ids or []) for ids in found}) == 5, "none, and one to four turns"
-    with pytest.raises(RuntimeError, match=r"Error: \d+ tokens, at most 9 fit: shorten it"):
+    with pytest.raises(RuntimeError, match=r"it has \d+ tokens, and 9 fit"):
         in_node("conversationIds(t, page, messages, 9)", spec, messages=messages)
 
 

@@ -13,6 +13,7 @@ async function answersOf({model, tokenizer, weights}, questions) {
   };
   const worker = new ModelWorker(scope);
   scope.onmessage({data: {type: "load", model, tokenizer, weights}});
+  await worker.last; // each message to a real worker is a task of its own
   for (const data of questions) scope.onmessage({data});
   await worker.last;
   return answers;

@@ -55,8 +55,8 @@ async function drawMatrix() {
   const canvas = byId("matrix");
   canvas.width = columns;
   canvas.height = rows;
-  const zoom = Math.floor(byId("matrix-section").clientWidth / columns);
-  canvas.style.width = `${columns * Math.max(2, Math.min(5, zoom))}px`;
+  const room = Math.min(byId("matrix-section").clientWidth / columns, 560 / rows);
+  canvas.style.width = `${columns * Math.max(1, Math.min(5, Math.floor(room)))}px`;
   const context = canvas.getContext("2d", {willReadFrequently: true});
   const palette = ["--minus", "--zero", "--plus"].map((color) => {
     context.fillStyle = getComputedStyle(document.body).getPropertyValue(color);

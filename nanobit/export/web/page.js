@@ -83,7 +83,8 @@ function setBusy(isBusy) {
 
 const messages = []; // {role, content} of a conversation, of user and assistant in turns
 
-/** Let the model continue a text, complete a sum or answer a message; show both in a list. */
+/** Let the model continue a text, complete a sum or answer a message; show both in a list. Return whether it
+ *  did; if not, the error is shown and the prompt is in the box again. */
 async function submit(prompt) {
   const isChat = about.kind === "chat";
   const options = {};
@@ -98,6 +99,7 @@ async function submit(prompt) {
   showError("");
   setBusy(true);
   byId("speed").textContent = "Writing ...";
+  let isDone = true;
   try {
     // an answer begins with the space after "Assistant:"
     const onText = (text) => place.append(isChat && !place.textContent ? text.trimStart() : text);
@@ -115,8 +117,10 @@ async function submit(prompt) {
     byId("prompt").value = byId("prompt").value || prompt;
     byId("speed").textContent = "";
     showError(error.message);
+    isDone = false;
   }
   setBusy(false);
+  return isDone;
 }
 
 /** Return how a text ended, and its speed: the first token comes with the reading of the prompt. */
@@ -151,10 +155,15 @@ function submitForm(event) {
   }
 }
 
-function retry() {
+/** Let the model answer the last message again; keep the former answer if that fails. */
+async function retry() {
   if (!messages.length || !byId("form").reportValidity()) return;
-  byId("answers").lastChild.remove();
-  submit(messages.splice(-2)[0].content);
+  const former = messages.splice(-2);
+  const item = byId("answers").lastChild;
+  item.remove();
+  if (await submit(former[0].content)) return;
+  messages.push(...former);
+  byId("answers").append(item);
 }
 
 function resetChat() {

@@ -1,9 +1,9 @@
 // Texts to token ids and back, with the same ids as nanobit/tokenizer.py and nanobit/chat.py.
 
 /** Return the tokenizer of a spec (made by tokenizer_data.py): size, the number of ids; encode(text), the ids
- *  of a text; encodeOn(text), those of text that continues another; decode(ids), the text of these ids. */
+ *  of a text; decode(ids), the text of these ids. */
 function makeTokenizer(spec) {
-  const kinds = { char: charTokenizer, sentencepiece: sentencePieceTokenizer, tiktoken: tiktokenTokenizer };
+  const kinds = {char: charTokenizer, sentencepiece: sentencePieceTokenizer, tiktoken: tiktokenTokenizer};
   return kinds[spec.kind](spec);
 }
 
@@ -12,13 +12,13 @@ function charTokenizer(spec) {
   const chars = Array.from(spec.chars); // whole characters: spec.chars[i] may be half of one
   const idOf = new Map(chars.map((char, id) => [char, id]));
   idOf.delete("\0"); // not text: its id is that of the end-of-text token
-  const shown = JSON.stringify(Array.from(idOf.keys()).slice(0, 200).join(""));
+  const shown = Array.from(idOf.keys()).filter((char) => char > " ").slice(0, 200).join("");
   function encode(text) {
     const other = Array.from(text).find((char) => !idOf.has(char));
     if (other === undefined) return Array.from(text, (char) => idOf.get(char));
-    throw new Error(`the tokenizer has no character ${JSON.stringify(other)}; it has ${shown}`);
+    throw new Error(`The model does not know the character ${JSON.stringify(other)}; it knows ${shown}`);
   }
-  return { size: chars.length, encode, encodeOn: encode, decode: (ids) => ids.map((i) => chars[i]).join("") };
+  return {size: chars.length, encode, decode: (ids) => ids.map((i) => chars[i]).join("")};
 }
 
 /** Byte-pair encoding (BPE): two neighbours are joined if they make a token (ranks: Map of token to integer).
@@ -62,7 +62,7 @@ function mergeHeaps(a, b) {
 }
 
 const SPACE = "\u2581"; // a space in the pieces of SentencePiece
-const UTF8 = { encoder: new TextEncoder(), decoder: new TextDecoder("utf-8", { ignoreBOM: true }) };
+const UTF8 = {encoder: new TextEncoder(), decoder: new TextDecoder("utf-8", {ignoreBOM: true})};
 const toBytes = (text) => Array.from(UTF8.encoder.encode(text));
 const fromBytes = (bytes) => UTF8.decoder.decode(Uint8Array.from(bytes));
 const nameOf = (byte) => `<0x${byte.toString(16).toUpperCase().padStart(2, "0")}>`; // <0x0A> for 10
@@ -96,14 +96,7 @@ function sentencePieceTokenizer(spec) {
     }
     return text + textOf(bytes);
   }
-  const newline = encode("\n");
-  const keepsLines = decode(newline) === "\n"; // false if there are no tokens of bytes
-  function encodeOn(text) {
-    const ids = encode("\n" + text); // no space is put before what follows a line end
-    const begins = newline.every((id, i) => ids[i] === id);
-    return keepsLines && begins ? ids.slice(newline.length) : encode(text);
-  }
-  return { size: spec.pieces.length, encode, encodeOn, decode };
+  return {size: spec.pieces.length, encode, decode};
 }
 
 /** Return the text of bytes of UTF-8, with a U+FFFD for each byte that belongs to no character. */
@@ -131,7 +124,7 @@ function tiktokenTokenizer(spec) {
   const encode = (text) => (text.match(pattern) ?? []).flatMap(join).map((token) => ranks.get(token));
   const bytesOf = (token) => Array.from(token, (char) => charOf.indexOf(char));
   const decode = (ids) => fromBytes(ids.flatMap((id) => special.get(id) ?? bytesOf(spec.tokens[id] ?? "")));
-  return { size, encode, encodeOn: encode, decode };
+  return {size, encode, decode};
 }
 
 /** The text of tokens that come one by one. A character of which only some tokens have come waits for the
@@ -176,11 +169,12 @@ function cleaned(text, names) {
 function promptIds(tokenizer, spec, messages) {
   let ids = [spec.bos];
   let head = "";
-  for (const { role, content } of messages) {
+  for (const {role, content} of messages) {
     const text = cleaned(content, spec.special_names);
-    if (role === "system") head = `System: ${text}\n`;
-    if (role === "user") head += `User: ${text}\nAssistant:`;
-    if (role !== "assistant") continue;
+    if (role === "user") {
+      head = `User: ${text}\nAssistant:`;
+      continue;
+    }
     const turn = tokenizer.encode(`${head} ${text}`);
     const isJoined = tokenizer.encode(head).some((id, i) => id !== turn[i]);
     if (isJoined) throw new Error("a token joins 'Assistant:' and its answer");
@@ -190,11 +184,10 @@ function promptIds(tokenizer, spec, messages) {
   return [...ids, ...tokenizer.encode(head)];
 }
 
-/** Return promptIds of the last turns, as many as take `room` ids, and the system message. */
+/** Return promptIds of the last turns, as many as take `room` ids. */
 function conversationIds(tokenizer, spec, messages, room) {
   const ids = promptIds(tokenizer, spec, messages);
   if (ids.length <= room) return ids;
-  const start = messages[0].role === "system" ? 1 : 0;
-  if (messages.length < start + 3) throw new Error(`${ids.length} tokens, at most ${room} fit: shorten it`);
-  return conversationIds(tokenizer, spec, [...messages.slice(0, start), ...messages.slice(start + 2)], room);
+  if (messages.length < 3) throw new Error(`Shorten it: it has ${ids.length} tokens, and ${room} fit.`);
+  return conversationIds(tokenizer, spec, messages.slice(2), room);
 }

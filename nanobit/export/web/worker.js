@@ -16,6 +16,10 @@ class ModelWorker {
       this.stops += 1;
       return;
     }
+    if (message.type === "matrix") {
+      this.matrix(message); // without a turn, since it reads no text
+      return;
+    }
     const before = this.stops;
     const answer = () => this[message.type](message, () => this.stops > before);
     this.last = this.last.then(answer).catch((error) => {
@@ -55,7 +59,6 @@ class ModelWorker {
   /** {prompt or messages, max_new_tokens, temperature, top_k, top_p, seed}: the text comes token by token.
    *  An answer in a conversation has half of the context at most, and what comes before it the rest. */
   async generate(question, isStopped) {
-    const start = performance.now();
     const {prompt, messages} = question;
     const options = {...question};
     let ids;
@@ -70,11 +73,11 @@ class ModelWorker {
     const sendText = (text) => this.send("text", question, {text});
     let reason = "length";
     let newTokens = 0;
-    let prefillSeconds = 0;
+    let firstToken = 0; // when it came
     for (const token of generate(this.model, ids, options, makeRandom(question.seed))) {
       if (token !== null) {
         newTokens += 1;
-        if (newTokens === 1) prefillSeconds = secondsSince(start);
+        if (newTokens === 1) firstToken = performance.now();
         if (token === this.spec.eot) {
           reason = "end";
           break;
@@ -88,14 +91,10 @@ class ModelWorker {
       }
     }
     sendText(stream.end());
-    const seconds = secondsSince(start);
-    if (newTokens === 0) prefillSeconds = seconds;
     this.send("done", question, {
       reason,
-      prompt_tokens: Math.min(ids.length, this.model.settings.seq_len),
       new_tokens: newTokens,
-      prefill_seconds: prefillSeconds,
-      decode_seconds: seconds - prefillSeconds, // of all new tokens but the first
+      decode_seconds: secondsSince(firstToken), // of all new tokens but the first
     });
   }
 
