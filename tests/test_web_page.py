@@ -1,10 +1,15 @@
-"""nanobit/export/web/: the pages in a browser without a network, as a person uses them."""
+"""nanobit/export/web/: the pages in a browser without a network, as a person uses them.
+
+python tests/test_web_page.py stories.html    how soon a page is ready, and how fast it writes 200 tokens
+"""
 
 import filecmp
 import json
 import os
 import re
 import shutil
+import sys
+import time
 
 import pytest
 import torch
@@ -353,3 +358,24 @@ def test_phone_and_colors(pages, open_page, name):
             contrasts = page.evaluate(CONTRASTS)
             assert len(contrasts) > 15
             assert min(contrasts)[0] >= 4.5, min(contrasts)
+
+
+def measure(path):
+    """Print the seconds until a page is ready, and its speed as it shows it, for each of five starts."""
+    url = f"file://{os.path.abspath(path)}"
+    with api.sync_playwright() as playwright:
+        for _ in range(5):
+            browser = playwright.chromium.launch(executable_path=BROWSER, chromium_sandbox=False)
+            page = browser.new_context(offline=True).new_page()
+            began = time.perf_counter()
+            page.goto(url)
+            page.wait_for_selector("#go:enabled:visible, #board button[aria-disabled=false]", timeout=WAIT)
+            print(f"ready after {time.perf_counter() - began:.2f} s")
+            if page.locator("#form").is_visible():
+                write(page, page.input_value("#prompt"), max_new_tokens=200)
+                print(page.text_content("#speed"))
+            browser.close()
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1])
