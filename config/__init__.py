@@ -163,6 +163,8 @@ def put(cfg, known, name, value, source):
     elif name not in known:
         yield f"{source}: {cli.unknown(name, known)}"
     else:
+        if known[name].many:
+            value = [*getattr(cfg, name), value]
         try:
             setattr(cfg, name, coerce(name, value, type(known[name].default)))
             cfg.origin[name] = source

@@ -84,6 +84,7 @@ class Flag(NamedTuple):
     not_with: str = ""  # flags that exclude it, as "chat play"
     required: bool = False
     unless: str = ""  # flags that make a required one unnecessary, as "chat play"
+    many: bool = False  # may be given several times: a list of the texts, in their order
 
 
 JSON = Flag(False, "end stdout with one JSON line on a terminal, too; elsewhere that is always so")
@@ -91,7 +92,7 @@ JSON = Flag(False, "end stdout with one JSON line on a terminal, too; elsewhere 
 
 def split(argv, flags):
     """Return (paths, [(name, value, flag as typed)], faults) of a command line with these {name: Flag}."""
-    types = {name: type(flag.default) for name, flag in flags.items()}
+    types = {name: str if flag.many else type(flag.default) for name, flag in flags.items()}
     paths, given, faults = [], [], []
     args = list(argv)
 

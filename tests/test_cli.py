@@ -20,6 +20,7 @@ FLAGS = {
     "watts": Flag(0.0, "power", only_with="plan price"),
     "price": Flag(0.0, "price of power", only_with="plan watts"),
     "name": Flag("x", "a folder"),
+    "try": Flag([], "a text", many=True),
 }
 
 
@@ -40,6 +41,12 @@ def test_what_the_rows_allow_is_accepted(argv):
     """Ends of intervals, choices, modes and replacements of a required flag are accepted."""
     cfg = load("--ckpt=x", *argv)
     assert cfg.ckpt == "x"
+
+
+def test_a_flag_may_be_given_several_times():
+    """The texts of such a flag are a list in their order, even those that look like numbers."""
+    assert vars(load("--ckpt=x", "--plan", "--try=a=1", "--try", "3", "--try="))["try"] == ["a=1", "3", ""]
+    assert vars(load("--ckpt=x", "--plan"))["try"] == []
 
 
 @pytest.mark.parametrize(
