@@ -76,7 +76,7 @@ with machine.autocast(device, dtype):
 quant.keep_codes(model, is_compiled)  # again, since DDP takes the weights of rank 0
 is_replayed = machine.replays_micro_steps(cfg, device, dtype, model.flops_per_token())
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=n_params)
-facts |= dict(graphs=is_replayed)
+facts |= dict(graphs=is_replayed) | machine.processor()
 repeat_eval, repeat_samples = start.begin(cfg, run, origin, state, former, facts)
 if warning := train_data.repetition(cfg.max_steps * cfg.total_batch_size):
     print(f"warning: {warning}")

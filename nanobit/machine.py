@@ -208,6 +208,17 @@ def describe(device):
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
+def processor():
+    """Return what the last bits of a CPU's results depend on: cpu (model and vector units) and threads."""
+    if os.path.exists("/proc/cpuinfo"):  # Linux, whose platform.processor() runs a command and knows less
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    else:
+        names = [platform.processor()]
+    model = next(filter(None, names), platform.machine())
+    return dict(cpu=f"{model}, {torch.backends.cpu.get_cpu_capability()}", threads=torch.get_num_threads())
+
+
 def synchronize(device):
     """Wait for the device, so that a clock read next is true."""
     if device.type == "cuda":

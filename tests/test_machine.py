@@ -86,3 +86,14 @@ def test_every_lack_of_memory_is_explained(card, monkeypatch, capsys, error, exp
     ) == explained
     assert (type(error).__name__ in err) != explained
     assert ("--cuda_graph=False takes less" in err) == explained
+
+
+def test_a_processor_has_a_model_and_vector_units():
+    """The record of a run names the CPU beyond its architecture, and the threads of torch."""
+    facts = machine.processor()
+    assert facts["cpu"].endswith(f", {torch.backends.cpu.get_cpu_capability()}")
+    assert len(facts["cpu"].split(",")[0]) > 0
+    assert facts["threads"] == torch.get_num_threads()
+    if sys.platform == "linux" and os.uname().machine == "x86_64":
+        names = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        assert facts["cpu"].split(", ")[0] in names[0]
