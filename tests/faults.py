@@ -300,3 +300,35 @@ def print_modules_at_exit():
 
     before = set(sys.modules)  # what a sitecustomize has loaded is not the script's
     atexit.register(lambda: print("modules:", *sorted(set(sys.modules) - before), file=sys.stderr))
+
+
+# comparisons
+
+
+@injected
+def forked_runs(seconds):
+    """Let compare.py fork train.py from its process, which has imported torch, with updates that take so many
+    seconds more."""
+    import subprocess
+    from types import SimpleNamespace
+
+    import fork
+
+    from nanobit.compare import runs
+
+    class Forked:
+        def __init__(self, command, **pipes):
+            self.pid = os.fork()
+            if not self.pid:
+                os.setsid()
+                try:
+                    what = (os.getcwd(), dict(os.environ), command[1], command[2:], slow_updates(seconds))
+                    fork.main(os.devnull, os.devnull, *what)
+                finally:
+                    os._exit(0)
+
+        def communicate(self, timeout):
+            pid, self.returncode = os.waitpid(self.pid, 0)
+            return "", ""
+
+    runs.subprocess = SimpleNamespace(**vars(subprocess) | dict(Popen=Forked))

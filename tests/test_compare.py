@@ -1,0 +1,319 @@
+"""compare.py: paired runs, found again by their settings, and what their differences show."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from unittest import mock
+
+import faults
+import pytest
+from conftest import ROOT, RUN, errors_of, flags, lines, result_of, write_data
+from fork import Script
+
+import compare
+from nanobit import files
+from nanobit.compare import runs
+from nanobit.run_dir import steps
+
+SMALL = RUN | dict(max_steps=8, eval_every=4, sample_every=0, save_every=3, dataset="tiny")
+NULL, DIVERGING, BREAKING = "log_every=2", "learning_rate=1e30", "init_from=nowhere"
+
+
+class Forked:
+    """A stand-in for subprocess.Popen: train.py, forked from a process that has imported torch."""
+
+    patch = ""
+
+    def __init__(self, command, **options):
+        flags = dict(arg[2:].split("=", 1) for arg in command[2:])
+        self.path = os.path.join(flags["out_dir"], flags["run_id"])
+        self.script = Script(command[1], command[2:], os.getcwd(), self.patch)
+
+    def communicate(self, timeout):
+        self.script.process.join(timeout)
+        if not self.script.ended():
+            raise subprocess.TimeoutExpired("train.py", timeout)
+        self.returncode = self.script.process.exitcode
+        return self.script.output()
+
+    def send_signal(self, signum):
+        self.script.kill(signum)
+
+
+def no_run(*args, **options):
+    """Fail the test, instead of starting a run."""
+    pytest.fail("a run was started")
+
+
+def call(*argv, popen=Forked):
+    """Run compare.py in this process; return (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.ExitStack() as stack:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            stack.callback(signal.signal, signum, signal.getsignal(signum))
+        stack.enter_context(mock.patch.object(subprocess, "Popen", popen))
+        stack.enter_context(mock.patch.object(runs, "received", []))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            compare.main(list(argv))
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def arguments(data_dir, out_dir, *tries, **changes):
+    """Return the command line of a comparison of tiny runs."""
+    values = SMALL | dict(data_dir=data_dir, out_dir=out_dir, run_id="c", seeds=1) | changes
+    return [*flags(**values), *(f"--try={text}" for text in tries)]
+
+
+def compared(data_dir, out_dir, *tries, popen=Forked, **changes):
+    """Return the result of a comparison of tiny runs that must succeed."""
+    code, out, err = call(*arguments(data_dir, out_dir, *tries, **changes), popen=popen)
+    assert code == 0, err
+    return result_of(out)
+
+
+def without_clock(result):
+    """Return the variants of a result without their times."""
+    clocked = {"tokens_per_sec", "seconds"}
+    return [{key: row[key] for key in row.keys() - clocked} for row in result["variants"]]
+
+
+def rows_of(out_dir):
+    """Return {(variant, twin): row} of results.jsonl."""
+    return {(row["variant"], row["twin"]): row for row in lines(f"{out_dir}/compare/c", "results.jsonl")}
+
+
+def folders(out_dir):
+    """Return the folders in that of a comparison."""
+    folder = f"{out_dir}/compare/c"
+    return [entry.path for entry in os.scandir(folder) if entry.is_dir()] if os.path.isdir(folder) else []
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return (data_dir, out_dir, stdout) of a comparison of three variants: nothing that matters differs in
+    one, one diverges, and one breaks."""
+    folder = tmp_path_factory.mktemp("made")
+    where = write_data(folder / "data"), str(folder / "runs")
+    code, out, err = call(*arguments(*where, NULL, DIVERGING, BREAKING))
+    assert code == 0, err
+    return *where, out
+
+
+@pytest.fixture
+def again(made, out_dir):
+    """Return (data_dir, out_dir) with a copy of those runs."""
+    shutil.copytree(made[1], out_dir)
+    return made[0], out_dir
+
+
+def test_a_null_comparison_is_exactly_zero(made):
+    """Two runs of the same settings under two names differ by exactly 0.0, at each evaluation."""
+    _, null, *_ = result_of(made[2])["variants"]
+    rows = rows_of(made[1])
+    one, other = (rows[name, False] for name in ("unchanged", NULL))
+    assert null["difference"] == 0.0
+    assert one["curve"] == other["curve"]
+    assert [step for step, _ in one["curve"]] == [0, 4, 8]
+    assert one["run"] != other["run"]
+    assert all(steps(f"{made[1]}/compare/c/{row['run']}")[0] == 8 for row in (one, other))
+
+
+@pytest.mark.parametrize(
+    "name, says", [(DIVERGING, "steps in a row were not finite"), (BREAKING, "nowhere")], ids=["nan", "error"]
+)
+def test_a_run_that_fails_is_a_row(made, name, says):
+    """A variant that diverges or breaks is a row with its last error, and the others have theirs."""
+    row = next(row for row in result_of(made[2])["variants"] if row["variant"] == name)
+    assert row["val_loss"] is row["difference"] is None
+    assert says in row["failed"]["1"]
+    (line,) = [line for line in made[2].splitlines() if line.startswith(f"{name}  failed: ")]
+    assert says in line
+
+
+def test_a_run_killed_by_the_system_says_so():
+    """A run without a last word, such as one that the system killed, has the signal as its error."""
+    assert runs.last_error(-9, "step 1/8\n") == "killed by signal 9"
+
+
+def test_an_error_is_the_last_line_of_a_run():
+    """The last error line counts, whatever is printed after it; without one, the last line."""
+    assert runs.last_error(2, "x\nerror: no data\nbye\n") == "no data"
+    assert runs.last_error(1, "Traceback\nKeyError: 'x'\n\n") == "KeyError: 'x'"
+    assert runs.last_error(1, "") == "exit code 1"
+
+
+def test_ended_runs_are_not_repeated(again):
+    """The same command, without what broke, trains nothing and gives the same result."""
+    before = rows_of(again[1])
+    result = compared(*again, NULL, DIVERGING, popen=no_run)
+    assert without_clock(result)[1]["difference"] == 0.0
+    assert rows_of(again[1]) == before
+
+
+def test_the_float_twins_give_gaps(again):
+    """With --twin only the twins are trained, and the gap is the loss of a variant minus that of its twin."""
+    result = compared(*again, NULL, twin=True)
+    rows = rows_of(again[1])
+    gap = rows["unchanged", False]["val_loss"] - rows["unchanged", True]["val_loss"]
+    assert [row["variant"] for row in result["gaps"]] == ["unchanged", NULL]
+    assert result["gaps"][0]["difference"] == gap != 0
+    assert result["variants"][3]["difference"] == 0.0
+    with open(f"{again[1]}/compare/c/{rows[NULL, True]['run']}/config.json") as file:
+        assert json.load(file)["settings"]["ternary"]["value"] is False
+
+
+def test_killed_and_run_again_it_gives_the_same_table(made, data_dir, out_dir):
+    """A comparison killed in the middle of a run continues it, and gives the table of an unbroken one."""
+    argv = arguments(data_dir, out_dir, NULL)
+    child = Script(os.path.join(ROOT, "compare.py"), argv, ROOT, faults.forked_runs(0.1))
+    deadline = time.time() + 60
+    while not (started := [path for path in folders(out_dir) if NULL in path and runs.last_step(path) >= 4]):
+        assert not child.ended() and time.time() < deadline, child.output()
+        time.sleep(0.02)
+    child.kill(signal.SIGKILL)
+    pid = files.read_json(f"{started[0]}/config.json")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    child.wait(10)
+    result = compared(data_dir, out_dir, NULL)
+    assert without_clock(result) == without_clock(result_of(made[2]))[:2]
+    events = [row["event"] for row in lines(started[0], "metrics/events.jsonl")]
+    assert "resume" in events
+    assert "finish" not in events[: events.index("resume")]
+
+
+class Interrupted(Forked):
+    """A run during which this process gets Ctrl-C, once it has made two steps."""
+
+    patch = faults.slow_updates(0.1)
+    is_sent = False
+
+    def communicate(self, timeout):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return super().communicate(0.05)
+        if not self.is_sent and runs.last_step(self.path) >= 2:
+            self.is_sent = True
+            os.kill(os.getpid(), signal.SIGINT)
+        raise subprocess.TimeoutExpired("train.py", timeout)
+
+
+def test_ctrl_c_saves_the_run_and_says_how_to_continue(data_dir, out_dir):
+    """A signal reaches the run, which saves; compare.py prints its command and exits with 128 + signal."""
+    code, out, err = call(*arguments(data_dir, out_dir, NULL), popen=Interrupted)
+    assert code == 128 + signal.SIGINT
+    assert "to continue: " in err
+    assert f"--try={NULL}" in err
+    assert out == ""
+    (path,) = folders(out_dir)
+    assert lines(path, "metrics/events.jsonl")[-1]["event"] == "interrupt"
+    assert 2 <= steps(path)[0] < 8
+
+
+def test_a_run_that_another_process_trains_is_waited_for(again):
+    """The run of a killed comparison, which still trains, is not started a second time."""
+    path = f"{again[1]}/compare/c/{rows_of(again[1])['unchanged', False]['run']}"
+    held = files.lock(f"{path}/.lock")
+    with mock.patch.object(subprocess, "Popen", no_run):
+        assert runs.train(path, {}, 1, show=held.release) == (0, "")
+    assert not held.is_locked
+
+
+@pytest.mark.parametrize(
+    "fault", ["learning_rat=1e-3", "n_layer=two", "n_head=3 n_kv_head=2", "schedule=step", "optimizer"]
+)
+def test_a_wrong_try_is_refused_before_anything_runs(capsys, data_dir, out_dir, fault):
+    """A typo, a bad type or a contradiction in any --try ends with exit code 2 and the words of train.py."""
+    argv = arguments(data_dir, out_dir, NULL, fault, "seq_len=8")
+    code, _, err = call(*argv, popen=no_run)
+    own = [f"--{word}" for word in fault.split()]
+    settings = [arg for arg in argv if not arg.startswith(("--try", "--seeds"))]
+    assert code == 2
+    assert err.splitlines()[:-1] == errors_of(capsys, *settings, *own)
+    assert err.splitlines()[-1] == f"error: the line above is about --try={fault!r}"
+    assert not os.path.exists(out_dir)
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--try=seed=7"], "use --seeds"),
+        (["--seed=7"], "use --seeds"),
+        (["--try=run_id=x"], "run_id is the same for all variants"),
+        (["--try=no_twin"], "twin is the same for all variants"),
+        (["--try=log_every=2"], "its settings are those of the variant 'log_every=2'"),
+        (["--try=n_layer=1"], "its settings are those of the variant 'unchanged'"),
+        (["--try="], "its settings are those of the variant 'unchanged'"),
+        (["--try=dataset='a"], "No closing quotation"),
+        (["--max_minutes=1"], "--max_minutes=1: a comparison sets max_minutes itself"),
+        (["--minutes=1"], "--max_steps=8: a comparison sets max_steps itself"),
+        (["--eval_every=0"], "needs the validation loss"),
+        (["--twin", "--try=ternary=False"], "leave one out"),
+        (["--seeds=0"], "seeds = '0' must be"),
+        (["--seeds=4,4"], "seeds = '4,4' must be"),
+        (["--seeds=1337"], "seeds = '1337' must be"),
+        (["--seeds=a"], "seeds = 'a' must be"),
+    ],
+)
+def test_what_a_comparison_cannot_do_is_refused(data_dir, out_dir, more, says):
+    """What a comparison decides itself, two equal variants and wrong seeds are refused, with exit code 2."""
+    code, _, err = call(*arguments(data_dir, out_dir, NULL), *more, popen=no_run)
+    assert code == 2
+    assert says in err
+
+
+@pytest.mark.parametrize("text, seeds", [("2", [1, 2]), ("4,5,6", [4, 5, 6]), ("7,", [7])])
+def test_seeds_are_a_number_or_a_list(data_dir, out_dir, text, seeds):
+    """A number counts the seeds from 1; a list names them."""
+    with mock.patch.object(compare, "run_all", side_effect=SystemExit(0)) as run_all:
+        call(*arguments(data_dir, out_dir, NULL, seeds=text))
+    assert run_all.call_args[0][1][0].cfg.seeds == seeds
+
+
+def test_minutes_become_one_number_of_tokens(data_dir, out_dir):
+    """--minutes is timed once, on the unchanged config; all variants train for the tokens of its steps."""
+    argv = arguments(data_dir, out_dir, "learning_rate=1", "batch_size=2 total_batch_size=32", minutes=0.02)
+    argv = [arg for arg in argv if not arg.startswith("--max_steps")]
+    lengths = []
+    for popen in (Forked, no_run):
+        with mock.patch.object(compare, "run_all", side_effect=SystemExit(0)) as run_all:
+            assert call(*argv, popen=popen)[0] == 0
+        lengths.append([variant.cfg.max_steps for variant in run_all.call_args[0][1]])
+    first, second, third = lengths[0]
+    assert lengths[0] == lengths[1]
+    assert first == second
+    assert third == 2 * first
+    (path,) = folders(out_dir)
+    times = [row["step_ms"] for row in lines(path, "metrics/scalars.jsonl") if row.get("step_ms")]
+    assert first == round(1200 / statistics.median(times))
+
+
+def test_a_fault_of_the_unchanged_config_ends_the_comparison(data_dir, out_dir):
+    """If train.py refuses the unchanged config, no variant is tried: exit code 2 with its words."""
+    code, _, err = call(*arguments(data_dir, out_dir, NULL, dataset="nowhere"))
+    assert code == 2
+    assert "nowhere" in err
+    assert folders(out_dir) == []
+
+
+def test_a_row_holds_the_run_and_its_machine(made):
+    """A row has what the run wrote about its end, its processor and its code."""
+    row = rows_of(made[1])["unchanged", False]
+    path = f"{made[1]}/compare/c/{row['run']}"
+    with open(f"{path}/config.json") as file:
+        content = json.load(file)
+    end = lines(path, "metrics/events.jsonl")[-1]["result"]
+    assert (row["seed"], row["steps"], row["val_loss"]) == (1, 8, end["val_loss"])
+    assert (row["cpu"], row["threads"], row["torch"]) == (content["cpu"], 1, content["versions"]["torch"])
+    assert row["commit"] == content["git_commit"]
+    assert row["cpu"]
+    assert row["settings"]["n_embd"] == 32
