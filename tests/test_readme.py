@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 
+import faults
 import pytest
 import torch
 from conftest import ROOT, run
@@ -49,6 +50,7 @@ SMALL = {  # what makes a command small enough for a test, without changing what
     ],
     "evaluate.py": ["--eval_tokens=640", "--games=3"],
     "sample.py": ["--max_new_tokens=5"],
+    "compare.py": ["--max_steps=2", "--eval_tokens=640", "--sample_every=0", "--seeds=1", "--out_dir={runs}"],
     "monitor.py": [],
     "export.py": [],
 }
@@ -95,7 +97,7 @@ def needed_by(command):
     """Return the folders that a command reads, or that it continues."""
     needed = re.findall(r"runs/\w+", command)
     data_set = flag_of(command, "dataset")
-    if " train.py config/" in command and not data_set:
+    if re.search(r" (train|compare)\.py config/", command) and not data_set:
         data_set = runpy.run_path(os.path.join(ROOT, "config", config_of(command) + ".py"))["dataset"]
     if data_set:
         needed.append(f"data/{data_set}")
@@ -131,9 +133,9 @@ class Session:
         """Run a command with small settings. What it exports, draws, or reads by a plain name is in `out`."""
         script, *args = shlex.split(command)[1:]
         more = [flag.format(**self.folders) for flag in SMALL[script]]
-        if script.startswith(("prepare/", "train.py", "evaluate.py")):
+        if script.startswith(("prepare/", "train.py", "evaluate.py", "compare.py")):
             more.append(f"--data_dir={self.folders['data']}")
-        if " train.py config/" in command and "--n_layer" not in command:
+        if re.search(r" (train|compare)\.py config/", command) and "--n_layer" not in command:
             more += MODEL
         if "--resume" in command:
             more.append("--max_steps=3")
@@ -148,7 +150,8 @@ class Session:
         if script == "monitor.py" or "--verify" in args:  # what they import takes longer than what they do
             with torch._dynamo.config.patch(disable=True):  # parts of transformers' code are compiled
                 return run_here(script, *args, *more)[0]
-        return run(script, *args, *more)[0]
+        patch = faults.forked_runs(0) if script == "compare.py" else ""
+        return run(script, *args, *more, patch=patch)[0]
 
 
 @pytest.fixture(scope="module")
