@@ -44,14 +44,6 @@ def test_seeds_that_failed_on_one_side_are_not_paired():
 
 
 @pytest.mark.parametrize(
-    "t, freedom", [(12.706, 1), (4.303, 2), (3.182, 3), (2.776, 4), (2.571, 5), (2.262, 9)]
-)
-def test_the_tails_of_t_are_those_of_the_tables(t, freedom):
-    """The two-sided five-percent points of Student's t leave five percent."""
-    assert report.beyond(t, freedom) == pytest.approx(0.05, abs=5e-5)
-
-
-@pytest.mark.parametrize(
     "values, says",
     [
         ([2.9, 3.1, 3.0], "lower by more than three standard errors (3 seeds)"),
@@ -73,11 +65,13 @@ def test_one_seed_has_no_error():
     assert "one pair gives no error" in report.notes(result, [1])[0]
 
 
-def test_few_seeds_are_a_weak_test():
-    """The lines say how often a variant that changes nothing would lie beyond three errors."""
-    text = "\n".join(report.notes(report.results(made_up(LOSSES)), [1, 2, 3]))
-    assert "With 3 seeds, t has n - 1 = 2 degrees of freedom" in text
-    assert "9.5%" in text
+@pytest.mark.parametrize("n_seeds, is_said", [(2, True), (4, True), (5, False)])
+def test_few_seeds_are_a_weak_test(n_seeds, is_said):
+    """The lines say that an error from fewer than five seeds is itself uncertain."""
+    losses = dict(unchanged=[3.0, 3.2, 3.1, 3.0, 3.3], muon=[2.9, 3.1, 3.0, 3.1, 3.2])
+    rows = made_up({name: values[:n_seeds] for name, values in losses.items()})
+    lines = report.notes(report.results(rows), list(range(n_seeds)))
+    assert any("fewer than five seeds" in line for line in lines) == is_said
 
 
 def test_the_best_of_many_is_to_be_confirmed():

@@ -100,19 +100,6 @@ def mismatches(paired):
     return [f"{text}, on seeds {','.join(numbers)}" for text, numbers in seeds.items()]
 
 
-def beyond(t, freedom):
-    """Return the probability that Student's t with these degrees of freedom is beyond t or -t (Abramowitz
-    and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    is_odd = freedom % 2
-    term = math.sin(angle) * math.cos(angle) ** is_odd
-    within = 0.0
-    for power in range(is_odd, freedom - 1, 2):
-        within += term
-        term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
-    return 1 - 2 / math.pi * (angle + within) if is_odd else 1 - within
-
-
 def aligned(rows):
     """Return rows of texts as lines, the first column at the left and the others at the right."""
     sizes = [max(map(len, column)) for column in zip(*rows)]
@@ -172,12 +159,8 @@ def notes(result, seeds):
             tried.append(row["variant"])
             lines.append(f"{label}: {verdict(row)}")
     lines += failed
-    freedom = len(seeds) - 1
-    if freedom:
-        lines.append(
-            f"With {len(seeds)} seeds, t has n - 1 = {freedom} degrees of freedom: of variants that change "
-            f"nothing on average, {beyond(3, freedom):.1%} lie beyond three standard errors."
-        )
+    if 1 < len(seeds) < 5:
+        lines.append("An error from fewer than five seeds is itself uncertain: five are better.")
     if len(set(tried)) > 1:
         fresh = ",".join(str(max(seeds) + i) for i in range(1, 6))
         lines.append(
