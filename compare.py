@@ -4,8 +4,8 @@
     python compare.py config/train_simple.py --try="optimizer=muon" --seeds=4,5,6,7,8     fresh seeds
     python compare.py config/train_simple.py --try="weight_decay=0" --minutes=5 --twin --n_layer=1
 
-Two runs with the same seed begin with the same weights and read the same tokens in the same order, so their
-difference varies less than their losses do. Settings outside of --try apply to all runs.
+Two runs of one seed and shape begin with the same weights and read the same tokens in the same order, so that
+their difference varies less than their losses do. Settings outside of --try apply to all runs.
 
 The runs are made by train.py, one at a time, in runs/compare/<run_id>/. The same command continues what was
 interrupted; a finished run is found again by its settings and is not repeated. Each run has a fixed number of
@@ -33,7 +33,10 @@ from nanobit.monitor.trends import clock
 
 FLAGS = {
     "try": Flag(
-        [], 'settings of a variant, as "optimizer=muon beta1=0.8"; repeat it', required=True, many=True
+        [],
+        'settings of a variant, in one pair of quotes, as "optimizer=muon beta1=0.8"; once for each variant',
+        required=True,
+        many=True,
     ),
     "seeds": Flag("3", "a number n = the seeds 1 to n; a list with commas = these seeds, as 4,5,6"),
     "minutes": Flag(0.0, "train all for the steps that the unchanged config makes in this time; 0 = its own"),
@@ -55,15 +58,20 @@ class Variant(NamedTuple):
         return report.label_of(self.name, self.is_twin)
 
 
+def seeds_of(text):
+    """Return the seeds of '3' (1 to 3), '4,5' or '7,'; [] if the text is none of these."""
+    if re.fullmatch(r"[1-9][0-9]?|100", text):
+        return list(range(1, int(text) + 1))
+    if re.fullmatch(r"([0-9]{1,18},)+([0-9]{1,18})?", text):
+        return [int(number) for number in text.split(",") if number]
+    return []
+
+
 def derive(cfg):
     """Make cfg.seeds a list, and leave the length open if --minutes sets it; yield the faults."""
-    texts = cfg.seeds.removesuffix(",").split(",")
-    seeds = [int(text) for text in texts if re.fullmatch(r"\d{1,18}", text)]
-    is_list = len(seeds) == len(texts) == len(set(seeds))
-    if "," not in cfg.seeds:
-        seeds = list(range(1, min(*seeds, 101) + 1)) if is_list else []
-    if not is_list or not 1 <= len(seeds) <= 100:
-        yield f"seeds = {cfg.seeds!r} must be a number from 1 to 100, or a list of seeds, as 4,5,6 or 7,"
+    seeds = seeds_of(cfg.seeds)
+    if not 1 <= len(set(seeds)) == len(seeds) <= 100:
+        yield f"seeds = {cfg.seeds!r} must be a number from 1 to 100, or seeds with commas, as 4,5,6 or 7,"
     cfg.seeds = seeds
     decided = {"seed": "use --seeds", "resume": "leave it out: a comparison always continues"}
     decided |= dict.fromkeys(("max_minutes", "patience"), "leave it out: all runs have the same length")
@@ -113,23 +121,14 @@ def load_variants(argv, cfg):
     return variants
 
 
-def leave(argv):
-    """End after a signal: the run under way is saved."""
-    command = terminal.command_line([sys.executable.removeprefix(os.getcwd() + os.sep), sys.argv[0], *argv])
-    print(f"stopped by signal {runs.received[0]}; to continue: {command}", file=sys.stderr)
-    sys.exit(128 + runs.received[0])
-
-
-def set_length(folder, variants, argv):
+def set_length(folder, variants):
     """Give all variants the tokens of the steps that the unchanged config makes in --minutes. They are timed
     once, in a run of 100 steps that stays in the folder, so that the same command has the same length."""
     cfg = variants[0].cfg
     off = dict.fromkeys(("eval_every", "sample_every", "save_every"), 0)
     settings = runs.compared(cfg) | off | dict(max_steps=100, max_minutes=cfg.minutes / 4, log_every=10)
     path = runs.path_of(folder, "speed", settings, seed=1)
-    code, error = runs.train(path, settings, 1, show=lambda: None)
-    if runs.received:
-        leave(argv)
+    code, error = runs.train(path, settings, 1)
     if error:
         fail(error, code=max(1, code))
     times = [row["step_ms"] for row in record.read(path, record.SCALARS) if row.get("step_ms")]
@@ -141,7 +140,7 @@ def set_length(folder, variants, argv):
         variant.cfg.max_steps = -(-steps * cfg.total_batch_size // variant.cfg.total_batch_size)
 
 
-def run_all(folder, variants, argv):
+def run_all(folder, variants):
     """Train all runs that have not ended, one seed after the other. Return the rows of results.jsonl."""
     todo = [
         (variant, seed, runs.path_of(folder, variant.label, runs.compared(variant.cfg), seed))
@@ -156,9 +155,6 @@ def run_all(folder, variants, argv):
         if is_new := path in progress.left:
             progress.start(path, f"{number}/{len(todo)}")
             code, error = runs.train(path, runs.compared(variant.cfg), seed, progress.show)
-            if runs.received:
-                progress.bar.close()
-                leave(argv)
             if code == 2 and variant is variants[0]:
                 progress.bar.close()
                 fail(error)
@@ -168,7 +164,7 @@ def run_all(folder, variants, argv):
         if is_new:
             outcome = f"failed: {row['failed']}" if row["failed"] else f"val_loss {row['val_loss']:.4f}"
             text = f"run {number} of {len(todo)}, {variant.label}, seed {seed}: {outcome}"
-            progress.bar.write(f"{text}; about {clock(progress.end())} left", file=sys.stderr)
+            progress.bar.write(f"{text}; time left: {clock(progress.end())}", file=sys.stderr)
     progress.bar.close()
     return rows
 
@@ -182,14 +178,28 @@ def main(argv=None):
     folder = os.path.join(cfg.out_dir, "compare", cfg.run_id)
     os.makedirs(folder, exist_ok=True)
     runs.listen()
-    if cfg.minutes:
-        set_length(folder, variants, argv)
-    rows = run_all(folder, variants, argv)
+    try:
+        if cfg.minutes:
+            set_length(folder, variants)
+        warnings = [
+            text for name, is_twin, own in variants if not is_twin for text in report.unlike(name, own, cfg)
+        ]
+        for text in warnings:
+            print(f"warning: {text}", file=sys.stderr)
+        rows = run_all(folder, variants)
+    except runs.Stopped:
+        command = terminal.command_line(
+            [sys.executable.removeprefix(os.getcwd() + os.sep), sys.argv[0], *argv]
+        )
+        print(f"stopped by signal {runs.received[0]}; to continue: {command}", file=sys.stderr)
+        sys.exit(128 + runs.received[0])
     result = dict(folder=folder, seeds=cfg.seeds, steps=cfg.max_steps) | report.results(rows)
-    print(f"{len(variants)} variants, seeds {cfg.seeds}, {cfg.max_steps:,} steps; losses in nats per token\n")
-    notes = [textwrap.fill(text, 100, subsequent_indent="  ") for text in report.notes(result, cfg.seeds)]
+    result["warnings"] = warnings + result["warnings"]
+    length = f"seeds {cfg.seeds}, {cfg.max_steps:,} steps of the unchanged config"
+    print(f"{len(variants)} variants, {length}; losses in nats per token\n")
+    notes = [textwrap.fill(text, 100, subsequent_indent="  ") for text in report.notes(result)]
     print(*report.tables(result), "", *notes, "", sep="\n")
-    picture = "no picture, since matplotlib is missing"
+    picture = "no picture (pip install matplotlib)"
     if importlib.util.find_spec("matplotlib"):
         picture = os.path.join(folder, "differences.png")
         report.draw(rows, picture)
@@ -203,4 +213,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}; free disk space, or choose another --out_dir=", code=1)
+        fail(f"{error}; choose another --out_dir=, or free disk space if it is full", code=1)

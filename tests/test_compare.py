@@ -137,20 +137,9 @@ def test_a_run_that_fails_is_a_row(made, name, says):
     row = next(row for row in result_of(made[2])["variants"] if row["variant"] == name)
     assert row["val_loss"] is row["difference"] is None
     assert says in row["failed"]["1"]
-    (line,) = [line for line in made[2].splitlines() if line.startswith(f"{name}  failed: ")]
+    (line,) = [line for line in made[2].splitlines() if line.startswith(f"{name}, seed 1 failed: ")]
     assert says in line
-
-
-def test_a_run_killed_by_the_system_says_so():
-    """A run without a last word, such as one that the system killed, has the signal as its error."""
-    assert runs.last_error(-9, "step 1/8\n") == "killed by signal 9"
-
-
-def test_an_error_is_the_last_line_of_a_run():
-    """The last error line counts, whatever is printed after it; without one, the last line."""
-    assert runs.last_error(2, "x\nerror: no data\nbye\n") == "no data"
-    assert runs.last_error(1, "Traceback\nKeyError: 'x'\n\n") == "KeyError: 'x'"
-    assert runs.last_error(1, "") == "exit code 1"
+    assert "--resume" not in line
 
 
 def test_ended_runs_are_not_repeated(again):
@@ -226,6 +215,45 @@ def test_a_run_that_another_process_trains_is_waited_for(again):
     with mock.patch.object(subprocess, "Popen", no_run):
         assert runs.train(path, {}, 1, show=held.release) == (0, "")
     assert not held.is_locked
+
+
+class Beaten(Forked):
+    """A run that another process has begun in the same moment, and has trained when this one ends."""
+
+    def __init__(self, command, **options):
+        self.returncode = 2
+
+    def communicate(self, timeout):
+        return "", "error: the run is being trained by another process"
+
+
+def test_a_run_that_another_process_begins_first_is_its_run(again):
+    """Two comparisons that start the same run at once: the slower one takes the result of the other."""
+    path = f"{again[1]}/compare/c/{rows_of(again[1])['unchanged', False]['run']}"
+    with (
+        mock.patch.object(subprocess, "Popen", Beaten),
+        mock.patch.object(runs, "has_ended", side_effect=[False, True, True]),
+    ):
+        assert runs.train(path, {}, 1) == (0, "")
+
+
+def test_the_last_loss_must_be_finite(again):
+    """A run whose last validation loss is not finite has failed, even if an earlier one was finite."""
+    row = rows_of(again[1])["unchanged", False]
+    path = f"{again[1]}/compare/c/{row['run']}"
+    with open(f"{path}/metrics/scalars.jsonl", "a") as file:
+        file.write('{"step": 8, "val_loss": null}\n')
+    variant = compare.Variant(
+        "unchanged", False, compare.config.load(arguments(*again, NULL), flags=compare.FLAGS)
+    )
+    assert runs.row_of(path, variant, 1, "")["failed"] == "the last validation loss is not finite"
+
+
+def test_another_default_is_another_run(made):
+    """A run is named by all that it depends on: with an edited default.py no former run is found."""
+    settings = rows_of(made[1])["unchanged", False]["settings"]
+    assert settings.keys() == runs.DEFAULTS.keys() - runs.DECIDED
+    assert not settings.keys() & {"seed", "patience", "max_minutes"}
 
 
 @pytest.mark.parametrize(
@@ -305,6 +333,22 @@ def test_a_fault_of_the_unchanged_config_ends_the_comparison(data_dir, out_dir):
     assert folders(out_dir) == []
 
 
+def test_nothing_can_be_compared_with_a_config_that_diverges(data_dir, out_dir):
+    """If the unchanged config never finishes, the table is printed, and the exit code is 1."""
+    code, out, _ = call(*arguments(data_dir, out_dir, NULL, learning_rate=1e30))
+    assert code == 1
+    assert [row["seeds"] for row in result_of(out)["variants"]] == [0, 0]
+
+
+def test_each_seed_is_trained_for_all_variants_before_the_next(data_dir, out_dir):
+    """A comparison that is stopped early has whole pairs."""
+    argv = arguments(data_dir, out_dir, NULL, seeds="5,3")
+    with mock.patch.object(runs, "train", return_value=(1, "x")) as train:
+        call(*argv)
+    made = [(call.args[2], NULL in call.args[0]) for call in train.call_args_list]
+    assert made == [(5, False), (5, True), (3, False), (3, True)]
+
+
 def test_a_row_holds_the_run_and_its_machine(made):
     """A row has what the run wrote about its end, its processor and its code."""
     row = rows_of(made[1])["unchanged", False]
@@ -316,4 +360,9 @@ def test_a_row_holds_the_run_and_its_machine(made):
     assert (row["cpu"], row["threads"], row["torch"]) == (content["cpu"], 1, content["versions"]["torch"])
     assert row["commit"] == content["git_commit"]
     assert row["cpu"]
+    other = rows_of(made[1])[NULL, False]  # a line stands for two steps
+    logged = [
+        row for row in lines(f"{made[1]}/compare/c/{other['run']}", "metrics/scalars.jsonl") if "loss" in row
+    ]
+    assert other["seconds"] == pytest.approx(sum(2e-3 * row["step_ms"] for row in logged))
     assert row["settings"]["n_embd"] == 32

@@ -8,7 +8,7 @@ from nanobit.monitor import plots
 from nanobit.monitor.trends import clock
 
 BASE = "unchanged"  # the name of the config without a --try
-MACHINE = ("cpu", "threads", "device", "torch", "commit")  # the last bits of a loss may depend on these
+MACHINE = ("cpu", "device", "torch", "commit")  # on these the last bits depend; device names the threads
 VALIDATION = ("dataset", "seq_len", "eval_tokens")  # the settings that select the text of an evaluation
 
 
@@ -81,23 +81,31 @@ def failures(rows, name, is_twin):
     return {row["seed"]: row["failed"] for row in own if row["failed"]}
 
 
-def facts_of(row):
-    """Return what paired runs should share, {name: value}: machine, code, tokens and validation text."""
-    facts = {key: row[key] for key in MACHINE} | dict(tokens=row["steps"] * row["tokens_per_step"])
-    return facts | {key: row["settings"].get(key, "the default") for key in VALIDATION}
-
-
 def mismatches(paired):
-    """Return a warning for each fact in which paired runs differ, with their seeds."""
+    """Return a warning for each fact of MACHINE in which paired runs differ, with their seeds."""
     seeds = {}
     for row, other in paired:
-        theirs = facts_of(other)
         labels = [label_of(each["variant"], each["twin"]) for each in (row, other)]
-        for key, value in facts_of(row).items():
-            if value != theirs[key]:
-                text = f"{key} of {labels[0]} is {value}, but that of {labels[1]} is {theirs[key]}"
+        for key in MACHINE:
+            if row[key] != other[key]:
+                text = f"{key} of {labels[0]} is {row[key]}, but that of {labels[1]} is {other[key]}"
                 seeds.setdefault(text, []).append(str(row["seed"]))
     return [f"{text}, on seeds {','.join(numbers)}" for text, numbers in seeds.items()]
+
+
+def unlike(name, cfg, base):
+    """Return a warning for each way in which a variant differs from the unchanged config so that their losses
+    cannot be compared: tokens, beyond one step, and the text of an evaluation."""
+    warnings = []
+    tokens, theirs = (each.max_steps * each.total_batch_size for each in (cfg, base))
+    if abs(tokens - theirs) >= max(cfg.total_batch_size, base.total_batch_size):
+        warnings.append(f"{name} trains on {tokens:,} tokens, the unchanged config on {theirs:,}")
+    for key in VALIDATION:
+        if (value := getattr(cfg, key)) != (other := getattr(base, key)):
+            warnings.append(
+                f"{key} of {name} is {value}, but {other} unchanged: it is evaluated on other text"
+            )
+    return warnings
 
 
 def aligned(rows):
@@ -123,9 +131,6 @@ def tables(result):
     forms |= {"tokens/s": ("tokens_per_sec", "{:,.0f}".format), "time": ("seconds", clock)}
     rows = [row | dict(label=label_of(row["variant"], row["twin"])) for row in result["variants"]]
     lines = table(rows, "variant", forms)
-    for i, row in enumerate(rows, 1):
-        if row["val_loss"] is None:
-            lines[i] = f"{row['label']}  failed: {next(iter(row['failed'].values()))}"
     if result["gaps"]:
         rows = [row | dict(label=row["variant"]) for row in result["gaps"]]
         lines += ["", *table(rows, "ternary minus float", difference | dict(seeds=("seeds", str)))]
@@ -147,7 +152,7 @@ def verdict(row):
     return f"{side} by more than three standard errors ({seeds})"
 
 
-def notes(result, seeds):
+def notes(result):
     """Return the lines below the tables: a verdict on each variant, failures, and how far to trust that."""
     tried = []
     failed = []
@@ -159,10 +164,10 @@ def notes(result, seeds):
             tried.append(row["variant"])
             lines.append(f"{label}: {verdict(row)}")
     lines += failed
-    if 1 < len(seeds) < 5:
+    if any(row["variant"] != BASE and 1 < row["seeds"] < 5 for row in result["variants"]):
         lines.append("An error from fewer than five seeds is itself uncertain: five are better.")
     if len(set(tried)) > 1:
-        fresh = ",".join(str(max(seeds) + i) for i in range(1, 6))
+        fresh = ",".join(str(max(result["seeds"]) + i) for i in range(1, 6))
         lines.append(
             "The best of several tries looks better than it is, since these seeds chose it: confirm it alone "
             f"on fresh seeds, with --seeds={fresh}"

@@ -22,6 +22,10 @@ DIVERGED = "steps in a row were not finite"  # of RunDir.report_skips
 received = []  # the signals that asked this process to stop
 
 
+class Stopped(Exception):
+    """A signal has ended the comparison; the run under way is saved."""
+
+
 def listen():
     """From now on SIGINT, SIGTERM and SIGHUP stop the run under way, which saves, and then this process."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -31,9 +35,8 @@ def listen():
 
 
 def compared(cfg):
-    """Return {setting: value} of what a run depends on, as far as it is not the default."""
-    names = sorted(DEFAULTS.keys() - DECIDED)
-    return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != DEFAULTS[name]}
+    """Return {setting: value} of what a run depends on."""
+    return {name: getattr(cfg, name) for name in sorted(DEFAULTS.keys() - DECIDED)}
 
 
 def path_of(folder, name, settings, seed):
@@ -56,13 +59,19 @@ def has_ended(path):
     return end.get("event") == "finish" or is_lost
 
 
-def train(path, settings, seed, show):
-    """Train a run to its end, or continue it, calling show() meanwhile. A signal is passed on to it. Return
-    (exit code, last error line or '') of train.py, or (0, '') if another process has trained it meanwhile."""
-    while files.is_locked(os.path.join(path, ".lock")) and not received:
+def train(path, settings, seed, show=lambda: None):
+    """Train a run to its end, or continue it, calling show() meanwhile. Return (exit code, last error line or
+    '') of train.py, or (0, '') if another process has trained it meanwhile. A signal is passed on to it; then
+    Stopped is raised."""
+    lock = os.path.join(path, ".lock")
+    if files.is_locked(lock):
+        print(f"waiting for {path}, which another process trains", file=sys.stderr)
+    while files.is_locked(lock) and not received:
         show()
         time.sleep(0.5)
-    if received or has_ended(path):
+    if received:
+        raise Stopped
+    if has_ended(path):
         return 0, ""
     out_dir, run_id = os.path.split(path)
     flags = settings | dict(out_dir=out_dir, run_id=run_id, seed=seed, resume="auto")
@@ -80,11 +89,18 @@ def train(path, settings, seed, show):
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             _, text = child.communicate(timeout=0.5)
-            return child.returncode, last_error(child.returncode, text)
+            break
         if len(received) > n_sent and os.name != "nt":  # Windows has no sessions: it reached both
+            if not n_sent:
+                print("saving before exit; press Ctrl-C again to quit immediately", file=sys.stderr)
             child.send_signal(received[n_sent])
             n_sent += 1
         show()
+    if received:
+        raise Stopped
+    if child.returncode == 2 and (files.is_locked(lock) or has_ended(path)):
+        return train(path, settings, seed, show)  # another process began it in the same moment
+    return child.returncode, last_error(child.returncode, text)
 
 
 def last_error(code, text):
@@ -105,13 +121,11 @@ def row_of(path, variant, seed, error):
     lines = [row for row in scalars if "loss" in row]
     evals = [row for row in scalars if "val_loss" in row]
     end = record.last(path, record.EVENTS)
-    val_loss = record.last(path, record.SCALARS, "val_loss").get("val_loss")
-    if not error and end.get("event") == "failed":
-        error = end["what"]
+    val_loss = evals[-1]["val_loss"] if evals else None
+    if end.get("event") == "failed":
+        error = (end["what"] or "failed").partition("; ")[0]  # what follows is advice on a single run
     elif not error and val_loss is None:
         error = "the last validation loss is not finite"
-    if error:
-        val_loss = None  # that of an earlier step
     starts = [0, *(row["step"] for row in lines)]
     # a line of the first step of a process alone has no time
     times = [(row["step"] - start) * row["step_ms"] for row, start in zip(lines, starts) if row["step_ms"]]
@@ -140,7 +154,9 @@ def save_rows(path, rows):
     present = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            present = [json.loads(line) for line in file]
+            for line in file:
+                with contextlib.suppress(ValueError):  # half a line: its run makes it again
+                    present.append(json.loads(line))
     by_run = {row["run"]: row for row in [*present, *rows]}
     files.write_bytes(path, "".join(record.to_json(row) + "\n" for row in by_run.values()).encode())
 
@@ -169,9 +185,10 @@ class Progress:
             self.bar.refresh()
 
     def end(self):
-        """Count the run that was trained. Return the seconds that the others will take."""
-        self.made += max(1, last_step(self.path) - self.first)
+        """Count the run that was trained. Return the seconds that the others will take, None if no step was
+        made that tells."""
+        self.made += max(0, last_step(self.path) - self.first)
         del self.left[self.path]
         to_make = sum(self.left.values())
         self.bar.total = self.made + to_make
-        return (time.monotonic() - self.began) * to_make / self.made
+        return (time.monotonic() - self.began) * to_make / self.made if self.made else None
