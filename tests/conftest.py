@@ -20,6 +20,8 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of compilers imports
 if hasattr(signal, "SIGHUP"):  # nohup ignores it, and the children would inherit that
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+pytest.register_assert_rewrite("web_browser")  # its fixtures assert, and test files import it
+
 import faults  # noqa: E402
 import torch  # noqa: E402
 from fork import Script  # noqa: E402

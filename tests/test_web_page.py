@@ -4,37 +4,23 @@ python tests/test_web_page.py stories.html    how soon a page is ready, and how 
 """
 
 import filecmp
-import json
 import os
 import re
-import shutil
 import sys
 import time
 
 import pytest
-import torch
 from conftest import ROOT
-from documents import run_here
-from parts import part_of, sentencepiece
+from parts import part_of
+from web_browser import BROWSER, DOCS, WAIT, api, needs_browser, write
 
-from nanobit import weights
-from nanobit.export import hf
 from nanobit.export.web import html_file
-from nanobit.infer.restore import restore
-from nanobit.tasks import game, tictactoe
 from nanobit.terminal import printable
-from nanobit.tokenizer import make_tokenizer
 
-api = pytest.importorskip("playwright.sync_api", reason="drives the browser: requirements-dev.txt")
-WAIT = 60_000  # milliseconds: a busy machine runs a page at a tenth of its speed
-api.expect.set_options(timeout=WAIT)
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
+pytest_plugins = ["web_browser"]
+pytestmark = needs_browser
 
-DOCS = {"adder": "adder", "play": "tictactoe"}  # {page of docs/: model of models/ that it is made from}
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">{{page}}\u2028<!-- &amp;"
-ENDS = re.compile(r"You win!|The model wins\.|A draw\.")
 # the contrast of each text with what is behind it, as WCAG 2.1 defines it
 CONTRASTS = """() => {
   const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
@@ -63,77 +49,6 @@ CONTRASTS = """() => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """Return {name: path} of pages: those of docs/, one of stories, and an untrained model that talks."""
-    folder = tmp_path_factory.mktemp("pages")
-    paths = {name: str(folder / f"{name}.html") for name in (*DOCS, "stories", "chat")}
-    for name, model in DOCS.items():
-        flags = [f"--ckpt={ROOT}/models/{model}", "--format=web", "--embed=f16", f"--out={paths[name]}"]
-        run_here("export.py", *flags)
-    html_file.write(weights.trained(f"{ROOT}/models/stories")[0], paths["stories"])
-    part = part_of(sentencepiece() | dict(chat="user-assistant"), vocab_size=320, n_layer=1, seq_len=128)
-    html_file.write(part, paths["chat"])
-    return paths
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with api.sync_playwright() as playwright:
-        is_root = hasattr(os, "geteuid") and os.geteuid() == 0  # its sandbox refuses root
-        browser = playwright.chromium.launch(executable_path=BROWSER, chromium_sandbox=not is_root)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """Return a function that opens a page by its path. At the end nothing was requested but the page and its
-    worker, and there was no error and no warning."""
-    contexts, faults = [], []
-
-    def request(asked, path):
-        if not asked.url.startswith("blob:") and asked.url != f"file://{path}":
-            faults.append(asked.url)
-
-    def open_page(path, **options):
-        options = dict(viewport=dict(width=1200, height=800)) | options
-        contexts.append(browser.new_context(offline=True, **options))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(WAIT)
-        page.on("console", lambda message: faults.append(message.text))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda asked: request(asked, path))
-        page.goto(f"file://{path}")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not faults
-
-
-def write(page, prompt, **settings):
-    """Let the model write after a prompt with these settings; return its text."""
-    page.locator("#settings").evaluate("(details) => { details.open = true; }")
-    for name, value in settings.items():
-        page.fill(f"#{name}", str(value))
-    page.fill("#prompt", prompt)
-    api.expect(page.locator("#go")).to_be_enabled()
-    before = page.locator("#answers li").count()
-    page.press("#prompt", "Enter")
-    api.expect(page.locator("#answers li")).to_have_count(before + 1)
-    api.expect(page.locator("#go")).to_be_enabled()
-    return page.locator("#answers .new").first.text_content()
-
-
-def wait(page):
-    """Wait until a person can move or the game has ended; return whether it has ended."""
-    # the text of the turn before stays until the model has answered
-    page.wait_for_function("() => game.answers.length > 0 || lineOf(game.moves) || game.moves.length === 9")
-    return bool(ENDS.search(page.text_content("#turn")))
-
-
 @pytest.mark.parametrize("name", DOCS)
 def test_page_of_docs(pages, name):
     """The pages of docs/ are those that the models of the repository give now."""
@@ -144,6 +59,7 @@ def test_page_of_docs(pages, name):
 def test_sums(pages, open_page):
     """Sums are typed or clicked, and answered; the error of a character that the model lacks is shown."""
     page = open_page(pages["adder"])
+    api.expect(page.locator("#speed")).to_have_text(re.compile(r"The model is ready, after \d+\.\d\d s\."))
     assert write(page, "12+34=") == "46"
     assert write(page, " 58 + 7 ") == "65"
     assert page.locator("#answers li").all_text_contents() == ["58+7=65right", "12+34=46right"]
@@ -155,7 +71,7 @@ def test_sums(pages, open_page):
     page.get_by_role("button", name="Calculate").click()
     api.expect(page.get_by_role("alert")).to_contain_text("does not know the character")
     assert page.locator("#answers li").count() == 3
-    assert write(page, "7x8=") not in ("", "56")  # it was trained on additions
+    assert write(page, "7 * 8") not in ("", "56")  # it was trained on additions
     assert "wrong, it is 56" in page.locator("#answers li").first.text_content()
     api.expect(page.get_by_role("alert")).to_be_hidden()
 
@@ -175,116 +91,15 @@ def test_text_and_stop(pages, open_page):
     api.expect(page.locator("#speed")).to_contain_text("Stopped")
     stopped = page.locator("#answers .new").first.text_content()
     assert 0 < len(stopped) < 5000
-    assert write(page, "The dog", max_new_tokens=2)
+    page.fill("#seed", "")
+    texts = [write(page, "The dog", max_new_tokens=12) for _ in range(2)]
+    assert texts[0] != texts[1]  # each has a seed of its own
+    assert re.search(r"seed: \d", page.text_content("#speed"))
     page.fill("#top_p", "2")
     page.locator("#settings").evaluate("(details) => { details.open = false; }")
     page.press("#prompt", "Enter")
     api.expect(page.locator("#top_p")).to_be_focused()  # the setting that is out of its range
-    assert page.locator("#answers li").count() == 5
-
-
-def test_numbers_of_the_board(pages, open_page):
-    """The model's moves, and its probabilities of the free squares, are those of Python: whole per cent, and
-    the embedding of the page is rounded to int8."""
-    part, _ = weights.trained(f"{ROOT}/models/tictactoe")
-    tokenizer = make_tokenizer(part["tokenizer"])
-    asked = (restore(part, torch.device("cpu"), packed=True), tokenizer, part["tokenizer"]["eot"])
-    page = open_page(pages["play"])
-    for ask in game.ASKS:
-        page.select_option("#ask", ask)
-        page.get_by_role("button", name="New game").click()
-        page.get_by_label("square 5, empty, ").click()
-        api.expect(page.locator("#turn")).to_have_text(re.compile(r"The model took \d .*Your turn"))
-        moves = "5" + re.search(r"took (\d)", page.text_content("#turn"))[1]
-        assert moves == f"5{tictactoe.answers(*asked, ['5'], ask)[0][0] + 1}"
-        scores, wished = tictactoe.ask_model(*asked, [moves], ask)
-        squares = [square for square in range(9) if str(square + 1) not in moves]
-        expected = {
-            "win": wished[0, tokenizer.encode("123456789")][squares].softmax(-1),
-            "not_lose": 1 - (-scores[0, squares]).exp(),
-        }[ask]
-        shown = [int(text[:-1]) for text in page.locator("#board span").all_text_contents() if text]
-        assert shown == pytest.approx([100 * p for p in expected.tolist()], abs=1)
-    page.uncheck("#show")
-    assert not any(page.locator("#board span").all_text_contents())
-
-
-def test_game_by_mouse(pages, open_page):
-    """A game is played to its end, with free squares only; the next one begins, as O."""
-    page = open_page(pages["play"])
-    n = 0
-    while not wait(page):
-        n += 1
-        page.locator("#board button[aria-disabled=false]").first.click()
-        api.expect(page.locator("#board button.X")).to_have_count(n)
-    assert page.locator("#board button.O").count() in (n, n - 1)
-    assert re.fullmatch(r"So far you won \d, drew \d and lost \d\.", page.text_content("#tally"))
-    assert page.locator("#turn[aria-live=polite]").count() == 1
-    page.locator("#board button").first.click(force=True)  # nothing: the game has ended
-    page.select_option("#side", "O")
-    api.expect(page.locator("#turn")).to_have_text(re.compile(r"The model took \d .* Your turn, O\."))
-    assert page.locator("#board button.X").count() == 1
-    page.get_by_role("button", name="New game").click()
-    api.expect(page.locator("#board button.X")).to_have_count(1)
-
-
-def test_game_by_keyboard(pages, open_page):
-    """The keyboard reaches the board, moves on it by the arrow keys, and plays a game."""
-    page = open_page(pages["play"])
-    wait(page)
-    page.keyboard.press("Tab")
-    page.keyboard.press("Tab")
-    for key in ("ArrowRight", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowUp", "ArrowLeft", "ArrowUp"):
-        page.keyboard.press(key)
-    api.expect(page.get_by_label("square 1, empty")).to_be_focused()
-    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-    assert outline == "solid"
-    page.keyboard.press("Enter")
-    for _ in range(8):
-        if not wait(page):
-            page.keyboard.press("Tab")
-            page.keyboard.press("Space")  # on a taken square nothing happens
-    assert wait(page)
-    assert page.get_by_label("square 1, X").count() == 1
-
-
-def test_what_it_is(pages, open_page):
-    """The arrow keys select the second tab: sizes, layers, the codes of a matrix as they are, and the loss
-    curve with both axes and a text for those who do not see it."""
-    page = open_page(pages["adder"])
-    page.get_by_role("tab", name="Try it").focus()
-    page.keyboard.press("ArrowRight")
-    tab = page.get_by_role("tab", name="What it is")
-    api.expect(tab).to_be_focused()
-    assert tab.get_attribute("aria-selected") == "true"
-    assert page.locator("#try").is_hidden()
-    facts = page.text_content("#facts")
-    assert "526,848" in facts
-    assert "4,000 steps on arithmetic" in facts
-    assert f"{os.path.getsize(pages['adder']) / 1e6:.2f} MB" in facts
-    about = json.loads(html_file.elements(pages["adder"])["about"])
-    assert page.locator("#layers tr").count() == len(about["layers"])
-    name = "blocks.1.ffn.up_proj.weight"
-    page.get_by_label("Matrix").first.select_option(name)
-    codes, scale = hf.codes_of(weights.trained(f"{ROOT}/models/adder")[0], name)
-    api.expect(page.locator("#matrix-text")).to_contain_text(f"code divided by {scale.item():.4f}")
-    shares = [f"{value}: {(codes == int(value)).float().mean():.1%}" for value in ("-1", "0", "+1")]
-    assert page.locator("#legend span").all_text_contents() == shares
-    picture = page.evaluate("""() => {
-      const canvas = document.getElementById("matrix");
-      const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-      return [canvas.height, canvas.width, [...new Uint32Array(data.buffer)]];
-    }""")
-    colors = torch.tensor(picture[2]).view(picture[:2])
-    assert len(colors.unique()) == 3
-    for value in (-1, 0, 1):
-        assert len(colors[codes == value].unique()) == 1
-    curve = page.get_by_role("img", name="Validation loss, first 2.7802, at step 4,000 1.0816")
-    labels = {"validation loss (nats per token)", "training step", "1.5", "4,000"}
-    assert labels <= {*curve.locator("text").all_text_contents()}
-    assert len(curve.locator("polyline").get_attribute("points").split()) == len(about["curve"]) > 5
-    tab.press("ArrowLeft")
-    api.expect(page.locator("#try")).to_be_visible()
+    assert page.locator("#answers li").count() == 6
 
 
 def test_chat(pages, open_page):
@@ -295,6 +110,10 @@ def test_chat(pages, open_page):
         write(page, question, seed=seed, **options)
     assert page.locator("#answers .given").all_text_contents() == ["the cat", "a dog"]
     answers = page.locator("#answers .new").all_text_contents()
+    assert page.locator("#answers").bounding_box()["y"] < page.locator("#form").bounding_box()["y"]
+    page.fill("#seed", "-1")
+    page.get_by_role("button", name="Another answer").click()
+    assert page.locator("#answers .new").all_text_contents() == answers
     page.fill("#seed", "9")
     page.get_by_role("button", name="Another answer").click()
     api.expect(page.locator("#speed")).to_contain_text("seed: 9")
@@ -308,15 +127,105 @@ def test_chat(pages, open_page):
     assert page.evaluate("messages.length") == 4
     page.get_by_role("button", name="New conversation").click()
     assert page.locator("#answers li").count() == 0
+    assert page.evaluate("messages.length") == 0
     assert page.get_by_role("alert").is_hidden()
     api.expect(page.locator("#prompt")).to_be_focused()
+
+
+@pytest.mark.parametrize(
+    "pieces, reason, shown",
+    [
+        ([" Hi", " you"], "end", "Hi you"),
+        ([" "], "end", "The model gave no answer. Please ask again."),
+        (["a\0"], "length", "The model gave no answer. Please ask again."),
+        ([], "stopped", "Stopped before an answer came."),
+    ],
+)
+def test_answers_of_a_chat(pieces, reason, shown, pages, open_page):
+    """An answer begins without a space; without one a line says so, and the message is in the box again."""
+    page = open_page(pages["chat"])
+    page.evaluate(
+        """([pieces, reason]) => {
+          ask = async (question, onText) => {
+            pieces.forEach(onText);
+            return {reason, new_tokens: 1, decode_seconds: 0};
+          };
+        }""",
+        [pieces, reason],
+    )
+    is_answer = shown == "Hi you"
+    page.fill("#prompt", " Hello ")
+    page.get_by_role("button", name="Send").click()
+    api.expect(page.locator("#answers .new" if is_answer else "#error")).to_have_text(shown)
+    assert page.locator("#answers li").count() == page.evaluate("messages.length / 2") == int(is_answer)
+    assert page.input_value("#prompt") == ("" if is_answer else "Hello")
+
+
+def test_enter(pages, open_page):
+    """Enter sends the message, but neither an empty one nor while the model writes; Shift and Enter begin a
+    new line."""
+    page = open_page(pages["chat"])
+    api.expect(page.locator("#go")).to_be_enabled()
+    page.evaluate("() => { ask = () => new Promise(() => {}); }")  # the model never ends
+    page.fill("#prompt", "  ")
+    page.press("#prompt", "Enter")
+    assert page.locator("#answers li").count() == 0
+    page.fill("#prompt", "a")
+    page.press("#prompt", "Shift+Enter")
+    assert page.input_value("#prompt") == "a\n"
+    page.press("#prompt", "Enter")
+    page.fill("#prompt", "b")
+    page.press("#prompt", "Enter")
+    assert page.locator("#answers .given").all_text_contents() == ["a"]
+
+
+def test_a_worker_that_stops(pages, open_page):
+    """When the worker stops, its question ends, and the line that says so can be seen on a small screen."""
+    page = open_page(pages["adder"], viewport=dict(width=360, height=300))
+    api.expect(page.locator("#go")).to_be_enabled()
+    page.evaluate("() => { worker.postMessage = () => {}; }")
+    page.fill("#prompt", "1+2")
+    page.press("#prompt", "Enter")
+    page.evaluate("() => { scrollTo(0, 9999); worker.onerror({message: 'No memory.'}); }")
+    api.expect(page.get_by_role("alert")).to_have_text("The model has stopped. No memory.")
+    api.expect(page.get_by_role("alert")).to_be_in_viewport()
+    api.expect(page.locator("#go")).to_be_enabled()
+    assert page.locator("#answers li").count() == 0
+
+
+def test_numbers_and_verdicts(pages, open_page):
+    """Numbers are short, the speed leaves out the first token, and sums of any length are judged exactly."""
+    page = open_page(pages["adder"])
+    shares = page.evaluate("[0, 0.001, 0.0049, 0.005, 0.5, 1].map(percent)")
+    assert shares == ["0%", "<1%", "<1%", "1%", "50%", "100%"]
+    describe = "([done, options]) => describe(done, options)"
+    done = dict(reason="length", new_tokens=2001, decode_seconds=0.5)
+    expected = "Length reached. New tokens: 2,001, tokens per second: 4,000, seed: 3."
+    assert page.evaluate(describe, [done, dict(temperature=0.8, seed=3)]) == expected
+    done = dict(reason="end", new_tokens=1, decode_seconds=0)
+    expected = "The model ended. New tokens: 1."
+    assert page.evaluate(describe, [done, dict(temperature=0, seed=3)]) == expected
+    verdict = """(text) => {
+      const item = document.createElement("li");
+      addVerdict(item, text);
+      return item.textContent;
+    }"""
+    large = 10**20 + 1
+    for text, expected in (
+        ("9-12=-3", "right"),
+        ("12-9=-3", "wrong, it is 3"),
+        (f"{large}x{large}={large**2}", "right"),
+        ("2+2=4 ", "wrong, it is 4"),
+        ("2+2", ""),
+    ):
+        assert page.evaluate(verdict, text) == expected
 
 
 def test_hostile_texts(open_page, tmp_path):
     """Names and prompts that look like HTML are shown as they are."""
     chars = "\n" + "".join(sorted({*HOSTILE, *"abc"}))
     part = part_of(dict(kind="char", sha256="x", eot=0, chars=chars), vocab_size=len(chars))
-    part["config"] |= dict(run_id=HOSTILE, dataset=HOSTILE, sample_prompts=[HOSTILE])
+    part["config"] |= dict(run_id=HOSTILE, dataset=HOSTILE, sample_prompts=[HOSTILE, " ", ""])
     html_file.write(part, str(tmp_path / "hostile.html"))
     page = open_page(str(tmp_path / "hostile.html"))
     assert page.title() == page.text_content("h1") == printable(HOSTILE)
@@ -337,15 +246,23 @@ def test_without_a_worker(pages, browser):
     page.close()
 
 
+def test_a_promise_that_fails(pages, browser):
+    """What fails while nobody waits for it is shown in a line too."""
+    page = browser.new_page()
+    page.goto(f"file://{pages['adder']}")
+    page.evaluate("() => { Promise.reject(new Error('No such matrix.')); }")
+    api.expect(page.get_by_role("alert")).to_have_text("No such matrix.")
+    page.close()
+
+
 @pytest.mark.parametrize("name", [*DOCS, "stories", "chat"])
 def test_phone_and_colors(pages, open_page, name):
     """A narrow screen needs no scrolling to the side, and all texts have a contrast of at least 4.5 (WCAG 2.1
     AA), light and dark."""
     page = open_page(pages[name], viewport=dict(width=360, height=740))
     if name == "play":
-        wait(page)
-        page.locator("#board button").first.click()
-        wait(page)
+        page.locator("#board button[aria-disabled=false]").first.click()
+        page.locator("#board button[aria-disabled=false]").first.wait_for()
     else:
         write(page, dict(adder="7x8=").get(name, "the cat"), max_new_tokens=4)
     for tab in ("Try it", "What it is"):
