@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from parts import part_of
+from parts import part_of, sentencepiece
 from web_pages import BOUND, in_float64, js, model_of, needs_node
 
 from nanobit import chat
@@ -145,6 +145,42 @@ def test_an_error_is_an_answer(page):
     assert missing["type"] == unknown["type"] == "error"
     assert "does not know the character" in missing["message"]
     assert good["type"] == "done"
+
+
+def test_the_last_turns_of_a_conversation(page):
+    """An answer has its half of the context: of a longer conversation the last turns are read."""
+    talk = [dict(role="user", content="a"), dict(role="assistant", content="b"), *TALK]
+    for n, is_whole in ((8, True), (60, False)):
+        whole, last = answers_of(page, *(write(messages=turns, max_new_tokens=n) for turns in (talk, TALK)))
+        assert (whole["text"] != last["text"]) == is_whole
+
+
+@torch.no_grad()
+def test_a_text_that_ends_within_a_character(tmp_path):
+    """The bytes of a character that is not complete at the end of a text are shown as one that is unknown."""
+    spec = sentencepiece()
+    part = part_of(spec, vocab_size=320)
+    lead = make_tokenizer(spec).encode("\U0001f642")[-4]  # the first byte of four
+    head = torch.zeros(320, 64)
+    head[lead] = part["model"]["embed.weight"][lead]
+    part["config"]["tie_embeddings"] = False
+    part["model"]["head.weight"] = head
+    html_file.write(part, str(tmp_path / "x.html"))
+    answers = answers_of(tmp_path / "x.html", write(prompt="a", max_new_tokens=1))
+    assert answers[0]["text"] == "\ufffd"
+
+
+def test_seconds(page):
+    """The seconds of loading, and of all new tokens but the first, are those of the clock."""
+    parts = html_file.elements(page)
+    entry = {name: json.loads(parts[name]) for name in ("model", "tokenizer")}
+    entry["weights"] = parts["weights"]
+    names = [*html_file.WORKER, os.path.join(HERE, "web_worker.js")]
+    clock = "Object.defineProperty(globalThis, 'performance', {value: {now: () => (calls += 1000)}})"
+    expression = f"({clock}, answersOf(entry, [question]))"
+    answers = js(expression, names, calls=0, entry=entry, question=write() | dict(id=0))
+    assert answers[0]["seconds"] == 1  # one call of the clock after the other
+    assert answers[-1]["decode_seconds"] == 1
 
 
 def test_a_question_that_does_not_fit_is_an_error(page):
