@@ -22,6 +22,7 @@ from nanobit.record import SCALARS
 from nanobit.terminal import printable
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!--<script>{{weights}}&amp;\"'\\"
+MATRIX = "blocks.0.attn.q_proj.weight"
 SCRIPTS = [name for name in sorted(os.listdir(node.HERE)) if name.endswith(".js")]
 
 
@@ -162,6 +163,8 @@ def test_what_a_page_shows(tmp_path):
     assert (about["step"], about["val_loss"], about["curve"]) == (7, 2.5, [[0, 3.5], [7, 2.5]])
     assert about["score"] == dict(accuracy=0.5)
     assert about["layers"][0] == ["embed.weight", [28, 64], "int8"]
+    later = page_of(tmp_path, part | dict(step=9))
+    assert json.loads(html_file.elements(later)["about"])["val_loss"] is None  # the last is of step 7
 
 
 @pytest.mark.parametrize("name, kind, limit", [("adder", "arithmetic", 0.4), ("tictactoe", "tictactoe", 0.8)])
@@ -184,14 +187,16 @@ def test_the_pages_of_models(name, kind, limit, tmp_path):
         ('# `a b`\n\n```json\n[1]\n```\n```json\n{"a": 1, "b": 0.5}\n```\n', ("a b", dict(a=1, b=0.5))),
         ('# x\n```json\n{"a": true}\n```\n```json\n{"a": {}}\n```\n', ("x", {})),
         ('# x\n```json\n{"a": 1\n```\n', ("x", {})),
+        ('# x\n```json\n{"a": NaN}\n```\n', ("x", {})),
         ("text", ("", {})),
+        ("\udcff", ("", {})),
         (None, ("", {})),
     ],
 )
 def test_the_score_of_a_card(text, expected, tmp_path):
     """A card gives its heading and the first object of numbers; a folder without one gives neither."""
     if text is not None:
-        (tmp_path / "README.md").write_text(text)
+        (tmp_path / "README.md").write_text(text, encoding="utf-8", errors="surrogateescape")
     assert card.read(str(tmp_path)) == expected
 
 
@@ -279,6 +284,35 @@ def test_a_changed_page_is_bad(old, new, says, tmp_path, capsys):
     assert says in capsys.readouterr().out
 
 
+@needs_node
+@pytest.mark.parametrize("has_node", [True, False])
+@pytest.mark.parametrize("name", ["embed.weight", MATRIX])
+def test_a_page_with_other_weights_is_bad(name, has_node, tmp_path, monkeypatch, capsys):
+    """Weights that are not those of the model, rounded, are bad, though the page computes with its own as we
+    do, and without Node too."""
+    part = part_of()
+    path = page_of(tmp_path, part)
+    monkeypatch.setattr(node, "is_installed", lambda: has_node)
+    other = part["model"] | {name: -part["model"][name]}
+    assert not verify.web(part | dict(model=other), path, "int8")["good"]
+    assert "at most: BAD" in capsys.readouterr().out
+
+
+@needs_node
+def test_a_page_that_does_not_run_is_an_error(tmp_path, capsys):
+    """A page whose scripts Node cannot run is one error with Node's message."""
+    part = part_of()
+    path = page_of(tmp_path, part)
+    with open(path, encoding="utf-8") as file:
+        text = file.read().replace("class Model {", "class Mode1 {")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    with pytest.raises(SystemExit) as stop:
+        verify.web(part, path, "int8")
+    assert stop.value.code == 1
+    assert "the page does not run in Node (" in capsys.readouterr().err
+
+
 def test_exports_have_the_curve_of_their_run(trained, tmp_path):
     """A page, a folder for transformers and a page made from that have the validation losses of the run."""
     pytest.importorskip("tokenizers", reason="writes the folder: requirements-dev.txt")
@@ -295,14 +329,17 @@ def test_exports_have_the_curve_of_their_run(trained, tmp_path):
 
 
 def test_a_long_curve_is_thinned(tmp_path):
-    """At most 200 points are kept, the first and the last of them, and none after the checkpoint."""
+    """At most 200 points are kept, the first and the last of them, none after the checkpoint, and none whose
+    loss is not a number."""
     (tmp_path / "metrics").mkdir()
     rows = [json.dumps(dict(step=step, val_loss=9 - step / 1000)) + "\n" for step in range(1000)]
+    rows[699] = '{"step": 699, "val_loss": NaN}\n'
     (tmp_path / SCALARS).write_text("".join(rows))
     curve = card.points(str(tmp_path), 700)
     assert len(curve) == 200
     assert curve[0] == [0, 9.0]
     assert curve[-1] == [700, 8.3]
+    assert card.points(str(tmp_path), 699)[-1] == [698, 8.302]
 
 
 @pytest.mark.parametrize("curve", [[[0, "x"]], [[0]], 5, [[0.5, 1.0]], [["<", 1.0]]])
