@@ -118,10 +118,10 @@ def test_figures(pages, open_page):
     seen = []
     for width, scheme in ((1200, "light"), (700, "dark")):
         page.set_viewport_size(dict(width=width, height=800))
-        page.emulate_media(color_scheme=scheme)
         api.expect(page.locator("#curve svg")).to_have_attribute(
             "width", str(page.evaluate("byId('curve').clientWidth"))
         )
+        page.emulate_media(color_scheme=scheme)
         page.wait_for_function(f"() => {{ const [a, b] = ({COLORS})(); return String(a) === String(b); }}")
         seen.append(page.evaluate(COLORS)[0])
     assert seen[0] != seen[1]

@@ -273,8 +273,9 @@ def test_verify_without_node(trained, tmp_path):
     ],
 )
 def test_a_changed_page_is_bad(old, new, says, tmp_path, capsys):
-    """A script that computes something else than model.py, and another scale than the model's, is bad."""
-    part = part_of()
+    """A script that computes something else than model.py, and another scale than the model's, is bad; that a
+    page has no rows of padding is good."""
+    part = part_of(vocab_multiple=32)
     path = page_of(tmp_path, part)
     with open(path, encoding="utf-8") as file:
         text = file.read()

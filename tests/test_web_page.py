@@ -60,6 +60,7 @@ def test_sums(pages, open_page):
     """Sums are typed or clicked, and answered; the error of a character that the model lacks is shown."""
     page = open_page(pages["adder"])
     api.expect(page.locator("#speed")).to_have_text(re.compile(r"The model is ready, after \d+\.\d\d s\."))
+    assert page.input_value("#temperature") == "0"
     assert write(page, "12+34=") == "46"
     assert write(page, " 58 + 7 ") == "65"
     assert page.locator("#answers li").all_text_contents() == ["58+7=65right", "12+34=46right"]
@@ -105,6 +106,7 @@ def test_text_and_stop(pages, open_page):
 def test_chat(pages, open_page):
     """A model of conversations answers in turns, answers again, and begins anew."""
     page = open_page(pages["chat"])
+    assert page.input_value("#prompt") == ""
     options = dict(max_new_tokens=8, temperature=0.3)
     for seed, question in ((1, "the cat"), (2, "a dog")):
         write(page, question, seed=seed, **options)

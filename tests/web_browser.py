@@ -31,6 +31,7 @@ def pages(tmp_path_factory):
         run_here("export.py", *flags)
     html_file.write(weights.trained(f"{ROOT}/models/stories")[0], paths["stories"])
     part = part_of(sentencepiece() | dict(chat="user-assistant"), vocab_size=320, n_layer=1, seq_len=128)
+    part["config"]["sample_prompts"] = ["the cat"]
     html_file.write(part, paths["chat"])
     return paths
 
