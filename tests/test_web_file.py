@@ -263,6 +263,13 @@ def test_verify_without_node(trained, tmp_path):
     assert result["reader"] is None
 
 
+def test_a_bad_export_is_an_exit_code(trained, tmp_path):
+    """--verify ends with 1 for what is not good, and the line of JSON says so."""
+    patch = export_faults.no_node() + export_faults.no_rounding()
+    out, _ = export(trained[1], tmp_path / "x.html", "--verify", patch=patch, code=1)
+    assert json.loads(out.strip().split("\n")[-1])["good"] is False
+
+
 @needs_node
 @pytest.mark.parametrize(
     "old, new, says",

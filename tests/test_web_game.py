@@ -189,6 +189,7 @@ def test_only_a_free_square_in_turn_can_be_taken(pages, open_page):
     assert page.evaluate(states) == ["5"] + ["true"] * 9
     wait(page)
     moves = page.evaluate("game.moves")
+    assert page.text_content("#read") == f"X{moves}"
     page.get_by_label("square 5, X").click(force=True)
     assert page.evaluate("game.moves") == moves
     scrolls = """(key) => byId("board").firstElementChild.dispatchEvent(

@@ -61,6 +61,7 @@ def test_sums(pages, open_page):
     page = open_page(pages["adder"])
     api.expect(page.locator("#speed")).to_have_text(re.compile(r"The model is ready, after \d+\.\d\d s\."))
     assert page.input_value("#temperature") == "0"
+    assert page.locator("[data-for]:visible:not([data-for~=arithmetic])").count() == 0
     assert write(page, "12+34=") == "46"
     assert write(page, " 58 + 7 ") == "65"
     assert page.locator("#answers li").all_text_contents() == ["58+7=65right", "12+34=46right"]
