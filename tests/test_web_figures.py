@@ -64,6 +64,8 @@ def test_what_it_is(pages, open_page):
     page.get_by_label("Matrix").first.select_option(name)
     codes, scale = hf.codes_of(weights.trained(f"{ROOT}/models/adder")[0], name)
     api.expect(page.locator("#matrix-text")).to_contain_text(f"code divided by {scale.item():.4f}")
+    rows, columns = codes.shape
+    assert f"{rows} rows (outputs), {columns} columns (inputs); " in page.text_content("#matrix-text")
     shares = [f"{value}: {(codes == int(value)).float().mean():.1%}" for value in ("-1", "0", "+1")]
     assert page.locator("#legend span").all_text_contents() == shares
     picture = page.evaluate("""() => {
@@ -113,8 +115,6 @@ def test_figures(pages, open_page):
     facts_of(page)
     api.expect(page.locator("#matrix-text")).to_contain_text("rows")
     model = json.loads(html_file.elements(pages["adder"])["model"])
-    rows, columns = model["tensors"][page.input_value("#matrix-name")]["shape"]
-    assert f"{rows} rows (outputs), {columns} columns (inputs)" in page.text_content("#matrix-text")
     seen = []
     for width, scheme in ((1200, "light"), (700, "dark")):
         page.set_viewport_size(dict(width=width, height=800))
