@@ -210,12 +210,11 @@ def describe(device):
 
 def processor():
     """Return what the last bits of a CPU's results depend on: cpu (model and vector units) and threads."""
-    if os.path.exists("/proc/cpuinfo"):  # Linux, whose platform.processor() runs a command and knows less
+    names = []
+    with contextlib.suppress(OSError):  # only Linux has it; there platform.processor() knows less
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    else:
-        names = [platform.processor()]
-    model = next(filter(None, names), platform.machine())
+    model = next(filter(None, [*names, platform.processor()]), platform.machine())
     return dict(cpu=f"{model}, {torch.backends.cpu.get_cpu_capability()}", threads=torch.get_num_threads())
 
 

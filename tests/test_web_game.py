@@ -123,33 +123,30 @@ def test_lines():
 
 
 @needs_browser
-@pytest.mark.parametrize(
-    "side, moves, line, turn, tally",
-    [
-        ("X", "14253", "123", "You win!", "So far you won 1, drew 0 and lost 0."),
-        ("O", "14253", "123", "The model wins.", "So far you won 0, drew 0 and lost 1."),
-        ("X", "142567893", "123", "You win!", "So far you won 1, drew 0 and lost 0."),
-        ("X", "123546879", "", "A draw.", "So far you won 0, drew 1 and lost 0."),
-        ("X", "12354687", "", "Your turn, X.", ""),
-    ],
-)
-def test_how_a_game_ends(side, moves, line, turn, tally, pages, open_page):
+def test_how_a_game_ends(pages, open_page):
     """A line or nine moves end a game: the winner, the tally, and on the board the line and the last move."""
     page = open_page(pages["play"])
     wait(page)
-    page.evaluate(
-        """([side, moves]) => {
-          byId("side").value = side;
-          game = {moves, answers: []};
-          takeTurn();
-        }""",
-        [side, moves],
-    )
-    api.expect(page.locator("#turn")).to_have_text(turn)
-    assert page.text_content("#tally") == tally
-    values = "(buttons) => buttons.map((button) => button.value).join('')"
-    assert page.locator("#board .won").evaluate_all(values) == line
-    assert page.locator("#board .last").evaluate_all(values) == moves[-1]
+    for side, moves, line, turn, tally in (
+        ("X", "14253", "123", "You win!", "won 1, drew 0 and lost 0"),
+        ("O", "14253", "123", "The model wins.", "won 1, drew 0 and lost 1"),
+        ("X", "142567893", "123", "You win!", "won 2, drew 0 and lost 1"),
+        ("X", "123546879", "", "A draw.", "won 2, drew 1 and lost 1"),
+        ("X", "12354687", "", "Your turn, X.", "won 2, drew 1 and lost 1"),
+    ):
+        page.evaluate(
+            """([side, moves]) => {
+              byId("side").value = side;
+              game = {moves, answers: []};
+              takeTurn();
+            }""",
+            [side, moves],
+        )
+        api.expect(page.locator("#turn")).to_have_text(turn)
+        assert page.text_content("#tally") == f"So far you {tally}."
+        values = "(buttons) => buttons.map((button) => button.value).join('')"
+        assert page.locator("#board .won").evaluate_all(values) == line
+        assert page.locator("#board .last").evaluate_all(values) == moves[-1]
 
 
 @needs_browser

@@ -135,34 +135,31 @@ def test_chat(pages, open_page):
     api.expect(page.locator("#prompt")).to_be_focused()
 
 
-@pytest.mark.parametrize(
-    "pieces, reason, shown",
-    [
-        ([" Hi", " you"], "end", "Hi you"),
-        ([" "], "end", "The model gave no answer. Please ask again."),
-        (["a\0"], "length", "The model gave no answer. Please ask again."),
-        ([], "stopped", "Stopped before an answer came."),
-    ],
-)
-def test_answers_of_a_chat(pieces, reason, shown, pages, open_page):
+def test_answers_of_a_chat(pages, open_page):
     """An answer begins without a space; without one a line says so, and the message is in the box again."""
     page = open_page(pages["chat"])
-    page.evaluate(
-        """([pieces, reason]) => {
-          ask = async (question, onText) => {
-            pieces.forEach(onText);
-            return {reason, new_tokens: 1, decode_seconds: 0};
-          };
-        }""",
-        [pieces, reason],
-    )
-    is_answer = shown == "Hi you"
-    page.fill("#prompt", " Hello ")
-    page.get_by_role("button", name="Send").click()
-    api.expect(page.locator("#answers .new" if is_answer else "#error")).to_have_text(shown)
-    assert page.locator("#answers .new").all_text_contents() == [shown] * is_answer  # with its spaces
-    assert page.evaluate("messages.length") == 2 * is_answer
-    assert page.input_value("#prompt") == ("" if is_answer else "Hello")
+    for pieces, reason, shown in (
+        ([" "], "end", "The model gave no answer. Please ask again."),
+        ([], "stopped", "Stopped before an answer came."),
+        (["a\0"], "length", "The model gave no answer. Please ask again."),
+        ([" Hi", " you"], "end", "Hi you"),
+    ):
+        page.evaluate(
+            """([pieces, reason]) => {
+              ask = async (question, onText) => {
+                pieces.forEach(onText);
+                return {reason, new_tokens: 1, decode_seconds: 0};
+              };
+            }""",
+            [pieces, reason],
+        )
+        is_answer = shown == "Hi you"
+        page.fill("#prompt", " Hello ")
+        page.get_by_role("button", name="Send").click()
+        api.expect(page.locator("#answers .new" if is_answer else "#error")).to_have_text(shown)
+        assert page.locator("#answers .new").all_text_contents() == [shown] * is_answer  # with its spaces
+        assert page.evaluate("messages.length") == 2 * is_answer
+        assert page.input_value("#prompt") == ("" if is_answer else "Hello")
 
 
 def test_enter(pages, open_page):
