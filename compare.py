@@ -12,7 +12,7 @@ interrupted; a finished run is found again by its settings and is not repeated. 
 steps (patience and max_minutes are off). results.jsonl has a row for each run, differences.png shows the
 differences over the steps (with matplotlib). Losses are those of the last evaluation, in nats per token.
 
-Ctrl-C saves the run under way and prints how to continue; a second one exits immediately. If stdout is not a
+Ctrl-C saves the current run and prints how to continue; a second one exits immediately. If stdout is not a
 terminal, or with --json, its last line is one JSON object with the tables."""
 
 import importlib.util
@@ -43,7 +43,6 @@ FLAGS = {
     "twin": Flag(False, "also train the float twin of each variant, and print the ternary-float gaps"),
     "json": JSON,
 }
-LENGTH = ("max_steps", "total_tokens")
 
 
 class Variant(NamedTuple):
@@ -76,7 +75,7 @@ def derive(cfg):
     decided = {"seed": "use --seeds", "resume": "leave it out: a comparison always continues"}
     decided |= dict.fromkeys(("max_minutes", "patience"), "leave it out: all runs have the same length")
     if cfg.minutes:
-        decided |= dict.fromkeys(LENGTH, "leave it out, or leave out --minutes")
+        decided |= dict.fromkeys(("max_steps", "total_tokens"), "leave it out, or leave out --minutes")
         vars(cfg).update(max_steps=1, total_tokens=0)
     for name, remedy in decided.items():
         if cfg.origin[name].startswith("-"):
@@ -116,8 +115,8 @@ def load_variants(argv, cfg):
     if faulty:
         raise SystemExit(2)
     if cfg.twin:
-        twin_settings = [(name, vars(own) | {"ternary": False}) for name, _, own in variants]
-        variants += [Variant(name, True, SimpleNamespace(**values)) for name, values in twin_settings]
+        for name, _, own in list(variants):
+            variants.append(Variant(name, True, SimpleNamespace(**vars(own) | {"ternary": False})))
     return variants
 
 
@@ -181,9 +180,7 @@ def main(argv=None):
     try:
         if cfg.minutes:
             set_length(folder, variants)
-        warnings = [
-            text for name, is_twin, own in variants if not is_twin for text in report.unlike(name, own, cfg)
-        ]
+        warnings = report.mismatched_settings({name: own for name, _, own in variants})
         for text in warnings:
             print(f"warning: {text}", file=sys.stderr)
         rows = run_all(folder, variants)

@@ -138,7 +138,7 @@ def read_file(path):
     elif os.path.isdir(path):
         fault = f"is a folder; if it is a run: --resume={path}"
     elif "=" in path:
-        fault = f"is not a file; did you mean --{path}?"
+        fault = f"is not a file; did you mean --{path}? A value with spaces needs quotes"
     elif os.path.isfile(here):
         fault += f": paths are relative to the current folder; first cd {ROOT}, or give {here}"
     elif near := difflib.get_close_matches(path, glob.glob("config/train_*.py"), n=1, cutoff=0.4):

@@ -211,10 +211,11 @@ def describe(device):
 def processor():
     """Return what the last bits of a CPU's results depend on: cpu (model and vector units) and threads."""
     names = []
-    with contextlib.suppress(OSError):  # only Linux has it; there platform.processor() knows less
+    # only Linux has this file; platform.processor() runs a command, and knows less
+    with contextlib.suppress(OSError):
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    model = next(filter(None, [*names, platform.processor()]), platform.machine())
+    model = next(iter(names), "") or platform.processor() or platform.machine()
     return dict(cpu=f"{model}, {torch.backends.cpu.get_cpu_capability()}", threads=torch.get_num_threads())
 
 

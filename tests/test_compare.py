@@ -1,7 +1,6 @@
 """compare.py: paired runs, found again by their settings, and what their differences show."""
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -13,7 +12,8 @@ from unittest import mock
 
 import faults
 import pytest
-from conftest import ROOT, RUN, errors_of, flags, lines, result_of, write_data
+from comparisons import NULL, Forked, arguments, call, compared, folders, no_run
+from conftest import ROOT, lines, result_of, write_data
 from fork import Script
 
 import compare
@@ -21,65 +21,7 @@ from nanobit import files
 from nanobit.compare import runs
 from nanobit.run_dir import steps
 
-SMALL = RUN | dict(max_steps=8, eval_every=4, sample_every=0, save_every=3, dataset="tiny")
-NULL, DIVERGING, BREAKING = "log_every=2", "learning_rate=1e30", "init_from=nowhere"
-
-
-class Forked:
-    """A stand-in for subprocess.Popen: train.py, forked from a process that has imported torch."""
-
-    patch = ""
-
-    def __init__(self, command, **options):
-        flags = dict(arg[2:].split("=", 1) for arg in command[2:])
-        self.path = os.path.join(flags["out_dir"], flags["run_id"])
-        self.script = Script(command[1], command[2:], os.getcwd(), self.patch)
-
-    def communicate(self, timeout):
-        self.script.process.join(timeout)
-        if not self.script.ended():
-            raise subprocess.TimeoutExpired("train.py", timeout)
-        self.returncode = self.script.process.exitcode
-        return self.script.output()
-
-    def send_signal(self, signum):
-        self.script.kill(signum)
-
-
-def no_run(*args, **options):
-    """Fail the test, instead of starting a run."""
-    pytest.fail("a run was started")
-
-
-def call(*argv, popen=Forked):
-    """Run compare.py in this process; return (exit code, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with contextlib.ExitStack() as stack:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            stack.callback(signal.signal, signum, signal.getsignal(signum))
-        stack.enter_context(mock.patch.object(subprocess, "Popen", popen))
-        stack.enter_context(mock.patch.object(runs, "received", []))
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(err))
-        try:
-            compare.main(list(argv))
-        except SystemExit as end:
-            code = end.code
-    return code, out.getvalue(), err.getvalue()
-
-
-def arguments(data_dir, out_dir, *tries, **changes):
-    """Return the command line of a comparison of tiny runs."""
-    values = SMALL | dict(data_dir=data_dir, out_dir=out_dir, run_id="c", seeds=1) | changes
-    return [*flags(**values), *(f"--try={text}" for text in tries)]
-
-
-def compared(data_dir, out_dir, *tries, popen=Forked, **changes):
-    """Return the result of a comparison of tiny runs that must succeed."""
-    code, out, err = call(*arguments(data_dir, out_dir, *tries, **changes), popen=popen)
-    assert code == 0, err
-    return result_of(out)
+DIVERGING, BREAKING = "learning_rate=1e30", "init_from=nowhere"
 
 
 def without_clock(result):
@@ -91,12 +33,6 @@ def without_clock(result):
 def rows_of(out_dir):
     """Return {(variant, twin): row} of results.jsonl."""
     return {(row["variant"], row["twin"]): row for row in lines(f"{out_dir}/compare/c", "results.jsonl")}
-
-
-def folders(out_dir):
-    """Return the folders in that of a comparison."""
-    folder = f"{out_dir}/compare/c"
-    return [entry.path for entry in os.scandir(folder) if entry.is_dir()] if os.path.isdir(folder) else []
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +75,7 @@ def test_a_run_that_fails_is_a_row(made, name, says):
     assert says in row["failed"]["1"]
     (line,) = [line for line in made[2].splitlines() if line.startswith(f"{name}, seed 1 failed: ")]
     assert says in line
-    assert "--resume" not in line
+    assert "--resume" not in row["failed"]["1"]  # advice on a single run, which a comparison continues itself
 
 
 def test_ended_runs_are_not_repeated(again):
@@ -208,103 +144,11 @@ def test_ctrl_c_saves_the_run_and_says_how_to_continue(data_dir, out_dir):
     assert 2 <= steps(path)[0] < 8
 
 
-def test_a_run_that_another_process_trains_is_waited_for(again):
-    """The run of a killed comparison, which still trains, is not started a second time."""
-    path = f"{again[1]}/compare/c/{rows_of(again[1])['unchanged', False]['run']}"
-    held = files.lock(f"{path}/.lock")
-    with mock.patch.object(subprocess, "Popen", no_run):
-        assert runs.train(path, {}, 1, show=held.release) == (0, "")
-    assert not held.is_locked
-
-
-class Beaten(Forked):
-    """A run that another process has begun in the same moment, and has trained when this one ends."""
-
-    def __init__(self, command, **options):
-        self.returncode = 2
-
-    def communicate(self, timeout):
-        return "", "error: the run is being trained by another process"
-
-
-def test_a_run_that_another_process_begins_first_is_its_run(again):
-    """Two comparisons that start the same run at once: the slower one takes the result of the other."""
-    path = f"{again[1]}/compare/c/{rows_of(again[1])['unchanged', False]['run']}"
-    with (
-        mock.patch.object(subprocess, "Popen", Beaten),
-        mock.patch.object(runs, "has_ended", side_effect=[False, True, True]),
-    ):
-        assert runs.train(path, {}, 1) == (0, "")
-
-
-def test_the_last_loss_must_be_finite(again):
-    """A run whose last validation loss is not finite has failed, even if an earlier one was finite."""
-    row = rows_of(again[1])["unchanged", False]
-    path = f"{again[1]}/compare/c/{row['run']}"
-    with open(f"{path}/metrics/scalars.jsonl", "a") as file:
-        file.write('{"step": 8, "val_loss": null}\n')
-    variant = compare.Variant(
-        "unchanged", False, compare.config.load(arguments(*again, NULL), flags=compare.FLAGS)
-    )
-    assert runs.row_of(path, variant, 1, "")["failed"] == "the last validation loss is not finite"
-
-
 def test_another_default_is_another_run(made):
     """A run is named by all that it depends on: with an edited default.py no former run is found."""
     settings = rows_of(made[1])["unchanged", False]["settings"]
     assert settings.keys() == runs.DEFAULTS.keys() - runs.DECIDED
     assert not settings.keys() & {"seed", "patience", "max_minutes"}
-
-
-@pytest.mark.parametrize(
-    "fault", ["learning_rat=1e-3", "n_layer=two", "n_head=3 n_kv_head=2", "schedule=step", "optimizer"]
-)
-def test_a_wrong_try_is_refused_before_anything_runs(capsys, data_dir, out_dir, fault):
-    """A typo, a bad type or a contradiction in any --try ends with exit code 2 and the words of train.py."""
-    argv = arguments(data_dir, out_dir, NULL, fault, "seq_len=8")
-    code, _, err = call(*argv, popen=no_run)
-    own = [f"--{word}" for word in fault.split()]
-    settings = [arg for arg in argv if not arg.startswith(("--try", "--seeds"))]
-    assert code == 2
-    assert err.splitlines()[:-1] == errors_of(capsys, *settings, *own)
-    assert err.splitlines()[-1] == f"error: the line above is about --try={fault!r}"
-    assert not os.path.exists(out_dir)
-
-
-@pytest.mark.parametrize(
-    "more, says",
-    [
-        (["--try=seed=7"], "use --seeds"),
-        (["--seed=7"], "use --seeds"),
-        (["--try=run_id=x"], "run_id is the same for all variants"),
-        (["--try=no_twin"], "twin is the same for all variants"),
-        (["--try=log_every=2"], "its settings are those of the variant 'log_every=2'"),
-        (["--try=n_layer=1"], "its settings are those of the variant 'unchanged'"),
-        (["--try="], "its settings are those of the variant 'unchanged'"),
-        (["--try=dataset='a"], "No closing quotation"),
-        (["--max_minutes=1"], "--max_minutes=1: a comparison sets max_minutes itself"),
-        (["--minutes=1"], "--max_steps=8: a comparison sets max_steps itself"),
-        (["--eval_every=0"], "needs the validation loss"),
-        (["--twin", "--try=ternary=False"], "leave one out"),
-        (["--seeds=0"], "seeds = '0' must be"),
-        (["--seeds=4,4"], "seeds = '4,4' must be"),
-        (["--seeds=1337"], "seeds = '1337' must be"),
-        (["--seeds=a"], "seeds = 'a' must be"),
-    ],
-)
-def test_what_a_comparison_cannot_do_is_refused(data_dir, out_dir, more, says):
-    """What a comparison decides itself, two equal variants and wrong seeds are refused, with exit code 2."""
-    code, _, err = call(*arguments(data_dir, out_dir, NULL), *more, popen=no_run)
-    assert code == 2
-    assert says in err
-
-
-@pytest.mark.parametrize("text, seeds", [("2", [1, 2]), ("4,5,6", [4, 5, 6]), ("7,", [7])])
-def test_seeds_are_a_number_or_a_list(data_dir, out_dir, text, seeds):
-    """A number counts the seeds from 1; a list names them."""
-    with mock.patch.object(compare, "run_all", side_effect=SystemExit(0)) as run_all:
-        call(*arguments(data_dir, out_dir, NULL, seeds=text))
-    assert run_all.call_args[0][1][0].cfg.seeds == seeds
 
 
 def test_minutes_become_one_number_of_tokens(data_dir, out_dir):
@@ -345,8 +189,8 @@ def test_each_seed_is_trained_for_all_variants_before_the_next(data_dir, out_dir
     argv = arguments(data_dir, out_dir, NULL, seeds="5,3")
     with mock.patch.object(runs, "train", return_value=(1, "x")) as train:
         call(*argv)
-    made = [(call.args[2], NULL in call.args[0]) for call in train.call_args_list]
-    assert made == [(5, False), (5, True), (3, False), (3, True)]
+    trained = [(seed, NULL in path) for path, _, seed, _ in (asked.args for asked in train.call_args_list)]
+    assert trained == [(5, False), (5, True), (3, False), (3, True)]
 
 
 def test_a_row_holds_the_run_and_its_machine(made):

@@ -64,6 +64,20 @@ def test_a_verdict_names_the_errors_and_the_seeds(values, says):
     assert f"muon: {says}" in report.notes(result)
 
 
+def test_the_tables_are_aligned():
+    """A table has the names at the left and the numbers below their headings; what is not known is a dash."""
+    rows = made_up(LOSSES) + made_up(dict(unchanged=[2.8, 3.0, 2.9]), twin=True)
+    assert report.tables(result_of(rows)) == [
+        "variant                val_loss  difference   error     t  seeds  tokens/s  time",
+        "unchanged                3.1000           -       -     -      3        10   6 s",
+        "muon                     2.9967     -0.1033  0.0260  -4.0      3        10   6 s",
+        "unchanged, float twin    2.9000           -       -     -      3        10   6 s",
+        "",
+        "ternary minus float  difference   error  seeds",
+        "unchanged               +0.2000  0.0000      3",
+    ]
+
+
 def test_one_seed_has_no_error():
     """One seed gives a difference without an error, and the lines say so."""
     result = result_of(made_up(dict(unchanged=[3.0], muon=[2.9])))
@@ -109,16 +123,17 @@ def test_runs_that_were_not_made_alike_come_with_a_warning(key, is_twin):
         (dict(total_batch_size=128), "x trains on 1,280 tokens, the unchanged config on 640"),
         (dict(total_batch_size=128, max_steps=5), ""),
         (dict(total_batch_size=96, max_steps=7), ""),  # 672 tokens: the nearest length that is not shorter
-        (dict(seq_len=32), "seq_len of x is 32, but 16 unchanged: it is evaluated on other text"),
-        (dict(dataset="b"), "dataset of x is b, but a unchanged: it is evaluated on other text"),
-        (dict(eval_tokens=9), "eval_tokens of x is 9, but 640 unchanged: it is evaluated on other text"),
+        (dict(seq_len=32), "seq_len of x is 32, that of the unchanged config 16"),
+        (dict(dataset="b"), "dataset of x is b, that of the unchanged config a"),
+        (dict(eval_tokens=9), "eval_tokens of x is 9, that of the unchanged config 640"),
     ],
 )
 def test_losses_that_cannot_be_compared_come_with_a_warning(changes, says):
     """Other tokens, beyond the rest of a step, and other validation text are named before anything runs."""
     base = dict(max_steps=10, total_batch_size=64, dataset="a", seq_len=16, eval_tokens=640)
-    warnings = report.unlike("x", SimpleNamespace(**base | changes), SimpleNamespace(**base))
-    assert warnings == [says] * bool(says)
+    settings = dict(unchanged=SimpleNamespace(**base), x=SimpleNamespace(**base | changes))
+    warnings = report.mismatched_settings(settings)
+    assert [text.partition(":")[0] for text in warnings] == [says] * bool(says)
 
 
 def test_the_picture_shows_the_mean_of_the_paired_differences(tmp_path, monkeypatch):

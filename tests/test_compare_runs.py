@@ -4,11 +4,24 @@ import json
 import os
 import signal
 import subprocess
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from comparisons import no_run
 
+from nanobit import files
 from nanobit.compare import runs
+
+
+def write_run(path, event, scalars=()):
+    """Write the record of a run that ended with an event."""
+    (path / "metrics").mkdir()
+    (path / "metrics" / "events.jsonl").write_text(json.dumps(event | dict(step=8)) + "\n")
+    (path / "metrics" / "scalars.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scalars))
+
+
+FINISHED = dict(event="finish", why="max_steps", result={})
 
 
 def test_a_run_killed_by_the_system_says_so():
@@ -50,7 +63,7 @@ def test_signals_that_nohup_ignores_stay_ignored():
 @pytest.mark.parametrize(
     "event, is_over",
     [
-        (dict(event="finish", why="max_steps", result={}), True),
+        (FINISHED, True),
         (dict(event="failed", what="50 steps in a row were not finite; use a lower rate"), True),
         (dict(event="failed", what="KeyError: 'x'"), False),
         (dict(event="interrupt"), False),
@@ -59,13 +72,12 @@ def test_signals_that_nohup_ignores_stay_ignored():
 )
 def test_only_what_would_end_alike_is_not_repeated(tmp_path, event, is_over):
     """A finished run and one that diverged are not trained again; one that broke or was stopped is."""
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics/events.jsonl").write_text(json.dumps(event | dict(step=3)) + "\n")
+    write_run(tmp_path, event)
     assert runs.has_ended(str(tmp_path)) == is_over
 
 
-def test_a_child_is_one_of_its_own_session_whose_errors_are_read():
-    """train.py has a session of its own, so that Ctrl-C reaches it once, and its stderr is read."""
+def test_a_child_has_its_own_session_and_its_errors_are_read():
+    """train.py has its own session, so that Ctrl-C reaches it once, and its stderr is read."""
     options = {}
 
     def start(command, **given):
@@ -84,3 +96,47 @@ def test_a_folder_is_found_whatever_its_variant_is_called(tmp_path):
     os.mkdir(path)
     assert runs.path_of(str(tmp_path), "n_head=2 n_layer=1", dict(n_layer=1, n_head=2), 7) == path
     assert runs.path_of(str(tmp_path), "n_layer=1", dict(n_layer=1, n_head=2), 8) != path
+
+
+def test_a_run_that_another_process_trains_is_waited_for(tmp_path, capsys):
+    """The run of a killed comparison, which still trains, is not started a second time."""
+    write_run(tmp_path, FINISHED)
+    held = files.lock(f"{tmp_path}/.lock")
+    with mock.patch.object(subprocess, "Popen", no_run):
+        assert runs.train(str(tmp_path), {}, 1, show=held.release) == (0, "")
+    assert "another process trains" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_starts_first_is_its_run(tmp_path):
+    """If two comparisons start one run at the same time, the slower one takes the result of the other."""
+
+    def start(command, **options):
+        write_run(tmp_path, FINISHED)  # meanwhile, by the other process
+        return SimpleNamespace(
+            returncode=2, communicate=lambda timeout: ("", "error: another process trains it")
+        )
+
+    with mock.patch.object(subprocess, "Popen", start):
+        assert runs.train(str(tmp_path), {}, 1) == (0, "")
+
+
+@pytest.mark.parametrize("last, failed", [(3.0, ""), (None, "the last validation loss is not finite")])
+def test_the_last_loss_must_be_finite(last, failed, tmp_path):
+    """A run whose last validation loss is not finite has failed, even if an earlier one was finite."""
+    write_run(tmp_path, FINISHED, [dict(step=4, val_loss=2.0), dict(step=8, val_loss=last)])
+    variant = SimpleNamespace(name="x", is_twin=False, cfg=SimpleNamespace(total_batch_size=64))
+    with mock.patch.object(runs, "compared", return_value={}):
+        row = runs.row_of(str(tmp_path), variant, 1, "")
+    assert (row["failed"], row["val_loss"]) == (failed, last)
+
+
+@pytest.mark.parametrize("former", ["", '{"run": "other", "x": 1}\n{"half'])
+def test_rows_of_other_runs_stay(former, tmp_path):
+    """A new row replaces that of the same run, and keeps those of others; half a line is dropped."""
+    path = tmp_path / "results.jsonl"
+    path.write_text(former)
+    for value in (1, 2):
+        runs.save_rows(str(path), [dict(run="own", x=value)])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[-1] == dict(run="own", x=2)
+    assert rows[:-1] == [dict(run="other", x=1)] * bool(former)

@@ -13,12 +13,12 @@ from nanobit.generate import generate, sample_token
 pytestmark = needs_node
 SHAPES = {
     "groups of heads, a tied head": {},
-    "a head of its own": dict(tie_embeddings=False, n_kv_head=4),
+    "an untied head": dict(tie_embeddings=False, n_kv_head=4),
     "widths that do not fill a byte": dict(n_embd=36, n_head=2, n_kv_head=1, ffn_dim=50),
     "rows of int8 that do not fill 4 bytes": dict(n_embd=18, n_head=1, n_kv_head=1, vocab_size=29),
     "rows of padding": dict(vocab_multiple=32, rope_theta=500.0, norm_eps=1e-3),
     "a float model": dict(ternary=False),
-    "a float model with a head of its own": dict(ternary=False, tie_embeddings=False, n_layer=3),
+    "a float model with an untied head": dict(ternary=False, tie_embeddings=False, n_layer=3),
 }
 
 

@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import ROOT
 from parts import part_of
-from web_browser import BROWSER, DOCS, WAIT, api, needs_browser, write
+from web_browser import DOCS, WAIT, api, launch, needs_browser, write
 
 from nanobit.export.web import html_file
 from nanobit.terminal import printable
@@ -95,7 +95,7 @@ def test_text_and_stop(pages, open_page):
     assert 0 < len(stopped) < 5000
     page.fill("#seed", "")
     texts = [write(page, "The dog", max_new_tokens=12) for _ in range(2)]
-    assert texts[0] != texts[1]  # each has a seed of its own
+    assert texts[0] != texts[1]  # each has its own seed
     assert re.search(r"seed: \d", page.text_content("#speed"))
     page.fill("#top_p", "2")
     page.locator("#settings").evaluate("(details) => { details.open = false; }")
@@ -283,7 +283,7 @@ def measure(path):
     url = f"file://{os.path.abspath(path)}"
     with api.sync_playwright() as playwright:
         for _ in range(5):
-            browser = playwright.chromium.launch(executable_path=BROWSER, chromium_sandbox=False)
+            browser = launch(playwright)
             page = browser.new_context(offline=True).new_page()
             began = time.perf_counter()
             page.goto(url)

@@ -36,11 +36,16 @@ def pages(tmp_path_factory):
     return paths
 
 
+def launch(playwright):
+    """Return a browser."""
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0  # its sandbox refuses root
+    return playwright.chromium.launch(executable_path=BROWSER, chromium_sandbox=not is_root)
+
+
 @pytest.fixture(scope="module")
 def browser():
     with api.sync_playwright() as playwright:
-        is_root = hasattr(os, "geteuid") and os.geteuid() == 0  # its sandbox refuses root
-        browser = playwright.chromium.launch(executable_path=BROWSER, chromium_sandbox=not is_root)
+        browser = launch(playwright)
         yield browser
         browser.close()
 

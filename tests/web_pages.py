@@ -67,6 +67,13 @@ def logits_of(path, rows):
     return torch.tensor(js("logitsOf(path, rows)", path=str(path), rows=rows), dtype=torch.float64)
 
 
+def page_of(folder, part, *args, **options):
+    """Write a page; return its path."""
+    path = str(folder / "page.html")
+    html_file.write(part, path, *args, **options)
+    return path
+
+
 @torch.no_grad()
 def main(ckpt, prompts):
     """Print how near the page of a model comes to Python, over the lines of a file."""

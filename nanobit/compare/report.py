@@ -85,42 +85,40 @@ def mismatches(paired):
     """Return a warning for each fact of MACHINE in which paired runs differ, with their seeds."""
     seeds = {}
     for row, other in paired:
-        labels = [label_of(each["variant"], each["twin"]) for each in (row, other)]
+        label, other_label = (label_of(run["variant"], run["twin"]) for run in (row, other))
         for key in MACHINE:
             if row[key] != other[key]:
-                text = f"{key} of {labels[0]} is {row[key]}, but that of {labels[1]} is {other[key]}"
+                text = f"{key} of {label} is {row[key]}, but that of {other_label} is {other[key]}"
                 seeds.setdefault(text, []).append(str(row["seed"]))
     return [f"{text}, on seeds {','.join(numbers)}" for text, numbers in seeds.items()]
 
 
-def unlike(name, cfg, base):
-    """Return a warning for each way in which a variant differs from the unchanged config so that their losses
-    cannot be compared: tokens, beyond one step, and the text of an evaluation."""
+def mismatched_settings(settings):
+    """Return warnings on variants whose losses are not comparable with those of the unchanged config: they
+    differ by one step's tokens or more, or are evaluated on different text. settings: {variant: cfg}."""
+    base = settings[BASE]
+    base_tokens = base.max_steps * base.total_batch_size
     warnings = []
-    tokens, theirs = (each.max_steps * each.total_batch_size for each in (cfg, base))
-    if abs(tokens - theirs) >= max(cfg.total_batch_size, base.total_batch_size):
-        warnings.append(f"{name} trains on {tokens:,} tokens, the unchanged config on {theirs:,}")
-    for key in VALIDATION:
-        if (value := getattr(cfg, key)) != (other := getattr(base, key)):
-            warnings.append(
-                f"{key} of {name} is {value}, but {other} unchanged: it is evaluated on other text"
-            )
+    for name, cfg in settings.items():
+        tokens = cfg.max_steps * cfg.total_batch_size
+        if abs(tokens - base_tokens) >= max(cfg.total_batch_size, base.total_batch_size):
+            warnings.append(f"{name} trains on {tokens:,} tokens, the unchanged config on {base_tokens:,}")
+        for key in VALIDATION:
+            value, base_value = getattr(cfg, key), getattr(base, key)
+            if value != base_value:
+                text = f"{key} of {name} is {value}, that of the unchanged config {base_value}"
+                warnings.append(f"{text}: they are evaluated on different text")
     return warnings
 
 
-def aligned(rows):
-    """Return rows of texts as lines, the first column at the left and the others at the right."""
-    sizes = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join([row[0].ljust(sizes[0]), *map(str.rjust, row[1:], sizes[1:])]) for row in rows]
-
-
 def table(rows, first, forms):
-    """Return the lines of a table of variants or gaps. forms: {heading: (key, format)}."""
+    """Return the lines of a table of variants or gaps, aligned. forms: {heading: (key, format)}."""
     cells = [[first, *forms]]
     for row in rows:
         values = [(row[key], form) for key, form in forms.values()]
         cells.append([row["label"], *("-" if value is None else form(value) for value, form in values)])
-    return aligned(cells)
+    sizes = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join([row[0].ljust(sizes[0]), *map(str.rjust, row[1:], sizes[1:])]) for row in cells]
 
 
 def tables(result):

@@ -23,11 +23,11 @@ received = []  # the signals that asked this process to stop
 
 
 class Stopped(Exception):
-    """A signal has ended the comparison; the run under way is saved."""
+    """A signal has ended the comparison; the current run is saved."""
 
 
 def listen():
-    """From now on SIGINT, SIGTERM and SIGHUP stop the run under way, which saves, and then this process."""
+    """Let SIGINT, SIGTERM and SIGHUP stop the current run, which saves, and then this process."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signum = getattr(signal, name, signal.SIGINT)  # Windows lacks the last one
         if signal.getsignal(signum) != signal.SIG_IGN:  # set by nohup
@@ -99,7 +99,7 @@ def train(path, settings, seed, show=lambda: None):
     if received:
         raise Stopped
     if child.returncode == 2 and (files.is_locked(lock) or has_ended(path)):
-        return train(path, settings, seed, show)  # another process began it in the same moment
+        return train(path, settings, seed, show)  # another process started it first
     return child.returncode, last_error(child.returncode, text)
 
 
@@ -186,7 +186,7 @@ class Progress:
 
     def end(self):
         """Count the run that was trained. Return the seconds that the others will take, None if no step was
-        made that tells."""
+        made from which to estimate them."""
         self.made += max(0, last_step(self.path) - self.first)
         del self.left[self.path]
         to_make = sum(self.left.values())
