@@ -75,7 +75,7 @@ def test_a_run_that_fails_is_a_row(made, name, says):
     assert says in row["failed"]["1"]
     (line,) = [line for line in made[2].splitlines() if line.startswith(f"{name}, seed 1 failed: ")]
     assert says in line
-    assert "--resume" not in row["failed"]["1"]  # advice on a single run, which a comparison continues itself
+    assert "--resume" not in row["failed"]["1"]  # with other settings, which would make it another variant
 
 
 def test_ended_runs_are_not_repeated(again):

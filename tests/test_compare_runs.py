@@ -21,6 +21,13 @@ def write_run(path, event, scalars=()):
     (path / "metrics" / "scalars.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scalars))
 
 
+def row_of(path):
+    """Return the row of a run."""
+    variant = SimpleNamespace(name="x", is_twin=False, cfg=SimpleNamespace(total_batch_size=64))
+    with mock.patch.object(runs, "compared", return_value={}):
+        return runs.row_of(str(path), variant, 1, "")
+
+
 FINISHED = dict(event="finish", why="max_steps", result={})
 
 
@@ -120,13 +127,25 @@ def test_a_run_that_another_process_starts_first_is_its_run(tmp_path):
         assert runs.train(str(tmp_path), {}, 1) == (0, "")
 
 
+@pytest.mark.parametrize(
+    "what, error",
+    [
+        ("50 steps in a row were not finite; try another rate", "50 steps in a row were not finite"),
+        ("the end is not saved; free disk space", "the end is not saved; free disk space"),
+        (None, "failed"),
+    ],
+)
+def test_the_error_of_a_row_is_that_of_the_run(what, error, tmp_path):
+    """A row has the last error of its run with the remedy, but not the advice to change its settings."""
+    write_run(tmp_path, dict(event="failed", what=what))
+    assert row_of(tmp_path)["failed"] == error
+
+
 @pytest.mark.parametrize("last, failed", [(3.0, ""), (None, "the last validation loss is not finite")])
 def test_the_last_loss_must_be_finite(last, failed, tmp_path):
     """A run whose last validation loss is not finite has failed, even if an earlier one was finite."""
     write_run(tmp_path, FINISHED, [dict(step=4, val_loss=2.0), dict(step=8, val_loss=last)])
-    variant = SimpleNamespace(name="x", is_twin=False, cfg=SimpleNamespace(total_batch_size=64))
-    with mock.patch.object(runs, "compared", return_value={}):
-        row = runs.row_of(str(tmp_path), variant, 1, "")
+    row = row_of(tmp_path)
     assert (row["failed"], row["val_loss"]) == (failed, last)
 
 

@@ -123,7 +123,9 @@ def row_of(path, variant, seed, error):
     end = record.last(path, record.EVENTS)
     val_loss = evals[-1]["val_loss"] if evals else None
     if end.get("event") == "failed":
-        error = (end["what"] or "failed").partition("; ")[0]  # what follows is advice on a single run
+        error = end["what"] or "failed"
+        if DIVERGED in error:
+            error = error.partition("; ")[0]  # the advice that follows would change the settings of the run
     elif not error and val_loss is None:
         error = "the last validation loss is not finite"
     starts = [0, *(row["step"] for row in lines)]
