@@ -26,8 +26,6 @@ This file has no norm inside the layer, no bias, no quantization of embeddings, 
 or per-group scales. Never ternarize the weights of an export again: their scale would shrink.
 """
 
-import functools
-
 import torch
 from torch import nn
 
@@ -43,7 +41,7 @@ class BitLinear(nn.Linear):
         if bias:
             raise ValueError("BitLinear has no bias: stock engines have no place for one")
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
-        self.register_buffer("kept_codes", None, persistent=False)  # see keep_codes
+        self.register_buffer("kept_codes", None, persistent=False)  # see nanobit/kept_codes.py
         self.register_buffer("kept_scale", None, persistent=False)
 
     def forward(self, x):
@@ -102,59 +100,16 @@ class TernaryLinear(torch.autograd.Function):
         return dx, dw, None, None, None
 
 
-def keep_codes(model, compiled=False):
-    """Make the codes (int8) and the scale of each ternary layer now, for all forwards until the next call.
-
-    Otherwise each forward makes them: in every micro-step of an update, in every batch of an evaluation. The
-    layers of FSDP do that still, since only there their matrices are whole. compiled: by torch.compile."""
-    write = compiled_writer() if compiled else write_codes
-    for layer in model.modules():
-        if not hasattr(layer, "kept_codes") or hasattr(layer.weight, "placements"):
-            continue
-        w = layer.weight.detach()
-        if layer.kept_codes is None:
-            layer.kept_codes = torch.empty_like(w, dtype=torch.int8)
-            layer.kept_scale = torch.empty_like(w[..., :1, :1], dtype=torch.float32)
-        write(w, layer.kept_codes, layer.kept_scale)
-        layer.kept_version = version_of(layer.weight)
-
-
-def check_codes(model):
-    """Raise RuntimeError if the weight of a layer has changed since keep_codes, see version_of."""
-    for name, layer in model.named_modules():
-        is_kept = getattr(layer, "kept_codes", None) is not None
-        if is_kept and layer.kept_version != version_of(layer.weight):
-            raise RuntimeError(f"{name}: its weight has changed since keep_codes(model); call it again")
-
-
-def version_of(w):
-    """Return another value after W was replaced or changed in place, but for changes of W.data. torch does
-    not count those by fused AdamW, optim.update does."""
-    return id(w), w.is_inference() or w._version
-
-
-def write_codes(w, codes, scale):
-    """Write the codes of W into a tensor of int8, and its scale into another."""
-    for target, value in zip((codes, scale), ternarize(w)):
-        target.copy_(value)
-
-
-@functools.cache
-def compiled_writer():
-    """Return write_codes by torch.compile, which takes milliseconds to ask for."""
-    return torch.compile(write_codes, dynamic=False)
-
-
 def int8_codes(w):
     """Return what ternarize does, the codes as int8."""
     codes, scale = ternarize(w)
     return codes.to(torch.int8), scale
 
 
-def ternarize(w):
+def ternarize(w, scale=None):
     """Return (codes, scale) of W (..., out, in): t in {-1, 0, 1} as floats of that shape, s (..., 1, 1)."""
     w = w.detach().float()
-    scale = weight_scale(w)
+    scale = weight_scale(w) if scale is None else scale
     return (w * scale).round().clamp(-1, 1), scale
 
 
@@ -166,7 +121,11 @@ def weight_scale(w):
     sum_dtype = torch.float64
     if w.device.type == "mps":  # it has no float64
         sum_dtype = torch.float32
-    mean = w.detach().abs().mean((-2, -1), keepdim=True, dtype=sum_dtype).float()
+    return scale_of_mean(w.detach().abs().mean((-2, -1), keepdim=True, dtype=sum_dtype).float())
+
+
+def scale_of_mean(mean):
+    """Return s of mean|W|."""
     return reciprocal(mean.clamp(min=EPS))
 
 

@@ -53,8 +53,7 @@ cfg = config.load(doc=__doc__, flags=FLAGS, only=("device", "cuda_graph"), deriv
 
 import torch
 
-import quant
-from nanobit import machine, weights
+from nanobit import kept_codes, machine, weights
 from nanobit.chat import FORMAT
 from nanobit.generate import write_on
 from nanobit.infer.head import lighten_head
@@ -91,7 +90,7 @@ if cfg.chat and spec.get("chat", FORMAT) != FORMAT:
 if cfg.system and "chat" not in spec:
     fail(f"ckpt = {cfg.ckpt!r} is a base model: --system needs one trained on conversations (docs/chat.md)")
 model = restore(part, device, cfg.packed)
-quant.keep_codes(model)  # of layers that are not packed
+kept_codes.make(model)  # of layers that are not packed
 lighten_head(model, cfg.head)
 context = model.cfg.seq_len
 generator = torch.Generator().manual_seed(cfg.seed)

@@ -209,12 +209,11 @@ def change_weights_at(step):
     """Double the weights of a model with kept codes before the update with this number, from 0."""
     import torch
 
-    import quant
-    from nanobit import data
+    from nanobit import data, kept_codes
 
     models = []
-    real = quant.keep_codes
-    quant.keep_codes = lambda model, *args: (models.append(model), real(model, *args))
+    real = kept_codes.make
+    kept_codes.make = lambda model, *args: (models.append(model), real(model, *args))
 
     def action(n):
         if n == step + 1:

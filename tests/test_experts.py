@@ -10,7 +10,7 @@ from conftest import SCALARS, lines, settings, train
 
 import quant
 from model import Transformer
-from nanobit import experts, metrics
+from nanobit import experts, kept_codes, metrics
 from nanobit.experts import router_loss
 from nanobit.metrics import mean_loss
 
@@ -84,7 +84,7 @@ def test_kept_codes_of_experts_give_the_same_bits():
     layer, cfg = small_experts(ternary=True)
     x = torch.randn(2, 8, cfg.n_embd)
     y, _ = layer(x)
-    quant.keep_codes(layer)
+    kept_codes.make(layer)
     assert layer.down_proj.kept_codes.dtype == torch.int8
     assert torch.equal(layer(x)[0], y)
 

@@ -6,7 +6,7 @@ from conftest import TINY, final, rows, settings, train
 
 import model
 import quant
-from nanobit import experts, generate, kernels, machine
+from nanobit import experts, generate, kept_codes, kernels, machine
 from nanobit.infer import packed
 
 pytestmark = [
@@ -62,6 +62,20 @@ def test_compiled_codes_and_scales_are_eager_ones():
         for function, compiled in ((quant.ternarize, write), (quant.quantize_activations, read)):
             for left, right in zip(function(w), compiled(w)):
                 assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_kept_codes_and_scales_are_those_of_one_matrix(compiled):
+    """The codes and scales that are made for all layers at once are those of ternarize. Guards against sums
+    that are not in float64."""
+    layers = [quant.BitLinear(n, n + 8) for n in (8, 768, 2048)]
+    layers[0].weight.data.zero_()
+    network = torch.nn.Sequential(*layers).cuda()
+    kept_codes.make(network, compiled)
+    for layer in network:
+        codes, scale = quant.ternarize(layer.weight)
+        assert torch.equal(layer.kept_codes.float(), codes)
+        assert torch.equal(layer.kept_scale, scale)
 
 
 def test_one_grouped_product_is_the_loop(monkeypatch):

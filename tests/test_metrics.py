@@ -4,9 +4,8 @@ import pytest
 import torch
 from conftest import settings
 
-import quant
 from model import Transformer
-from nanobit import metrics
+from nanobit import kept_codes, metrics
 from nanobit.experts import bit_layers
 from nanobit.metrics import mean_loss, router_health
 
@@ -33,12 +32,12 @@ def set_weights(model, *values):
 
 
 def test_an_evaluation_refuses_stale_codes(model):
-    """Weights that changed after quant.keep_codes end an evaluation with an error."""
-    quant.keep_codes(model)
+    """Weights that changed after kept_codes.make end an evaluation with an error."""
+    kept_codes.make(model)
     set_weights(model, 1.0, 0.0, -1.0, 2.0)
-    with pytest.raises(RuntimeError, match="keep_codes"):
+    with pytest.raises(RuntimeError, match="kept_codes.make"):
         mean_loss(model, [(IDX, IDX)])
-    with pytest.raises(RuntimeError, match="keep_codes"):
+    with pytest.raises(RuntimeError, match="kept_codes.make"):
         health(model)
 
 

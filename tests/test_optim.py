@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import settings
 
-import quant
 from model import Transformer
-from nanobit import distributed, optim, schedule
+from nanobit import distributed, kept_codes, optim, schedule
 
 
 def test_a_resumed_optimizer_takes_the_settings_of_today():
@@ -273,13 +272,13 @@ def test_a_loss_that_is_not_finite_is_a_skip_in_float16_too():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_update_makes_kept_codes_stale(optimizer):
-    """torch does not count what fused AdamW changes, but check_codes notices an update."""
+    """torch does not count what fused AdamW changes, but kept_codes.check notices an update."""
     cfg = settings(n_layer=1, optimizer=optimizer)
     model = Transformer(cfg)
-    quant.keep_codes(model)
+    kept_codes.make(model)
     optimizers = optim.make_optimizers(cfg, model)
     idx = torch.arange(8)[None]
     model(idx, idx)[0].backward()
     optim.update(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, torch.zeros(()))
-    with pytest.raises(RuntimeError, match="has changed since keep_codes"):
-        quant.check_codes(model)
+    with pytest.raises(RuntimeError, match="has changed since kept_codes.make"):
+        kept_codes.check(model)
