@@ -69,7 +69,7 @@ model.to(device)
 optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 state, former = start.load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler)
-step_model, is_compiled = machine.compiled(model, cfg.compile, device)
+step_model, is_compiled = machine.compiled(model, cfg, device)
 kept_codes.make(model, is_compiled)  # the forward is compiled with them
 with machine.autocast(device, dtype):
     step_model = distributed.replicate(step_model, device, cfg, train_data.is_masked)

@@ -191,14 +191,25 @@ def replays_micro_steps(cfg, device, dtype, flops_per_token):
     return cfg.batch_size * cfg.seq_len * flops_per_token < 0.01 * peak  # 10 ms; really some 30
 
 
-def compiled(model, wanted, device):
+def compiled(model, cfg, device):
     """Return (the model or its compiled form, whether it is compiled), and print why if that cannot work."""
-    if not wanted:
+    if not cfg.compile:
         return model, False
     if reason := no_compiler(device) or compile_fault(device):
         print(f"compile: off, {reason}", file=sys.stderr)
         return model, False
-    return torch.compile(model, dynamic=False), True
+    return torch.compile(model, dynamic=False, options=compiler_options(cfg, device)), True
+
+
+def compiler_options(cfg, device):
+    """Return options of torch.compile that pay on CUDA (docs/log.md)."""
+    if device.type != "cuda":
+        return {}
+    # rows of up to 16,384 numbers are read once, by kernels with a whole row in registers; else up to 1,024
+    options = {"triton.multi_kernel": 3}
+    if cfg.batch_size * cfg.seq_len >= 2**13:  # with fewer tokens it costs 1 % of a step
+        options["realize_reads_threshold"] = 8  # a sum of 5 to 8 tensors is computed again, not stored
+    return options
 
 
 def describe(device):

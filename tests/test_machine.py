@@ -97,3 +97,14 @@ def test_a_processor_has_a_model_and_vector_units():
     if sys.platform == "linux" and os.uname().machine == "x86_64":
         names = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
         assert facts["cpu"].split(", ")[0] in names[0]
+
+
+@pytest.mark.parametrize("batch_size, n_options", [(31, 1), (32, 2)])
+def test_the_compiler_knows_its_options(batch_size, n_options):
+    """torch refuses options that it does not know; one of them is for 8,192 tokens or more."""
+    options = machine.compiler_options(SimpleNamespace(batch_size=batch_size, seq_len=256), CUDA)
+    assert len(options) == n_options
+    torch.compile(lambda x: x, options=options)
+    with pytest.raises(RuntimeError, match="Unexpected optimization option"):
+        torch.compile(lambda x: x, options={"triton.multi_kernels": 3})
+    assert machine.compiler_options(SimpleNamespace(), torch.device("cpu")) == {}

@@ -24,7 +24,7 @@ def nanogpt(cfg, windows, device, dtype):
     with torch.device(device):
         model = module.GPT(module.GPTConfig(block_size=cfg.seq_len, **sizes))
     print(f"nanoGPT: {sum(p.numel() for p in model.parameters()):,} parameters with its own vocabulary")
-    compiled, is_compiled = machine.compiled(model, cfg.compile, device)
+    compiled, is_compiled = machine.compiled(model, cfg, device)
     groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=cfg.weight_decay)]
     groups += [dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)

@@ -144,7 +144,7 @@ class Contestant:
 def ours(cfg, ternary, windows, device, dtype):
     """Return the Contestant of an experiment or of its twin."""
     model = build(cfg, ternary, device)
-    compiled, is_compiled = machine.compiled(model, cfg.compile, device)
+    compiled, is_compiled = machine.compiled(model, cfg, device)
     optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 
     def loss(x, y):
