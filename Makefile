@@ -41,7 +41,7 @@ demo: setup
 	@echo "  README.md                                                                how to change an experiment"
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -112,7 +112,7 @@ def test_flat_modules_import_no_folder(name):
 
 # from below to above, after the other flat modules
 METHOD = ["quant", "nanobit.experts", "model"]
-USERS = ["nanobit.metrics", "nanobit.generate", "nanobit.weights", "nanobit.resume"]
+USERS = ["nanobit.kept_codes", "nanobit.metrics", "nanobit.generate", "nanobit.weights", "nanobit.resume"]
 
 
 @pytest.mark.parametrize("name", sorted({f"nanobit.{name}" for name in FLAT} - {*METHOD, *USERS}))
