@@ -40,9 +40,10 @@ cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir", "verify_data", "de
 
 import torch
 
-from nanobit import data, kept_codes, machine, record, weights
+from nanobit import data, machine, record, weights
 from nanobit.infer.head import lighten_head
 from nanobit.infer.restore import restore
+from nanobit.kept_codes import keep_codes
 from nanobit.metrics import mean_loss
 from nanobit.tasks import answers, arithmetic, text, tictactoe
 from nanobit.tokenizer import bos_of, make_tokenizer
@@ -82,7 +83,7 @@ else:
 print(f"{machine.describe(device)}, {machine.name(dtype)}")
 
 model = restore(part, device, cfg.packed)
-kept_codes.make(model)  # of layers that are not packed
+keep_codes(model)  # of layers that are not packed
 result = dict(step=part["step"], dataset=cfg.dataset, split=cfg.split, dtype=machine.name(dtype))
 scores = {  # each returns (fields of the JSON line, lines of text)
     "arithmetic": lambda: arithmetic.score(model, tokenizer, spec["eot"], examples, cfg.batch_size),

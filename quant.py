@@ -41,7 +41,7 @@ class BitLinear(nn.Linear):
         if bias:
             raise ValueError("BitLinear has no bias: stock engines have no place for one")
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
-        self.register_buffer("kept_codes", None, persistent=False)  # see nanobit/kept_codes.py
+        self.register_buffer("kept_codes", None, persistent=False)  # see kept_codes.py
         self.register_buffer("kept_scale", None, persistent=False)
 
     def forward(self, x):
@@ -107,9 +107,11 @@ def int8_codes(w):
 
 
 def ternarize(w, scale=None):
-    """Return (codes, scale) of W (..., out, in): t in {-1, 0, 1} as floats of that shape, s (..., 1, 1)."""
+    """Return (codes, scale) of W (..., out, in): t in {-1, 0, 1} as floats of that shape, s (..., 1, 1), made
+    here if it is None."""
     w = w.detach().float()
-    scale = weight_scale(w) if scale is None else scale
+    if scale is None:
+        scale = weight_scale(w)
     return (w * scale).round().clamp(-1, 1), scale
 
 

@@ -53,11 +53,12 @@ cfg = config.load(doc=__doc__, flags=FLAGS, only=("device", "cuda_graph"), deriv
 
 import torch
 
-from nanobit import kept_codes, machine, weights
+from nanobit import machine, weights
 from nanobit.chat import FORMAT
 from nanobit.generate import write_on
 from nanobit.infer.head import lighten_head
 from nanobit.infer.restore import restore
+from nanobit.kept_codes import keep_codes
 from nanobit.tasks import game, talk
 from nanobit.tasks.play import play
 from nanobit.tasks.talk import say
@@ -90,7 +91,7 @@ if cfg.chat and spec.get("chat", FORMAT) != FORMAT:
 if cfg.system and "chat" not in spec:
     fail(f"ckpt = {cfg.ckpt!r} is a base model: --system needs one trained on conversations (docs/chat.md)")
 model = restore(part, device, cfg.packed)
-kept_codes.make(model)  # of layers that are not packed
+keep_codes(model)  # of layers that are not packed
 lighten_head(model, cfg.head)
 context = model.cfg.seq_len
 generator = torch.Generator().manual_seed(cfg.seed)

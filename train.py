@@ -27,11 +27,11 @@ terminal.survive_lost_output()
 import torch  # after the settings, so that --help and wrong flags answer quickly
 
 from model import Transformer
-from nanobit import data, distributed, kept_codes, machine, metrics, optim, record, saving, schedule, start
+from nanobit import data, distributed, generate, machine, metrics, optim, record, saving, schedule, start
 from nanobit.cli import fail
 from nanobit.cuda_graph import MicroSteps
 from nanobit.experts import router_loss
-from nanobit.generate import encode_prompts, samples
+from nanobit.kept_codes import check_codes, keep_codes
 from nanobit.run_dir import RunDir, has_manifest, step_dir
 from nanobit.tokenizer import bos_of, make_tokenizer, spec_of
 
@@ -53,7 +53,7 @@ tokenizer = make_tokenizer(tokenizer_spec)
 data.check_vocabulary(cfg, meta, tokenizer)
 train_data = data.Windows(cfg, meta, "train")
 val_data = data.Windows(cfg, meta, "val") if cfg.eval_every else None
-prompts = encode_prompts(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg.sample_every else []
+prompts = generate.encode_prompts(cfg, tokenizer, bos_of(tokenizer_spec)) if cfg.sample_every else []
 
 # model and optimizers, and the state that the run begins with
 
@@ -70,10 +70,10 @@ optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 state, former = start.load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler)
 step_model, is_compiled = machine.compiled(model, cfg, device)
-kept_codes.make(model, is_compiled)  # the forward is compiled with them
+keep_codes(model, is_compiled)  # the forward is compiled with them
 with machine.autocast(device, dtype):
     step_model = distributed.replicate(step_model, device, cfg, train_data.is_masked)
-kept_codes.make(model, is_compiled)  # again, since DDP takes the weights of rank 0
+keep_codes(model, is_compiled)  # again, since DDP takes the weights of rank 0
 is_replayed = machine.replays_micro_steps(cfg, device, dtype, model.flops_per_token())
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=n_params)
 facts |= dict(graphs=is_replayed) | machine.processor()
@@ -169,7 +169,7 @@ def sample():
     """Write every prompt in every mode into samples.jsonl."""
     model.eval()
     with machine.autocast(device, dtype):
-        for row in samples(cfg, model, tokenizer, prompts, device, distributed.asked_to_stop):
+        for row in generate.samples(cfg, model, tokenizer, prompts, device, distributed.asked_to_stop):
             run.write(record.SAMPLES, step=state.step, **row)
             run.show_sample(state.step, row)
     model.train()
@@ -272,7 +272,7 @@ while True:
         if fault:
             save("no data")
             fail(f"{fault}; then: {run.resume_command()}", code=1)
-    kept_codes.check(model)
+    check_codes(model)
     batch = batch or train_data.micro_batch(state.step, 0, device)
     loss_sum = torch.zeros((), device=device)
     router_sum = torch.zeros((), device=device)
@@ -293,7 +293,7 @@ while True:
             leave()
         raise
     norm, skipped = optim.update(model, optimizers, scaler, cfg.grad_clip, loss_sum)
-    kept_codes.make(model, is_compiled)  # for all forwards until the next update
+    keep_codes(model, is_compiled)  # for all forwards until the next update
     skips.add(skipped)
     if cfg.n_expert:
         state.routers = state.routers + router_sum

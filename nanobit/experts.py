@@ -94,7 +94,7 @@ class BitExperts(FloatExperts):
 
     def __init__(self, n_expert, in_features, out_features):
         super().__init__(n_expert, in_features, out_features)
-        self.register_buffer("kept_codes", None, persistent=False)  # (E, out, in): see nanobit/kept_codes.py
+        self.register_buffer("kept_codes", None, persistent=False)  # (E, out, in): see kept_codes.py
         self.register_buffer("kept_scale", None, persistent=False)
 
     def forward(self, x, sizes):

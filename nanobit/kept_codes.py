@@ -7,7 +7,7 @@ import torch
 from quant import scale_of_mean, ternarize
 
 
-def make(model, compiled=False):
+def keep_codes(model, compiled=False):
     """Make the codes (int8) and the scale of each ternary layer now, for all forwards until the next call.
 
     Otherwise each forward makes them: in every micro-step of an update, in every batch of an evaluation. The
@@ -19,7 +19,8 @@ def make(model, compiled=False):
         if layer.kept_codes is None:
             layer.kept_codes = torch.empty_like(w, dtype=torch.int8)
             layer.kept_scale = torch.empty_like(w[..., :1, :1], dtype=torch.float32)
-    has_scale = bool(layers) and all(w.is_cuda and w.dim() == 2 for w in weights)  # experts have three
+    # experts, in three dimensions, have a scale each
+    has_scale = bool(layers) and all(w.is_cuda and w.dim() == 2 for w in weights)
     if has_scale:
         torch._foreach_copy_([layer.kept_scale for layer in layers], scales(weights))
     write = compiled_writer() if compiled else write_codes
@@ -28,12 +29,12 @@ def make(model, compiled=False):
         layer.kept_version = version_of(layer.weight)
 
 
-def check(model):
-    """Raise RuntimeError if the weight of a layer has changed since make, see version_of."""
+def check_codes(model):
+    """Raise RuntimeError if the weight of a layer has changed since keep_codes, see version_of."""
     for name, layer in model.named_modules():
         is_kept = getattr(layer, "kept_codes", None) is not None
         if is_kept and layer.kept_version != version_of(layer.weight):
-            raise RuntimeError(f"{name}: its weight has changed since kept_codes.make(model); call it again")
+            raise RuntimeError(f"{name}: its weight has changed since keep_codes(model); call it again")
 
 
 def version_of(w):
@@ -43,8 +44,7 @@ def version_of(w):
 
 
 def scales(weights):
-    """Return the scale (1, 1) of each of many matrices on a CUDA device, as quant.weight_scale does, but by a
-    few kernels for all."""
+    """Return quant.weight_scale(w), (1, 1), of each matrix in a list, on CUDA by a few kernels for all."""
     means = torch._foreach_norm(weights, 1, dtype=torch.float64)  # the sums of |W|
     torch._foreach_div_(means, [w.numel() for w in weights])
     return scale_of_mean(torch.stack(means).view(-1, 1, 1).float()).unbind()

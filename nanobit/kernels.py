@@ -79,9 +79,11 @@ def working_fused(device):
             codes = (torch.arange(n_out * n_in, device=device) % 3 - 1).view(n_out, n_in).to(torch.int8)
             x_scale = torch.linspace(1, 9, N, device=device)[:, None]
             scale = torch.full((1, 1), 7.0, device=device)
-            y = scaled_int8_matmul(q, codes, x_scale, scale, torch.bfloat16)
-            if not torch.equal(y, (q.float() @ codes.float().t() / (scale * x_scale)).bfloat16()):
-                return None, f"its product of {N} x {n_in} x {n_out} is wrong"
+            expected = q.float() @ codes.float().t() / (scale * x_scale)
+            for dtype in (torch.float32, torch.bfloat16):
+                y = scaled_int8_matmul(q, codes, x_scale, scale, dtype)
+                if not torch.equal(y, expected.to(dtype)):
+                    return None, f"its product of {N} x {n_in} x {n_out} is wrong in {dtype}"
     except Exception as error:  # of Triton, its compiler or the driver: cuBLAS works
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return scaled_int8_matmul, ""

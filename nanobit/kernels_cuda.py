@@ -60,7 +60,7 @@ def scaled_int8_matmul(
     small = N * n_out < 64 * 128 * 128  # too few tiles to fill a card
     rows, columns, depth, warps = (64, 64, 64, 4) if small else (128, 128, 128, 8)
     grid = (triton.cdiv(N, rows) * triton.cdiv(n_out, columns),)
-    # a fused multiply-add would round once where quant.py rounds twice
+    # not those that the compiler finds: they would round once where quant.py rounds twice
     options = dict(num_warps=warps, num_stages=3, enable_fp_fusion=False)
     kernel[grid](q, codes, x_scale, scale, y, N, n_out, n_in, rows, columns, depth, **options)
     return y

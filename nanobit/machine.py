@@ -166,11 +166,11 @@ def no_compiler(device):
     return ""
 
 
-def compile_fault(device):
+def compile_fault(device, options):
     """Return why a small function cannot be compiled for a device, in one line, or '': a compiler may exist
-    and fail, or the folder of compiled code may not be writable."""
+    and fail, the folder of compiled code may not be writable, torch may not know an option any more."""
     try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(16, device=device))
+        torch.compile(lambda x: x * 2 + 1, options=options)(torch.ones(16, device=device))
     except Exception as error:  # of torch, the compiler or the file system: eager code works
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"
@@ -195,17 +195,19 @@ def compiled(model, cfg, device):
     """Return (the model or its compiled form, whether it is compiled), and print why if that cannot work."""
     if not cfg.compile:
         return model, False
-    if reason := no_compiler(device) or compile_fault(device):
+    options = compiler_options(cfg, device)
+    if reason := no_compiler(device) or compile_fault(device, options):
         print(f"compile: off, {reason}", file=sys.stderr)
         return model, False
-    return torch.compile(model, dynamic=False, options=compiler_options(cfg, device)), True
+    return torch.compile(model, dynamic=False, options=options), True
 
 
 def compiler_options(cfg, device):
     """Return options of torch.compile that pay on CUDA (docs/log.md)."""
     if device.type != "cuda":
         return {}
-    # rows of up to 16,384 numbers are read once, by kernels with a whole row in registers; else up to 1,024
+    # rows of up to 16,384 numbers are read once, by kernels with a whole row in registers; else up to 1,024.
+    # torch's comment gives the meanings of 2 and 3 the other way round
     options = {"triton.multi_kernel": 3}
     if cfg.batch_size * cfg.seq_len >= 2**13:  # with fewer tokens it costs 1 % of a step
         options["realize_reads_threshold"] = 8  # a sum of 5 to 8 tensors is computed again, not stored

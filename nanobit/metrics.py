@@ -4,8 +4,9 @@ import itertools
 
 import torch
 
-from nanobit import distributed, kept_codes
+from nanobit import distributed
 from nanobit.experts import ROUTER, bit_layers
+from nanobit.kept_codes import check_codes
 from quant import ternarize
 
 
@@ -14,7 +15,7 @@ def mean_loss(model, batches, stop=lambda: False):
     """Return the mean cross entropy in nats per target that counts, over batches of Windows.fixed, summed in
     float64. The ranks share the work, and each returns the same. Return None if stop() was true after a
     batch."""
-    kept_codes.check(model)
+    check_codes(model)
     was_training = model.training
     model.eval()
     batches = iter(batches)
@@ -67,7 +68,7 @@ def codes(model):
 @torch.no_grad()
 def activation_absmax(model, idx):
     """Return {name: max|x|}, 0-dim tensors, of the inputs of ternary layers in an extra forward of idx."""
-    kept_codes.check(model)
+    check_codes(model)
     names = {layer: name for name, layer in bit_layers(model).items()}
     absmax = dict.fromkeys(names.values(), torch.zeros((), device=idx.device))
 

@@ -120,7 +120,7 @@ def update(model, optimizers, scaler, grad_clip, loss_sum):
         optimizer.found_inf = skipped  # fused optimizers change nothing if it is 1
         optimizer.step()
         optimizer.zero_grad()
-    torch.autograd.graph.increment_version(list(model.parameters()))  # fused AdamW does not, see kept_codes
+    torch.autograd.graph.increment_version(list(model.parameters()))  # fused AdamW does not, see version_of
     if scaler.is_enabled():
         # gradients that overflow are how the scaler finds its scale; get_scale() would wait for the device
         is_small = scaler.scale(torch.ones((), device=loss_sum.device)) < 1

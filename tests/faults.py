@@ -212,8 +212,8 @@ def change_weights_at(step):
     from nanobit import data, kept_codes
 
     models = []
-    real = kept_codes.make
-    kept_codes.make = lambda model, *args: (models.append(model), real(model, *args))
+    real = kept_codes.keep_codes
+    kept_codes.keep_codes = lambda model, *args: (models.append(model), real(model, *args))
 
     def action(n):
         if n == step + 1:

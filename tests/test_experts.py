@@ -10,8 +10,9 @@ from conftest import SCALARS, lines, settings, train
 
 import quant
 from model import Transformer
-from nanobit import experts, kept_codes, metrics
+from nanobit import experts, metrics
 from nanobit.experts import router_loss
+from nanobit.kept_codes import keep_codes
 from nanobit.metrics import mean_loss
 
 MIX = dict(n_expert=4, n_expert_active=2)
@@ -84,7 +85,7 @@ def test_kept_codes_of_experts_give_the_same_bits():
     layer, cfg = small_experts(ternary=True)
     x = torch.randn(2, 8, cfg.n_embd)
     y, _ = layer(x)
-    kept_codes.make(layer)
+    keep_codes(layer)
     assert layer.down_proj.kept_codes.dtype == torch.int8
     assert torch.equal(layer(x)[0], y)
 

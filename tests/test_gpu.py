@@ -6,8 +6,9 @@ from conftest import TINY, final, rows, settings, train
 
 import model
 import quant
-from nanobit import experts, generate, kept_codes, kernels, machine
+from nanobit import experts, generate, kernels, machine
 from nanobit.infer import packed
+from nanobit.kept_codes import keep_codes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,13 +66,17 @@ def test_compiled_codes_and_scales_are_eager_ones():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_kept_codes_and_scales_are_those_of_one_matrix(compiled):
-    """The codes and scales that are made for all layers at once are those of ternarize. Guards against sums
-    that are not in float64."""
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_kept_codes_and_scales_are_those_of_one_matrix(compiled, has_experts):
+    """The codes and scales that are made for all layers together are those of ternarize. Guards against sums
+    that are not in float64, and one scale for several experts."""
     layers = [quant.BitLinear(n, n + 8) for n in (8, 768, 2048)]
     layers[0].weight.data.zero_()
+    if has_experts:
+        layers.append(experts.BitExperts(3, 16, 8))
+        torch.nn.init.normal_(layers[-1].weight)
     network = torch.nn.Sequential(*layers).cuda()
-    kept_codes.make(network, compiled)
+    keep_codes(network, compiled)
     for layer in network:
         codes, scale = quant.ternarize(layer.weight)
         assert torch.equal(layer.kept_codes.float(), codes)

@@ -79,5 +79,5 @@ def test_a_remedy_names_no_checkpoint_that_does_not_exist(data_dir, out_dir):
 def test_weights_changed_behind_kept_codes_end_training(data_dir, out_dir):
     """An update whose weights are not those of the kept codes raises an error before its forward."""
     err, event = failed(data_dir, out_dir, faults.change_weights_at(3))
-    assert "q_proj: its weight has changed since kept_codes.make" in err
+    assert "q_proj: its weight has changed since keep_codes" in err
     assert (event["event"], event["step"]) == ("failed", 3)

@@ -32,9 +32,9 @@ def check_bits():
 
     from nanobit import kernels_cuda
 
-    def fma(self, x, y, z):  # Triton's rounds the product too
-        exact = x.data.astype("float64") * y.data + z.data
-        return interpreter.TensorHandle(exact.astype("float32"), z.dtype.scalar)
+    def fma(self, x, y, z):  # Triton's rounds the product too; here that is exact
+        result = x.data.astype("float64") * y.data + z.data
+        return interpreter.TensorHandle(result.astype("float32"), z.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = fma
     for N, n_in, n_out in ((40, 64, 48), (1, 80, 64), (130, 200, 136), (70, 33, 17)):

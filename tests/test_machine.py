@@ -99,12 +99,29 @@ def test_a_processor_has_a_model_and_vector_units():
         assert facts["cpu"].split(", ")[0] in names[0]
 
 
-@pytest.mark.parametrize("batch_size, n_options", [(31, 1), (32, 2)])
-def test_the_compiler_knows_its_options(batch_size, n_options):
-    """torch refuses options that it does not know; one of them is for 8,192 tokens or more."""
-    options = machine.compiler_options(SimpleNamespace(batch_size=batch_size, seq_len=256), CUDA)
-    assert len(options) == n_options
-    torch.compile(lambda x: x, options=options)
-    with pytest.raises(RuntimeError, match="Unexpected optimization option"):
-        torch.compile(lambda x: x, options={"triton.multi_kernels": 3})
-    assert machine.compiler_options(SimpleNamespace(), torch.device("cpu")) == {}
+@pytest.mark.parametrize(
+    "batch_size, options",
+    [(31, {"triton.multi_kernel": 3}), (32, {"triton.multi_kernel": 3, "realize_reads_threshold": 8})],
+)
+def test_models_are_compiled_for_cuda_with_options_that_torch_knows(monkeypatch, batch_size, options):
+    """torch.compile gets the options that were measured: one of them for 8,192 tokens or more."""
+    cfg = SimpleNamespace(compile=True, batch_size=batch_size, seq_len=256)
+    torch.compile(lambda x: x, options=options)  # RuntimeError if it does not know one
+    calls = []
+    monkeypatch.setattr(machine, "no_compiler", lambda device: "")
+    monkeypatch.setattr(machine, "compile_fault", lambda device, options: "")
+    monkeypatch.setattr(torch, "compile", lambda model, **keywords: calls.append(keywords))
+    machine.compiled(None, cfg, CUDA)
+    machine.compiled(None, cfg, torch.device("cpu"))
+    assert [call["options"] for call in calls] == [options, {}]
+
+
+def test_an_option_that_torch_does_not_know_ends_compiling(capsys, monkeypatch):
+    """A version of torch without one of the options trains eagerly, with a line, not with a traceback."""
+    monkeypatch.setattr(machine, "no_compiler", lambda device: "")
+    monkeypatch.setattr(machine, "compiler_options", lambda cfg, device: {"triton.multi_kernels": 3})
+    assert machine.compiled(torch.sin, SimpleNamespace(compile=True), torch.device("cpu")) == (
+        torch.sin,
+        False,
+    )
+    assert "compile: off, RuntimeError: Unexpected optimization option" in capsys.readouterr().err

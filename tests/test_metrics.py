@@ -5,8 +5,9 @@ import torch
 from conftest import settings
 
 from model import Transformer
-from nanobit import kept_codes, metrics
+from nanobit import metrics
 from nanobit.experts import bit_layers
+from nanobit.kept_codes import keep_codes
 from nanobit.metrics import mean_loss, router_health
 
 Q_PROJ = "blocks.0.attn.q_proj"
@@ -32,12 +33,12 @@ def set_weights(model, *values):
 
 
 def test_an_evaluation_refuses_stale_codes(model):
-    """Weights that changed after kept_codes.make end an evaluation with an error."""
-    kept_codes.make(model)
+    """Weights that changed after keep_codes end an evaluation with an error."""
+    keep_codes(model)
     set_weights(model, 1.0, 0.0, -1.0, 2.0)
-    with pytest.raises(RuntimeError, match="kept_codes.make"):
+    with pytest.raises(RuntimeError, match="keep_codes"):
         mean_loss(model, [(IDX, IDX)])
-    with pytest.raises(RuntimeError, match="kept_codes.make"):
+    with pytest.raises(RuntimeError, match="keep_codes"):
         health(model)
 
 

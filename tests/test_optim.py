@@ -7,7 +7,8 @@ import torch
 from conftest import settings
 
 from model import Transformer
-from nanobit import distributed, kept_codes, optim, schedule
+from nanobit import distributed, optim, schedule
+from nanobit.kept_codes import check_codes, keep_codes
 
 
 def test_a_resumed_optimizer_takes_the_settings_of_today():
@@ -272,13 +273,13 @@ def test_a_loss_that_is_not_finite_is_a_skip_in_float16_too():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_update_makes_kept_codes_stale(optimizer):
-    """torch does not count what fused AdamW changes, but kept_codes.check notices an update."""
+    """torch does not count what fused AdamW changes, but check_codes notices an update."""
     cfg = settings(n_layer=1, optimizer=optimizer)
     model = Transformer(cfg)
-    kept_codes.make(model)
+    keep_codes(model)
     optimizers = optim.make_optimizers(cfg, model)
     idx = torch.arange(8)[None]
     model(idx, idx)[0].backward()
     optim.update(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, torch.zeros(()))
-    with pytest.raises(RuntimeError, match="has changed since kept_codes.make"):
-        kept_codes.check(model)
+    with pytest.raises(RuntimeError, match="has changed since keep_codes"):
+        check_codes(model)

@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 import quant
 from model import Transformer
-from nanobit import cards, data, kept_codes, kernels, machine, optim, saving
+from nanobit import cards, data, kernels, machine, optim, saving
 from nanobit.bench import planner
 from nanobit.cuda_graph import MicroSteps
 from nanobit.experts import bit_layers, router_loss
 from nanobit.generate import generate
 from nanobit.infer.head import lighten_head
 from nanobit.infer.packed import pack_layers
+from nanobit.kept_codes import keep_codes
 from nanobit.metrics import mean_loss
 
 
@@ -101,7 +102,7 @@ class Contestant:
 
     def step(self, mark=do_nothing):
         """Do an optimizer step of cfg.accumulation micro-steps. mark(part) is called after each part."""
-        kept_codes.make(self.model, self.is_compiled)
+        keep_codes(self.model, self.is_compiled)
         mark("codes")
         for micro in range(self.cfg.accumulation):
             first = self.n_batches * self.cfg.batch_size
@@ -282,7 +283,7 @@ def writer(cfg, ternary, head, device, prompt, n_new):
     if ternary and cfg.packed:
         name = "ternary"
         pack_layers(model)
-    kept_codes.make(model)
+    keep_codes(model)
     if head != "float32":
         name += f", {head} head"
         lighten_head(model, head)
@@ -328,7 +329,7 @@ def sampling(cfg, device, dtype, peers=None):
 def once_seconds(cfg, device, dtype):
     """Return the seconds of an evaluation, a round of samples (a part of both is timed) and a checkpoint."""
     model = build(cfg, cfg.ternary, device).eval()
-    kept_codes.make(model)
+    keep_codes(model)
     x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len), device=device)
     with machine.autocast(device, dtype):
         for _ in range(2):  # the first warms up

@@ -1,0 +1,89 @@
+"""nanobit/kept_codes.py: codes that are made once after an update are those that each forward would make."""
+
+import pytest
+import torch
+from test_quant import layer, reference
+from torch import nn
+
+import quant
+from nanobit.kept_codes import check_codes, keep_codes, scales, write_codes
+
+
+def stepped(model, x, keep):
+    """Return output and gradients of a model after a step of SGD, with kept codes or without."""
+    if keep:
+        keep_codes(model)
+    for _ in range(2):
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.05 * p.grad
+        if keep:
+            keep_codes(model)
+    return [y, *(p.grad for p in model.parameters())]
+
+
+def test_kept_codes_give_the_same_bits():
+    """With kept codes, renewed after a step, outputs and gradients are those of a layer without."""
+    x = torch.randn(9, 64)
+    alone, kept = [stepped(layer(), x, keep) for keep in (False, True)]
+    assert all(map(torch.equal, alone, kept))
+
+
+def test_scales_made_together_are_those_of_each_matrix():
+    """The scales of many matrices, as they are made on a GPU, are those of weight_scale to the last bit, and
+    the codes that are then written are those of ternarize."""
+    matrices = [torch.randn(8, 16), torch.zeros(3, 5), 1e-4 * torch.randn(768, 3072), torch.randn(2000, 7)]
+    for w, scale in zip(matrices, scales(matrices)):
+        assert torch.equal(scale, quant.weight_scale(w))
+        codes = torch.full_like(w, 9, dtype=torch.int8)
+        write_codes(w, codes, 2 * scale, True)
+        assert torch.equal(codes, (2 * w * scale).round().clamp(-1, 1).to(torch.int8))
+
+
+def test_kept_codes_are_not_saved():
+    """The state dict of a layer has its master weights only."""
+    bit = layer()
+    keep_codes(bit)
+    assert list(bit.state_dict()) == ["weight"]
+
+
+def test_a_layer_alone_follows_its_weight():
+    """Without kept codes, a forward is that of the weight as it is, however it was changed."""
+    bit, x = layer(), torch.randn(3, 64)
+    bit.weight.data.mul_(torch.linspace(0.1, 2, 64))
+    assert torch.equal(bit(x), reference(x, bit.weight))
+    check_codes(bit)
+
+
+def test_weights_changed_behind_kept_codes_are_an_error():
+    """check names the layer whose weight is not that of its codes any more."""
+    model = nn.Sequential(layer(), layer(48, 64))
+    keep_codes(model)
+    check_codes(model)
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="1: its weight has changed"):
+        check_codes(model)
+    keep_codes(model)
+    check_codes(model)
+
+
+def test_a_weight_that_was_replaced_is_noticed():
+    """Another Parameter in the place of the weight makes the kept codes stale, though versions are equal."""
+    bit = layer()
+    keep_codes(bit)
+    bit.load_state_dict(layer(seed=1).state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="has changed"):
+        check_codes(bit)
+
+
+def test_codes_are_kept_in_inference_mode():
+    """Weights that were made in inference mode have no version, and can be kept."""
+    with torch.inference_mode():
+        bit = layer()
+        keep_codes(bit)
+        check_codes(bit)
+        assert torch.equal(bit(torch.ones(1, 64)), reference(torch.ones(1, 64), bit.weight))
