@@ -15,8 +15,8 @@ from nanobit import schedule
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, "config", "train_*.py")))
 STATED = {
     "train_simple": 526_848,
-    "train_arithmetic": 5_118_976,
-    "train_tictactoe": 12_069_888,
+    "train_arithmetic": 1_331_328,
+    "train_tictactoe": 1_330_944,
     "train_tinystories": 12_194_688,
     "train_laptop": 787_584 + 128 * 4096,
     "train_text": 10_621_824 + 384 * 4096,  # with the vocabulary that prepare/text.py makes by default
