@@ -82,7 +82,7 @@ def main(cfg):
 
     from model import Transformer
     from nanobit import machine, record
-    from nanobit.bench import peers, planner, report, timing
+    from nanobit.bench import generation, peers, planner, report, timing
 
     with torch.device("meta"):
         counts = Transformer(cfg).counts()
@@ -103,7 +103,7 @@ def main(cfg):
         print(f"{machine.describe(device)}, {machine.name(dtype)}", flush=True)
         facts |= dict(device=machine.describe(device), dtype=machine.name(dtype), compile=False)
         if cfg.sample:
-            facts |= timing.sampling(cfg, device, dtype, peers.writers if cfg.compare else None)
+            facts |= generation.sampling(cfg, device, dtype, peers.writers if cfg.compare else None)
         elif cfg.compare:
             facts |= peers.training(cfg, device, dtype)
         else:

@@ -1,4 +1,4 @@
-"""nanobit/bench/timing.py and peers.py: what is timed, and what it is compared with."""
+"""nanobit/bench/timing.py, generation.py and peers.py: what is timed, and what it is compared with."""
 
 import os
 import textwrap
@@ -9,7 +9,7 @@ import torch
 from conftest import settings
 from plans import TINY, bench
 
-from nanobit.bench import timing
+from nanobit.bench import generation, timing
 
 
 def test_bench_times_the_twins_part_by_part():
@@ -51,11 +51,11 @@ def test_steps_that_are_timed_together_are_averaged(monkeypatch):
 
 def test_bench_times_the_weights_that_it_names(monkeypatch):
     """What is timed as integers has packed layers, and a head has the dtype of its name."""
-    monkeypatch.setattr(timing, "generate", lambda model, *args, **how: model)
+    monkeypatch.setattr(generation, "generate", lambda model, *args, **how: model)
     for packed, head in ((True, "float32"), (False, "bfloat16"), (True, "int8")):
         cfg = SimpleNamespace(**vars(settings()), packed=packed, head=head)
         prompt = torch.zeros(1, 4, dtype=torch.long)
-        _, write = timing.writer(cfg, True, head, torch.device("cpu"), prompt, 4)
+        _, write = generation.writer(cfg, True, head, torch.device("cpu"), prompt, 4)
         model = write()
         assert any(type(layer).__name__ == "PackedLinear" for layer in model.modules()) == packed
         weight = model.head.rows if head == "int8" else model.head.weight

@@ -10,7 +10,7 @@ import torch
 
 import config
 from nanobit import machine
-from nanobit.bench import timing
+from nanobit.bench import generation, timing
 from nanobit.export import gguf_file, verify
 
 
@@ -67,7 +67,7 @@ def writers(cfg, device, prompt, n_new):
     other heads, its twin, and on a CPU llama.cpp."""
     other_heads = [head for head in config.HEADS if head != cfg.head]
     choices = [*((cfg.ternary, head) for head in other_heads), (not cfg.ternary, cfg.head)]
-    ours = dict(timing.writer(cfg, ternary, head, device, prompt, n_new) for ternary, head in choices)
+    ours = dict(generation.writer(cfg, ternary, head, device, prompt, n_new) for ternary, head in choices)
     if device.type != "cpu":
         print("llama.cpp is left out: the binding computes on the CPU")
         return ours
