@@ -219,7 +219,8 @@ def card(monkeypatch):
     """Return a function that declares a CUDA card, as torch describes it."""
     monkeypatch.setattr(kernels, "HAS_CUDA_INT8", True)  # pick() sets both
     monkeypatch.setattr(kernels, "fused_matmul", None)
-    monkeypatch.delenv("TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING", raising=False)  # which pick may set
+    monkeypatch.setenv("TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING", "")  # so that what pick sets is removed
+    monkeypatch.delenv("TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING")
 
     def declare(name="NVIDIA GeForce RTX 3060", capability=(8, 6), has_int8=True):
         monkeypatch.setattr(kernels, "multiplies_int8", lambda device: has_int8)

@@ -32,8 +32,10 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, data_dir, out_dir, what):
     assert "Traceback" not in err
 
 
-def test_compiled_code_for_cuda_divides_exactly():
-    """The compiler is asked for exact divisions on CUDA before it is imported, whatever else is."""
-    program = "import torch, model; from nanobit import machine; import torch._inductor.config as inductor; "
-    program += "assert inductor.eager_numerics.division_rounding"
+def test_the_compiler_reads_what_pick_asks_of_it():
+    """The compiler's settings, which are made of the environment when they are loaded, are not loaded before
+    machine.pick asks for exact divisions there."""
+    program = "import os, model; from nanobit import machine, optim, start; "
+    program += "os.environ['TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING'] = '1'; "
+    program += "import torch._inductor.config as inductor; assert inductor.eager_numerics.division_rounding"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
