@@ -1,6 +1,5 @@
 """Time training steps, and what a run does from time to time, for bench.py."""
 
-import math
 import os
 import sys
 import tempfile
@@ -100,6 +99,7 @@ class Contestant:
 
     def step(self, mark=do_nothing):
         """Do an optimizer step of cfg.accumulation micro-steps. mark(part) is called after each part."""
+        loss_sum = torch.zeros((), device=self.device)
         keep_codes(self.model, self.is_compiled)
         mark("codes")
         for micro in range(self.cfg.accumulation):
@@ -108,15 +108,13 @@ class Contestant:
             self.n_batches += 1
             mark("data")
             if mark is do_nothing:
-                self.micro_steps(micro, *batch)
+                loss_sum += self.micro_steps(micro, *batch)
                 continue
             if self.is_replayed:  # a graph has dense inputs, and other strides would compile the model again
                 batch = [tensor.clone() for tensor in batch]
-            self.micro_step(*batch, mark=mark)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+            loss_sum += self.micro_step(*batch, mark=mark)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        optim.update(self.model, self.optimizers, scaler, self.cfg.grad_clip, loss_sum)
         mark("optimizer")
 
     def time_steps(self):
