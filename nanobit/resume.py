@@ -14,13 +14,10 @@ from nanobit.run_dir import MODEL, TRAINER, Origin, has_manifest, reading, step_
 from nanobit.saving import State
 from nanobit.tokenizer import bos_of
 
-SHAPE = (
-    "n_layer n_head n_kv_head n_embd ffn_dim n_expert n_expert_active vocab_size vocab_multiple "
-    "rope_theta norm_eps tie_embeddings"
-).split()
+SHAPE = [name for name in config.SHAPE if name != "seq_len"]  # of the weights
 VALIDATION = ("tokenize_on_fly", "eval_tokens")  # the settings that select the windows of an evaluation
 # what a resumed run must share with its origin
-RUN = SHAPE + "ternary optimizer dataset seed seq_len total_batch_size".split()
+RUN = config.SHAPE + "ternary optimizer dataset seed total_batch_size".split()
 
 
 def newest_resumable(run):
