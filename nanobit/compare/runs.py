@@ -17,7 +17,7 @@ from nanobit import cli, files, record, terminal
 
 DEFAULTS = config.assignments(config.DEFAULT)
 # what a comparison decides itself; total_tokens has become max_steps when the settings are loaded
-DECIDED = {"seed", "resume", "max_minutes", "patience", "run_id", "out_dir", "verify_data", "total_tokens"}
+DECIDED = {"seed", "resume", "max_minutes", "patience", "run_id", "out_dir", "total_tokens"}
 DIVERGED = "steps in a row were not finite"  # of RunDir.report_skips
 received = []  # the signals that asked this process to stop
 
