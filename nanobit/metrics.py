@@ -95,7 +95,7 @@ def health(model, before, idx):
     before: the codes of the last record or None (flip_rate is then None); idx (B, T): tokens for the
     activations. record: {"total": row, "layers": {name: row}}, a row of
         zero, plus, minus   fractions of the codes (Gaussian weights begin at 0.31 zeros)
-        scale               mean|W|, what a code of 1 stands for; of experts the mean of theirs
+        scale               mean|W|, what a code of 1 stands for: 1 / s of quant.py; of experts the mean
         near_threshold      fraction of |W| / mean|W| within 0.05 of 0.5, the border between 0 and 1
         flip_rate           fraction of codes that changed since `before`
         act_absmax          largest |x| that went into the layer

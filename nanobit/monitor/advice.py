@@ -133,10 +133,10 @@ def codes(run, now, window, is_due):
     zero = health.get("zero")
     near = health.get("near_threshold")
     if zero is not None and not 0.25 <= zero <= 0.55:
-        remedy = "lower weight_decay" if zero > 0.5 else "lower learning_rate, or look at the initial weights"
-        yield f"ternary: {zero:.1%} of the codes are 0, 30 to 45 % is usual; {remedy}"
+        remedy = "" if zero > 0.5 else ", or look at the initial weights"
+        yield f"ternary: {zero:.1%} of the codes are 0, about 31 % is usual; lower learning_rate{remedy}"
     if near is not None and near > 0.15:
-        yield f"ternary: {near:.1%} of the weights are near a threshold, usual is 6 %; lower lr"
+        yield f"ternary: {near:.1%} of the weights are near a threshold, usual is 6 %; lower learning_rate"
     rate = health.get("flip_rate") or 0
     rates = column(run["health"], "flip_rate")
     if is_due and len(rates) >= window and rate > 0.001:

@@ -80,7 +80,7 @@ def eta_seconds(run, step, now):
 
 def disk_need_gb(run, step):
     """Return the 1e9 bytes that the checkpoints of the schedule after `step` take, or None: 4 bytes a
-    parameter for the weights, 8 for what resumes a run, as in saving.check_disk."""
+    parameter for the weights, 8 for what resumes a run."""
     settings = run["config"]["settings"]
     params = run["config"].get("params", {}).get("total")
     every, end, keep = (settings.get(key) for key in ("save_every", "max_steps", "keep_last"))
