@@ -141,7 +141,7 @@ def read_file(path):
         fault = f"is not a file; did you mean --{path}? A value with spaces needs quotes"
     elif os.path.isfile(here):
         fault += f": paths are relative to the current folder; first cd {ROOT}, or give {here}"
-    elif near := difflib.get_close_matches(path, glob.glob("config/train_*.py"), n=1, cutoff=0.4):
+    elif near := difflib.get_close_matches(path, glob.glob("config/[!_d]*.py"), n=1, cutoff=0.4):
         fault += f"; did you mean {near[0]}?"
     raise ValueError(f"config file {path} {fault}")
 
