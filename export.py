@@ -4,7 +4,7 @@ browsers.
     python export.py --ckpt=runs/demo --format=hf --out=demo_hf
     python export.py --ckpt=runs/demo --format=hf --out=demo_latent --latent
     python export.py --ckpt=runs/train_text --format=gguf --out=text.gguf --type=q2_0
-    python export.py --ckpt=models/stories --format=gguf --out=stories.gguf
+    python export.py --ckpt=models/stories --format=gguf --out=stories.gguf --type=f16
     python export.py --ckpt=runs/demo --format=web --out=adder.html
     python export.py --ckpt=runs/train_text --format=hf --out=text_hf --verify
 
@@ -31,7 +31,7 @@ FLAGS = {
     "format": Flag("", "hf: transformers | gguf: llama.cpp | web: one page", tuple(ENDING), required=True),
     "out": Flag("", "the folder or file to write", required=True),
     "latent": Flag(False, "the float master weights, for further training", only_with="format=hf"),
-    "type": Flag("", f"{' | '.join(TYPES)}; '' = the smallest", ("", *TYPES), only_with="format=gguf"),
+    "type": Flag("", f"{' | '.join(TYPES)}; '' = one that fits", ("", *TYPES), only_with="format=gguf"),
     "embed": Flag("", f"embedding and head, {EMBED_TYPES}; '' = the first"),
     "force": Flag(False, "replace what an earlier export has written to out"),
     "verify": Flag(False, "load it with an independent reader and compare"),
@@ -137,7 +137,7 @@ def report(part, kind):
     if cfg.format == "gguf" and kind == "q2_0":
         print("q2_0 needs a llama.cpp of 2026 (type 42); --type=f16 is for all, and larger")
     if cfg.format == "hf" and part["config"]["n_expert"] and part["config"]["ternary"] and not cfg.latent:
-        print(f"written as {hf.DEQUANTISED}")
+        print(f"written as {hf.DEQUANTIZED}")
     sys.stdout.flush()
 
 
@@ -154,7 +154,7 @@ if os.path.abspath(folder) != checkpoint.step_dir(run_dir, part["step"]):
     run_dir = folder  # renamed or copied: the record of the run that is above it is of other checkpoints
 part.setdefault("curve", card.points(run_dir, part["step"]))  # an exported folder has it
 windows = validation(part) if cfg.verify else []
-kind = cfg.type or gguf_file.smallest(part)
+kind = cfg.type or gguf_file.default_type(part)
 if cfg.latent and part["config"]["ternary"]:
     print("latent: float weights for training; they are ternary only in nanoBit's forward", file=sys.stderr)
 write(part, run_dir, kind)

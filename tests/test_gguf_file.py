@@ -62,12 +62,12 @@ def test_what_a_file_says_of_tokens(make, tmp_path):
     assert says("llama.context_length") == part["config"]["seq_len"]
 
 
-def test_the_smallest_type():
-    """The smallest type is the one whose blocks fit the widths of the model."""
-    assert gguf_file.smallest(part_of(n_embd=256, ffn_dim=512)) == "tq2_0"
-    assert gguf_file.smallest(part_of()) == "q2_0"
-    assert gguf_file.smallest(part_of(ffn_dim=96)) == "f16"
-    assert gguf_file.smallest(part_of(n_embd=256, ffn_dim=512, ternary=False)) == "f16"
+def test_the_default_type():
+    """The default type is one whose blocks fit the widths of the model."""
+    assert gguf_file.default_type(part_of(n_embd=256, ffn_dim=512)) == "tq2_0"
+    assert gguf_file.default_type(part_of()) == "q2_0"
+    assert gguf_file.default_type(part_of(ffn_dim=96)) == "f16"
+    assert gguf_file.default_type(part_of(n_embd=256, ffn_dim=512, ternary=False)) == "f16"
 
 
 @pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "q2_0"])

@@ -75,7 +75,7 @@ def writers(cfg, device, prompt, n_new):
     tokenizer = dict(kind="char", sha256="", eot=0, chars="\0")
     part = dict(config=vars(cfg), tokenizer=tokenizer, model=model.state_dict(), step=0)
     # q2_0, which fits more widths, is too new for the binding
-    dtype = "tq2_0" if gguf_file.smallest(part) == "tq2_0" else "f16"
+    dtype = "tq2_0" if gguf_file.default_type(part) == "tq2_0" else "f16"
     embed = "f16" if cfg.n_embd % gguf_file.BLOCK_SIZE["q8_0"] else "q8_0"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = os.path.join(folder, "model.gguf")

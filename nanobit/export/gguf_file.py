@@ -64,7 +64,9 @@ def check(part, kind, embed):
         text = f"has blocks of {BLOCK_SIZE[embed]}, n_embd is {cfg['n_embd']}; use f16"
         faults.append(f"embed = {embed!r} {text}")
     if kind in ("q5_0", "q4_0") and cfg["ternary"]:  # -8 to 7 times a step: -1 and 1 cannot both be held
-        faults.append(f"type = {kind!r} rounds ternary weights, and takes more room than {smallest(part)}")
+        faults.append(
+            f"type = {kind!r} rounds ternary weights, and takes more room than {default_type(part)}"
+        )
     if {" ", "\u2581"} <= set(part["tokenizer"].get("chars", "")):
         faults.append("the characters ' ' and U+2581 are one in a GGUF file; --format=hf")
     if part["tokenizer"]["kind"] == "tiktoken" and not tokenizer_files.is_gpt2(part["tokenizer"]):
@@ -80,8 +82,8 @@ def fitting(part):
     return [kind for kind in kinds if not any(width % BLOCK_SIZE.get(kind, 1) for width in widths)]
 
 
-def smallest(part):
-    """Return the smallest type that holds a model."""
+def default_type(part):
+    """Return the first of tq2_0, q2_0 and f16 that holds a model."""
     return next(kind for kind in ("tq2_0", "q2_0", "f16") if kind in fitting(part))
 
 
