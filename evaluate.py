@@ -2,12 +2,12 @@
 
     python evaluate.py --ckpt=runs/demo
     python evaluate.py --ckpt=runs/demo --split=train --dtype=bfloat16
-    python evaluate.py --ckpt=runs/baseline --dataset=lambada
+    python evaluate.py --ckpt=runs/train_tinystories --dataset=lambada
     python evaluate.py --ckpt=runs/chat --conversations=held_out.jsonl
 
 Tasks: arithmetic (exact answers to held-out problems), tictactoe (games), LAMBADA and BLiMP (text for any
-model, split val only). Of conversations, which any model reads, too: the loss on answers and the last numbers
-of worked problems, by source.
+model, split val only). With --conversations, for any model: the loss on answers, and the
+share of worked problems whose last number is right, by source.
 
 If stdout is not a terminal, or with --json, its last line is one JSON object: step, dataset, split, dtype,
 tokens, val_loss (nats per token), perplexity, bits_per_byte if the bytes are known, and for a task accuracy

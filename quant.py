@@ -131,7 +131,7 @@ def scale_of_mean(mean):
     return reciprocal(mean.clamp(min=EPS))
 
 
-def dequantised(w):
+def dequantized(w):
     """Return codes / scale of W as floats: the values that the forward multiplies by."""
     codes, scale = ternarize(w)
     return codes / scale

@@ -2,7 +2,7 @@
 
     python prepare/blimp.py                          from the Hugging Face hub (package datasets)
     python prepare/blimp.py --files='blimp/*.jsonl'  from local files, as in the authors' own repository
-    python evaluate.py --ckpt=runs/baseline --dataset=blimp
+    python evaluate.py --ckpt=runs/train_tinystories --dataset=blimp
 
 67 paradigms of 1,000 pairs each, as text in data/<name>/task.jsonl. Takes a minute, and 15 MB.
 Warstadt et al., "BLiMP: The Benchmark of Linguistic Minimal Pairs for English", 2020 (arXiv 1912.00582)."""

@@ -3,7 +3,7 @@
     python prepare/lambada.py                            from the Hugging Face hub (package datasets)
     python prepare/lambada.py --config=de --name=de      German; also es, fr, it
     python prepare/lambada.py --files='lambada/*.jsonl'  from local files, a {"text": ...} a line
-    python evaluate.py --ckpt=runs/baseline --dataset=lambada
+    python evaluate.py --ckpt=runs/train_tinystories --dataset=lambada
 
 The default is what GPT-2 was scored on, 5,153 passages, as text in data/<name>/task.jsonl, 2 MB.
 Paperno et al., "The LAMBADA dataset: Word prediction requiring a broad discourse context", arXiv 1606.06031.

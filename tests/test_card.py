@@ -88,7 +88,7 @@ def test_the_commands_of_a_card_can_be_typed(tmp_path, n_expert):
     part, run_dir = run_of(tmp_path, "a", {7: 3.0}, n_expert=n_expert)
     part["config"]["sample_prompts"] = ["it's $HOME `x`"]
     text = written(tmp_path, part, run_dir)
-    assert ("sample.py --ckpt=FOLDER" in text) == (not n_expert) == ("dequantised" not in text)
+    assert ("sample.py --ckpt=FOLDER" in text) == (not n_expert) == ("dequantized" not in text)
     assert n_expert or """--prompt='it'"'"'s $HOME `x`'""" in text
     assert 'tokenizer("it\'s $HOME `x`"' in text
 

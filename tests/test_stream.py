@@ -260,7 +260,7 @@ def test_no_two_sources_in_one_folder(corpus, tmp_path):
 
 def test_content_decides_whether_files_have_changed(tmp_path, capsys):
     """A touched file is the same, an edited one is not, and a data set that an earlier version made (with the
-    hash of sizes and times) is recognised."""
+    hash of sizes and times) is recognized."""
     path, folder = str(written(tmp_path / "a.txt", b"text")), str(tmp_path)
     source, stamp = stream.source_now(folder, "options", [path])
     for known in (dict(source=source, stamp=stamp), dict(source=f"options {stamp}")):

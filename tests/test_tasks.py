@@ -29,7 +29,7 @@ class Bigram:
             table[row] = (1 - sum(given.values())) / (len(ids) - len(given))
             for column, chance in given.items():
                 table[row, column] = chance
-        self.logits = table.log() + 3.0  # not normalised
+        self.logits = table.log() + 3.0  # not normalized
         self.cfg, self.embed = SimpleNamespace(seq_len=seq_len), SimpleNamespace(weight=self.logits)
 
     def __call__(self, idx, cache=None):

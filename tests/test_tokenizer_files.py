@@ -48,8 +48,8 @@ def test_tokenizers_come_along(make, tmp_path):
     "changes, says",
     [
         (dict(model_type="unigram", vocab_size=280), "is not a BPE model"),
-        (dict(normalization_rule_name="nmt_nfkc"), "normalises text"),
-        (dict(remove_extra_whitespaces=True), "normalises text"),
+        (dict(normalization_rule_name="nmt_nfkc"), "normalizes text"),
+        (dict(remove_extra_whitespaces=True), "normalizes text"),
         (dict(user_defined_symbols=["<sep>"]), "user-defined symbols"),
     ],
 )

@@ -179,7 +179,7 @@ def write(part, out, run_dir, latent=False):
     if latent and cfg["ternary"]:
         texts["warning"] = LATENT + "\n\n"
     elif cfg["n_expert"] and cfg["ternary"]:
-        texts["warning"] = f"Written here are {hf.DEQUANTISED}; the losses below are of one that does.\n\n"
+        texts["warning"] = f"Written here are {hf.DEQUANTIZED}; the losses below are of one that does.\n\n"
     if "chat" in part["tokenizer"]:
         texts |= dict(use=CHAT, code=CHAT_CODE)
         arguments = "--chat"

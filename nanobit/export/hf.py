@@ -3,7 +3,7 @@
 A ternary model is written as LlamaForCausalLM with quant_method "bitnet": each matrix as uint8 with four
 codes to a byte (packed.pack), and its scale 1 / mean|W| as weight_scale; transformers multiplies and divides
 in our order, so that its fp32 logits are ours to the last bit. A float model is a plain Llama, a mixture of
-experts a Mixtral; one with ternary experts is written dequantised, as no format holds their codes."""
+experts a Mixtral; one with ternary experts is written dequantized, as no format holds their codes."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ NAMES |= {f"attn.{x}_proj": f"self_attn.{x}_proj" for x in "qkvo"}
 NAMES |= {f"ffn.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 NAMES |= {"ffn.router": "block_sparse_moe.gate"}
 EXPERT = {"ffn.gate_proj": "w1", "ffn.up_proj": "w3", "ffn.down_proj": "w2"}
-DEQUANTISED = "ternary experts, dequantised: a Mixtral rounds no input to int8"
+DEQUANTIZED = "ternary experts, dequantized: a Mixtral rounds no input to int8"
 FILES = """README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
 tokenizer.model tokenizer.tiktoken""".split()
 WITHIN = dict(n_expert=[0], vocab_size=range(1, 2**24 + 1), vocab_multiple=range(1, 2**24 + 1))  # of a reader
@@ -85,7 +85,7 @@ def tensors(part, latent=False):
             w = w[: cfg["vocab_size"]]
         has_codes = is_ternary(part, name) and not latent
         if has_codes and cfg["n_expert"]:
-            w = quant.dequantised(w)
+            w = quant.dequantized(w)
             has_codes = False
         if w.dim() == 3:  # (E, out, in): one tensor for each expert
             i, rest = name.removesuffix(".weight").split(".", 2)[1:]

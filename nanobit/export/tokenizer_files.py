@@ -28,7 +28,7 @@ def pieces(spec):
     text = " \uff21  \ufb01\t."  # a wide A and a ligature, which NFKC replaces
     if model.normalize(text) != ("\u2581" + text).replace(" ", "\u2581"):
         remedy = "train it with --normalization_rule_name=identity --remove_extra_whitespaces=false"
-        fail(f"the SentencePiece tokenizer normalises text, or puts no space before it: {remedy}")
+        fail(f"the SentencePiece tokenizer normalizes text, or puts no space before it: {remedy}")
     return rows
 
 

@@ -25,7 +25,7 @@ def probe(part):
     return torch.randint(cfg["vocab_size"], (2, min(64, cfg["seq_len"])), generator=generator)
 
 
-def dequantised(part):
+def dequantized(part):
     """Return the part of a float model with the ternary values of this one: it rounds no input."""
     model = {}
     for name, w in part["model"].items():
@@ -116,7 +116,7 @@ def hf(part, folder, latent=False, windows=()):
         reference = part = part | dict(config=part["config"] | dict(ternary=False))
         name += ", a float model here and there"
     elif part["config"]["n_expert"]:
-        reference = dequantised(part)
+        reference = dequantized(part)
     bound = 1e-5 if part["config"]["n_expert"] else 0.0
     with torch._dynamo.config.patch(disable=True):  # parts of its BitNet code are compiled
         reader = (lambda x: model(x).logits, tokenizer.encode, write)
@@ -188,7 +188,7 @@ def gguf(part, path, kind, embed, windows=()):
         fail(f"{path} is written, but cyllama cannot load it, so it is not verified: {reason}", code=1)
     bound = max(BOUNDS[kind], BOUNDS[embed])
     reader = (llama.logits, llama.tokenize, llama.write)
-    return compare(part, windows, dequantised(part), bound, "llama.cpp (cyllama)", *reader)
+    return compare(part, windows, dequantized(part), bound, "llama.cpp (cyllama)", *reader)
 
 
 def rounding_of(part, held):

@@ -97,7 +97,7 @@ def entry_beside(path, content):
 
 def train(cfg, spm, texts):
     """Return a new SentencePiece model of the first TRAIN_CHARS of the text, like LLaMA's: BPE with bytes for
-    what has no piece, each digit alone, nothing normalised."""
+    what has no piece, each digit alone, nothing normalized."""
     failures, left = [], TRAIN_CHARS
 
     def lines():
