@@ -14,7 +14,7 @@ data_dir = "data"  # folder of all data sets
 prepare = ""  # command that writes it, shown if it is missing; '' = python prepare/<dataset>.py
 tokenize_on_fly = False  # train while the data set is being written; validate on its first windows
 verify_data = False  # read all shards again and compare their sha256, even if size and time are the same
-batch_size = 16  # sequences per device and micro-step; if memory runs out, halve it, and set total_batch_size
+batch_size = 16  # sequences per device and micro-step; if memory runs out, halve it and set total_batch_size
 seq_len = 256  # tokens per sequence: the longest context of the model
 total_batch_size = 0  # tokens (not sequences) per optimizer step over all devices; 0 = one micro-step
 

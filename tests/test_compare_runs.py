@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 from comparisons import no_run
+from conftest import settings
 
 from nanobit import files
 from nanobit.compare import runs
@@ -95,6 +96,12 @@ def test_a_child_has_its_own_session_and_its_errors_are_read():
         runs.train("nowhere/x", {}, 1)
     assert options["start_new_session"]
     assert options["stderr"] == subprocess.PIPE
+
+
+def test_a_run_gets_every_setting_that_a_comparison_does_not_decide():
+    """No setting of the command line is dropped on the way to train.py."""
+    missing = vars(settings()).keys() & runs.DEFAULTS.keys() - runs.compared(settings()).keys()
+    assert missing == {"seed", "resume", "max_minutes", "patience", "run_id", "out_dir", "total_tokens"}
 
 
 def test_a_folder_is_found_whatever_its_variant_is_called(tmp_path):

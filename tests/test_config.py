@@ -82,6 +82,7 @@ def test_values_take_the_type_of_the_default():
         (["--out_dir="], ["out_dir = ''"]),
         (["n_layer=3"], ["did you mean --n_layer=3"]),
         (["config/train_simpel.py"], ["train_simpel.py does not exist", "train_simple.py"]),
+        (["config/chta.py"], ["did you mean config/chat.py?"]),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(capsys, argv, says):

@@ -1,5 +1,6 @@
 """nanobit/bench/timing.py, generation.py and peers.py: what is timed, and what it is compared with."""
 
+import math
 import os
 import textwrap
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 from conftest import settings
 from plans import TINY, bench
 
+from nanobit import optim
 from nanobit.bench import generation, timing
 
 
@@ -23,6 +25,21 @@ def test_bench_times_the_twins_part_by_part():
     assert found["compile"] is False
     assert "ternary / float:" in out
     assert 0 < found["mfu_measured"] < 1
+
+
+def test_a_timed_update_is_that_of_training(monkeypatch, tmp_path):
+    """Each timed step makes the update of train.py, which checks that the loss is finite."""
+    losses = []
+    update = optim.update
+
+    def noted(*args):
+        losses.append(args[-1].item())
+        return update(*args)
+
+    monkeypatch.setattr(optim, "update", noted)
+    cfg = SimpleNamespace(**vars(settings()), warmup=2)
+    timing.ours(cfg, True, timing.random_tokens(cfg, str(tmp_path)), torch.device("cpu"), torch.float32)
+    assert losses == pytest.approx([math.log(28)] * 2, abs=0.3)  # of a vocabulary of 28
 
 
 def test_bench_times_the_float_experiment_itself():
