@@ -8,28 +8,48 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX2__
+
+/* Vectors of BYTES bytes. step adds the products of bytes u >= 0 and bytes v to the sums s: VNNI in 32 bits, AVX2 in
+   16, which must stay within 2^15; widen returns sums of 32 bits. Codes are unpacked once for TOKENS tokens, whose sums
+   fill the registers. */
+#if defined __AVX512VNNI__ && defined __AVX512BW__
 #include <immintrin.h>
-
-/* step adds the products of 32 bytes u >= 0 and 32 bytes v to the sums s. VNNI does so in 32 bits. AVX2 does so in 16,
-   which must stay within 2^15; widen then adds its sums in pairs, in 32 bits. */
-#if defined __AVX512VNNI__ && defined __AVX512VL__
-#define DPBUSD _mm256_dpbusd_epi32
-#elif defined __AVXVNNI__
-#define DPBUSD _mm256_dpbusd_avx_epi32
-#endif
-#ifdef DPBUSD
-static inline __m256i step(__m256i s, __m256i u, __m256i v) { return DPBUSD(s, u, v); }
-static inline __m256i widen(__m256i s) { return s; }
+#define BYTES 64
+#define TOKENS 4
+typedef __m512i vec;
+static inline vec load(const void *at) { return _mm512_loadu_si512(at); }
+static inline vec two_bits(vec u, int at) { return _mm512_and_si512(_mm512_srli_epi16(u, at), _mm512_set1_epi8(3)); }
+static inline vec absolute(vec v) { return _mm512_abs_epi8(v); }
+static inline vec signed_as(vec w, vec v) {
+  return _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(v), _mm512_setzero_si512(), w);
+}
+static inline vec step(vec s, vec u, vec v) { return _mm512_dpbusd_epi32(s, u, v); }
+static inline __m256i widen(vec s) {
+  return _mm256_add_epi32(_mm512_castsi512_si256(s), _mm512_extracti64x4_epi64(s, 1));
+}
+#elif defined __AVX2__
+#include <immintrin.h>
+#define BYTES 32
+#define TOKENS 1
+typedef __m256i vec;
+static inline vec load(const void *at) { return _mm256_loadu_si256((const vec *)at); }
+static inline vec two_bits(vec u, int at) { return _mm256_and_si256(_mm256_srli_epi16(u, at), _mm256_set1_epi8(3)); }
+static inline vec absolute(vec v) { return _mm256_abs_epi8(v); }
+static inline vec signed_as(vec w, vec v) { return _mm256_sign_epi8(w, v); }
+#ifdef __AVXVNNI__
+static inline vec step(vec s, vec u, vec v) { return _mm256_dpbusd_avx_epi32(s, u, v); }
+static inline __m256i widen(vec s) { return s; }
 #else
-static inline __m256i step(__m256i s, __m256i u, __m256i v) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(u, v)); }
-static inline __m256i widen(__m256i s) { return _mm256_madd_epi16(s, _mm256_set1_epi16(1)); }
+static inline vec step(vec s, vec u, vec v) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(u, v)); }
+static inline __m256i widen(vec s) { return _mm256_madd_epi16(s, _mm256_set1_epi16(1)); }
+#endif
+#else
+#define TOKENS 1
 #endif
 
-static inline __m256i load(const void *at) { return _mm256_loadu_si256((const __m256i *)at); }
-
-/* load 32 weights, which are read once a token, so from memory; what follows 2 KB later is fetched meanwhile */
-static inline __m256i stream(const void *at) {
+#ifdef BYTES
+/* load weights, which are read once a token, so from memory; what follows 2 KB later is fetched meanwhile */
+static inline vec stream(const void *at) {
   __builtin_prefetch((const char *)at + 2048);
   return load(at);
 }
@@ -48,31 +68,41 @@ typedef struct {
   float scale;
 } matrix;
 
-/* sum[k] = the product of q with the k-th codes + 1 of n bytes */
-static void products(const uint8_t *codes, const int8_t *q, int64_t n, int32_t sum[4]) {
+/* rows of bytes that one thread computes for all tokens, so that they stay in its cache */
+#define ROWS 16
+static inline int64_t blocks(const matrix *m) { return (m->n_out / 4 + ROWS - 1) / ROWS; }
+
+/* sum[t][k] = the product of row t of q (T, n) with the k-th codes + 1 of n bytes */
+static inline void products(const uint8_t *codes, const int8_t *q, int64_t n, const int T, int32_t sum[][4]) {
   int64_t i = 0;
-  for (int k = 0; k < 4; k++) sum[k] = 0;
-#ifdef __AVX2__
-  const __m256i three = _mm256_set1_epi8(3);
-  while (i + 32 <= n) {
-    __m256i s[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-    const int64_t end = n - i > 1024 ? i + 1024 : n; /* 32 steps: 32 * 2 * 3 * 127 < 2^15 */
-    for (; i + 32 <= end; i += 32) {
-      const __m256i four = stream(codes + i);
-      const __m256i u[4] = {four, _mm256_srli_epi16(four, 2), _mm256_srli_epi16(four, 4), _mm256_srli_epi16(four, 6)};
-      for (int k = 0; k < 4; k++) s[k] = step(s[k], _mm256_and_si256(u[k], three), load(q + i));
+  memset(sum, 0, T * sizeof *sum);
+#ifdef BYTES
+  while (i + BYTES <= n) {
+    vec s[TOKENS][4] = {0};
+    const int64_t end = n - i > 32 * BYTES ? i + 32 * BYTES : n; /* 32 steps: 32 * 2 * 3 * 127 < 2^15 */
+    for (; i + BYTES <= end; i += BYTES) {
+      const vec four = stream(codes + i);
+      const vec u[4] = {two_bits(four, 0), two_bits(four, 2), two_bits(four, 4), two_bits(four, 6)};
+      for (int t = 0; t < T; t++) {
+        vec v = load(q + t * n + i);
+        __asm__("" : "+v"(v)); /* gcc would load it again for each k */
+        for (int k = 0; k < 4; k++) s[t][k] = step(s[t][k], u[k], v);
+      }
     }
-    for (int k = 0; k < 4; k++) s[k] = widen(s[k]);
-    add_sums(s, sum);
+    for (int t = 0; t < T; t++) {
+      const __m256i wide[4] = {widen(s[t][0]), widen(s[t][1]), widen(s[t][2]), widen(s[t][3])};
+      add_sums(wide, sum[t]);
+    }
   }
 #endif
-  for (; i < n; i++) {
-    const int16_t four = codes[i], v = q[i];
-    sum[0] += (int16_t)(four & 3) * v;
-    sum[1] += (int16_t)(four >> 2 & 3) * v;
-    sum[2] += (int16_t)(four >> 4 & 3) * v;
-    sum[3] += (int16_t)(four >> 6) * v;
-  }
+  for (; i < n; i++)
+    for (int t = 0; t < T; t++) {
+      const int16_t four = codes[i], v = q[t * n + i];
+      sum[t][0] += (int16_t)(four & 3) * v;
+      sum[t][1] += (int16_t)(four >> 2 & 3) * v;
+      sum[t][2] += (int16_t)(four >> 4 & 3) * v;
+      sum[t][3] += (int16_t)(four >> 6) * v;
+    }
 }
 
 /* q = round(x a) with a = 127 / max|x|; returns sum(q) */
@@ -100,46 +130,58 @@ void packed_linear(const matrix *matrices, int64_t n_matrices, int64_t n_rows, i
                    const float *mean, const float *norm, float eps, const float *factor, const float *residual,
                    float *y) {
   int8_t *q = malloc(n_rows * n_in * sizeof *q);
-  float *z = malloc(n_in * sizeof *z), *a = malloc(n_rows * sizeof *a);
+  float *a = malloc(n_rows * sizeof *a);
   int32_t *total = malloc(n_rows * sizeof *total);
+#pragma omp parallel for schedule(static) if (n_rows * n_in > 65536)
   for (int64_t n = 0; n < n_rows; n++) {
+    float *z = malloc(n_in * sizeof *z);
     const float r = norm ? 1.0f / sqrtf(mean[n] + eps) : 1.0f;
     for (int64_t i = 0; i < n_in; i++) z[i] = norm ? x[n * n_in + i] * r * norm[i] : x[n * n_in + i];
     for (int64_t i = 0; factor && i < n_in; i++) z[i] *= factor[n * n_in + i];
     total[n] = quantize(z, n_in, q + n * n_in, a + n);
+    free(z);
   }
-  int64_t n_bytes = 0;
-  for (int64_t m = 0; m < n_matrices; m++) n_bytes += matrices[m].n_out / 4;
-#pragma omp parallel for schedule(static) if (n_bytes * n_in > 16384)
-  for (int64_t byte = 0; byte < n_bytes; byte++) {
+  int64_t n_blocks = 0, n_y = 0;
+  for (int64_t m = 0; m < n_matrices; m++) n_blocks += blocks(matrices + m), n_y += matrices[m].n_out;
+#pragma omp parallel for schedule(static) if (n_y * n_in > 65536)
+  for (int64_t block = 0; block < n_blocks; block++) {
     const matrix *m = matrices;
-    int64_t r = byte, first = 0;
-    for (; r >= m->n_out / 4; m++) r -= m->n_out / 4, first += m->n_out;
-    const int64_t R = m->n_out / 4;
-    const uint8_t *codes = m->codes + r * n_in;
-    for (int64_t n = 0; n < n_rows; n++) {
-      int32_t sum[4];
-      products(codes, q + n * n_in, n_in, sum);
-      for (int k = 0; k < 4; k++) {
-        const int64_t at = n * 4 * n_bytes + first + k * R + r;
-        const float product = (float)(sum[k] - total[n]) / (m->scale * a[n]);
-        y[at] = residual ? residual[at] + product : product;
+    int64_t b = block, first = 0;
+    for (; b >= blocks(m); m++) b -= blocks(m), first += m->n_out;
+    const int64_t R = m->n_out / 4, r = b * ROWS, rows = R - r < ROWS ? R - r : ROWS;
+    for (int64_t n = 0, T; n < n_rows; n += T) {
+      int32_t sum[ROWS][TOKENS][4];
+      T = n + TOKENS <= n_rows ? TOKENS : 1;
+      for (int64_t i = 0; i < rows; i++) {
+        const uint8_t *codes = m->codes + (r + i) * n_in;
+        if (T == TOKENS) /* a constant, so that the loops over it are unrolled */
+          products(codes, q + n * n_in, n_in, TOKENS, sum[i]);
+        else
+          products(codes, q + n * n_in, n_in, 1, sum[i]);
       }
+      for (int64_t t = 0; t < T; t++)
+        for (int k = 0; k < 4; k++) {
+          const int64_t at = (n + t) * n_y + first + k * R + r;
+          const float scale = m->scale * a[n + t];
+          for (int64_t i = 0; i < rows; i++) {
+            const float product = (float)(sum[i][t][k] - total[n + t]) / scale;
+            y[at + i] = residual ? residual[at + i] + product : product;
+          }
+        }
     }
   }
-  free(q), free(z), free(a), free(total);
+  free(q), free(a), free(total);
 }
 
 /* the product of w and q, n numbers from -127 to 127 */
 static int32_t dot(const int8_t *w, const int8_t *q, int64_t n) {
   int32_t sum[4] = {0};
   int64_t i = 0;
-#ifdef __AVX2__
-  const __m256i zero = _mm256_setzero_si256();
-  __m256i s[4] = {zero, zero, zero, zero};
-  for (; i + 32 <= n; i += 32) { /* step takes |q|, and w with the sign of q: 2 * 127 * 127 < 2^15 */
-    const __m256i v = load(q + i);
-    s[0] = _mm256_add_epi32(s[0], widen(step(zero, _mm256_abs_epi8(v), _mm256_sign_epi8(stream(w + i), v))));
+#ifdef BYTES
+  __m256i s[4] = {0};
+  for (; i + BYTES <= n; i += BYTES) { /* step takes |q|, and w with the sign of q: 2 * 127 * 127 < 2^15 */
+    const vec v = load(q + i), zero = {0};
+    s[0] = _mm256_add_epi32(s[0], widen(step(zero, absolute(v), signed_as(stream(w + i), v))));
   }
   add_sums(s, sum);
 #endif

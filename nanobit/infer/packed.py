@@ -25,7 +25,7 @@ from nanobit.kernels import exact_matmul
 from quant import output_dtype, quantize_activations, ternarize
 
 COMPILERS = "cc", "gcc", "clang"
-FEW = 512  # rows up to which the C function is faster than unpacking
+FEW = 1024  # rows up to which the C function is faster than unpacking
 
 
 def pack(codes):
