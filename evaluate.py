@@ -41,7 +41,7 @@ cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir", "verify_data", "de
 import torch
 
 from nanobit import data, machine, record, weights
-from nanobit.infer.head import lighten_head
+from nanobit.infer.head import set_head
 from nanobit.infer.restore import restore
 from nanobit.kept_codes import keep_codes
 from nanobit.metrics import mean_loss
@@ -106,7 +106,7 @@ with machine.autocast(device, dtype):
         if not is_text:
             result["exact_val_loss"] = loss_on_windows()
             print(f"loss {result['exact_val_loss']:.5f} with the exact head; with the {cfg.head} head:")
-        lighten_head(model, cfg.head)
+        set_head(model, cfg.head)
     if not is_text:
         loss = loss_on_windows()
         batches = windows.fixed(cfg.eval_tokens, cfg.batch_size, torch.device("cpu"))

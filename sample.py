@@ -56,7 +56,7 @@ import torch
 from nanobit import machine, weights
 from nanobit.chat import FORMAT
 from nanobit.generate import write_on
-from nanobit.infer.head import lighten_head
+from nanobit.infer.head import set_head
 from nanobit.infer.restore import restore
 from nanobit.kept_codes import keep_codes
 from nanobit.tasks import game, talk
@@ -92,7 +92,7 @@ if cfg.system and "chat" not in spec:
     fail(f"ckpt = {cfg.ckpt!r} is a base model: --system needs one trained on conversations (docs/chat.md)")
 model = restore(part, device, cfg.packed)
 keep_codes(model)  # of layers that are not packed
-lighten_head(model, cfg.head)
+set_head(model, cfg.head)
 context = model.cfg.seq_len
 generator = torch.Generator().manual_seed(cfg.seed)
 options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, generator=generator)

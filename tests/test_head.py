@@ -1,27 +1,40 @@
-"""nanobit/infer/head.py: a head of fewer bits gives the logits of its formula."""
+"""nanobit/infer/head.py: each head gives the logits of its formula."""
 
 import pytest
 import torch
 from conftest import settings
 
 from model import Transformer
-from nanobit.infer.head import Int8Head, lighten_head
+from nanobit.infer.head import Float32Head, Int8Head, set_head
 from quant import quantize_activations
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_a_lighter_head_leaves_the_embedding(form, dtype):
-    """lighten_head rounds the head, and not the embedding that is tied to it."""
+    """set_head rounds the head, and not the embedding that is tied to it."""
     model = Transformer(settings(n_layer=2, n_embd=64, n_head=4, n_kv_head=2, ffn_dim=96, seq_len=32)).eval()
     idx = torch.randint(28, (1, 8))
     embed = model.embed.weight.clone()
     with torch.no_grad():
         before = model(idx)
-        lighten_head(model, dtype)
+        set_head(model, dtype)
         after = model(idx)
     assert torch.equal(model.embed.weight, embed)
     assert after.dtype == torch.float32
     assert 0 < (after - before).abs().max() < 0.02 * before.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(768, 101), (31, 5), (70, 64)])
+def test_the_float32_head_is_a_product(form, shape):
+    """One row is multiplied in fp32, up to the order of sums; several, and those of autocast, by torch."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape[::-1]), torch.randn(1, 2, shape[0])
+    head = Float32Head(weight)
+    exact = (x[:, :1].double() @ weight.double().t()).float()
+    torch.testing.assert_close(head(x[:, :1]), exact, rtol=0, atol=1e-5 * shape[0] ** 0.5)
+    assert torch.equal(head(x), x @ weight.t())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(x[:, :1]), (x[:, :1] @ weight.t()))
 
 
 @pytest.mark.parametrize("shape", [(768, 101), (31, 5), (70, 64)])

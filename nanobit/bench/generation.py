@@ -8,7 +8,7 @@ import torch
 from nanobit import machine
 from nanobit.bench import timing
 from nanobit.generate import generate
-from nanobit.infer.head import lighten_head
+from nanobit.infer.head import set_head
 from nanobit.infer.packed import pack_layers
 from nanobit.kept_codes import keep_codes
 
@@ -23,9 +23,9 @@ def writer(cfg, ternary, head, device, prompt, n_new):
         name = "ternary"
         pack_layers(model)
     keep_codes(model)
+    set_head(model, head)
     if head != "float32":
         name += f", {head} head"
-        lighten_head(model, head)
     return name, lambda: generate(model, prompt, n_new, temperature=0.0, cuda_graph=replays)
 
 

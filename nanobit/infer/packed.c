@@ -1,8 +1,8 @@
 /* Ternary matrices packed to two bits times one token, or a few: the inner loop of packed.py.
 
    Every step here has one correct rounding in IEEE arithmetic, and the order is that of quant.py and model.py, so
-   the results are theirs to the last bit. What torch sums in its own order (means, attention, logits) is left to
-   torch. Compile without contraction into fused multiply-adds. */
+   the results are theirs to the last bit. What torch sums in its own order (means, attention) is left to torch; only
+   float_linear adds in another. Compile without contraction into fused multiply-adds. */
 
 #include <math.h>
 #include <stdint.h>
@@ -201,6 +201,21 @@ void int8_linear(const int8_t *w, const float *scales, int64_t n_out, int64_t n_
       for (int64_t r = first; r < n_out && r < first + 8; r++)
         y[n * n_out + r] = (float)dot(w + r * n_in, q + n * n_in, n_in) / (scales[r] * a[n]);
   free(q), free(a);
+}
+
+/* y (n_out) = w (n_out, n_in) times x (n_in), in floats */
+void float_linear(const float *w, int64_t n_out, int64_t n_in, const float *x, float *y) {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < n_out; r++) {
+    const float *row = w + r * n_in;
+    float s[64] = {0}; /* sums in vector registers */
+    int64_t i = 0;
+    for (; i + 64 <= n_in; i += 64)
+      for (int k = 0; k < 64; k++) s[k] += row[i + k] * x[i + k];
+    for (int k = 1; k < 64; k++) s[0] += s[k];
+    for (; i < n_in; i++) s[0] += row[i] * x[i];
+    y[r] = s[0];
+  }
 }
 
 /* rotary positions for x (n_head, size), in place, with cos, sin (size) */

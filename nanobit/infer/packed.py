@@ -61,8 +61,10 @@ def build(compiler, flags, folder):
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     lib.packed_linear.argtypes = [pointer, *3 * [number], *3 * [pointer], ctypes.c_float, *3 * [pointer]]
     lib.int8_linear.argtypes = [pointer, pointer, *3 * [number], pointer, pointer]
+    lib.float_linear.argtypes = [pointer, number, number, pointer, pointer]
     lib.rotate.argtypes = [pointer, number, number, pointer, pointer]
-    lib.packed_linear.restype = lib.int8_linear.restype = lib.rotate.restype = None
+    for function in (lib.packed_linear, lib.int8_linear, lib.float_linear, lib.rotate):
+        function.restype = None
     return lib
 
 
@@ -77,7 +79,7 @@ def library():
                     return build(compiler, flags, folder)  # Windows cannot delete a loaded library
             except (OSError, AttributeError) as error:  # it fails, or its library cannot be loaded here
                 problem = f"{compiler}: {error}"
-    print(f"ternary layers compute from int8, which is slower: {problem}", file=sys.stderr)
+    print(f"writing text is slower without packed.c: {problem}", file=sys.stderr)
 
 
 def address(tensor):
@@ -89,6 +91,13 @@ def int8_linear(rows, scales, x):
     y = x.new_empty(*x.shape[:-1], len(rows))
     sizes = (len(rows), x.shape[:-1].numel(), x.shape[-1])
     library().int8_linear(address(rows), address(scales), *sizes, address(x), address(y))
+    return y
+
+
+def float_linear(w, x):
+    """Return y (..., out) of one row x (..., in) and w (out, in), fp32 and contiguous."""
+    y = x.new_empty(*x.shape[:-1], len(w))
+    library().float_linear(address(w), *w.shape, address(x), address(y))
     return y
 
 
