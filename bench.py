@@ -20,7 +20,7 @@ from nanobit.data_set import Damaged, read_meta
 FLAGS = {
     "pairs": Flag(15, "timed steps of each model", within="[1, inf)"),
     "warmup": Flag(3, "steps of each before that, not counted", within="[1, inf)"),
-    "sample": Flag(False, "time generating text instead of training"),
+    "sample": Flag(False, "time generating text instead of training, in float32 without --dtype"),
     "packed": Flag(True, "integer weights in ternary layers, as in sample.py", only_with="sample"),
     "head": Flag("float32", "float32 | bfloat16 | int8, as in sample.py", config.HEADS, only_with="sample"),
     "compare": Flag(False, "also nanoGPT and memory; with --sample the twin, other heads, llama.cpp"),
@@ -55,6 +55,8 @@ def derive(cfg):
         cfg.steps = []
     if cfg.steps and not 1 <= cfg.steps[0] <= cfg.steps[-1] <= 10**9:
         yield f"steps = {cfg.steps} must each be from 1 to 1,000,000,000"
+    if cfg.sample and cfg.origin["dtype"] == "default":
+        cfg.dtype = "float32"  # as in sample.py
     if cfg.plan and cfg.steps and not cfg.max_steps and not cfg.total_tokens:
         cfg.max_steps = cfg.steps[-1]
     path = os.path.join(cfg.data_dir, cfg.dataset, "meta.json")
