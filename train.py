@@ -86,7 +86,7 @@ run.start_log(cfg, state.step)
 # saving, evaluating, sampling, logging
 
 skips = optim.SkipCounter(state.skipped, device)
-speed = machine.Speedometer(device)
+speed = metrics.Speedometer(device)
 val_loss = None
 last_row = record.last(run.path, record.SCALARS, "loss")  # the last training line
 codes = metrics.codes(model) if cfg.ternary and state.step % cfg.log_every == 0 else None  # at that line

@@ -1,10 +1,13 @@
-"""What is measured of a model: its mean loss, and the health of its ternary layers and routers."""
+"""What is measured: the mean loss of a model, the health of its ternary layers and routers, and the speed."""
 
+import contextlib
 import itertools
+import time
 
 import torch
 
-from nanobit import distributed
+from nanobit import cards, distributed, machine
+from nanobit.cli import WORLD
 from nanobit.experts import ROUTER, bit_layers
 from nanobit.kept_codes import check_codes
 from quant import ternarize
@@ -120,3 +123,79 @@ def health(model, before, idx):
     if not before:
         records = [record | {"flip_rate": None} for record in records]
     return {"total": records[0], "layers": dict(zip(now, records[1:]))}, now
+
+
+def utilization(device):
+    """Return the share of time that a CUDA device was busy, 0 to 1, or None if that cannot be read."""
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.utilization(device) / 100
+    except Exception:  # needs the optional nvidia-ml-py, whose errors are its own: a slice of a card has none
+        return None
+
+
+class Speedometer:
+    """The time of a step between log lines, without evaluations and saves, and without the first step of the
+    process, which compiles and warms up."""
+
+    def __init__(self, device):
+        self.device = device
+        self.began = time.perf_counter()
+        self.is_warm = False
+        self.reset()
+        self.start()
+
+    def reset(self):
+        """Forget the steps since the last log line, and their seconds."""
+        self.steps = 0
+        self.busy = 0.0
+
+    def start(self):
+        """Start the clock."""
+        self.clock = time.perf_counter()
+
+    def pause(self):
+        """Wait for the device and stop the clock; start() starts it again."""
+        machine.synchronize(self.device)
+        self.busy += time.perf_counter() - self.clock
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Return a context whose time does not count."""
+        self.pause()
+        yield
+        self.start()
+
+    def count(self):
+        """Count a step that is done, or under way on the device."""
+        self.steps += 1
+        if not self.is_warm:
+            self.pause()
+            self.is_warm = True
+            self.reset()
+            self.start()
+
+    def read(self, tokens_per_step, flops_per_token, dtype):
+        """Return the speed since the last reading, for a log line, and stop the clock. A value is None if
+        nothing was timed."""
+        self.pause()
+        step_ms = tokens_per_sec = mfu = None
+        if self.steps:
+            step_ms = 1e3 * self.busy / self.steps
+            tokens_per_sec = 1e3 * tokens_per_step / step_ms
+            peak = cards.peak_flops(self.device, dtype)
+            if peak:
+                mfu = tokens_per_sec * flops_per_token / (peak * WORLD)
+        self.reset()
+        return dict(
+            tokens_per_sec=tokens_per_sec,
+            step_ms=step_ms,
+            mfu=mfu,
+            memory_gb=machine.peak_memory_gb(self.device),
+            gpu_util=utilization(self.device),
+        )
+
+    def seconds(self):
+        """Return the seconds since the process began to train."""
+        return time.perf_counter() - self.began

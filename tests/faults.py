@@ -178,10 +178,10 @@ def truncate_at_update(number, path, size):
 @injected
 def time_is_over(rank):
     """Make the clock of one rank show that the run has lasted for years."""
-    from nanobit import machine
+    from nanobit import metrics
 
     if is_rank(rank):
-        machine.Speedometer.seconds = lambda self: 1e9
+        metrics.Speedometer.seconds = lambda self: 1e9
 
 
 @injected

@@ -1,6 +1,8 @@
 """nanobit/machine.py on a CUDA card that is declared: what Triton needs, the dtype of a run, its memory."""
 
 import os
+import platform
+import resource
 import sys
 import sysconfig
 from types import SimpleNamespace
@@ -125,3 +127,14 @@ def test_an_option_that_torch_does_not_know_ends_compiling(capsys, monkeypatch):
         False,
     )
     assert "compile: off, RuntimeError: Unexpected optimization option" in capsys.readouterr().err
+
+
+def test_freed_memory_is_kept():
+    """On a CPU with glibc, what a step frees is used by the next one without new pages from the system."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("needs glibc")
+    machine.pick("cpu")
+    torch.ones(2**24)  # 64 MiB, more than malloc keeps by itself
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24 - 2**12)  # a little less, since malloc wants room to align it
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000  # of 16,384 pages
