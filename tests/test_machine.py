@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import sys
 import sysconfig
 from types import SimpleNamespace
@@ -130,11 +129,31 @@ def test_an_option_that_torch_does_not_know_ends_compiling(capsys, monkeypatch):
 
 
 def test_freed_memory_is_kept():
-    """On a CPU with glibc, what a step frees is used by the next one without new pages from the system."""
+    """On a CPU with glibc, a tensor that is freed is used by the next one without new pages."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("needs glibc")
+    resource = pytest.importorskip("resource")
     machine.pick("cpu")
     torch.ones(2**24)  # 64 MiB, more than malloc keeps by itself
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24 - 2**12)  # a little less, since malloc wants room to align it
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000  # of 16,384 pages
+
+
+@pytest.mark.parametrize("most, sizes", [(2**40, [2**30]), (2**25, [2**30, 2**25])])
+def test_an_older_glibc_keeps_what_it_can(monkeypatch, most, sizes):
+    """glibc before 2.35 refuses to keep blocks of more than 32 MiB: then those are kept. The end of the heap
+    never returns to the system; musl is left alone."""
+    calls = []
+
+    def mallopt(option, value):
+        calls.append((option, value))
+        return value <= most
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("glibc", "2.31"))
+    machine.keep_freed_memory()
+    assert calls == [*((-3, size) for size in sizes), (-1, -1)]
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("", ""))
+    machine.keep_freed_memory()
+    assert len(calls) == len(sizes) + 1

@@ -83,6 +83,7 @@ def test_bench_times_text_and_plans_from_what_it_timed():
     """--sample times text, --compare each of its peers, and --plan without a speed uses the step that it
     timed."""
     found, *_ = bench(**TINY, max_steps=10, sample=True)
+    assert found["dtype"] == "float32"  # as in sample.py, also where training takes bfloat16
     assert found["prefill_tokens_per_sec"] > found["decode_tokens_per_sec"] > 0
     pytest.importorskip("cyllama", reason="needs cyllama: requirements-dev.txt")
     found, out, _ = bench(**TINY, max_steps=10, sample=True, compare=True, pairs=1, packed=False)

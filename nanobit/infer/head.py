@@ -7,22 +7,23 @@ from nanobit.infer import packed
 from quant import output_dtype, quantize_activations
 
 
-def uses_c(weight):
-    """Return whether packed.c multiplies with this weight."""
+def has_c(weight):
+    """Return whether packed.c can be used where this weight is."""
     return weight.device.type == "cpu" and packed.library() is not None
 
 
 class Float32Head(nn.Linear):
-    """The head of training. Torch gives the product of one row to one thread of a CPU, C to all: for 32,000
-    rows of 768 and two threads, 7.4 ms became 2.6. C adds in another order, which changes last bits."""
+    """The head of training. Torch gave the product of one row to one thread of a CPU, C gives it to all: for
+    32,000 x 768 and two threads, 7.4 ms became 2.6. C adds in another order, which changes last bits."""
 
     def __init__(self, weight):
         super().__init__(*weight.shape[::-1], bias=False, device="meta")
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.uses_c = uses_c(weight)
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        self.uses_c = has_c(weight)
 
     def forward(self, x):
-        if self.uses_c and x.numel() == self.in_features and output_dtype(x) == torch.float32:
+        is_float32 = self.weight.dtype == output_dtype(x) == torch.float32
+        if self.uses_c and is_float32 and x.numel() == self.in_features:
             return packed.float_linear(self.weight, x.contiguous())
         return super().forward(x)
 
@@ -49,7 +50,7 @@ class Int8Head(nn.Module):
         rows, scales = quantize_activations(weight)
         self.register_buffer("rows", rows.to(torch.int8).contiguous(), persistent=False)
         self.register_buffer("scales", scales.view(-1), persistent=False)
-        self.uses_c = uses_c(weight)
+        self.uses_c = has_c(weight)
 
     def forward(self, x):
         if self.uses_c:
@@ -60,6 +61,9 @@ class Int8Head(nn.Module):
 
 
 def set_head(model, dtype):
-    """Give a model its head for inference, float32, bfloat16 or int8; an embedding tied to it stays."""
+    """Give a model its head for inference, float32, bfloat16 or int8; an embedding tied to it stays. A head
+    that was changed in model.py is only replaced for fewer bits."""
+    if dtype == "float32" and (type(model.head) is not nn.Linear or model.head.bias is not None):
+        return
     kinds = {"float32": Float32Head, "bfloat16": Bfloat16Head, "int8": Int8Head}
     model.head = kinds[dtype](model.head.weight.detach())

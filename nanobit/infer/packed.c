@@ -1,4 +1,4 @@
-/* Ternary matrices packed to two bits times one token, or a few: the inner loop of packed.py.
+/* Ternary matrices packed to two bits times the rows of one token or many: the inner loop of packed.py.
 
    Every step here has one correct rounding in IEEE arithmetic, and the order is that of quant.py and model.py, so
    the results are theirs to the last bit. What torch sums in its own order (means, attention) is left to torch; only
@@ -195,7 +195,7 @@ void int8_linear(const int8_t *w, const float *scales, int64_t n_out, int64_t n_
   int8_t *q = malloc(n_rows * n_in * sizeof *q);
   float *a = malloc(n_rows * sizeof *a);
   for (int64_t n = 0; n < n_rows; n++) quantize(x + n * n_in, n_in, q + n * n_in, a + n);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n_out * n_in > 65536)
   for (int64_t first = 0; first < n_out; first += 8) /* of w, for the cache if x has many rows */
     for (int64_t n = 0; n < n_rows; n++)
       for (int64_t r = first; r < n_out && r < first + 8; r++)
@@ -205,7 +205,7 @@ void int8_linear(const int8_t *w, const float *scales, int64_t n_out, int64_t n_
 
 /* y (n_out) = w (n_out, n_in) times x (n_in), in floats */
 void float_linear(const float *w, int64_t n_out, int64_t n_in, const float *x, float *y) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n_out * n_in > 65536)
   for (int64_t r = 0; r < n_out; r++) {
     const float *row = w + r * n_in;
     float s[64] = {0}; /* sums in vector registers */
