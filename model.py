@@ -144,15 +144,18 @@ class Attention(nn.Module):
             k, v, mask = cache.update(self, k, v)
         if self.n_head != self.n_kv_head and not has_flash_attention(q):  # the fallback stores T x T weights
             k, v = (x.repeat_interleave(self.n_head // self.n_kv_head, 1) for x in (k, v))
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,  # a single new token sees all that is stored
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # (B, H, T, D)
+        if q.device.type == "cpu":  # its backward in bfloat16 takes up to four times as long as in float32
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=mask is None and T > 1,  # a single new token sees all that is stored
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
