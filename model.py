@@ -144,7 +144,7 @@ class Attention(nn.Module):
             k, v, mask = cache.update(self, k, v)
         if self.n_head != self.n_kv_head and not has_flash_attention(q):  # the fallback stores T x T weights
             k, v = (x.repeat_interleave(self.n_head // self.n_kv_head, 1) for x in (k, v))
-        if q.device.type == "cpu":  # its backward in bfloat16 takes up to four times as long as in float32
+        if attends_in_float32(q):
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(
@@ -165,6 +165,12 @@ def has_flash_attention(q):
     if not q.is_cuda:
         return True
     return output_dtype(q) != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def attends_in_float32(q):
+    """Return whether attention is computed in float32: on a CPU, where torch's backward in bfloat16 takes up
+    to four times as long (docs/log.md)."""
+    return q.device.type == "cpu"
 
 
 class FeedForward(nn.Module):

@@ -139,8 +139,9 @@ def test_memory_by_hand(changes, per_token):
 
 
 @pytest.mark.parametrize("ternary, dtype", [(True, torch.float32), (False, torch.bfloat16)])
-def test_planned_memory_is_what_autograd_keeps(ternary, dtype):
-    """The planned activations are, within 10 %, what autograd keeps of a compiled model."""
+def test_planned_memory_is_what_autograd_keeps(ternary, dtype, monkeypatch):
+    """The planned activations are, within 10 %, what autograd keeps of a compiled model, as on a GPU."""
+    monkeypatch.setattr("model.attends_in_float32", lambda q: False)
     torch._dynamo.reset()
     cfg = settings(n_layer=1, n_embd=128, n_head=4, n_kv_head=2, ffn_dim=384, vocab_size=256, seq_len=32)
     cfg.ternary, cfg.dropout = ternary, 0.0
