@@ -39,16 +39,16 @@ def test_the_float32_head_is_a_product(form, shape):
     assert torch.equal(halves(x[:, :1].bfloat16()), x[:, :1].bfloat16() @ weight.bfloat16().t())
 
 
-@pytest.mark.parametrize("kind", ["a bias", "a subclass", "a sequence"])
-def test_a_changed_head_is_kept(kind):
+@pytest.mark.parametrize("change", ["a bias", "a subclass", "a sequence"])
+def test_a_changed_head_is_kept(change):
     """In float32, a head that is not the Linear of model.py keeps what it computes."""
     model = Transformer(settings(tie_embeddings=False)).eval()
     linear, V = model.head, model.head.out_features
-    if kind == "a subclass":
+    if change == "a subclass":
         linear.__class__ = type("Half", (torch.nn.Linear,), {"forward": lambda self, x: 2 * x[..., :1]})
-    if kind == "a bias":
+    if change == "a bias":
         linear.bias = torch.nn.Parameter(torch.ones(V))
-    if kind == "a sequence":
+    if change == "a sequence":
         model.head = torch.nn.Sequential(linear, torch.nn.Tanh())
     x = torch.randn(1, 1, linear.in_features)
     expected = model.head(x)

@@ -207,3 +207,19 @@ def test_padding_of_the_vocabulary_changes_nothing():
     loss.backward()
     torch.testing.assert_close(loss, plain(idx, idx)[0], rtol=0, atol=0)
     assert not padded.embed.weight.grad[28:].any()
+
+
+def test_attention_on_a_cpu_is_in_float32(monkeypatch):
+    """In bfloat16 training on a CPU attention computes in float32, which is several times faster."""
+    attend = F.scaled_dot_product_attention
+    dtypes = []
+
+    def noted(*args, **options):
+        y = attend(*args, **options)
+        dtypes.extend(tensor.dtype for tensor in (*args, y))
+        return y
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        Transformer(settings(n_layer=1))(torch.zeros(1, 8, dtype=torch.long))
+    assert dtypes == [torch.float32] * 4

@@ -65,5 +65,5 @@ def set_head(model, dtype):
     that was changed in model.py is only replaced for fewer bits."""
     if dtype == "float32" and (type(model.head) is not nn.Linear or model.head.bias is not None):
         return
-    kinds = {"float32": Float32Head, "bfloat16": Bfloat16Head, "int8": Int8Head}
-    model.head = kinds[dtype](model.head.weight.detach())
+    heads = {"float32": Float32Head, "bfloat16": Bfloat16Head, "int8": Int8Head}
+    model.head = heads[dtype](model.head.weight.detach())
