@@ -1,4 +1,4 @@
-"""Time an experiment, or plan it. Needs no prepared data.
+"""Time an experiment, or plan it. Needs no prepared data if vocab_size is set.
 
     python bench.py config/train_baseline_95m.py --batch_size=4 --total_batch_size=1024
     python bench.py config/train_baseline_95m.py --compare          and nanoGPT, and the memory of both
@@ -18,7 +18,7 @@ from nanobit.cli import JSON, Flag
 from nanobit.data_set import Damaged, read_meta
 
 FLAGS = {
-    "pairs": Flag(15, "timed steps of each model", within="[1, inf)"),
+    "pairs": Flag(15, "timed steps of each model; with --sample half as many texts", within="[1, inf)"),
     "warmup": Flag(3, "steps of each before that, not counted", within="[1, inf)"),
     "sample": Flag(False, "time generating text instead of training, in float32 without --dtype"),
     "packed": Flag(True, "integer weights in ternary layers, as in sample.py", only_with="sample"),
@@ -26,7 +26,7 @@ FLAGS = {
     "compare": Flag(False, "also nanoGPT and memory; with --sample the twin, other heads, llama.cpp"),
     "peers": Flag("..", "the folder that holds a clone of nanoGPT", only_with="compare"),
     "plan": Flag(False, "print a table of lengths: time, cost, expected loss", not_with="sample compare"),
-    "steps": Flag("", "lengths, as 60000,400000; '' = around the experiment's or budget", only_with="plan"),
+    "steps": Flag("", "lengths, as 60000,400000; '' = around max_steps or the budget", only_with="plan"),
     "step_ms": Flag(0.0, "milliseconds of a step; 0 = timed here", only_with="plan"),
     "tokens_per_sec": Flag(0.0, "the same as a throughput; given both, they are compared", only_with="plan"),
     "budget_hours": Flag(0.0, "hours that may be used; 0 = any number", only_with="plan"),

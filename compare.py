@@ -9,8 +9,9 @@ their difference varies less than their losses do. Settings outside of --try app
 
 The runs are made by train.py, one at a time, in runs/compare/<run_id>/. The same command continues what was
 interrupted; a finished run is found again by its settings and is not repeated. Each run has a fixed number of
-steps (patience and max_minutes are off). results.jsonl has a row for each run, differences.png shows the
-differences over the steps (with matplotlib). Losses are those of the last evaluation, in nats per token.
+steps: seed and resume are set here, patience and max_minutes are off. results.jsonl has a row for each run,
+differences.png shows the differences over the steps (with matplotlib). Losses are those of the last
+evaluation, in nats per token.
 
 Ctrl-C saves the current run and prints how to continue; a second one exits immediately. If stdout is not a
 terminal, or with --json, its last line is one JSON object with the tables."""

@@ -1,7 +1,7 @@
 """The state of a run, from the files it writes: progress, losses, ternary health, warnings with a remedy.
 
     python monitor.py                              the runs of runs/, one line each
-    python monitor.py runs/demo                    one screen; `demo` alone will do
+    python monitor.py runs/demo                    one screen; `demo` works too
     python monitor.py runs/demo --watch            again every 10 s, until Ctrl-C
     python monitor.py runs/demo --json             one JSON object
     python monitor.py runs/demo --plot=out.png     losses, rates, ternary fractions; of several runs too

@@ -24,7 +24,7 @@ FLAGS = {
     "ckpt": Flag("", "a run folder, RUN/best, step folder, checkpoint.pt or exported folder", required=True),
     "prompt": Flag("", "the text to continue, as it is: \\n is two characters; - reads stdin", **PROMPT),
     "prompt_file": Flag("", "a UTF-8 file to continue; its last newline does not count", not_with="play"),
-    "max_new_tokens": Flag(256, "most tokens to generate; in a chat half of the context", within="[1, inf)"),
+    "max_new_tokens": Flag(256, "most new tokens; in a chat at most half of the context", within="[1, inf)"),
     "temperature": Flag(0.8, "0 = greedy, 1 = the model's probabilities", within="[0, 0] or [0.01, inf)"),
     "top_k": Flag(0, "draw from the k most likely tokens; 0 = from all"),
     "top_p": Flag(1.0, "draw from the smallest set with this total probability; 1 = all", within="(0, 1]"),

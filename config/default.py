@@ -11,7 +11,7 @@ init_from = ""  # '' = random | take the weights of a run, step folder, checkpoi
 # data
 dataset = "arithmetic"  # name of the folder in data_dir, written by prepare/<name>.py
 data_dir = "data"  # folder of all data sets
-prepare = ""  # command that writes it, shown if it is missing; '' = python prepare/<dataset>.py
+prepare = ""  # command that writes the data set, shown if it is missing; '' = python prepare/<dataset>.py
 tokenize_on_fly = False  # train while the data set is being written; validate on its first windows
 verify_data = False  # read all shards again and compare their sha256, even if size and time are the same
 batch_size = 16  # sequences per device and micro-step; if memory runs out, halve it and set total_batch_size
@@ -45,8 +45,8 @@ router_z = 0.001  # weight of the z-loss, which keeps router logits small, avera
 optimizer = "adamw"  # adamw | muon: for the matrices of the blocks; all else uses AdamW at the same rate
 learning_rate = 1.5e-3  # peak, at the end of the warm-up; the whole schedule scales with it
 beta1 = 0.9  # AdamW: decay of the running mean of the gradient
-beta2 = 0.95  # AdamW: decay of the running mean of its square
-adam_eps = 1e-8  # AdamW: added to the root of that mean
+beta2 = 0.95  # AdamW: decay of the running mean of the squared gradient
+adam_eps = 1e-8  # AdamW: added to the root of that second mean
 muon_momentum = 0.95  # Muon: decay of the running mean of the gradient
 weight_decay = 0.1  # of the matrices in the blocks; norms, embedding and head have none
 grad_clip = 1.0  # clip the gradient to this norm; 0 = off
@@ -76,7 +76,7 @@ sample_every = 5000  # generated text for each prompt: greedy, top-k and nucleus
 sample_tokens = 64  # new tokens per sample
 sample_prompts = ["\n"]  # prompts of the samples
 save_every = 10000  # checkpoints; always one at the end, and at the stage boundary
-keep_last = 3  # newest checkpoints that stay resumable; all keep their weights. 0 = all
+keep_last = 3  # newest checkpoints that stay resumable, besides the best and the stage boundary's; 0 = all
 patience = 0  # evaluations without a new best after which the run ends; 0 = off
 
 # trackers: copies of the metrics; one that fails is switched off with a warning

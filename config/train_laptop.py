@@ -5,7 +5,7 @@ prepare = "python prepare/text.py --files=input.txt --vocab_size=1024 --name=sha
 seq_len = 128  # about 300 characters
 batch_size = 8
 total_batch_size = 1024  # tokens: 8 x 128
-max_steps = 1800  # 1.8M tokens: a megabyte of text almost four times
+max_steps = 1800  # 1.8M tokens: a megabyte of text four times
 
 n_layer = 4
 n_head = 4
