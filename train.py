@@ -144,7 +144,7 @@ def evaluate():
 
 
 def update_best(loss):
-    """Keep the checkpoint of a new best evaluation, and of the former best only if the schedule wants it."""
+    """Keep the checkpoint of a new best evaluation, and of the former best only if it has another reason."""
     if not loss < state.best.get("val_loss", math.inf):  # NaN is not better either
         state.stale_evals += 1
     elif save("best"):
@@ -153,7 +153,7 @@ def update_best(loss):
         state.stale_evals = 0
         is_written = distributed.is_main and run.write_best(state.best)
         if is_written and former_step != state.step and not schedule.due("save", cfg, former_step):
-            saving.remove(step_dir(run.path, former_step))
+            saving.remove_former_best(run.path, former_step)
 
 
 def end_if_out_of_patience():

@@ -130,6 +130,13 @@ def remove(folder):
         print(f"warning: {folder} was not removed: {error.strerror}", file=sys.stderr)
 
 
+def remove_former_best(run_dir, step):
+    """Delete the checkpoint of a beaten best evaluation, if that was the only reason to save it."""
+    saved = record.last(run_dir, record.EVENTS, "why", event="save", step=step)
+    if saved.get("why") == "best":
+        remove(step_dir(run_dir, step))
+
+
 def prune(run_dir, keep_last, keep_steps):
     """Delete trainer.pt beyond the newest keep_last (0 = all) resumable checkpoints, except in keep_steps."""
     try:

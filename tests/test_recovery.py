@@ -166,7 +166,7 @@ def test_retention_keeps_boundary_best_and_newest(data_dir, out_dir):
 def test_a_validation_loss_that_is_not_a_number_is_not_the_best(data_dir, out_dir):
     """NaN does not replace the best evaluation, whose checkpoint stays."""
     changes = dict(max_steps=8, eval_every=3, save_every=0, sample_every=0)
-    train(data_dir, out_dir, "r", patch=faults.nan_validation_at(4), **changes)
+    train(data_dir, out_dir, "r", patch=faults.validation_loss(4, "nan"), **changes)
     best = best_of(f"{out_dir}/r")
     assert best["step"] in (3, 6)
     assert best["step"] in steps(f"{out_dir}/r")

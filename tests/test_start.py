@@ -2,6 +2,7 @@
 
 import os
 
+import faults
 import pytest
 import torch
 from conftest import (
@@ -163,6 +164,15 @@ def test_a_longer_run_loses_no_evaluation(longer):
     del losses[0]
     best = best_of(longer[0])
     assert best["val_loss"] == min(losses.values()) == losses[best["step"]]
+
+
+def test_a_longer_run_keeps_the_checkpoint_of_its_former_end(data_dir, out_dir):
+    """The last checkpoint of the first run stays after its evaluation, the best until then, is beaten."""
+    changes = dict(resume="auto", save_every=0, sample_every=0, schedule="linear")
+    train(data_dir, out_dir, "r", max_steps=4, **changes)
+    train(data_dir, out_dir, "r", max_steps=8, patch=faults.validation_loss(2, 0.5), eval_every=8, **changes)
+    assert best_of(f"{out_dir}/r") == {"step": 8, "val_loss": 0.5}
+    assert run_dir.steps(f"{out_dir}/r") == [8, 4]
 
 
 def test_a_longer_run_loses_no_sample(longer):
