@@ -48,7 +48,7 @@ FLAGS = {
 
 def main():
     cfg = config.load(doc=__doc__, flags=FLAGS, only=("data_dir",))
-    held_out = sources.find(cfg.val_files) if cfg.val_files else []
+    held_out = sources.find(cfg.val_files, "val_files") if cfg.val_files else []
     files = [("val", path) for path in held_out]
     held_out_paths = set(map(os.path.realpath, held_out))
     others = [path for path in sources.find(cfg.files) if os.path.realpath(path) not in held_out_paths]

@@ -117,8 +117,8 @@ def test_the_last_number(text, number):
     [
         ("", "is empty"),
         ("a text\n", "line 1: Expecting value"),
-        (json.dumps(ROWS[0]) + '\n{"messages": []}\n', "line 2: no answer"),
-        ("\xff", "line 1: 'utf-8' codec"),
+        (json.dumps(ROWS[0]) + '\n\n{"messages": []}\n', "line 3: no answer"),
+        ("\n\xff", "line 2: 'utf-8' codec"),
     ],
 )
 def test_a_bad_file_is_one_line(content, says, tmp_path, capsys):

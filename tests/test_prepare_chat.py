@@ -124,7 +124,7 @@ def test_a_context_shorter_than_a_turn(chat_models, tmp_path):
     [
         (dict(window=129), "window = 129: expected 2 to 128, the context of ckpt"),
         (dict(window=1), "window = 1: expected 2 to 128"),
-        (dict(val_files="nothing.jsonl"), "files = 'nothing.jsonl' matches no file"),
+        (dict(val_files="nothing.jsonl"), "'nothing.jsonl' matches no file, for example --val_files="),
         (dict(ckpt="nothing"), "ckpt = 'nothing'"),
     ],
 )

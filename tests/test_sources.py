@@ -111,6 +111,20 @@ def test_a_file_is_named_literally_before_it_is_a_pattern(tmp_path):
     assert found("a[0-9].txt") == ["a1.txt"]
 
 
+def test_max_documents_counts_all_kinds_of_files(tmp_path):
+    """Whole texts count as much as rows do; those after the last row that is read count too."""
+    rows = written(tmp_path / "b.jsonl", b'{"text": "1"}\n{"text": "2"}\n{"text": "3"}\n')
+    paths = [written(tmp_path / f"{name}.txt", name.encode()) for name in "acd"]
+    paths = sorted([*paths, rows])
+
+    def read(n):
+        return [text for _, text, _, _ in of_files(paths, max_documents=n, val_fraction=0)[0]]
+
+    assert read(2) == ["a", "c"]
+    assert read(4) == ["a", "1", "c", "d"]
+    assert read(0) == read(6) == read(9) == ["a", "1", "2", "3", "c", "d"]
+
+
 @pytest.mark.parametrize("text", ["one line without an end", "first\nlast", "\u65e5" * 40])
 def test_the_end_of_one_line_is_held_out(tmp_path, text):
     """A text of few lines has a validation part, of whole words or characters."""

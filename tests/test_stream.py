@@ -5,6 +5,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import faults
 import prepare_faults
 import pytest
 from documents import Preparation, documents_of, prepare, read, stopped, text_flags
@@ -151,6 +152,22 @@ def test_interrupt_reports_how_to_continue(corpus, tmp_path):
     assert "same command continues" in err
     assert "Traceback" not in err
     assert "leaked" not in err, err
+
+
+def test_interrupt_before_anything_is_written(corpus, tmp_path):
+    """Ctrl-C while the files are checked ends the preparation at once, without a traceback or a folder."""
+    patch = faults.signal_in("prepare.sources", "fingerprint", 1, signal.SIGINT)
+    code, out, err = Preparation(text_flags(corpus[0], tmp_path), tmp_path / "text", patch).wait()
+    assert (code, out, err) == (-signal.SIGINT, "", "")
+    assert not os.path.exists(tmp_path / "text")
+
+
+def test_a_folder_that_cannot_be_written(corpus, tmp_path):
+    """An existing folder in which no file can be made is reported in one line."""
+    (tmp_path / "text" / ".lock").mkdir(parents=True)
+    _, err = prepare(*text_flags(corpus[0], tmp_path), code=2)
+    assert "text cannot be written (Is a directory); choose another --data_dir= or --name=" in err
+    assert err.count("\n") == 1
 
 
 def test_full_disk_loses_nothing(corpus, tmp_path):

@@ -31,6 +31,7 @@ class Files:
         self.cfg = cfg
         texts = [path for path in paths if is_text(path) and not cfg.separator]  # each one document
         beyond = set(texts[cfg.max_documents or len(texts) :])
+        self.max_rows = max(0, (cfg.max_documents or math.inf) - len(texts))
         self.paths = [path for path in paths if path not in beyond]
         self.sizes = [os.path.getsize(path) for path in self.paths]
         self.size = sum(self.sizes)
@@ -53,8 +54,8 @@ class Files:
                     yield from self.text(i, file)
                     continue
                 for piece in self.rows(i, file):
-                    if self.place["documents"] == self.cfg.max_documents > 0:
-                        return
+                    if self.place["documents"] >= self.max_rows:
+                        break
                     self.place["documents"] += piece[0] is not None
                     yield piece
 
@@ -66,7 +67,7 @@ class Files:
         packing = formats.kind_of(self.paths[i])[1]
         position = self.raw.tell() if packing else self.place["offset"]
         share = (sum(self.sizes[:i]) + position) / self.size
-        return max(share, self.place["documents"] / (self.cfg.max_documents or math.inf))
+        return max(share, self.place["documents"] / (self.max_rows or math.inf))
 
     def text(self, i, file):
         """Yield a text, split where its held-out tail begins, in parts that end at a line end."""
@@ -130,9 +131,9 @@ def is_text(path):
     return formats.kind_of(path)[0] == "txt"
 
 
-def find(pattern):
+def find(pattern, flag="files"):
     """Return the files of a glob pattern (** for folders below), sorted; the name of an existing file or
-    folder stands for itself. Exits with 2 if there are none, or all are empty."""
+    folder stands for itself. Exits with 2 if there are none, or all are empty, and names the flag."""
     folder, name = os.path.split(pattern)
     if os.path.isfile(pattern):
         pattern = glob.escape(pattern)
@@ -141,14 +142,14 @@ def find(pattern):
     paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not paths:
         state = "is a folder; name its files" if os.path.isdir(pattern) else "matches no file"
-        fail(f"files = {pattern!r} {state}, for example --files='texts/**/*.txt', quoted")
+        fail(f"{flag} = {pattern!r} {state}, for example --{flag}='texts/**/*.txt', quoted")
     for path in paths:
         if not os.access(path, os.R_OK):
             fail(f"{printable(path)} cannot be read (permission denied)")
         if os.path.getsize(path) == 0:
             print(f"warning: {printable(path)} is empty")
     if not any(map(os.path.getsize, paths)):
-        fail(f"files = {pattern!r}: no text in {len(paths)} file{'s' * (len(paths) > 1)}")
+        fail(f"{flag} = {pattern!r}: no text in {len(paths)} file{'s' * (len(paths) > 1)}")
     return paths
 
 

@@ -53,7 +53,6 @@ def prepare(cfg, open_streams, options, paths=(), layout=(token_files.Writer, wo
     writes the tokens, and the function of a worker that makes them. Exits with 2 for a user's mistake, with 1
     for a full disk or a lost hub, with 130 for Ctrl-C. What is written stays, for the same command to
     continue, as after kill -9; if nothing is, no file stays."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = os.path.join(cfg.data_dir, cfg.name)
     source, stamp = source_now(folder, options, paths)
     if is_complete(cfg, folder):
@@ -64,8 +63,11 @@ def prepare(cfg, open_streams, options, paths=(), layout=(token_files.Writer, wo
         lock = files.lock(os.path.join(folder, ".lock"))
     except BlockingIOError as error:
         fail(f"{folder} is being written by {error.strerror}; wait for it, or choose another --name=")
+    except OSError as error:
+        fail(f"{folder} cannot be written ({error.strerror}); choose another --data_dir= or --name=")
     if is_complete(cfg, folder):  # the other process has just ended
         return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         progress = read_json(os.path.join(folder, "progress.json"))
         cfg.revision = progress.get("revision", getattr(cfg, "revision", ""))

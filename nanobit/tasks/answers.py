@@ -21,17 +21,21 @@ def read(path):
     """Return [(source, messages)] of a file with one conversation a line, as prepare/chat.py reads them. The
     source is what stands before a colon in the field `source`. Exits with 2 if a line is not valid."""
     examples = []
+    number = 0
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            for line in filter(str.strip, file):
-                row = json.loads(line)
-                messages = chat.messages_of(row)
-                chat.check(messages)
-                examples.append((str(row.get("source", "")).partition(":")[0], messages))
+        with open(path, "rb") as file:
+            for line in file:
+                number += 1
+                text = line.decode("utf-8-sig")
+                if text.strip():
+                    row = json.loads(text)
+                    messages = chat.messages_of(row)
+                    chat.check(messages)
+                    examples.append((str(row.get("source", "")).partition(":")[0], messages))
     except OSError as error:
         fail(f"conversations = {path!r} cannot be read: {error.strerror}; name a .jsonl file")
     except (ValueError, RecursionError) as error:
-        place = f"conversations = {path!r}: line {len(examples) + 1}"
+        place = f"conversations = {path!r}: line {number}"
         fail(f"{place}: {printable(str(error))}; expected a line as for prepare/chat.py")
     if not examples:
         fail(f"conversations = {path!r} is empty; name a file with one conversation a line")
