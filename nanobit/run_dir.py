@@ -8,6 +8,7 @@ runs/<run_id>/checkpoints/step_000500/
 
 import atexit
 import contextlib
+import hashlib
 import math
 import os
 import platform
@@ -26,6 +27,7 @@ from nanobit.terminal import command_line
 FORMAT = 2  # of a checkpoint. 1: one optimizer, no scaler; its weights are read, it is not resumed
 MODEL = "checkpoint.pt"
 TRAINER = "trainer.pt"
+CODE = ("train.py", "model.py", "quant.py", "nanobit", "config/__init__.py")  # of which a run is made
 
 
 @dataclass
@@ -261,8 +263,16 @@ class RunDir:
         return end["why"] if step >= cfg.max_steps or out_of_patience else ""
 
 
-def git_commit():
-    """Return the commit of this repository, or None if git does not know it."""
-    command = ["git", "-C", cli.ROOT, "rev-parse", "HEAD"]
+def git_commit(root=cli.ROOT):
+    """Return the commit of the repository, with a hash of what is changed since in the code of a run, as
+    1f0c...+3ab94d21, or None if git does not know it."""
+
+    def git(*command):
+        return subprocess.run(["git", "-C", root, *command], capture_output=True).stdout.strip()
+
     with contextlib.suppress(OSError):  # git is not installed
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        commit = git("rev-parse", "HEAD").decode()
+        changes = git("diff", "HEAD", "--", *CODE)
+        if not changes:
+            return commit or None
+        return f"{commit}+{hashlib.sha256(changes).hexdigest()[:8]}"

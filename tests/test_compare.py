@@ -145,10 +145,14 @@ def test_ctrl_c_saves_the_run_and_says_how_to_continue(data_dir, out_dir):
 
 
 def test_another_default_is_another_run(made):
-    """A run is named by all that it depends on: with an edited default.py no former run is found."""
-    settings = rows_of(made[1])["unchanged", False]["settings"]
-    assert settings.keys() == runs.DEFAULTS.keys() - runs.DECIDED
-    assert not settings.keys() & {"seed", "patience", "max_minutes"}
+    """A run is found by all that it depends on: with an edited default.py no former run is found."""
+    row = rows_of(made[1])["unchanged", False]
+    folder = f"{made[1]}/compare/c"
+    assert runs.path_of(folder, "unchanged", row["settings"], 1) == os.path.join(folder, row["run"])
+    for name in runs.DEFAULTS.keys() - {"run_id", "out_dir", "resume", "total_tokens"}:
+        edited = {name: "another"} if name in row["settings"] else {}
+        path = runs.path_of(folder, "unchanged", row["settings"] | edited, 1)
+        assert os.path.exists(path) == (name in ("seed", "patience", "max_minutes")), name
 
 
 def test_minutes_become_one_number_of_tokens(data_dir, out_dir):

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
+import shutil
+import subprocess
 
 import pytest
 from checkpoints import no_room, refusal
 from conftest import settings
 
 from nanobit import record
-from nanobit.run_dir import RunDir, step_dir, step_folders
+from nanobit.run_dir import RunDir, git_commit, step_dir, step_folders
 
 
 def test_a_second_process_is_refused(run_dir):
@@ -59,3 +62,29 @@ def test_a_folder_with_another_name_is_not_a_step(run_dir):
     for name in ("step_0000300", "step_0000400", "step_400", "step_000400.old", "step_\u0660" + 5 * "0"):
         os.makedirs(os.path.join(run_dir, "checkpoints", name))
     assert step_folders(run_dir) == [1_234_567, 300, 5]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_the_commit_of_a_run_names_uncommitted_code(tmp_path):
+    """Two states of the code have two names, committed or not; the rest of the repository does not count."""
+
+    def git(*command):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", tmp_path, *who, *command], check=True, capture_output=True)
+
+    assert git_commit(tmp_path) is None
+    for name in ("model.py", "README.md"):
+        (tmp_path / name).write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    clean = git_commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "README.md").write_text("2\n")
+    assert git_commit(tmp_path) == clean
+    names = set()
+    for text in ("2\n", "3\n"):
+        (tmp_path / "model.py").write_text(text)
+        names.add(git_commit(tmp_path))
+    assert len(names) == 2
+    assert all(re.fullmatch(rf"{clean}\+[0-9a-f]{{8}}", name) for name in names)
