@@ -16,6 +16,7 @@ from nanobit import cli, files, terminal
 from nanobit.cli import ROOT, WORLD, Flag, coerce, fail
 
 DEFAULT = os.path.join(ROOT, "config", "default.py")
+VALIDATION = ("tokenize_on_fly", "eval_tokens")  # the settings that select the windows of an evaluation
 SHAPE = (  # what a run takes over from the run that init_from names
     "n_layer n_head n_kv_head n_embd ffn_dim n_expert n_expert_active vocab_size vocab_multiple "
     "rope_theta norm_eps tie_embeddings seq_len"

@@ -14,8 +14,7 @@ from nanobit.run_dir import MODEL, TRAINER, Origin, has_manifest, reading, step_
 from nanobit.saving import State
 from nanobit.tokenizer import bos_of
 
-SHAPE = [name for name in config.SHAPE if name != "seq_len"]  # of the weights
-VALIDATION = ("tokenize_on_fly", "eval_tokens")  # the settings that select the windows of an evaluation
+WEIGHT_SHAPE = [name for name in config.SHAPE if name != "seq_len"]
 # what a resumed run must share with its origin
 RUN = config.SHAPE + "ternary optimizer dataset seed total_batch_size".split()
 
@@ -67,17 +66,22 @@ def keep_rates(cfg, saved):
             setattr(cfg, former, rate)
 
 
+def differences(cfg, saved):
+    """Return {setting: its value in a checkpoint's settings} of those that differ from cfg. Ratios may differ
+    by rounding: one of them may be a quotient of two rates."""
+
+    def agrees(key):
+        value = getattr(cfg, key)
+        return value == saved[key] or (key in config.RATIOS.values() and math.isclose(value, saved[key]))
+
+    return {key: saved[key] for key in saved if key in vars(cfg) and not agrees(key)}
+
+
 def must_agree(cfg, part, tokenizer, names, source, hint=""):
     """Exit with 2 if a setting among names, or the tokenizer, is not the checkpoint's; `hint` ends the lines.
     Print what else changed, and return it as {setting: its value in the checkpoint}."""
-    saved = part["config"]
-    differs = {key: saved[key] for key in saved if key in vars(cfg) and getattr(cfg, key) != saved[key]}
-    for key in differs.keys() & set(config.RATIOS.values()):
-        if math.isclose(getattr(cfg, key), saved[key]):  # one of them may be a quotient of two rates
-            del differs[key]
-    lines = {
-        key: f"{key} = {getattr(cfg, key)!r}, the checkpoint has {old!r}" for key, old in differs.items()
-    }
+    former = differences(cfg, part["config"])
+    lines = {key: f"{key} = {getattr(cfg, key)!r}, the checkpoint has {former[key]!r}" for key in former}
     faults = [lines[key] for key in names if key in lines]
     if part["tokenizer"] is None:
         print(f"{source}: its tokenizer cannot be compared with that of dataset = {cfg.dataset!r}")
@@ -94,7 +98,7 @@ def must_agree(cfg, part, tokenizer, names, source, hint=""):
     changed = sorted(lines.keys() - {"run_id", "out_dir", "resume", "init_from", "verify_data"})
     for key in changed:
         print(f"changed: {lines[key]}")
-    return {key: saved[key] for key in changed}
+    return {key: former[key] for key in changed}
 
 
 def restore(cfg, origin, run, tokenizer, meta, model, optimizers, scaler):
@@ -116,6 +120,8 @@ def restore(cfg, origin, run, tokenizer, meta, model, optimizers, scaler):
         fail(f"max_steps = {cfg.max_steps} is less than the {step} steps of {folder}; raise it")
     keep_rates(cfg, part["config"])
     hint = "; --init_from= takes the weights alone"
+    if origin.is_own:
+        hint = f"; --resume={run.path} alone takes the settings of the run{hint}"
     changed = must_agree(cfg, part, tokenizer, RUN, f"resume from {folder}", hint)
     parts.check_shapes(folder, part["model"], model.state_dict())
     skipped, reported = trainer["skipped"]
@@ -135,7 +141,9 @@ def restore(cfg, origin, run, tokenizer, meta, model, optimizers, scaler):
         state.routers = torch.zeros_like(state.routers)
     distributed.load(model, optimizers, part["model"], trainer["optimizer"])
     # a branch has its own best, and so have other validation windows
-    same_eval = origin.is_own and all(getattr(cfg, name) == part["config"][name] for name in VALIDATION)
+    same_eval = origin.is_own and all(
+        getattr(cfg, name) == part["config"][name] for name in config.VALIDATION
+    )
     if distributed.share(same_eval and trainer["best"].get("step") in steps(run.path)):
         state.best = trainer["best"]
         state.stale_evals = trainer["stale_evals"]
@@ -154,6 +162,6 @@ def restore(cfg, origin, run, tokenizer, meta, model, optimizers, scaler):
 def take_weights(cfg, tokenizer, model):
     """Give the model the weights of cfg.init_from. Exits with 2 if they are not of its shape."""
     part = weights.initial(cfg.init_from)
-    must_agree(cfg, part, tokenizer, SHAPE, f"init_from {cfg.init_from}")
+    must_agree(cfg, part, tokenizer, WEIGHT_SHAPE, f"init_from {cfg.init_from}")
     parts.check_shapes(cfg.init_from, part["model"], model.state_dict())
     distributed.load(model, [], part["model"], [])

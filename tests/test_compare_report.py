@@ -126,11 +126,14 @@ def test_runs_that_were_not_made_alike_come_with_a_warning(key, is_twin):
         (dict(seq_len=32), "seq_len of x is 32, that of the unchanged config 16"),
         (dict(dataset="b"), "dataset of x is b, that of the unchanged config a"),
         (dict(eval_tokens=9), "eval_tokens of x is 9, that of the unchanged config 640"),
+        (dict(tokenize_on_fly=True), "tokenize_on_fly of x is True, that of the unchanged config False"),
+        (dict(data_dir="c"), "data_dir of x is c, that of the unchanged config b"),
     ],
 )
 def test_losses_that_cannot_be_compared_come_with_a_warning(changes, says):
     """Other tokens, beyond the rest of a step, and other validation text are named before anything runs."""
-    base = dict(max_steps=10, total_batch_size=64, dataset="a", seq_len=16, eval_tokens=640)
+    base = dict(max_steps=10, total_batch_size=64, data_dir="b", dataset="a", seq_len=16)
+    base |= dict(eval_tokens=640, tokenize_on_fly=False)
     settings = dict(unchanged=SimpleNamespace(**base), x=SimpleNamespace(**base | changes))
     warnings = report.mismatched_settings(settings)
     assert [text.partition(":")[0] for text in warnings] == [says] * bool(says)

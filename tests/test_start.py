@@ -57,6 +57,7 @@ def test_another_model_is_not_resumed(finished, changes, says):
     """A resume into another model, seed or batch exits with 2, and names each setting with both values."""
     _, err = train(*finished, "a", code=2, resume="auto", sample_every=0, **changes)
     assert [text for text in says if text not in err] == []
+    assert f"--resume={finished[1]}/a alone takes the settings of the run; --init_from= takes" in err
 
 
 def test_a_run_is_not_made_shorter_than_its_checkpoint(finished):

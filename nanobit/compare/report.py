@@ -3,13 +3,14 @@
 import math
 import statistics
 
+import config
 from nanobit import cli
 from nanobit.monitor import plots
 from nanobit.monitor.trends import clock
 
 BASE = "unchanged"  # the name of the config without a --try
 MACHINE = ("cpu", "device", "torch", "commit")  # on these the last bits depend; device names the threads
-VALIDATION = ("dataset", "seq_len", "eval_tokens")  # the settings that select the text of an evaluation
+VALIDATION = ("data_dir", "dataset", "seq_len", *config.VALIDATION)  # they select the text of an evaluation
 
 
 def label_of(name, is_twin):
