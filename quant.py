@@ -132,7 +132,7 @@ def scale_of_mean(mean):
 
 
 def dequantized(w):
-    """Return codes / scale of W as floats: the values that the forward multiplies by."""
+    """Return codes / scale of W as floats: the matrix of an engine that multiplies floats."""
     codes, scale = ternarize(w)
     return codes / scale
 

@@ -61,7 +61,7 @@ from nanobit.infer.restore import restore
 from nanobit.kept_codes import keep_codes
 from nanobit.tasks import game, talk
 from nanobit.tasks.play import play
-from nanobit.tasks.talk import say
+from nanobit.terminal import say
 from nanobit.tokenizer import bos_of, encode_prompt, make_tokenizer
 
 device = machine.pick(cfg.device)

@@ -21,7 +21,7 @@ total_batch_size = 0  # tokens (not sequences) per optimizer step over all devic
 # length
 max_steps = 0  # optimizer steps; 0 = computed from total_tokens
 total_tokens = 0  # tokens to train on; 0 = computed from max_steps
-max_minutes = 0.0  # minutes of training in this process, then the run ends as if finished; 0 = off
+max_minutes = 0.0  # minutes since training began in this process, then the run ends as if finished; 0 = off
 
 # model
 n_layer = 8  # transformer blocks

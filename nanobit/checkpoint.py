@@ -4,7 +4,6 @@ A checkpoint is usable if checkpoint.pt agrees with the manifest, resumable if t
 itself notices a truncated file, but not a flipped bit, which would load as one wrong weight."""
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ import warnings
 import torch
 
 from nanobit.cli import fail
+from nanobit.files import sha256
 from nanobit.parts import check_model, check_trainer
 from nanobit.run_dir import FORMAT, MODEL, TRAINER, has_manifest, reading, step_dir, step_folders
 from nanobit.terminal import printable
@@ -29,9 +29,8 @@ def fault(folder, name):
             want = json.load(file)["files"][name]
         if os.path.getsize(path) != want["bytes"]:
             return f"{name} has {os.path.getsize(path):,} bytes, the manifest says {want['bytes']:,}"
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != want["sha256"]:
-                return f"{name} does not have the sha256 of the manifest: its content changed on disk"
+        if sha256(path) != want["sha256"]:
+            return f"{name} does not have the sha256 of the manifest: its content changed on disk"
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{os.path.basename(error.filename)} is missing"
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -22,8 +22,8 @@ from nanobit import distributed
 from nanobit.cli import fail
 from nanobit.data_set import Damaged, is_masked, mask_of, read_meta
 from nanobit.files import is_locked
-from nanobit.shards import Shards, bad_shard, check_shards, say
-from nanobit.terminal import command_line, printable
+from nanobit.shards import Shards, bad_shard, check_shards
+from nanobit.terminal import command_line, printable, say
 
 IGNORED = -100  # a target that does not count, as in torch's cross entropy
 
@@ -66,17 +66,17 @@ def checked_meta(cfg, folder, split="", verify=False):
     """Return meta.json of a folder and check that it serves cfg. Raises Damaged with one line."""
     meta = read_meta(folder)
     if not meta["complete"] and (is_masked(meta) or not cfg.tokenize_on_fly):
-        how = f"continue it: {printable(meta['command'])}" if "command" in meta else "prepare it again"
+        remedy = f"continue it: {printable(meta['command'])}" if "command" in meta else "prepare it again"
         cannot_wait = os.name == "nt" or is_masked(meta)  # all masks of a step are counted before it
         meanwhile = "" if cannot_wait else "; to train while it runs: --tokenize_on_fly"
-        raise Damaged(f"data set {folder} is not complete; {how}{meanwhile}")
+        raise Damaged(f"data set {folder} is not complete; {remedy}{meanwhile}")
     if cfg.vocab_size and cfg.vocab_size < meta["vocab_size"]:
         source = cfg.origin.get("vocab_size", "")
-        how = "set it to 0"
+        remedy = "set it to 0"
         if source.startswith("init_from"):
-            how = f"it is that of {source}: prepare the data set with the tokenizer there"
+            remedy = f"it is that of {source}: prepare the data set with the tokenizer there"
         fault = f"vocab_size = {cfg.vocab_size} is less than the {meta['vocab_size']} ids of {folder}"
-        raise Damaged(f"{fault}; {how}")
+        raise Damaged(f"{fault}; {remedy}")
     if meta.get("window", cfg.seq_len) != cfg.seq_len:
         fault = f"seq_len = {cfg.seq_len}, but {folder} was prepared in windows of {meta['window']} tokens"
         raise Damaged(f"{fault}; set --seq_len={meta['window']}, or prepare it again for the model")
@@ -88,8 +88,8 @@ def check_vocabulary(cfg, meta, tokenizer):
     """Exit with 2 if meta.json claims another number of ids than its tokenizer has."""
     if meta["vocab_size"] != tokenizer.size:
         fault = f"vocab_size = {meta['vocab_size']}, but its tokenizer has {tokenizer.size} ids"
-        how = "correct it, or prepare the data set again; to pad rows: --vocab_multiple"
-        fail(f"{os.path.join(cfg.data_dir, cfg.dataset, 'meta.json')}: {fault}; {how}")
+        remedy = "correct it, or prepare the data set again; to pad rows: --vocab_multiple"
+        fail(f"{os.path.join(cfg.data_dir, cfg.dataset, 'meta.json')}: {fault}; {remedy}")
 
 
 def bits_per_byte(meta, loss, split="val"):
@@ -180,22 +180,22 @@ class Windows:
         if growing and self.split == "val" and not self.meta["complete"]:
             sizes[f"val_{n_finished:05d}.bin"] = growing
         if not sizes and self.meta["complete"]:
-            how = "see --split"
+            remedy = "see --split"
             if self.split == "val":
-                how = "hold out more or none: train.py --eval_every=0 --patience=0, export.py --eval_tokens=0"
+                remedy = "hold out more, or train.py --eval_every=0 --patience=0, export.py --eval_tokens=0"
             present = ", ".join(self.meta["tokens"])
-            fail(f"data set {self.folder} has no split {self.split!r}, but {present}; {how}")
+            fail(f"data set {self.folder} has no split {self.split!r}, but {present}; {remedy}")
         self.counts = [max(0, n - 1) // self.seq_len for n in sizes.values()]
         self.ends = np.cumsum(self.counts, dtype=np.int64)
         self.ready = sum(self.counts)
         self.total = self.ready if self.meta["complete"] else None
         if self.total == 0:
             largest = max(sizes.values())
-            how = f"seq_len can be at most {largest - 1}; or prepare more text"
+            remedy = f"seq_len can be at most {largest - 1}; or prepare more text"
             if self.split == "val":
-                how += ", or hold out more (--val_fraction=), or none (train.py --eval_every=0 --patience=0)"
+                remedy += ", or hold out more (--val_fraction=), or train.py --eval_every=0 --patience=0"
             fault = f"the largest {self.split} shard of {self.folder} has {largest:,} tokens"
-            fail(f"seq_len = {self.seq_len} is longer than the data: {fault}, so {how}")
+            fail(f"seq_len = {self.seq_len} is longer than the data: {fault}, so {remedy}")
         self.shards.update([*sizes], n_finished)
         self.is_masked = is_masked(self.meta)
         if self.is_masked:
@@ -227,8 +227,8 @@ class Windows:
             if self.has(sample):
                 break
             if not is_growing:
-                how = printable(self.meta.get("command", "its preparation"))
-                return f"data set {self.folder} is not complete, and nothing writes it; continue it: {how}"
+                remedy = printable(self.meta.get("command", "its preparation"))
+                return f"data set {self.folder} is not complete, and nothing writes it; continue it: {remedy}"
             if not is_waiting:
                 say(f"waiting for more {self.split} tokens of {self.folder}, which is being written")
             is_waiting = True
@@ -251,8 +251,8 @@ class Windows:
         epochs = self.epochs(n_tokens) or 0
         if epochs <= 10 or "documents" not in self.meta or self.cfg.max_minutes:
             return ""
-        how = "prepare more text, set a smaller --max_steps=, or --patience=3, which stops at the best loss"
-        return f"this run reads its text {epochs:,.0f} times, which teaches little (docs/cost.md); {how}"
+        remedy = "prepare more text, or set a smaller --max_steps= or --patience=3 (the best is kept)"
+        return f"this run reads its text {epochs:,.0f} times, which teaches little (docs/cost.md); {remedy}"
 
     def read(self, shard, i):
         """Return window i of a shard: seq_len + 1 token ids."""

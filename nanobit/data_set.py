@@ -141,8 +141,8 @@ def read_meta(folder):
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged ({type(error).__name__}: {shown(str(error))}); {again}") from None
     if type(meta) is dict and "examples" in meta:
-        how = f"not tokens to train on; to score a model: evaluate.py --dataset={os.path.basename(folder)}"
-        raise Damaged(f"data set {folder} is a task of text, {how}")
+        remedy = f"not tokens to train on; to score a model: evaluate.py --dataset={os.path.basename(folder)}"
+        raise Damaged(f"data set {folder} is a task of text, {remedy}")
     text = fault(meta, META, "")
     text = text or fault(meta, {field: rule for field, rule in OPTIONAL.items() if field in meta}, "")
     text = text or fault(meta["tokenizer"], TOKENIZER[meta["tokenizer"]["kind"]], "tokenizer")

@@ -114,13 +114,13 @@ def on_signal(signum, frame):
     if received and WORLD > 1 and time.monotonic() < received_at + 5:
         return
     if received:  # a rename is one call, which this cannot cut in two
-        say(b"\nstopped, nothing saved; --resume=auto continues from the last checkpoint\n")
+        write_stderr(b"\nstopped, nothing saved; --resume=auto continues from the last checkpoint\n")
         os._exit(128 + signum)
     received, received_at = signum, time.monotonic()
-    say(b"\nsaving before exit; press Ctrl-C again to quit immediately\n")
+    write_stderr(b"\nsaving before exit; press Ctrl-C again to quit immediately\n")
 
 
-def say(text):
+def write_stderr(text):
     """Write bytes to stderr, from inside a signal handler, if it can be written: not to a closed terminal."""
     with contextlib.suppress(OSError):
         os.write(2, text)
@@ -192,7 +192,7 @@ def local(tensor):
 
 
 def whole(w):
-    """Return a weight, put together if FSDP has sharded it; every rank must ask."""
+    """Return a tensor, put together if FSDP has sharded it; every rank must ask."""
     return w.full_tensor() if hasattr(w, "full_tensor") else w
 
 

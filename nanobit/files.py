@@ -5,6 +5,7 @@ mounted cloud drives may refuse locks. That costs a warning, never a file."""
 
 import atexit
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -63,6 +64,12 @@ def sync_folder(path):
         warn_once("fsync", f"{text}; a power cut may undo the last rename")
     finally:
         os.close(handle)
+
+
+def sha256(path):
+    """Return the sha256 of a file's content, in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock(path, timeout=0.3):

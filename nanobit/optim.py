@@ -40,12 +40,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            batches = {}
+            by_shape, others = {}, []
             for p in group["params"]:
-                # a stack is a batch already; a sharded matrix is put together by itself
-                is_single = p.dim() == 2 and distributed.local(p) is p
-                batches.setdefault(p.shape if is_single else p, []).append(p)
-            for batch in batches.values():
+                if p.dim() == 2 and distributed.local(p) is p:
+                    by_shape.setdefault(p.shape, []).append(p)
+                else:  # a stack is a batch already; a sharded matrix is put together by itself
+                    others.append([p])
+            for batch in (*by_shape.values(), *others):
                 self.update(batch, group["lr"], group["momentum"], group["weight_decay"])
 
     def update(self, batch, lr, momentum, weight_decay):

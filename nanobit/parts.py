@@ -77,8 +77,8 @@ def check_states(optimizers, states, step):
             shapes = dict(step=(), exp_avg=params[i].shape, exp_avg_sq=params[i].shape)
             if "momentum" in groups[0]:  # of Muon
                 shapes = dict(momentum_buffer=params[i].shape)
-            found = {key: value.shape for key, value in entry.items()}
-            if found != shapes or not 0 <= entry.get("step", 0) <= step:
+            stored = {key: value.shape for key, value in entry.items()}
+            if stored != shapes or not 0 <= entry.get("step", 0) <= step:
                 raise ValueError(f"optimizer: state of parameter {i} does not fit its shape or step {step}")
             check_stored(entry)
 

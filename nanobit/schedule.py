@@ -89,7 +89,7 @@ def due(task, cfg, step, forced=False):
 
 
 def ending(cfg, step, seconds):
-    """Return what ends the run at a step, after so many seconds of training: the name of a setting, or ''."""
+    """Return what ends the run at a step, so many seconds after it began: a setting's name, or ''."""
     if step >= cfg.max_steps:
         return "max_steps"
     if cfg.max_minutes and seconds > 60 * cfg.max_minutes:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import sys
 import time
 
 import numpy as np
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from nanobit.cli import fail
 from nanobit.data_set import Damaged, mask_of, unreadable
 from nanobit.files import read_json, write_json
+from nanobit.terminal import say
 
 MAX_OPEN = 8  # shards of a split that are open at a time
 SAVE_SECONDS = 60.0  # between two saves of .checked.json while a large data set is read
@@ -185,8 +185,3 @@ class Shards:
         """End the program with this line, after on_damage()."""
         self.on_damage()
         fail(line, code=1)
-
-
-def say(text):
-    """Print a line on stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -12,6 +12,11 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def say(line):
+    """Print a line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 # a program that was started with a closed stdout or stderr has none
 sys.stdout = sys.stdout or open(os.devnull, "w")
 sys.stderr = sys.stderr or open(os.devnull, "w")

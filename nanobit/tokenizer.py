@@ -44,8 +44,8 @@ def read_sentencepiece(content, path):
     try:
         model.LoadFromSerializedProto(content)
     except RuntimeError:
-        how = "expected a tokenizer.model (a tokenizer.json, as of Llama 3, is not supported)"
-        fail(f"tokenizer {path} is not a SentencePiece model; {how}")
+        remedy = "expected a tokenizer.model (a tokenizer.json, as of Llama 3, is not supported)"
+        fail(f"tokenizer {path} is not a SentencePiece model; {remedy}")
     if model.eos_id() < 0:
         fail(f"tokenizer {path} has no end-of-text token (eos)")
     marks = {"eot": model.eos_id()}

@@ -156,7 +156,7 @@ def test_missing_and_short_data_say_what_to_do(data_dir, capsys, tmp_path):
             dict(seq_len=300, split="val"),
             "at most 199; or prepare more text, or hold out more (--val_fraction=)",
         ),
-        (dict(seq_len=300, split="val"), "or none (train.py --eval_every=0 --patience=0)"),
+        (dict(seq_len=300, split="val"), "(--val_fraction=), or train.py --eval_every=0 --patience=0"),
         (dict(vocab_size=20), "vocab_size = 20 is less than the 28"),
     ):
         with pytest.raises(SystemExit):

@@ -235,7 +235,7 @@ def test_a_disk_that_stays_full_ends_the_run(data_dir, out_dir):
     _, err = train(data_dir, out_dir, "s", patch=patch, code=1, **NO_EXTRAS)
     assert "error: " in err
     folder, _ = checkpoint.newest(f"{out_dir}/s", True)
-    assert folder in (None, step_dir(f"{out_dir}/s", 5))
+    assert folder == step_dir(f"{out_dir}/s", 5)
 
 
 def test_data_that_are_damaged_in_use_cost_nothing(data_dir, out_dir):

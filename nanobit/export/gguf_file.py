@@ -152,7 +152,7 @@ def add_tokenizer(gguf, writer, spec, vocab_size):
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges([" ".join(pair) for pair in merges])
     elif spec["kind"] == "char":  # as pieces of one character: a space is written as U+2581 there
-        names = [char.replace(" ", "\u2581").replace("\0", tokenizer_files.END) for char in spec["chars"]]
+        names = [char.replace(" ", "\u2581").replace("\0", chat.CHAR_END) for char in spec["chars"]]
         rows = {i: (name, 0.0, Kind.NORMAL) for i, name in enumerate(names)}
         rows |= {i: (names[i], 0.0, Kind.CONTROL) for i in (spec["eot"], bos_of(spec))}
         writer.add_tokenizer_model("llama")

@@ -5,7 +5,6 @@ codes to a byte (packed.pack), and its scale 1 / mean|W| as weight_scale; transf
 in our order, so that its fp32 logits are ours to the last bit. A float model is a plain Llama, a mixture of
 experts a Mixtral; one with ternary experts is written dequantized, as no format holds their codes."""
 
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from model import Transformer
 from nanobit import parts
 from nanobit.cli import RANK, fail, library
 from nanobit.export import llama, tokenizer_files
-from nanobit.files import read_json, write_json
+from nanobit.files import read_json, sha256, write_json
 from nanobit.infer import packed
 from nanobit.tokenizer import bos_of, read_sentencepiece, with_content
 
@@ -137,11 +136,6 @@ def check(part):
         tokenizer_files.pieces(part["tokenizer"])
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write(part, out, latent=False):
     """Write the files of a model, and of its tokenizer, in the folder `out`, which is made."""
     path = os.path.join(out, "model.safetensors")
@@ -184,7 +178,8 @@ def check_own(own, settings):
     """Raise ValueError if what export.py noted in a config.json is damaged, or contradicts the rest of it."""
     default = config.assignments(config.DEFAULT)
     for key, value in own.get("config", {}).items():
-        if type(value) is not type(default.get(key, value)) or value not in WITHIN.get(key, [value]):
+        is_within = key not in WITHIN or value in WITHIN[key]
+        if type(value) is not type(default.get(key, value)) or not is_within:
             raise ValueError(f"nanobit: {key} = {value!r}")
         # with latent, vocab_size counts the rows of padding
         if key in settings and key != "vocab_size" and value != settings[key]:

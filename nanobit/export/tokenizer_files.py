@@ -8,7 +8,6 @@ from nanobit.files import write_json
 from nanobit.tokenizer import bos_of, ranks_of
 
 CONTENT = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}  # the file of its content
-END = "<|endoftext|>"  # what a NUL, the end of a text in a char tokenizer, is called in files
 
 
 def pieces(spec):
@@ -70,7 +69,7 @@ def fast_tokenizer(spec):
     lib = library("tokenizers")
     models, pre, decoders = lib.models, lib.pre_tokenizers, lib.decoders
     if spec["kind"] == "char":
-        names = [char.replace("\0", END) for char in spec["chars"]]
+        names = [char.replace("\0", chat.CHAR_END) for char in spec["chars"]]
         # an unknown character is an error: this name is not in the vocabulary
         made = lib.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
         made.pre_tokenizer = pre.Split(lib.Regex(r"[\s\S]"), "isolated")

@@ -238,14 +238,16 @@ def pack_layers(model):
     BitLinear (quant.py) on a few rows; if they differ, a line reports that, and nothing is packed."""
     layers = bit_layers(model)
     packed = {name: packed_linear(layer.weight) for name, layer in layers.items()}
-    for name, layer in {row[1].weight.shape: row for row in layers.items()}.values():  # one of each shape
+    one_of_each_shape = {layer.weight.shape: name for name, layer in layers.items()}
+    for name in one_of_each_shape.values():
+        layer = layers[name]
         n_rows = model.cfg.n_expert or 4
         sizes = [[1] * n_rows] if isinstance(layer, BitExperts) else []
         x = torch.randn(n_rows, layer.weight.shape[-1], generator=torch.Generator().manual_seed(0))
         x = x.to(layer.weight.device)
         if off := difference(packed[name](x, *sizes), layer(x, *sizes)):
-            found = f"does not compute what packed.py does (largest difference {off:.3g})"
-            print(f"{name} (quant.py) {found}: its float weights are used, which is slower", file=sys.stderr)
+            fault = f"does not compute what packed.py does (largest difference {off:.3g})"
+            print(f"{name} (quant.py) {fault}: its float weights are used, which is slower", file=sys.stderr)
             return
     for name, layer in packed.items():
         model.set_submodule(name, layer)
@@ -265,14 +267,14 @@ def pack_blocks(model):
             for name, block in blocks.items():
                 model.set_submodule(name, PackedBlock(block))
             off = difference(single_token_logits(model), plain)
-            problem = off and f"the largest difference of logits is {off:.3g}"
+            problem = f"the largest difference of logits is {off:.3g}" if off else ""
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
     if problem:
         for name, block in blocks.items():
             model.set_submodule(name, block)
-        found = f"PackedBlock (packed.py) does not compute what Block (model.py) does: {problem}"
-        print(f"{found}; so each token goes through Block, which is slower", file=sys.stderr)
+        fault = f"PackedBlock (packed.py) does not compute what Block (model.py) does: {problem}"
+        print(f"{fault}; so each token goes through Block, which is slower", file=sys.stderr)
 
 
 def single_token_logits(model):

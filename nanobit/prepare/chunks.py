@@ -82,10 +82,10 @@ def skip(cfg, skipped, reason, place, others=()):
     every = skipped + collections.Counter(others)
     n_bad = every.total() - sum(every[kind] for kind in HARMLESS)
     if reason not in HARMLESS and n_bad > cfg.max_bad_rows:
-        how = "repair them, or allow more with --max_bad_rows="
+        remedy = "repair them, or allow more with --max_bad_rows="
         if hasattr(cfg, "column"):
-            how = "repair them, name another --column=, or allow more with --max_bad_rows="
-        fail(f"max_bad_rows = {cfg.max_bad_rows:,}: {counted(every)} up to {place}; {how}")
+            remedy = "repair them, name another --column=, or allow more with --max_bad_rows="
+        fail(f"max_bad_rows = {cfg.max_bad_rows:,}: {counted(every)} up to {place}; {remedy}")
 
 
 @functools.cache

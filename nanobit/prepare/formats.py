@@ -243,8 +243,8 @@ def table_rows(file, path, start, offset, line, options):
             if row:
                 yield current, number, row[at] if at < len(row) else None
     except csv.Error as error:
-        how = '; if its " are characters of the text, set --plain_quotes' * (not options.plain_quotes)
-        fail(f"{printable(path)}: the row at line {number + 1} cannot be read: {error}{how}")
+        remedy = '; if its " are characters of the text, set --plain_quotes' * (not options.plain_quotes)
+        fail(f"{printable(path)}: the row at line {number + 1} cannot be read: {error}{remedy}")
 
 
 def parquet_rows(file, path, start, offset, line, options):

@@ -56,8 +56,8 @@ class Hub:
             if is_network(error):
                 raise
             where = f"repo = {self.cfg.repo!r}: a file after row {self.done:,} cannot be read"
-            how = "prepare/text.py --files= reads its files, downloaded, and skips rows without text"
-            fail(f"{where} ({described(error)}); {how}")
+            remedy = "prepare/text.py --files= reads its files, downloaded, and skips rows without text"
+            fail(f"{where} ({described(error)}); {remedy}")
 
     def state(self):
         return {"done": self.done, "unusable": self.unusable, "hub": self.data.state_dict()}
@@ -112,8 +112,8 @@ def explain(error, what, missing):
     if is_network(error):
         fail(f"{what}: the hub cannot be reached ({text}); try again, or name a local copy", code=1)
     if "Dataset scripts are no longer supported" in text:
-        how = "--revision=refs/convert/parquet --config=default reads the hub's converted copy"
-        fail(f"{what} holds a loading script, which datasets no longer runs; {how}")
+        remedy = "--revision=refs/convert/parquet --config=default reads the hub's converted copy"
+        fail(f"{what} holds a loading script, which datasets no longer runs; {remedy}")
     if "GatedRepoError" in names or "is a gated dataset" in text:
         fail(f"{what} is gated: accept its terms on its page, then `hf auth login`; or name a local copy")
     if "NotFoundError" in names or "HFValidationError" in names:

@@ -174,19 +174,19 @@ def warn_of_separator(paths, separator, keep_crlf):
 def borders(paths, ends, val_fraction):
     """Return {i: byte} for texts paths[i] of ends[i] bytes: where the last val_fraction begins."""
     left = (1 - val_fraction) * sum(ends.values())  # bytes to train on in this text and later ones
-    found = {}
+    cuts = {}
     inside = None  # (i, byte) of a text that is to be cut inside its last line
     for i, size in ends.items():
         at = min(size, max(0, int(left)))
-        found[i] = line_end(paths[i], at, size)
-        if at < found[i] == size:
+        cuts[i] = line_end(paths[i], at, size)
+        if at < cuts[i] == size:
             inside = i, at
         left -= size
-    if inside and found == ends:  # the last line, perhaps the only one, would not be held out
+    if inside and cuts == ends:  # the last line, perhaps the only one, would not be held out
         i, at = inside
         block = block_at(paths[i], at)  # cut after the word, or the character if the word does not end
-        found[i] = at + (block.index(b" ") if b" " in block else character_end(block))
-    return found
+        cuts[i] = at + (block.index(b" ") if b" " in block else character_end(block))
+    return cuts
 
 
 def line_end(path, at, size):

@@ -229,11 +229,11 @@ def too_few(cfg, progress):
         state, size, without = "held out", "larger", "train.py"
     else:
         state, size, without = "left to train on", "smaller", "--val_fraction=0 and train.py"
-    how = f"a {size} --val_fraction= or more documents may change that"
+    remedy = f"a {size} --val_fraction= or more documents may change that"
     if getattr(cfg, "separator", ""):
-        how += ", or a --separator= that occurs more often, or none: then the end of the text is held out"
-    how += f"; without a validation set: {without} --eval_every=0 --patience=0"
-    return f"val_fraction = {cfg.val_fraction}: no document was {state} of {n:,}; {how}"
+        remedy += ", or a --separator= that occurs more often, or none: then the end of the text is held out"
+    remedy += f"; without a validation set: {without} --eval_every=0 --patience=0"
+    return f"val_fraction = {cfg.val_fraction}: no document was {state} of {n:,}; {remedy}"
 
 
 def check_room(folder, need):

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from nanobit.cli import fail
-from nanobit.files import write_bytes
+from nanobit.files import sha256, write_bytes
 from nanobit.terminal import command_line
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
@@ -167,10 +167,8 @@ class Split:
             return
         path = partial.removesuffix(".partial")
         os.replace(partial, path)
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         n = (self.n - 1) % self.size + 1
-        self.shards[os.path.basename(path)] = {"tokens": n, "sha256": sha256}
+        self.shards[os.path.basename(path)] = {"tokens": n, "sha256": sha256(path)}
 
 
 class Writer:

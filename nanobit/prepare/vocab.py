@@ -78,8 +78,8 @@ def sentencepiece(cfg, path, texts):
 def no_model(folder):
     """Return the fault of a folder that holds no SentencePiece model."""
     other = os.path.exists(os.path.join(folder, "tokenizer.json"))
-    how = "its tokenizer.json, as of Llama 3, is not supported" if other else "expected one of SentencePiece"
-    return f"tokenizer = {folder!r}: the folder has no {MODEL}; {how}"
+    remedy = "tokenizer.json, as of Llama 3, is not supported" if other else "expected one of SentencePiece"
+    return f"tokenizer = {folder!r}: the folder has no {MODEL}; {remedy}"
 
 
 def entry_beside(path, content):
@@ -134,8 +134,8 @@ def explain(vocab_size, error, n_chars):
     if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
         fail(f"vocab_size = {vocab_size} is too small; at least {match[1]}, or --tokenizer=char")
     if match := re.search(r"value <= (\d+)", error):
-        how = f"{suited(n_chars)} suits it; the largest possible is {match[1]}"
-        fail(f"vocab_size = {vocab_size} is too large for a text of {n_chars:,} characters; {how}")
+        remedy = f"{suited(n_chars)} suits it; the largest possible is {match[1]}"
+        fail(f"vocab_size = {vocab_size} is too large for a text of {n_chars:,} characters; {remedy}")
     fail(f"vocab_size = {vocab_size}: sentencepiece cannot train on this text: {error[-200:]}")
 
 
@@ -149,8 +149,8 @@ def warn_if_large(vocab_size, n_tokens, size):
     """Print a warning if a tokenizer trained here has too little text (tokens, bytes) for its vocabulary."""
     if n_tokens < 50 * vocab_size and suited(size) != f"--vocab_size={vocab_size}":
         what = f"vocab_size = {vocab_size:,} is large for {n_tokens:,} tokens of text: a model sees each"
-        how = f"{suited(size)} suits so little text (under another --name=)"
-        print(f"warning: {what} {n_tokens / vocab_size:.1f} times on average; {how}")
+        remedy = f"{suited(size)} suits so little text (under another --name=)"
+        print(f"warning: {what} {n_tokens / vocab_size:.1f} times on average; {remedy}")
 
 
 def tiktoken(name):
@@ -160,10 +160,10 @@ def tiktoken(name):
         if os.path.isdir(name):
             fail(no_model(name))
         known = ["char", "sentencepiece", *lib.list_encoding_names()]
-        how = f"expected a file, a hub repository (org/name) or one of {', '.join(known)}"
+        remedy = f"expected a file, a hub repository (org/name) or one of {', '.join(known)}"
         if near := difflib.get_close_matches(name, known, n=1):
-            how = f"did you mean {near[0]}?"
-        fail(f"tokenizer = {name!r} is unknown; {how}")
+            remedy = f"did you mean {near[0]}?"
+        fail(f"tokenizer = {name!r} is unknown; {remedy}")
     try:
         encoding = lib.get_encoding(name)
     except OSError as error:  # what its HTTP library raises is one

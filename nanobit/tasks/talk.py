@@ -7,15 +7,11 @@ import select
 import sys
 
 from nanobit import chat
+from nanobit.terminal import say
 from nanobit.tokenizer import bos_of
 
 with contextlib.suppress(ModuleNotFoundError):  # Windows: its console edits lines by itself
     import readline  # noqa: F401 -- input() then edits lines, and accepts several pasted lines
-
-
-def say(line):
-    """Print a line on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def read_line(shown):
