@@ -92,13 +92,13 @@ def validation(part):
     return [batch[:2] for batch in val_windows.fixed(cfg.eval_tokens, 1, torch.device("cpu"))]
 
 
-def write(part, run_dir, kind):
+def write(part, run_dir, type_name):
     """Write the export under a temporary name and rename it; what was there stays if that fails."""
     partial = f"{cfg.out}.tmp-{os.getpid()}"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if cfg.format == "gguf":
-            gguf_file.write(part, partial, kind, cfg.embed)
+            gguf_file.write(part, partial, type_name, cfg.embed)
         elif cfg.format == "web":
             html_file.write(part, partial, cfg.embed, *card.read(cfg.ckpt))
         else:
@@ -123,7 +123,7 @@ def write(part, run_dir, kind):
             os.remove(partial)
 
 
-def report(part, kind):
+def report(part, type_name):
     """Print what was written, and its size beside that of the float32 weights."""
     paths = [entry.path for entry in os.scandir(cfg.out)] if cfg.format == "hf" else [cfg.out]
     size = sum(map(os.path.getsize, paths))
@@ -131,10 +131,10 @@ def report(part, kind):
     packed = sum(w.numel() for w in tensors if w.dtype == torch.uint8)  # bytes of four weights each
     whole = 4 * (sum(w.numel() for w in tensors) + 3 * packed)
     embed = f", embedding {cfg.embed}"
-    types = {"hf": "", "gguf": f", {kind}{embed}", "web": embed}[cfg.format]
+    types = {"hf": "", "gguf": f", {type_name}{embed}", "web": embed}[cfg.format]
     share = f"{size / whole:.0%} of the float32 weights"
     print(f"wrote {cfg.out}: {size:,} bytes ({share}){types}, step {part['step']:,}")
-    if cfg.format == "gguf" and kind == "q2_0":
+    if cfg.format == "gguf" and type_name == "q2_0":
         print("q2_0 needs a llama.cpp of 2026 (type 42); --type=f16 is for all, and larger")
     if cfg.format == "hf" and part["config"]["n_expert"] and part["config"]["ternary"] and not cfg.latent:
         print(f"written as {hf.DEQUANTIZED}")
@@ -154,14 +154,14 @@ if os.path.abspath(folder) != checkpoint.step_dir(run_dir, part["step"]):
     run_dir = folder  # renamed or copied: the record of the run that is above it is of other checkpoints
 part.setdefault("curve", card.points(run_dir, part["step"]))  # an exported folder has it
 windows = validation(part) if cfg.verify else []
-kind = cfg.type or gguf_file.default_type(part)
+type_name = cfg.type or gguf_file.default_type(part)
 if cfg.latent and part["config"]["ternary"]:
     print("latent: float weights for training; they are ternary only in nanoBit's forward", file=sys.stderr)
-write(part, run_dir, kind)
-report(part, kind)
+write(part, run_dir, type_name)
+report(part, type_name)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if cfg.verify:
-    options = dict(hf=[cfg.latent], gguf=[kind, cfg.embed], web=[cfg.embed])[cfg.format]
+    options = dict(hf=[cfg.latent], gguf=[type_name, cfg.embed], web=[cfg.embed])[cfg.format]
     result = getattr(verify, cfg.format)(part, cfg.out, *options, windows)
     print(record.to_json(result))
     raise SystemExit(int(not result["good"]))

@@ -127,11 +127,11 @@ def autocast(device, dtype):
 def explain_out_of_memory(cfg, device):
     """From now on, print one line with the remedy if the device runs out of memory, wherever that happens."""
 
-    def hook(kind, error, trace):
+    def hook(error_type, error, trace):
         # of torch, Triton, cuBLAS, the CPU, and of NumPy
         pattern = "out of memory|_ALLOC_FAILED|you tried to allocate|Unable to allocate"
-        if not (issubclass(kind, (RuntimeError, MemoryError)) and re.search(pattern, str(error))):
-            return sys.__excepthook__(kind, error, trace)
+        if not (issubclass(error_type, (RuntimeError, MemoryError)) and re.search(pattern, str(error))):
+            return sys.__excepthook__(error_type, error, trace)
         divisors = [n for n in range(1, cfg.batch_size // 2 + 1) if cfg.batch_size % n == 0]
         remedy = "shorten seq_len or make the model smaller"
         if divisors:

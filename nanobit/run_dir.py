@@ -188,9 +188,9 @@ class RunDir:
             if record.last(self.path, record.EVENTS).get("event") not in ("interrupt", "finish"):
                 self.event("failed", step=state.step, what=" ".join(what.split()))
 
-        def hook(kind, error, trace):
-            print_error(kind, error, trace)
-            note(f"{kind.__name__}: {error}")
+        def hook(error_type, error, trace):
+            print_error(error_type, error, trace)
+            note(f"{error_type.__name__}: {error}")
 
         sys.excepthook = hook
         cli.on_fail.append(note)

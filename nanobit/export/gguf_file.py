@@ -49,23 +49,23 @@ def is_ours(path):
     return start.startswith(b"GGUF") and MARK.encode() in start
 
 
-def check(part, kind, embed):
+def check(part, type_name, embed):
     """Exit with 2 if the widths of a model do not fit the blocks of a type, or the type not the model."""
     cfg = part["config"]
     faults = []
     hf.check(part)
     fits = fitting(part)
-    if kind in TERNARY and not cfg["ternary"]:
-        faults.append(f"type = {kind!r} holds codes, and this is a float model; use {', '.join(fits)}")
-    elif kind not in fits:
-        text = f"has blocks of {BLOCK_SIZE[kind]}, which do not divide the widths of all matrices"
-        faults.append(f"type = {kind!r} {text}; --type={' or '.join(fits)}")
+    if type_name in TERNARY and not cfg["ternary"]:
+        faults.append(f"type = {type_name!r} holds codes, and this is a float model; use {', '.join(fits)}")
+    elif type_name not in fits:
+        text = f"has blocks of {BLOCK_SIZE[type_name]}, which do not divide the widths of all matrices"
+        faults.append(f"type = {type_name!r} {text}; --type={' or '.join(fits)}")
     if cfg["n_embd"] % BLOCK_SIZE.get(embed, 1):
         text = f"has blocks of {BLOCK_SIZE[embed]}, n_embd is {cfg['n_embd']}; use f16"
         faults.append(f"embed = {embed!r} {text}")
-    if kind in ("q5_0", "q4_0") and cfg["ternary"]:  # -8 to 7 times a step: -1 and 1 cannot both be held
+    if type_name in ("q5_0", "q4_0") and cfg["ternary"]:  # -8 to 7 times a step: -1 and 1 cannot both be held
         faults.append(
-            f"type = {kind!r} rounds ternary weights, and takes more room than {default_type(part)}"
+            f"type = {type_name!r} rounds ternary weights, and takes more room than {default_type(part)}"
         )
     if {" ", "\u2581"} <= set(part["tokenizer"].get("chars", "")):
         faults.append("the characters ' ' and U+2581 are one in a GGUF file; --format=hf")
@@ -78,35 +78,35 @@ def check(part, kind, embed):
 def fitting(part):
     """Return the types whose blocks divide the widths of a model's matrices."""
     widths = [w.shape[-1] for name, w in part["model"].items() if name.endswith("_proj.weight")]
-    kinds = (*TERNARY, *TYPES) if part["config"]["ternary"] else TYPES
-    return [kind for kind in kinds if not any(width % BLOCK_SIZE.get(kind, 1) for width in widths)]
+    names = (*TERNARY, *TYPES) if part["config"]["ternary"] else TYPES
+    return [name for name in names if not any(width % BLOCK_SIZE.get(name, 1) for width in widths)]
 
 
 def default_type(part):
     """Return the first of tq2_0, q2_0 and f16 that holds a model."""
-    return next(kind for kind in ("tq2_0", "q2_0", "f16") if kind in fitting(part))
+    return next(name for name in ("tq2_0", "q2_0", "f16") if name in fitting(part))
 
 
-def encoded(gguf, w, kind, scale=None):
+def encoded(gguf, w, type_name, scale=None):
     """Return (array, type of the gguf package) of a tensor, also of experts (E, out, in). With a scale, one
     for each matrix, w holds codes."""
     if w.dim() == 3:
         scales = [None] * len(w) if scale is None else scale
-        arrays, types = zip(*(encoded(gguf, expert, kind, s) for expert, s in zip(w, scales)))
+        arrays, types = zip(*(encoded(gguf, expert, type_name, s) for expert, s in zip(w, scales)))
         return np.stack(arrays), types[0]
     if scale is not None:
-        if kind == "q2_0":
+        if type_name == "q2_0":
             gguf.constants.GGML_QUANT_SIZES[Q2_0] = (64, 18)
             return q2_0(w.numpy(), 1 / scale.item()), Q2_0
         w = w / scale  # an all-zero block keeps its scale 0: its codes are 0, too
-    kind = gguf.GGMLQuantizationType[kind.upper()]
-    return gguf.quants.quantize(np.ascontiguousarray(w.numpy(), np.float32), kind), kind
+    gguf_type = gguf.GGMLQuantizationType[type_name.upper()]
+    return gguf.quants.quantize(np.ascontiguousarray(w.numpy(), np.float32), gguf_type), gguf_type
 
 
-def write(part, path, kind, embed):
-    """Write one GGUF file at `path`; kind and embed: the types of matrices, and of embedding and head."""
+def write(part, path, type_name, embed):
+    """Write one GGUF file at `path`; type_name: of matrices, embed: of embedding and head."""
     gguf = library("gguf")
-    check(part, kind, embed)
+    check(part, type_name, embed)
     cfg = part["config"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_uint32(MARK, part["step"])
@@ -124,7 +124,7 @@ def write(part, path, kind, embed):
             w, scale = hf.codes_of(part, name)
         if heads := HEADS.get(name.split(".")[-2]):
             w = interleaved(w, cfg[heads])
-        wanted = kind if name.endswith("_proj.weight") else "f32"
+        wanted = type_name if name.endswith("_proj.weight") else "f32"
         if name in ("embed.weight", "head.weight"):
             w = w[: cfg["vocab_size"]]
             wanted = embed

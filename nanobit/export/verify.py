@@ -179,14 +179,16 @@ class Llama:
 BOUNDS = dict(f32=1e-4, f16=0.02, q8_0=0.1, q5_0=0.3, q4_0=0.6, tq2_0=0.3, tq1_0=0.3, q2_0=0.3)
 
 
-def gguf(part, path, kind, embed, windows=()):
+def gguf(part, path, type_name, embed, windows=()):
     """Return compare() with llama.cpp on a file of these types."""
     try:
         llama = Llama(path, n_ctx=max(512, part["config"]["seq_len"]))
     except ValueError:
-        reason = "q2_0 is newer than its llama.cpp; --type=f16 can be" if kind == "q2_0" else "it is damaged"
+        reason = "it is damaged"
+        if type_name == "q2_0":
+            reason = "q2_0 is newer than its llama.cpp; --type=f16 can be"
         fail(f"{path} is written, but cyllama cannot load it, so it is not verified: {reason}", code=1)
-    bound = max(BOUNDS[kind], BOUNDS[embed])
+    bound = max(BOUNDS[type_name], BOUNDS[embed])
     reader = (llama.logits, llama.tokenize, llama.write)
     return compare(part, windows, dequantized(part), bound, "llama.cpp (cyllama)", *reader)
 

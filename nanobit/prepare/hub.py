@@ -128,7 +128,7 @@ def described(error):
 
 def names_of(error):
     """Return the names of an error's type and its bases: the hub's libraries have no common type of error."""
-    return " ".join(kind.__name__ for kind in type(error).__mro__)
+    return " ".join(ancestor.__name__ for ancestor in type(error).__mro__)
 
 
 def is_network(error):

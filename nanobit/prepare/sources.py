@@ -99,10 +99,10 @@ class Files:
     def rows(self, i, file):
         """Yield the documents of a file that holds several."""
         path = self.paths[i]
-        kind = formats.kind_of(path)[0]
-        unit = "row" if kind == "parquet" else "line"
+        ending = formats.kind_of(path)[0]
+        unit = "row" if ending == "parquet" else "line"
         where = (self.starts[i], max(self.starts[i], self.place["offset"]), self.place["line"])
-        for offset, line, value in formats.READERS[kind](file, path, *where, self.cfg):
+        for offset, line, value in formats.READERS[ending](file, path, *where, self.cfg):
             self.place |= dict(offset=offset, line=line)
             place = f"{unit} {line:,} of {printable(path)}"
             split, text, *ends = formats.piece_of(value, self.cfg.column, place, split="")

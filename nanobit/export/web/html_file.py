@@ -67,17 +67,17 @@ def tensors(part, embed):
             yield name, facts, packed(codes).numpy().tobytes()
             continue
         w = w.float()
-        kind = {1: "f32", 2: "f16"}[w.dim()]
+        type_name = {1: "f32", 2: "f16"}[w.dim()]
         if name in ("embed.weight", "head.weight"):
             w = w[: cfg["vocab_size"]]  # without the rows of padding
-            kind = embed
-        facts = dict(type=kind, shape=list(w.shape))
-        if kind == "int8":
+            type_name = embed
+        facts = dict(type=type_name, shape=list(w.shape))
+        if type_name == "int8":
             rows, scales = quant.quantize_activations(w)
             content = rows.to(torch.int8).numpy().tobytes()
             content += bytes(-len(content) % 4) + scales.numpy().tobytes()
         else:
-            w = w.to(dict(f16=torch.float16, f32=torch.float32)[kind])
+            w = w.to(dict(f16=torch.float16, f32=torch.float32)[type_name])
             if not w.isfinite().all():
                 fail(f"{name} has a weight beyond 65,504, the largest of float16: a page cannot hold it")
             content = w.numpy().tobytes()
@@ -91,19 +91,19 @@ def values(path):
     weights = {}
     for name, tensor in json.loads(parts["model"])["tensors"].items():
         shape = tensor["shape"]
-        kind = tensor["type"]
+        type_name = tensor["type"]
         start = tensor["offset"]
         size = int(np.prod(shape))
-        if kind == "ternary":
+        if type_name == "ternary":
             codes = unpacked(content[start : start + -(-shape[1] // 4) * shape[0]], shape)
             array = codes / tensor["scale"]
-        elif kind == "int8":
+        elif type_name == "int8":
             rows = content[start : start + size].view(np.int8).reshape(shape)
             start += size + -size % 4
             scales = content[start : start + 4 * shape[0]].view("<f4")
             array = rows / scales[:, None].astype(np.float64)
         else:
-            dtype = np.dtype({"f16": "<f2", "f32": "<f4"}[kind])
+            dtype = np.dtype({"f16": "<f2", "f32": "<f4"}[type_name])
             array = content[start : start + size * dtype.itemsize].view(dtype).reshape(shape)
         weights[name] = torch.from_numpy(array.astype(np.float64))
     return weights
