@@ -97,44 +97,59 @@ def disk_need_gb(run, step):
     return (4 * left + 8 * trainers) * params / 1e9
 
 
+def newest_step(run):
+    """Return the step that a run has reached. Events of earlier processes may be of steps that were made
+    again."""
+    began = max(run["starts"], default=0)
+    recent = [row for row in run["events"] if (number(row.get("time")) or 0) >= began]
+    rows = (newest(run["rows"]), newest(run["evals"]), *recent)
+    return max((row["step"] for row in rows if row), default=0)
+
+
+def loss_facts(run, window):
+    """Return the newest training line, the newest and the best evaluation, and the trend of the loss."""
+    last_row, last_eval = newest(run["rows"]), newest(run["evals"])
+    losses = column(run["rows"], "loss")
+    trained = [row for row in run["evals"] if row["step"] > 0] or run["evals"]  # as in best.json
+    best = min(trained, key=lambda row: row["val_loss"], default={})
+    facts = {key: number(last_row.get(key)) for key in LOGGED}
+    # without the older half of a run: its beginning falls, which hides what comes after it
+    facts["loss_trend"] = trend(losses, min(window, len(losses) // 2))
+    facts |= dict(val_loss=last_eval.get("val_loss"), val_step=last_eval.get("step"))
+    facts["best"] = {key: best[key] for key in ("step", "val_loss") if key in best} or None
+    return facts
+
+
+def record_facts(run, now):
+    """Return the newest of what a run writes beside its losses: checkpoint, health, anomalies, sample."""
+    last_folder = list(run["checkpoints"].items())[-1:]
+    saved = [dict(step=step, age=max(0.0, now - os.path.getmtime(folder))) for step, folder in last_folder]
+    facts = dict(checkpoint=newest(saved) or None, router=newest(run["routers"]) or None)
+    facts["bitnet"] = {key: number(value) for key, value in newest(run["health"]).items()} or None
+    odd_steps = anomalies(run)
+    facts["anomalies"] = dict(count=len(odd_steps), last=odd_steps[-3:])
+    sample = newest(run["greedy"])
+    shown = ("step", "prompt", "generated_text")
+    facts["sample"] = {key: sample[key] for key in shown if key in sample} or None
+    facts["repetition"] = next(reversed(repetition(run)), None)
+    return facts
+
+
 def status(run_dir, window=50):
     """Return what is known of a run, as plain values named as in its files, None if not known: seconds, GB of
     1e9 bytes, fractions from 0 to 1, losses in nats per token; loss_trend is trend() of the loss."""
     run = read_run(run_dir)
     now = time.time()
-    settings = run["config"]["settings"]
     alive = is_alive(run["config"])
     age, limit = silence(run, now)
     state, why = state_of(run, alive, age, limit)
-    last_row = newest(run["rows"])
-    last_eval = newest(run["evals"])
-    sample = newest(run["greedy"])
-    losses = column(run["rows"], "loss")
-    odd_steps = anomalies(run)
-    # events of earlier processes may be about steps that were made again
-    began = max(run["starts"], default=0)
-    recent = [row for row in run["events"] if (number(row.get("time")) or 0) >= began]
-    step = max((row["step"] for row in (last_row, last_eval, *recent) if row), default=0)
-    newest_folder = list(run["checkpoints"].items())[-1:]
-    saved = [dict(step=at, age=max(0.0, now - os.path.getmtime(folder))) for at, folder in newest_folder]
+    step = newest_step(run)
     facts = dict(run_id=os.path.basename(os.path.abspath(run_dir)))  # a copy has the name of its folder
     facts |= dict(run_dir=run_dir, state=state, why=why, pid_alive=alive, last_line_age=age, step=step)
     facts |= {key: run["config"].get(key) for key in ("pid", "device")}
-    facts |= {key: settings.get(key) for key in ("max_steps", "ternary", "n_expert")}
+    facts |= {key: run["config"]["settings"].get(key) for key in ("max_steps", "ternary", "n_expert")}
     facts["progress"] = step / facts["max_steps"] if facts["max_steps"] else None
-    facts |= {key: number(last_row.get(key)) for key in LOGGED}
-    # without the older half of a run: its beginning falls, which hides what comes after it
-    facts["loss_trend"] = trend(losses, min(window, len(losses) // 2))
-    facts |= dict(val_loss=last_eval.get("val_loss"), val_step=last_eval.get("step"))
-    trained = [row for row in run["evals"] if row["step"] > 0] or run["evals"]  # as in best.json
-    best = min(trained, key=lambda row: row["val_loss"], default={})
-    facts["best"] = {key: best[key] for key in ("step", "val_loss") if key in best} or None
-    facts |= dict(checkpoint=newest(saved) or None, router=newest(run["routers"]) or None)
-    facts["bitnet"] = {key: number(value) for key, value in newest(run["health"]).items()} or None
-    facts["anomalies"] = dict(count=len(odd_steps), last=odd_steps[-3:])
-    shown = ("step", "prompt", "generated_text")
-    facts["sample"] = {key: sample[key] for key in shown if key in sample} or None
-    facts["repetition"] = next(reversed(repetition(run)), None)
+    facts |= loss_facts(run, window) | record_facts(run, now)
     facts |= dict(eta_seconds=eta_seconds(run, step, now), disk_need_gb=disk_need_gb(run, step))
     facts["disk_free_gb"] = shutil.disk_usage(run_dir).free / 1e9
     if state == "finished":
