@@ -101,7 +101,7 @@ def test_the_mixture_is_the_plan():
 
 
 def test_baseline_is_the_plan():
-    """The baseline has the numbers of its plan, and train_best_95m differs in the optimizer only."""
+    """The baseline has the numbers of its plan, and train_best_95m differs in its optimizer."""
     cfg = config.load(["config/train_baseline_95m.py"])
     plan = dict(max_steps=400_000, accumulation=2, total_batch_size=8192, warmup_steps=375, log_every=100)
     plan |= dict(eval_every=5000, sample_every=5000, save_every=10_000, seq_len=256, batch_size=16)
@@ -114,5 +114,5 @@ def test_baseline_is_the_plan():
     assert schedule.weight_decay(cfg, 200_000) == 0
     best = config.load(["config/train_best_95m.py"])
     differs = {name for name in vars(cfg) if getattr(cfg, name) != getattr(best, name)} - {"origin"}
-    assert differs == {"run_id", "optimizer"}
-    assert best.optimizer == "muon"
+    assert differs == {"run_id", "optimizer", "muon_momentum"}
+    assert (best.optimizer, best.muon_momentum) == ("muon", 0.9)
