@@ -50,7 +50,8 @@ def call(*argv, popen=Forked):
     code = 0
     with contextlib.ExitStack() as stack:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            stack.callback(signal.signal, signum, signal.getsignal(signum))
+            # ignored if the tests were started in the background
+            stack.callback(signal.signal, signum, signal.signal(signum, signal.SIG_DFL))
         stack.enter_context(mock.patch.object(subprocess, "Popen", popen))
         stack.enter_context(mock.patch.object(runs, "received", []))
         stack.enter_context(contextlib.redirect_stdout(out))

@@ -101,7 +101,7 @@ def test_the_float_twins_give_gaps(again):
 def test_killed_and_run_again_it_gives_the_same_table(made, data_dir, out_dir):
     """A comparison killed in the middle of a run continues it, and gives the table of an unbroken one."""
     argv = arguments(data_dir, out_dir, NULL)
-    child = Script(os.path.join(ROOT, "compare.py"), argv, ROOT, faults.forked_runs(0.2))
+    child = Script(os.path.join(ROOT, "compare.py"), argv, ROOT, faults.forked_runs(0.1))
     deadline = time.time() + 60
     while not (started := [path for path in folders(out_dir) if NULL in path and runs.last_step(path) >= 4]):
         assert not child.ended() and time.time() < deadline, child.output()
@@ -120,7 +120,7 @@ def test_killed_and_run_again_it_gives_the_same_table(made, data_dir, out_dir):
 class Interrupted(Forked):
     """A run during which this process gets Ctrl-C, once it has made two steps."""
 
-    patch = faults.slow_updates(0.4)
+    patch = faults.slow_updates(0.1)
     is_sent = False
 
     def communicate(self, timeout):

@@ -122,6 +122,9 @@ def test_max_documents_counts_all_kinds_of_files(tmp_path):
 
     assert read(2) == ["a", "c"]
     assert read(4) == ["a", "1", "c", "d"]
+    paths.append(written(tmp_path / "e.jsonl", b"not read\n"))
+    assert read(2) == ["a", "c"]
+    paths.pop()
     assert read(0) == read(6) == read(9) == ["a", "1", "2", "3", "c", "d"]
 
 

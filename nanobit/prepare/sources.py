@@ -49,6 +49,8 @@ class Files:
         for i in range(start["file"], len(self.paths)):
             if i > start["file"]:
                 self.place |= dict(file=i, offset=0, line=0)
+            if i not in self.ends and self.place["documents"] >= self.max_rows:
+                continue
             with formats.opened(self.paths[i]) as (file, self.raw):
                 if i in self.ends:
                     yield from self.text(i, file)
@@ -67,6 +69,8 @@ class Files:
         packing = formats.kind_of(self.paths[i])[1]
         position = self.raw.tell() if packing else self.place["offset"]
         share = (sum(self.sizes[:i]) + position) / self.size
+        if self.ends:  # whole texts may follow the last row
+            return share
         return max(share, self.place["documents"] / (self.max_rows or math.inf))
 
     def text(self, i, file):
