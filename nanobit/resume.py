@@ -78,15 +78,16 @@ def differences(cfg, saved):
 
 
 def must_agree(cfg, part, tokenizer, names, source, hint=""):
-    """Exit with 2 if a setting among names, or the tokenizer, is not the checkpoint's; `hint` ends the lines.
-    Print what else changed, and return it as {setting: its value in the checkpoint}."""
+    """Exit with 2 if a setting among names, or the tokenizer, is not the checkpoint's; `hint` ends the
+    lines of settings. Print what else changed, and return it as {setting: its value in the checkpoint}."""
     former = differences(cfg, part["config"])
     lines = {key: f"{key} = {getattr(cfg, key)!r}, the checkpoint has {former[key]!r}" for key in former}
-    faults = [lines[key] for key in names if key in lines]
+    faults = [f"{lines[key]}; these must agree{hint}" for key in names if key in lines]
     if part["tokenizer"] is None:
         print(f"{source}: its tokenizer cannot be compared with that of dataset = {cfg.dataset!r}")
     elif part["tokenizer"]["sha256"] != tokenizer["sha256"]:
-        faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's")
+        remedy = "name one that was prepared with it in --dataset="
+        faults.append(f"the tokenizer of dataset = {cfg.dataset!r} is not the checkpoint's; {remedy}")
     elif bos_of(tokenizer) != bos_of(part["tokenizer"]):
         print(
             f"warning: {source}: its texts begin with token {bos_of(part['tokenizer'])}, those of dataset = "
@@ -94,7 +95,7 @@ def must_agree(cfg, part, tokenizer, names, source, hint=""):
             "the folder of the model"
         )
     if faults:
-        fail(*(f"{source}: {text}; these must agree{hint}" for text in faults))
+        fail(*(f"{source}: {text}" for text in faults))
     changed = sorted(lines.keys() - {"run_id", "out_dir", "resume", "init_from", "verify_data"})
     for key in changed:
         print(f"changed: {lines[key]}")

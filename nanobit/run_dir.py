@@ -264,15 +264,18 @@ class RunDir:
 
 
 def git_commit(root=cli.ROOT):
-    """Return the commit of the repository, with a hash of what is changed since in the code of a run, as
-    1f0c...+3ab94d21, or None if git does not know it."""
+    """Return the commit of the repository, or None if git does not know it. If the code of a run has been
+    changed since, new files included, a hash of it follows, as in 1f0c...+3ab94d21."""
 
     def git(*command):
-        return subprocess.run(["git", "-C", root, *command], capture_output=True).stdout.strip()
+        done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+        return done.stdout.strip()
 
     with contextlib.suppress(OSError):  # git is not installed
-        commit = git("rev-parse", "HEAD").decode()
-        changes = git("diff", "HEAD", "--", *CODE)
-        if not changes:
+        commit = git("rev-parse", "HEAD")
+        if not git("status", "--porcelain", "--", *CODE):
             return commit or None
-        return f"{commit}+{hashlib.sha256(changes).hexdigest()[:8]}"
+        names = git("ls-files", "--cached", "--others", "--exclude-standard", "--", *CODE).split("\n")
+        paths = {name: os.path.join(root, name) for name in names}
+        content = {name: files.sha256(path) for name, path in paths.items() if os.path.exists(path)}
+        return f"{commit}+{hashlib.sha256(record.to_json(content).encode()).hexdigest()[:8]}"

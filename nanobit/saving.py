@@ -157,7 +157,7 @@ def remove_partials(run_dir):
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 
-def set_later_aside(run_dir, after):
+def rename_later(run_dir, after):
     """Make room for a run that continues from step `after`, and print what is renamed.
 
     Checkpoints of later steps, which belong to another course of the run, and step folders without a manifest

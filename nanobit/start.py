@@ -56,7 +56,7 @@ def prepare_folder(cfg, run, origin, state, facts):
         saving.remove_partials(run.path)  # before the check, which counts them
     saving.check_disk(cfg, run.path, facts["params"]["total"], cfg.max_steps - step)
     with reading():
-        saving.set_later_aside(run.path, step if origin.is_own else -1)
+        saving.rename_later(run.path, step if origin.is_own else -1)
     has_eval = origin.is_own and bool(record.last(run.path, record.SCALARS, "val_loss", step=step))
     has_samples = origin.is_own and bool(record.last(run.path, record.SAMPLES, "mode", step=step))
     lost = record.rewind(run.path, step if is_continued else None, state.counts)

@@ -193,11 +193,11 @@ def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(run_dir, monkeypatc
 def test_later_steps_are_renamed_not_lost(run_dir):
     """A run that continues from step 5 renames its step 10, from which it must not resume again."""
     save(run_dir, 5), save(run_dir, 10)
-    saving.set_later_aside(run_dir, 5)
+    saving.rename_later(run_dir, 5)
     assert steps(run_dir) == [5]
     assert checkpoint.fault(step_dir(run_dir, 10) + ".aside", MODEL) is None
     save(run_dir, 10)
-    saving.set_later_aside(run_dir, 5)
+    saving.rename_later(run_dir, 5)
     assert len(folders(run_dir)) == 3, "step 5, and step 10 of two courses of the run"
 
 
@@ -208,7 +208,7 @@ def test_only_own_temporaries_are_deleted(run_dir, capsys):
         os.makedirs(os.path.join(folder, name))
         open(os.path.join(folder, name, "checkpoint.pt"), "w").close()
     saving.remove_partials(run_dir)
-    saving.set_later_aside(run_dir, 10)
+    saving.rename_later(run_dir, 10)
     assert folders(run_dir) == ["mine", "notes.tmp-1", "step_000003.aside", "step_000005.bak"]
     assert "step_000003, which has no manifest.json, to step_000003.aside" in capsys.readouterr().out
 

@@ -163,6 +163,6 @@ def test_another_model_is_refused(chat_models, tmp_path):
     flags = [f"--data_dir={tmp_path}", f"--out_dir={tmp_path}", "--dataset=chat", f"--init_from={other}"]
     flags += ["--no-ternary", "--no-compile", "--max_steps=1", f"--seq_len={WINDOW}", "--device=cpu"]
     _, err = run("train.py", *flags, code=2)
-    assert "the tokenizer of dataset = 'chat' is not the checkpoint's" in err
+    assert "the tokenizer of dataset = 'chat' is not the checkpoint's; name one" in err
     _, err = prepare_chat(path, chat_models["tiktoken"], tmp_path, code=2)
     assert "holds another data set (prepare/chat.py --files=" in err

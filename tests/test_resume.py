@@ -68,13 +68,15 @@ def compared(name):
     cfg = settings()
     sha256 = {"tokenizer": "else"}.get(name, "0")
     part = dict(config=vars(cfg) | {name: "else"}, tokenizer=dict(sha256=sha256, eot=0))
-    return resume.must_agree(cfg, part, dict(sha256="0", eot=0), resume.RUN, "resume")
+    return resume.must_agree(cfg, part, dict(sha256="0", eot=0), resume.RUN, "resume", "; take those")
 
 
 @pytest.mark.parametrize("name", AGREE)
 def test_what_must_agree_is_refused_by_name(name):
     """A resume into another shape, data set, tokenizer or order of the tokens exits with 2 and names it."""
-    assert name in refusal(compared, name)
+    err = refusal(compared, name)
+    assert name in err
+    assert ("take those" in err) == (name != "tokenizer")  # which no setting of the run would change
 
 
 def test_what_may_change_is_printed(capsys):

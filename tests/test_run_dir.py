@@ -88,3 +88,10 @@ def test_the_commit_of_a_run_names_uncommitted_code(tmp_path):
         names.add(git_commit(tmp_path))
     assert len(names) == 2
     assert all(re.fullmatch(rf"{clean}\+[0-9a-f]{{8}}", name) for name in names)
+    (tmp_path / "nanobit").mkdir()
+    for text in ("4\n", "5\n"):
+        (tmp_path / "nanobit" / "mine.py").write_text(text)
+        names.add(git_commit(tmp_path))
+    (tmp_path / "model.py").unlink()
+    names.add(git_commit(tmp_path))
+    assert len(names) == 5

@@ -155,7 +155,7 @@ def test_interrupt_reports_how_to_continue(corpus, tmp_path):
 
 
 def test_interrupt_before_anything_is_written(corpus, tmp_path):
-    """Ctrl-C while the files are checked ends the preparation at once, without a traceback or a folder."""
+    """Ctrl-C while the files are checked ends the preparation; it leaves no traceback and no folder."""
     patch = faults.signal_in("prepare.sources", "fingerprint", 1, signal.SIGINT)
     code, out, err = Preparation(text_flags(corpus[0], tmp_path), tmp_path / "text", patch).wait()
     assert (code, out, err) == (-signal.SIGINT, "", "")
