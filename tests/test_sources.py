@@ -128,6 +128,16 @@ def test_max_documents_counts_all_kinds_of_files(tmp_path):
     assert read(0) == read(6) == read(9) == ["a", "1", "2", "3", "c", "d"]
 
 
+def test_progress_is_not_whole_before_the_last_text(tmp_path):
+    """With max_documents the rows may end before the texts do: then the share that is read is below 1."""
+    rows = written(tmp_path / "a.jsonl", b'{"text": "1"}\n')
+    text = written(tmp_path / "b.txt", b"a text that is longer than the row\n")
+    files = sources.Files([str(rows), str(text)], options_of(max_documents=2, val_fraction=0))
+    shares = [files.fraction() for _ in files.pieces(None)]
+    assert 0 < shares[0] < 0.5
+    assert shares[-1] == 1
+
+
 @pytest.mark.parametrize("text", ["one line without an end", "first\nlast", "\u65e5" * 40])
 def test_the_end_of_one_line_is_held_out(tmp_path, text):
     """A text of few lines has a validation part, of whole words or characters."""
