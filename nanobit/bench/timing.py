@@ -79,6 +79,7 @@ class Contestant:
         if self.is_compiled:
             print(f"{self.name}: compiling, which takes a minute or so", file=sys.stderr, flush=True)
         began = now(self.device)
+        keep_codes(self.model, self.is_compiled)
         self.step()
         self.first_seconds = now(self.device) - began
         print(f"{self.name}: {self.first_seconds:.1f} s for the first step", flush=True)
@@ -100,8 +101,6 @@ class Contestant:
     def step(self, mark=do_nothing):
         """Do an optimizer step of cfg.accumulation micro-steps. mark(part) is called after each part."""
         loss_sum = torch.zeros((), device=self.device)
-        keep_codes(self.model, self.is_compiled)
-        mark("codes")
         for micro in range(self.cfg.accumulation):
             first = self.n_batches * self.cfg.batch_size
             batch = self.windows.batch(first, self.cfg.batch_size, self.device)
@@ -116,6 +115,8 @@ class Contestant:
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         optim.update(self.model, self.optimizers, scaler, self.cfg.grad_clip, loss_sum)
         mark("optimizer")
+        keep_codes(self.model, self.is_compiled)
+        mark("codes")
 
     def time_steps(self):
         """Time a step, the mean of steps_together."""
