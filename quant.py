@@ -43,17 +43,19 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self.register_buffer("kept_codes", None, persistent=False)  # see kept_codes.py
         self.register_buffer("kept_scale", None, persistent=False)
+        self.register_buffer("kept_bf16", None, persistent=False)
 
     def forward(self, x):
         """Return y (..., out) for x (..., in), in the dtype that nn.Linear would give."""
         rows = x.reshape(-1, x.shape[-1])
-        y = TernaryLinear.apply(rows, self.weight, self.kept_codes, self.kept_scale, output_dtype(x))
+        kept = (self.kept_codes, self.kept_scale, self.kept_bf16)
+        y = TernaryLinear.apply(rows, self.weight, *kept, output_dtype(x))
         return y.view(*x.shape[:-1], -1)
 
 
 class TernaryLinear(torch.autograd.Function):
     """Compute y (N, out) in out_dtype from x (N, in) and W (out, in), and the straight-through gradients.
-    codes and scale are those of W, or None: then they are made here.
+    codes and scale are those of W, or None: then they are made here. codes_bf16: the codes again, or None.
 
     Tutorials leave both to autograd, with `x + (rounded(x) - x).detach()`: its value is rounded(x), its
     gradient that of x. The result is the same, but the product is a float one and keeps float copies:
@@ -77,12 +79,14 @@ class TernaryLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, w, codes, scale, out_dtype):
+    def forward(ctx, x, w, codes, scale, codes_bf16, out_dtype):
         with torch.autocast(x.device.type, enabled=False):  # it would round the exact product to bf16
             if codes is None:
                 codes, scale = int8_codes(w)
             x_int, x_scale = quantize_activations(x)
             y = scaled_matmul(x_int, x_scale, codes, scale, out_dtype)  # (q @ t^T) / (s * a)
+            if codes_bf16 is not None:
+                codes = codes_bf16
             ctx.save_for_backward(x_int.to(torch.int8), x_scale, codes, scale)
         ctx.x_dtype = x.dtype
         return y
@@ -97,7 +101,7 @@ class TernaryLinear(torch.autograd.Function):
                 dx = (product(dy, codes.to(dy.dtype)).float() / scale).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
                 dw = fp32_matmul(dy.t(), (x_int / x_scale).to(dy.dtype))
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
 def int8_codes(w):

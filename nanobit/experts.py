@@ -102,7 +102,7 @@ class BitExperts(FloatExperts):
         if self.kept_codes is not None:
             codes, scales = self.kept_codes.unbind(), self.kept_scale.unbind()
         parts = zip(x.split(sizes), self.weight.unbind(), codes, scales)
-        return torch.cat([TernaryLinear.apply(*part, output_dtype(x)) for part in parts])
+        return torch.cat([TernaryLinear.apply(*part, None, output_dtype(x)) for part in parts])
 
 
 def grouped_mm_pays(x, weight):

@@ -15,17 +15,23 @@ def keep_codes(model, compiled=False):
     layers = [layer for layer in model.modules() if hasattr(layer, "kept_codes")]
     layers = [layer for layer in layers if not hasattr(layer.weight, "placements")]
     weights = [layer.weight.detach() for layer in layers]
+    on_cuda = bool(layers) and all(w.is_cuda for w in weights)
     for layer, w in zip(layers, weights):
         if layer.kept_codes is None:
             layer.kept_codes = torch.empty_like(w, dtype=torch.int8)
             layer.kept_scale = torch.empty_like(w[..., :1, :1], dtype=torch.float32)
-    # experts, in three dimensions, have a scale each
-    has_scale = bool(layers) and all(w.is_cuda and w.dim() == 2 for w in weights)
-    if has_scale:
-        torch._foreach_copy_([layer.kept_scale for layer in layers], scales(weights))
+            if on_cuda and hasattr(layer, "kept_bf16"):  # else each micro-step converts them
+                layer.kept_bf16 = torch.empty_like(w, dtype=torch.bfloat16)
+    kept = [(layer.kept_codes, layer.kept_scale, getattr(layer, "kept_bf16", None)) for layer in layers]
+    if on_cuda:
+        write_scales(weights, [scale for _, scale, _ in kept])
     write = compiled_writer() if compiled else write_codes
-    for layer, w in zip(layers, weights):
-        write(w, layer.kept_codes, layer.kept_scale, has_scale)
+    # a call takes the host some 80 us, which the device would wait for; small ones compile faster
+    n_together = len(layers) if on_cuda else 1
+    for first in range(0, len(layers), n_together):
+        part = slice(first, first + n_together)
+        write(weights[part], kept[part], on_cuda)
+    for layer in layers:
         layer.kept_version = version_of(layer.weight)
 
 
@@ -43,22 +49,29 @@ def version_of(w):
     return id(w), w.is_inference() or w._version
 
 
-def scales(weights):
-    """Return quant.weight_scale(w), (1, 1), of each matrix in a list, on CUDA by a few kernels for all."""
-    means = torch._foreach_norm(weights, 1, dtype=torch.float64)  # the sums of |W|
-    torch._foreach_div_(means, [w.numel() for w in weights])
-    return scale_of_mean(torch.stack(means).view(-1, 1, 1).float()).unbind()
+def write_scales(weights, kept_scales):
+    """Write quant.weight_scale of each W (..., out, in) into a tensor (..., 1, 1), by few kernels for all."""
+    matrices = [matrix for w in weights for matrix in w.view(-1, *w.shape[-2:])]
+    means = torch._foreach_norm(matrices, 1, dtype=torch.float64)  # the sums of |W|
+    torch._foreach_div_(means, [matrix.numel() for matrix in matrices])
+    scales = scale_of_mean(torch.stack(means).view(-1, 1, 1).float())
+    torch._foreach_copy_([scale for kept in kept_scales for scale in kept.view(-1, 1, 1)], list(scales))
 
 
-def write_codes(w, kept_codes, kept_scale, has_scale):
-    """Write the codes of W into a tensor of int8, and its scale into another, unless that has it already."""
-    codes, scale = ternarize(w, kept_scale if has_scale else None)
-    kept_codes.copy_(codes)
-    if not has_scale:
-        kept_scale.copy_(scale)
+def write_codes(weights, kept, has_scales):
+    """Write the codes of each W into tensors of int8 and bfloat16 (or None), and its scale into another,
+    unless that has it already."""
+    for w, (kept_codes, kept_scale, kept_bf16) in zip(weights, kept):
+        codes, scale = ternarize(w, kept_scale if has_scales else None)
+        kept_codes.copy_(codes)
+        if kept_bf16 is not None:
+            kept_bf16.copy_(codes)
+        if not has_scales:
+            kept_scale.copy_(scale)
 
 
 @functools.cache
 def compiled_writer():
-    """Return write_codes by torch.compile, which takes milliseconds to ask for."""
-    return torch.compile(write_codes, dynamic=False)
+    """Return write_codes by torch.compile, which takes milliseconds to ask for. On CUDA a kernel writes the
+    codes of several matrices."""
+    return torch.compile(write_codes, dynamic=False, options={"combo_kernels": True})

@@ -81,6 +81,8 @@ def test_kept_codes_and_scales_are_those_of_one_matrix(compiled, has_experts):
         codes, scale = quant.ternarize(layer.weight)
         assert torch.equal(layer.kept_codes.float(), codes)
         assert torch.equal(layer.kept_scale, scale)
+        if codes.dim() == 2:
+            assert torch.equal(layer.kept_bf16.float(), codes)
 
 
 def test_one_grouped_product_is_the_loop(monkeypatch):

@@ -6,7 +6,7 @@ from test_quant import layer, reference
 from torch import nn
 
 import quant
-from nanobit.kept_codes import check_codes, keep_codes, scales, write_codes
+from nanobit.kept_codes import check_codes, keep_codes, write_codes, write_scales
 
 
 def stepped(model, x, keep):
@@ -35,12 +35,17 @@ def test_kept_codes_give_the_same_bits():
 def test_scales_made_together_are_those_of_each_matrix():
     """The scales of many matrices, as they are made on a GPU, are those of weight_scale to the last bit, and
     the codes that are then written are those of ternarize."""
-    matrices = [torch.randn(8, 16), torch.zeros(3, 5), 1e-4 * torch.randn(768, 3072), torch.randn(2000, 7)]
-    for w, scale in zip(matrices, scales(matrices)):
+    weights = [torch.randn(8, 16), torch.zeros(3, 5), 1e-4 * torch.randn(768, 3072), torch.randn(4, 20, 7)]
+    kept = [[torch.ones_like(w, dtype=torch.int8), torch.empty_like(w[..., :1, :1]), None] for w in weights]
+    kept[0][2] = torch.empty(8, 16, dtype=torch.bfloat16)
+    write_scales(weights, [scale for _, scale, _ in kept])
+    for w, (_, scale, _) in zip(weights, kept):
         assert torch.equal(scale, quant.weight_scale(w))
-        codes = torch.full_like(w, 9, dtype=torch.int8)
-        write_codes(w, codes, 2 * scale, True)
-        assert torch.equal(codes, (2 * w * scale).round().clamp(-1, 1).to(torch.int8))
+        scale.mul_(2)
+    write_codes(weights, kept, True)
+    for w, (codes, scale, _) in zip(weights, kept):
+        assert torch.equal(codes, (w * scale).round().clamp(-1, 1).to(torch.int8))
+    assert torch.equal(kept[0][2].float(), kept[0][0].float())
 
 
 def test_kept_codes_are_not_saved():
