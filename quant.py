@@ -19,8 +19,8 @@ The forward is the integer forward of a deployed model, not "fake quantization" 
 the last bit of a float now and then, and one such bit can flip the rounding of an activation in a later
 layer. Every form of the integer product (nanobit/kernels.py) is exact, so all of them give the same bits.
 
-The backward keeps t and q as int8. Training still takes as much memory as a float model, because the master
-weights and the optimizer state stay fp32: the exported model is the small one.
+The backward needs t and q / a. Training takes as much memory as a float model, because the master weights and
+the optimizer state stay fp32: the exported model is the small one.
 
 This file has no norm inside the layer, no bias, no quantization of embeddings, head or norms, and no median
 or per-group scales. Never ternarize the weights of an export again: their scale would shrink.
@@ -84,23 +84,22 @@ class TernaryLinear(torch.autograd.Function):
             if codes is None:
                 codes, scale = int8_codes(w)
             x_int, x_scale = quantize_activations(x)
-            y = scaled_matmul(x_int, x_scale, codes, scale, out_dtype)  # (q @ t^T) / (s * a)
-            if codes_bf16 is not None:
-                codes = codes_bf16
-            ctx.save_for_backward(x_int.to(torch.int8), x_scale, codes, scale)
+            rounded_x = (x_int / x_scale).to(out_dtype)
+            y = scaled_matmul(x_int, x_scale, codes, scale, out_dtype, rounded_x)  # (q @ t^T) / (s * a)
+            ctx.save_for_backward(rounded_x, codes if codes_bf16 is None else codes_bf16, scale)
         ctx.x_dtype = x.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x_int, x_scale, codes, scale = ctx.saved_tensors
+        rounded_x, codes, scale = ctx.saved_tensors
         dx = dw = None
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:  # codes are exact in bf16, codes / scale is not: divide in fp32
                 product = fp32_matmul if dy.dtype == torch.float16 else torch.mm  # dy @ t overflows float16
                 dx = (product(dy, codes.to(dy.dtype)).float() / scale).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
-                dw = fp32_matmul(dy.t(), (x_int / x_scale).to(dy.dtype))
+                dw = fp32_matmul(dy.t(), rounded_x)
         return dx, dw, None, None, None, None
 
 

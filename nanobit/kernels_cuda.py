@@ -49,10 +49,18 @@ def quotient(x, divisor):
 
 @torch.library.custom_op("nanobit::scaled_int8_matmul", mutates_args=())
 def scaled_int8_matmul(
-    q: torch.Tensor, codes: torch.Tensor, x_scale: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+    q: torch.Tensor,
+    codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    rounded_x: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return (q @ codes^T) / (scale * x_scale) in dtype (N, out), rounded as kernels.scaled_matmul does. q
-    (N, in) and codes (out, in) are int8, x_scale (N, 1) and scale (one number) fp32."""
+    (N, in) and codes (out, in) are int8, x_scale (N, 1) and scale (one number) fp32.
+
+    rounded_x is not read. As an input of the forward, the compiler stores it for the backward, and does not
+    compute it there again from the fp32 input of the norm (1 % of a step, docs/log.md)."""
     q, codes = q.contiguous(), codes.contiguous()
     N, n_in = q.shape
     n_out = len(codes)
@@ -67,5 +75,5 @@ def scaled_int8_matmul(
 
 
 @scaled_int8_matmul.register_fake
-def _(q, codes, x_scale, scale, dtype):
+def _(q, codes, x_scale, scale, dtype, rounded_x=None):
     return q.new_empty(len(q), len(codes), dtype=dtype)
