@@ -19,8 +19,9 @@ The forward is the integer forward of a deployed model, not "fake quantization" 
 the last bit of a float now and then, and one such bit can flip the rounding of an activation in a later
 layer. Every form of the integer product (nanobit/kernels.py) is exact, so all of them give the same bits.
 
-The backward needs t and q / a. Training takes as much memory as a float model, because the master weights and
-the optimizer state stay fp32: the exported model is the small one.
+The backward keeps t and q as int8; code compiled for CUDA keeps q / a in the dtype of y, which is faster. So
+training takes about as much memory as a float model, also because the master weights and the optimizer state
+stay fp32: the exported model is the small one.
 
 This file has no norm inside the layer, no bias, no quantization of embeddings, head or norms, and no median
 or per-group scales. Never ternarize the weights of an export again: their scale would shrink.
@@ -43,19 +44,20 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self.register_buffer("kept_codes", None, persistent=False)  # see kept_codes.py
         self.register_buffer("kept_scale", None, persistent=False)
-        self.register_buffer("kept_bf16", None, persistent=False)
+        self.register_buffer("kept_floats", None, persistent=False)
 
     def forward(self, x):
         """Return y (..., out) for x (..., in), in the dtype that nn.Linear would give."""
         rows = x.reshape(-1, x.shape[-1])
-        kept = (self.kept_codes, self.kept_scale, self.kept_bf16)
+        kept = (self.kept_codes, self.kept_scale, self.kept_floats)
         y = TernaryLinear.apply(rows, self.weight, *kept, output_dtype(x))
         return y.view(*x.shape[:-1], -1)
 
 
 class TernaryLinear(torch.autograd.Function):
     """Compute y (N, out) in out_dtype from x (N, in) and W (out, in), and the straight-through gradients.
-    codes and scale are those of W, or None: then they are made here. codes_bf16: the codes again, or None.
+    codes and scale are those of W, or None: then they are made here. float_codes: the
+    same codes in the dtype of dy, for the backward, or None.
 
     Tutorials leave both to autograd, with `x + (rounded(x) - x).detach()`: its value is rounded(x), its
     gradient that of x. The result is the same, but the product is a float one and keeps float copies:
@@ -79,26 +81,32 @@ class TernaryLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, w, codes, scale, codes_bf16, out_dtype):
+    def forward(ctx, x, w, codes, scale, float_codes, out_dtype):
         with torch.autocast(x.device.type, enabled=False):  # it would round the exact product to bf16
             if codes is None:
                 codes, scale = int8_codes(w)
             x_int, x_scale = quantize_activations(x)
-            rounded_x = (x_int / x_scale).to(out_dtype)
+            rounded_x = None
+            if torch.compiler.is_compiling():  # eager code would keep a copy for each layer that reads x
+                rounded_x = (x_int / x_scale).to(out_dtype)
             y = scaled_matmul(x_int, x_scale, codes, scale, out_dtype, rounded_x)  # (q @ t^T) / (s * a)
-            ctx.save_for_backward(rounded_x, codes if codes_bf16 is None else codes_bf16, scale)
+            if float_codes is not None:
+                codes = float_codes
+            ctx.save_for_backward(x_int.to(torch.int8), x_scale, rounded_x, codes, scale)
         ctx.x_dtype = x.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        rounded_x, codes, scale = ctx.saved_tensors
+        x_int, x_scale, rounded_x, codes, scale = ctx.saved_tensors
         dx = dw = None
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:  # codes are exact in bf16, codes / scale is not: divide in fp32
                 product = fp32_matmul if dy.dtype == torch.float16 else torch.mm  # dy @ t overflows float16
                 dx = (product(dy, codes.to(dy.dtype)).float() / scale).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
+                if rounded_x is None:
+                    rounded_x = (x_int / x_scale).to(dy.dtype)
                 dw = fp32_matmul(dy.t(), rounded_x)
         return dx, dw, None, None, None, None
 

@@ -70,10 +70,10 @@ optimizers = optim.make_optimizers(cfg, model, machine.matrix_dtype(device))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 state, former = start.load(cfg, run, origin, tokenizer_spec, meta, model, optimizers, scaler)
 step_model, is_compiled = machine.compiled(model, cfg, device)
-keep_codes(model, is_compiled)  # the forward is compiled with them
+keep_codes(model, is_compiled, dtype)  # the forward is compiled with them
 with machine.autocast(device, dtype):
     step_model = distributed.replicate(step_model, device, cfg, train_data.is_masked)
-keep_codes(model, is_compiled)  # again, since DDP takes the weights of rank 0
+keep_codes(model, is_compiled, dtype)  # again, since DDP takes the weights of rank 0
 is_replayed = machine.replays_micro_steps(cfg, device, dtype, model.flops_per_token())
 facts = dict(device=machine.describe(device), dtype=machine.name(dtype), compile=is_compiled, params=n_params)
 facts |= dict(graphs=is_replayed) | machine.processor()
@@ -293,7 +293,7 @@ while True:
             leave()
         raise
     norm, skipped = optim.update(model, optimizers, scaler, cfg.grad_clip, loss_sum)
-    keep_codes(model, is_compiled)  # for all forwards until the next update
+    keep_codes(model, is_compiled, dtype)  # for all forwards until the next update
     skips.add(skipped)
     if cfg.n_expert:
         state.routers = state.routers + router_sum

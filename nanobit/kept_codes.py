@@ -7,11 +7,12 @@ import torch
 from quant import scale_of_mean, ternarize
 
 
-def keep_codes(model, compiled=False):
+def keep_codes(model, compiled=False, dtype=None):
     """Make the codes (int8) and the scale of each ternary layer now, for all forwards until the next call.
 
     Otherwise each forward makes them: in every micro-step of an update, in every batch of an evaluation. The
-    layers of FSDP do that still, since only there their matrices are whole. compiled: by torch.compile."""
+    layers of FSDP do that still, since only there their matrices are whole. compiled: by torch.compile.
+    dtype: that of the products in a backward, for which the codes are then kept too on CUDA."""
     layers = [layer for layer in model.modules() if hasattr(layer, "kept_codes")]
     layers = [layer for layer in layers if not hasattr(layer.weight, "placements")]
     weights = [layer.weight.detach() for layer in layers]
@@ -20,16 +21,15 @@ def keep_codes(model, compiled=False):
         if layer.kept_codes is None:
             layer.kept_codes = torch.empty_like(w, dtype=torch.int8)
             layer.kept_scale = torch.empty_like(w[..., :1, :1], dtype=torch.float32)
-            if on_cuda and hasattr(layer, "kept_bf16"):  # else each micro-step converts them
-                layer.kept_bf16 = torch.empty_like(w, dtype=torch.bfloat16)
-    kept = [(layer.kept_codes, layer.kept_scale, getattr(layer, "kept_bf16", None)) for layer in layers]
+        if on_cuda and dtype and hasattr(layer, "kept_floats") and layer.kept_floats is None:
+            layer.kept_floats = torch.empty_like(w, dtype=dtype)
+    kept = [(layer.kept_codes, layer.kept_scale, getattr(layer, "kept_floats", None)) for layer in layers]
     if on_cuda:
         write_scales(weights, [scale for _, scale, _ in kept])
     write = compiled_writer() if compiled else write_codes
-    # a call takes the host some 80 us, which the device would wait for; small ones compile faster
-    n_together = len(layers) if on_cuda else 1
-    for first in range(0, len(layers), n_together):
-        part = slice(first, first + n_together)
+    # a call takes the host some 0.1 ms, so on CUDA there is one; on a CPU, equal shapes share compiled code
+    parts = [slice(None)] if on_cuda else [slice(i, i + 1) for i in range(len(layers))]
+    for part in parts:
         write(weights[part], kept[part], on_cuda)
     for layer in layers:
         layer.kept_version = version_of(layer.weight)
@@ -59,19 +59,19 @@ def write_scales(weights, kept_scales):
 
 
 def write_codes(weights, kept, has_scales):
-    """Write the codes of each W into tensors of int8 and bfloat16 (or None), and its scale into another,
-    unless that has it already."""
-    for w, (kept_codes, kept_scale, kept_bf16) in zip(weights, kept):
+    """Write the codes of each W into a tensor of int8 and one of floats (or None), and its scale into one
+    more, unless that has it already."""
+    for w, (kept_codes, kept_scale, kept_floats) in zip(weights, kept):
         codes, scale = ternarize(w, kept_scale if has_scales else None)
         kept_codes.copy_(codes)
-        if kept_bf16 is not None:
-            kept_bf16.copy_(codes)
+        if kept_floats is not None:
+            kept_floats.copy_(codes)
         if not has_scales:
             kept_scale.copy_(scale)
 
 
 @functools.cache
 def compiled_writer():
-    """Return write_codes by torch.compile, which takes milliseconds to ask for. On CUDA a kernel writes the
-    codes of several matrices."""
+    """Return write_codes by torch.compile, which takes milliseconds to ask for. On CUDA one kernel writes
+    the codes of several matrices (combo_kernels)."""
     return torch.compile(write_codes, dynamic=False, options={"combo_kernels": True})

@@ -13,11 +13,12 @@ FUSED_FROM = 8, 0  # the compute capability from which it is used; bench.py prin
 
 def scaled_matmul(x_int, x_scale, codes, scale, dtype, rounded_x=None):
     """Return (x_int @ codes^T) / (scale * x_scale) in dtype, (N, out), as exact_matmul computes it. codes are
-    int8, x_scale (N, 1). rounded_x: what the backward needs of x, see kernels_cuda.scaled_int8_matmul."""
+    int8, x_scale (N, 1). rounded_x: x_int / x_scale or None, see kernels_cuda.scaled_int8_matmul."""
     if fused_matmul and x_int.is_cuda and len(x_int) > 16:
         n_out, n_in = codes.shape
         assert n_in * 127 < 2**24, "sums of this width are not exact in fp32"
-        # keys and values have the input of the queries; that of down_proj is made of what its backward reads
+        # k_proj and v_proj share the input of q_proj; that of down_proj is computed again from gate and up,
+        # which the backward reads anyway
         if n_out < n_in:
             rounded_x = None
         return fused_matmul(x_int.to(torch.int8), codes, x_scale, scale, dtype, rounded_x)

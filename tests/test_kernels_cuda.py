@@ -45,6 +45,8 @@ def check_bits():
         for dtype in (torch.float32, torch.float16):
             y = kernels_cuda.scaled_int8_matmul(x_int, codes, x_scale, scale, dtype)
             assert torch.equal(y, expected.to(dtype))
+        y = kernels_cuda.scaled_int8_matmul(x_int, codes, x_scale, scale, torch.float32, x_int / x_scale)
+        assert torch.equal(y, expected)
         # whatever the strides are
         q, t = x_int.t().contiguous().t(), codes.t().contiguous().t()
         y = kernels_cuda.scaled_int8_matmul(q, t, x_scale, scale, torch.float32)

@@ -70,12 +70,12 @@ def memory_gb(cfg, counts, batch_size, dtype_bytes):
     """Return the peak memory in 1e9 bytes of a training step with batch_size sequences a micro-step: fp32
     weights, gradients and optimizer state, and what a compiled forward keeps (without compile 1.5 to 2 times
     as much; counted by hooks on what autograd saves). A block keeps of each token the residual stream twice,
-    queries, keys, values and their sum, gate and up, and in a float model the inputs of its products. The
-    experts of a mixture run uncompiled in a loop."""
+    queries, keys, values and their sum, the inputs of attention and feed-forward, gate and up, and the input
+    of o_proj (ternary) or of down_proj (float). The experts of a mixture run uncompiled in a loop."""
     b = dtype_bytes
     width = cfg.n_embd
     keys = width // cfg.n_head * cfg.n_kv_head
-    block = 8 * width + 2 * b * (width + keys + width * (not cfg.ternary))
+    block = 8 * width + 2 * b * (2 * width + keys) + b * width * cfg.ternary
     if cfg.n_expert:
         block += cfg.n_expert_active * 4 * b * (cfg.ffn_dim + width)
     else:
@@ -85,7 +85,7 @@ def memory_gb(cfg, counts, batch_size, dtype_bytes):
     if cfg.optimizer == "muon":  # one number for each weight of a matrix, not two
         embeddings = (2 - cfg.tie_embeddings) * cfg.vocab_size * width
         state -= 4 * (counts["total"] - embeddings)
-    if b == 2 and not cfg.ternary:  # autocast's copies of the weights
+    if b == 2:  # copies of the weights by autocast, or of their codes
         state += 2 * counts["total"]
     return (state + per_token * batch_size * cfg.seq_len) / 1e9
 

@@ -79,7 +79,7 @@ class Contestant:
         if self.is_compiled:
             print(f"{self.name}: compiling, which takes a minute or so", file=sys.stderr, flush=True)
         began = now(self.device)
-        keep_codes(self.model, self.is_compiled)
+        keep_codes(self.model, self.is_compiled, self.dtype)
         self.step()
         self.first_seconds = now(self.device) - began
         print(f"{self.name}: {self.first_seconds:.1f} s for the first step", flush=True)
@@ -115,7 +115,7 @@ class Contestant:
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         optim.update(self.model, self.optimizers, scaler, self.cfg.grad_clip, loss_sum)
         mark("optimizer")
-        keep_codes(self.model, self.is_compiled)
+        keep_codes(self.model, self.is_compiled, self.dtype)
         mark("codes")
 
     def time_steps(self):
