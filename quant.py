@@ -19,9 +19,9 @@ The forward is the integer forward of a deployed model, not "fake quantization" 
 the last bit of a float now and then, and one such bit can flip the rounding of an activation in a later
 layer. Every form of the integer product (nanobit/kernels.py) is exact, so all of them give the same bits.
 
-The backward keeps t and q as int8; code compiled for CUDA keeps q / a in the dtype of y, which is faster. So
-training takes about as much memory as a float model, also because the master weights and the optimizer state
-stay fp32: the exported model is the small one.
+The backward needs t and q / a: eager code keeps q as int8, compiled code most of q / a. Training takes about
+as much memory as a float model, because the master weights and the optimizer state stay fp32: the exported
+model is the small one.
 
 This file has no norm inside the layer, no bias, no quantization of embeddings, head or norms, and no median
 or per-group scales. Never ternarize the weights of an export again: their scale would shrink.
@@ -56,8 +56,8 @@ class BitLinear(nn.Linear):
 
 class TernaryLinear(torch.autograd.Function):
     """Compute y (N, out) in out_dtype from x (N, in) and W (out, in), and the straight-through gradients.
-    codes and scale are those of W, or None: then they are made here. float_codes: the
-    same codes in the dtype of dy, for the backward, or None.
+    codes and scale are those of W, or None: then they are made here. float_codes: the same codes as floats
+    for the backward, or None.
 
     Tutorials leave both to autograd, with `x + (rounded(x) - x).detach()`: its value is rounded(x), its
     gradient that of x. The result is the same, but the product is a float one and keeps float copies:
@@ -92,6 +92,7 @@ class TernaryLinear(torch.autograd.Function):
             y = scaled_matmul(x_int, x_scale, codes, scale, out_dtype, rounded_x)  # (q @ t^T) / (s * a)
             if float_codes is not None:
                 codes = float_codes
+            # the compiler drops what the backward does not read
             ctx.save_for_backward(x_int.to(torch.int8), x_scale, rounded_x, codes, scale)
         ctx.x_dtype = x.dtype
         return y

@@ -96,13 +96,16 @@ class BitExperts(FloatExperts):
         super().__init__(n_expert, in_features, out_features)
         self.register_buffer("kept_codes", None, persistent=False)  # (E, out, in): see kept_codes.py
         self.register_buffer("kept_scale", None, persistent=False)
+        self.register_buffer("kept_floats", None, persistent=False)
 
     def forward(self, x, sizes):
-        codes = scales = [None] * len(sizes)
+        codes = scales = floats = [None] * len(sizes)
         if self.kept_codes is not None:
             codes, scales = self.kept_codes.unbind(), self.kept_scale.unbind()
-        parts = zip(x.split(sizes), self.weight.unbind(), codes, scales)
-        return torch.cat([TernaryLinear.apply(*part, None, output_dtype(x)) for part in parts])
+        if self.kept_floats is not None:
+            floats = self.kept_floats.unbind()
+        parts = zip(x.split(sizes), self.weight.unbind(), codes, scales, floats)
+        return torch.cat([TernaryLinear.apply(*part, output_dtype(x)) for part in parts])
 
 
 def grouped_mm_pays(x, weight):

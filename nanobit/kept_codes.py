@@ -12,25 +12,25 @@ def keep_codes(model, compiled=False, dtype=None):
 
     Otherwise each forward makes them: in every micro-step of an update, in every batch of an evaluation. The
     layers of FSDP do that still, since only there their matrices are whole. compiled: by torch.compile.
-    dtype: that of the products in a backward, for which the codes are then kept too on CUDA."""
+    dtype: if it has 16 bits, the codes are kept in it too on CUDA, for the products of the backward."""
     layers = [layer for layer in model.modules() if hasattr(layer, "kept_codes")]
     layers = [layer for layer in layers if not hasattr(layer.weight, "placements")]
     weights = [layer.weight.detach() for layer in layers]
-    on_cuda = bool(layers) and all(w.is_cuda for w in weights)
+    on_cuda = all(w.is_cuda for w in weights)
     for layer, w in zip(layers, weights):
         if layer.kept_codes is None:
             layer.kept_codes = torch.empty_like(w, dtype=torch.int8)
             layer.kept_scale = torch.empty_like(w[..., :1, :1], dtype=torch.float32)
-        if on_cuda and dtype and hasattr(layer, "kept_floats") and layer.kept_floats is None:
+        if on_cuda and layer.kept_floats is None and dtype in (torch.bfloat16, torch.float16):
             layer.kept_floats = torch.empty_like(w, dtype=dtype)
-    kept = [(layer.kept_codes, layer.kept_scale, getattr(layer, "kept_floats", None)) for layer in layers]
-    if on_cuda:
-        write_scales(weights, [scale for _, scale, _ in kept])
+    kept = [(layer.kept_codes, layer.kept_scale, layer.kept_floats) for layer in layers]
     write = compiled_writer() if compiled else write_codes
-    # a call takes the host some 0.1 ms, so on CUDA there is one; on a CPU, equal shapes share compiled code
-    parts = [slice(None)] if on_cuda else [slice(i, i + 1) for i in range(len(layers))]
-    for part in parts:
-        write(weights[part], kept[part], on_cuda)
+    if on_cuda and layers:  # in one call, which takes the host some 0.1 ms
+        write_scales(weights, [scale for _, scale, _ in kept])
+        write(weights, kept, True)
+    else:  # one by one: equal shapes share compiled code
+        for w, own in zip(weights, kept):
+            write([w], [own], False)
     for layer in layers:
         layer.kept_version = version_of(layer.weight)
 

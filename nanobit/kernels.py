@@ -17,8 +17,7 @@ def scaled_matmul(x_int, x_scale, codes, scale, dtype, rounded_x=None):
     if fused_matmul and x_int.is_cuda and len(x_int) > 16:
         n_out, n_in = codes.shape
         assert n_in * 127 < 2**24, "sums of this width are not exact in fp32"
-        # k_proj and v_proj share the input of q_proj; that of down_proj is computed again from gate and up,
-        # which the backward reads anyway
+        # down_proj: the backward reads gate and up anyway; k_proj and v_proj: q_proj stores their input
         if n_out < n_in:
             rounded_x = None
         return fused_matmul(x_int.to(torch.int8), codes, x_scale, scale, dtype, rounded_x)

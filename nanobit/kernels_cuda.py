@@ -59,8 +59,8 @@ def scaled_int8_matmul(
     """Return (q @ codes^T) / (scale * x_scale) in dtype (N, out), rounded as kernels.scaled_matmul does. q
     (N, in) and codes (out, in) are int8, x_scale (N, 1) and scale (one number) fp32.
 
-    rounded_x is not read. Since the forward needs it, the compiler stores it for the backward. Otherwise it
-    would compute it there again, from the fp32 input of the norm: 0.3 to 1.2 % of a step (docs/log.md)."""
+    rounded_x is not read. As the forward needs it, the compiler stores it for the backward. Otherwise the
+    backward computes it again from the fp32 input of the norm: 0.3 to 1.2 % of a step (docs/log.md)."""
     q, codes = q.contiguous(), codes.contiguous()
     N, n_in = q.shape
     n_out = len(codes)

@@ -84,10 +84,18 @@ def test_kept_codes_of_experts_give_the_same_bits():
     """Experts with kept codes compute what they compute without."""
     layer, cfg = small_experts(ternary=True)
     x = torch.randn(2, 8, cfg.n_embd)
-    y, _ = layer(x)
-    keep_codes(layer)
-    assert layer.down_proj.kept_codes.dtype == torch.int8
-    assert torch.equal(layer(x)[0], y)
+    results = []
+    for floats in (None, None, layer.down_proj.weight.detach().bfloat16()):
+        layer.down_proj.kept_floats = floats  # as on CUDA
+        if results:
+            keep_codes(layer)
+            assert layer.down_proj.kept_codes.dtype == torch.int8
+        layer.zero_grad()
+        y, _ = layer(x)
+        y.sum().backward()
+        results.append([y, *(p.grad.clone() for p in layer.parameters())])
+    for kept in results[1:]:
+        assert all(map(torch.equal, results[0], kept))
 
 
 @pytest.mark.parametrize("ternary", [True, False])

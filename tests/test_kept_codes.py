@@ -30,11 +30,18 @@ def stepped(model, x, keep):
 
 def test_kept_codes_give_the_same_bits():
     """With kept codes, renewed after a step, outputs and gradients are those of a layer without; so they are
-    if the codes are kept as floats too, as on CUDA."""
+    if the codes are kept as floats too, as on CUDA, which the backward then reads."""
     x = torch.randn(9, 64, requires_grad=True)
     alone, *others = [stepped(layer(), x, keep) for keep in (False, True, "floats")]
     for kept in others:
         assert all(map(torch.equal, alone, kept))
+    bit = layer()
+    stepped(bit, x, "floats")
+    grads = []
+    for _ in range(2):
+        grads += torch.autograd.grad(bit(x).sum(), x)
+        bit.kept_floats *= 2
+    assert torch.equal(grads[1], 2 * grads[0])
 
 
 def test_scales_made_together_are_those_of_each_matrix():
@@ -56,6 +63,7 @@ def test_scales_made_together_are_those_of_each_matrix():
 def test_kept_codes_are_not_saved():
     """The state dict of a layer has its master weights only."""
     bit = layer()
+    bit.kept_floats = torch.empty(48, 64, dtype=torch.bfloat16)
     keep_codes(bit)
     assert list(bit.state_dict()) == ["weight"]
 

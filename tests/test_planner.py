@@ -129,11 +129,11 @@ def test_memory_by_hand(changes, per_token):
     cfg = settings(n_layer=3, n_embd=64, n_head=4, n_kv_head=2, ffn_dim=96, vocab_size=1000, **changes)
     counts = Transformer(cfg).counts()
     state = planner.memory_gb(cfg, counts, 0, 4)
-    assert state * 1e9 == pytest.approx(16 * counts["total"])
+    assert state * 1e9 == pytest.approx(16 * counts["total"] + counts["ternary"])
     assert (planner.memory_gb(cfg, counts, 3, 4) - state) * 1e9 == pytest.approx(per_token * 3 * cfg.seq_len)
     cfg.optimizer = "muon"
     with_muon = planner.memory_gb(cfg, counts, 0, 4) * 1e9
-    assert with_muon == pytest.approx(12 * counts["total"] + 4 * 64 * 1000)
+    assert with_muon == pytest.approx(12 * counts["total"] + 4 * 64 * 1000 + counts["ternary"])
     copies = planner.memory_gb(cfg, counts, 0, 2) * 1e9 - with_muon
     assert copies == pytest.approx(2 * counts["total"])
 
@@ -187,7 +187,7 @@ def test_planned_memory_is_what_autograd_keeps(ternary, dtype, monkeypatch):
     planned = [planner.memory_gb(cfg, model.counts(), n, dtype.itemsize) for n in (4, 8)]
     assert 1e9 * (planned[1] - planned[0]) == pytest.approx(counted[1] - counted[0], rel=0.1)
     state = planner.memory_gb(cfg, model.counts(), 0, 4) * 1e9  # weights, gradients, AdamW's two numbers
-    assert state == 16 * model.counts()["total"]
+    assert state == 16 * model.counts()["total"] + model.counts()["ternary"]
     cfg.total_batch_size = 64 * 32
     fits = planner.largest_batch_size(cfg, model.counts(), 0.9, 4)
     assert 64 % fits == 0

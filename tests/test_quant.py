@@ -164,6 +164,14 @@ def test_a_bfloat16_model_is_quantized_in_float32():
     assert torch.equal(y, reference(x.float(), bit.weight.float()).bfloat16())
 
 
+def test_eager_code_keeps_int8_for_the_backward():
+    """An eager layer keeps codes and rounded inputs as int8: of floats, only the scales."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        layer()(torch.randn(9, 64))
+    assert {tensor.dtype for tensor in kept if tensor.numel() > 9} == {torch.int8}
+
+
 def test_is_a_drop_in_for_linear():
     """The state dict is that of nn.Linear, so a float model can be made ternary."""
     linear, bit = nn.Linear(64, 48, bias=False), layer()

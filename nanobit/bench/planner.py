@@ -81,11 +81,11 @@ def memory_gb(cfg, counts, batch_size, dtype_bytes):
     else:
         block += b * (3 - cfg.ternary) * cfg.ffn_dim
     per_token = cfg.n_layer * block + 4 * width + 2 * b * cfg.vocab_size  # logits and their gradient
-    state = 16 * counts["total"]
+    state = 16 * counts["total"] + counts["ternary"]  # int8 codes
     if cfg.optimizer == "muon":  # one number for each weight of a matrix, not two
         embeddings = (2 - cfg.tie_embeddings) * cfg.vocab_size * width
         state -= 4 * (counts["total"] - embeddings)
-    if b == 2:  # copies of the weights by autocast, or of their codes
+    if b == 2:  # copies of the weights by autocast, or of the codes
         state += 2 * counts["total"]
     return (state + per_token * batch_size * cfg.seq_len) / 1e9
 
