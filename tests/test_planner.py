@@ -117,10 +117,10 @@ def test_lengths_to_compare():
 
 @pytest.mark.parametrize(
     "changes, per_token",
-    [  # C = 64, keys 32, F = 96, V = 1000; 8 C + b (...) for each of 3 blocks, then 4 C + 2 b V
-        (dict(ternary=True), 3 * (512 + 8 * (128 + 32) + 256 + 8 * 96) + 256 + 8000),
-        (dict(ternary=False), 3 * (512 + 8 * (128 + 32) + 12 * 96) + 256 + 8000),
-        (dict(ternary=False, n_expert=4, n_expert_active=2), 3 * (512 + 768 + 512 + 2 * 16 * 160) + 8256),
+    [  # C = 64, keys 32, F = 96, V = 1000; 8 C + b (...) for each of 3 blocks, then 4 C + b C + 2 b V
+        (dict(ternary=True), 3 * (512 + 8 * (128 + 32) + 256 + 8 * 96) + 512 + 8000),
+        (dict(ternary=False), 3 * (512 + 8 * (128 + 32) + 12 * 96) + 512 + 8000),
+        (dict(ternary=False, n_expert=4, n_expert_active=2), 3 * (512 + 768 + 512 + 2 * 16 * 160) + 8512),
     ],
 )
 def test_memory_by_hand(changes, per_token):
@@ -153,7 +153,7 @@ def _(q, codes, dtype, rounded_x):
 
 @pytest.mark.parametrize("ternary, dtype", [(True, torch.float32), (False, torch.bfloat16)])
 def test_planned_memory_is_what_autograd_keeps(ternary, dtype, monkeypatch):
-    """The planned activations are, within 10 %, what autograd keeps of a compiled model, as on a GPU: there a
+    """The planned activations are, within 2 %, what autograd keeps of a compiled model, as on a GPU: there a
     ternary layer keeps its rounded input, which its product asks for (kernels.scaled_matmul)."""
 
     def scaled_matmul(x_int, x_scale, codes, scale, dtype, rounded_x):
@@ -185,7 +185,7 @@ def test_planned_memory_is_what_autograd_keeps(ternary, dtype, monkeypatch):
         counted.append(sum(kept.values()) + x.numel() * 256 * dtype.itemsize)  # the gradient of the logits
         loss.backward()
     planned = [planner.memory_gb(cfg, model.counts(), n, dtype.itemsize) for n in (4, 8)]
-    assert 1e9 * (planned[1] - planned[0]) == pytest.approx(counted[1] - counted[0], rel=0.1)
+    assert 1e9 * (planned[1] - planned[0]) == pytest.approx(counted[1] - counted[0], rel=0.02)
     state = planner.memory_gb(cfg, model.counts(), 0, 4) * 1e9  # weights, gradients, AdamW's two numbers
     assert state == 16 * model.counts()["total"] + model.counts()["ternary"]
     cfg.total_batch_size = 64 * 32

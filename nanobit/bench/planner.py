@@ -80,7 +80,8 @@ def memory_gb(cfg, counts, batch_size, dtype_bytes):
         block += cfg.n_expert_active * 4 * b * (cfg.ffn_dim + width)
     else:
         block += b * (3 - cfg.ternary) * cfg.ffn_dim
-    per_token = cfg.n_layer * block + 4 * width + 2 * b * cfg.vocab_size  # logits and their gradient
+    # the last residual stream, the input of the head, the logits and their gradient
+    per_token = cfg.n_layer * block + (4 + b) * width + 2 * b * cfg.vocab_size
     state = 16 * counts["total"] + counts["ternary"]  # int8 codes
     if cfg.optimizer == "muon":  # one number for each weight of a matrix, not two
         embeddings = (2 - cfg.tie_embeddings) * cfg.vocab_size * width
