@@ -20,7 +20,7 @@ def keep_codes(model, compiled=False, dtype=None):
     for layer, w in zip(layers, weights):
         if layer.kept_codes is None:
             layer.kept_codes = torch.empty_like(w, dtype=torch.int8)
-            layer.kept_scale = torch.empty_like(w[..., :1, :1], dtype=torch.float32)
+            layer.kept_scale = w.new_empty(*w.shape[:-2], 1, 1, dtype=torch.float32)
         if on_cuda and layer.kept_floats is None and dtype in (torch.bfloat16, torch.float16):
             layer.kept_floats = torch.empty_like(w, dtype=dtype)
     kept = [(layer.kept_codes, layer.kept_scale, layer.kept_floats) for layer in layers]

@@ -134,3 +134,17 @@ def test_repeated_heads_are_groups_of_heads(monkeypatch):
     for left, right in zip(*results):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
     assert grouped == [True, True, False, False]
+
+
+def test_the_product_of_a_wide_layer_asks_for_the_rounded_input(monkeypatch):
+    """The fused product receives the rounded input, which is then stored for the backward, if the layer is at
+    least as wide as its input."""
+    received = []
+    monkeypatch.setattr(kernels, "fused_matmul", lambda *operands: received.append(operands[-1]))
+    with FakeTensorMode():
+        x, x_scale, scale = (torch.empty(shape, device="cuda") for shape in ((32, 64), (32, 1), (1, 1)))
+        for n_out in (64, 128, 48):
+            codes = torch.empty(n_out, 64, dtype=torch.int8, device="cuda")
+            kernels.scaled_matmul(x, x_scale, codes, scale, torch.bfloat16, x)
+    assert [rounded_x is x for rounded_x in received] == [True, True, False]
+    assert received[-1] is None

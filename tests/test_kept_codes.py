@@ -4,8 +4,11 @@ import pytest
 import torch
 from test_quant import layer, reference
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quant
+from nanobit import kept_codes
+from nanobit.experts import BitExperts
 from nanobit.kept_codes import check_codes, keep_codes, write_codes, write_scales
 
 
@@ -58,6 +61,22 @@ def test_scales_made_together_are_those_of_each_matrix():
     for w, (codes, scale, _) in zip(weights, kept):
         assert torch.equal(codes, (w * scale).round().clamp(-1, 1).to(torch.int8))
     assert torch.equal(kept[0][2].float(), kept[0][0].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, None])
+def test_float_codes_have_the_dtype_of_the_run(monkeypatch, dtype):
+    """On CUDA one call writes the codes of all layers, as floats too in a 16-bit dtype of the run. Guards
+    against bfloat16 on a card that has no units for it: there torch.compile refuses it."""
+    calls = []
+    monkeypatch.setattr(kept_codes, "write_codes", lambda *operands: calls.append(operands))
+    with FakeTensorMode():  # a CUDA device without a card
+        model = nn.Sequential(layer(), layer(48, 64), BitExperts(3, 64, 16))
+        for bit in model:
+            bit.weight = nn.Parameter(torch.empty(bit.weight.shape, device="cuda"))
+        keep_codes(model, dtype=dtype)
+    assert len(calls) == 1
+    expected = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    assert [getattr(bit.kept_floats, "dtype", None) for bit in model] == 3 * [expected]
 
 
 def test_kept_codes_are_not_saved():
