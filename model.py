@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanobit.experts import Experts, bit_layers
-from quant import BitLinear, output_dtype
+from quant import BitLinear
 
 
 class Transformer(nn.Module):
@@ -135,15 +135,16 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, D) and (B, K, T, D)
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self, k, v)
-        if self.n_head != self.n_kv_head and not has_flash_attention(q):  # the fallback stores T x T weights
-            k, v = (x.repeat_interleave(self.n_head // self.n_kv_head, 1) for x in (k, v))
+        if self.n_head != self.n_kv_head and repeats_heads(q):
+            k, v = (heads.repeat_interleave(self.n_head // self.n_kv_head, 1) for heads in (k, v))
         if attends_in_float32(q):
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast("cpu", enabled=False):
@@ -159,12 +160,10 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def has_flash_attention(q):
-    """Return whether torch has flash attention for q, which takes groups of heads: on CUDA only in 16-bit
-    floats, on Ampere or newer."""
-    if not q.is_cuda:
-        return True
-    return output_dtype(q) != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+def repeats_heads(q):
+    """Return whether keys and values are repeated for each head of their group: on CUDA, where torch's own
+    groups are slower (docs/log.md), and store T x T weights in float32 and before Ampere."""
+    return q.is_cuda
 
 
 def attends_in_float32(q):
@@ -210,6 +209,6 @@ def rope_tables(seq_len, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """Return x (B, H, T, D) with each pair (x_i, x_{i + D/2}) rotated by its angle; cos, sin (T, D)."""
+    """Return x (B, T, H, D) with each pair (x_i, x_{i + D/2}) rotated by its angle; cos, sin (T, D)."""
     first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+    return (x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]).to(x.dtype)

@@ -93,25 +93,6 @@ def test_the_product_of_all_experts_is_for_hopper(card, monkeypatch):
         assert experts.grouped_mm_pays(x, weight) == pays
 
 
-@pytest.mark.parametrize(
-    "capability, dtype, has_flash",
-    [
-        ((8, 6), torch.bfloat16, True),
-        ((8, 6), torch.float32, False),
-        ((7, 5), torch.float16, False),
-        ((12, 0), torch.float16, True),
-    ],
-)
-def test_flash_attention_needs_16_bits_and_ampere(card, capability, dtype, has_flash):
-    """Groups of heads are left to torch only if its attention of them does not store T x T weights."""
-    card("", capability)
-    with FakeTensorMode():
-        q = torch.empty(3, 4, 16, 8, device="cuda")
-    with machine.autocast(CUDA, dtype):
-        assert model.has_flash_attention(q) == has_flash
-    assert model.has_flash_attention(q.to(dtype)) == has_flash
-
-
 def test_repeated_heads_are_groups_of_heads(monkeypatch):
     """Attention with repeated keys and values has the logits and gradients of groups of heads."""
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -123,8 +104,8 @@ def test_repeated_heads_are_groups_of_heads(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     results = []
-    for has_flash in (True, False):
-        monkeypatch.setattr(model, "has_flash_attention", lambda q, has_flash=has_flash: has_flash)
+    for repeats in (False, True):
+        monkeypatch.setattr(model, "repeats_heads", lambda q, repeats=repeats: repeats)
         torch.manual_seed(0)
         net = model.Transformer(settings(n_head=4, n_kv_head=2))
         idx = torch.randint(28, (3, 16))
@@ -136,15 +117,21 @@ def test_repeated_heads_are_groups_of_heads(monkeypatch):
     assert grouped == [True, True, False, False]
 
 
-def test_the_product_of_a_wide_layer_asks_for_the_rounded_input(monkeypatch):
-    """The fused product receives the rounded input, which is then stored for the backward, if the layer is at
-    least as wide as its input."""
+def test_the_fused_product_asks_for_the_rounded_input(monkeypatch):
+    """The fused product receives the rounded input, which is then stored for the backward."""
     received = []
     monkeypatch.setattr(kernels, "fused_matmul", lambda *operands: received.append(operands[-1]))
     with FakeTensorMode():
         x, x_scale, scale = (torch.empty(shape, device="cuda") for shape in ((32, 64), (32, 1), (1, 1)))
-        for n_out in (64, 128, 48):
-            codes = torch.empty(n_out, 64, dtype=torch.int8, device="cuda")
-            kernels.scaled_matmul(x, x_scale, codes, scale, torch.bfloat16, x)
-    assert [rounded_x is x for rounded_x in received] == [True, True, False]
-    assert received[-1] is None
+        codes = torch.empty(48, 64, dtype=torch.int8, device="cuda")
+        kernels.scaled_matmul(x, x_scale, codes, scale, torch.bfloat16, x)
+    assert received == [x]
+
+
+def test_heads_are_repeated_on_cuda():
+    """Keys and values are repeated for the heads of their group on CUDA alone."""
+    with FakeTensorMode():
+        assert [model.repeats_heads(torch.empty(1, device=device)) for device in ("cuda", "cpu")] == [
+            True,
+            False,
+        ]
