@@ -100,9 +100,12 @@ def test_a_processor_has_a_model_and_vector_units():
         assert facts["cpu"].split(", ")[0] in names[0]
 
 
+ALWAYS = {"triton.multi_kernel": 3, "online_softmax": False}
+
+
 @pytest.mark.parametrize(
     "batch_size, options",
-    [(31, {"triton.multi_kernel": 3}), (32, {"triton.multi_kernel": 3, "realize_reads_threshold": 8})],
+    [(31, ALWAYS), (32, ALWAYS | {"realize_reads_threshold": 8})],
 )
 def test_models_are_compiled_for_cuda_with_options_that_torch_knows(monkeypatch, batch_size, options):
     """torch.compile gets the options that were measured: one of them for 8,192 tokens or more."""
