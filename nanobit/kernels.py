@@ -15,11 +15,7 @@ def scaled_matmul(x_int, x_scale, codes, scale, dtype, rounded_x=None):
     """Return (x_int @ codes^T) / (scale * x_scale) in dtype, (N, out), as exact_matmul computes it. codes are
     int8, x_scale (N, 1). rounded_x: x_int / x_scale or None, see kernels_cuda.scaled_int8_matmul."""
     if fused_matmul and x_int.is_cuda and len(x_int) > 16:
-        n_out, n_in = codes.shape
-        assert n_in * 127 < 2**24, "sums of this width are not exact in fp32"
-        # down_proj: the backward reads gate and up anyway; k_proj and v_proj: q_proj stores their input
-        if n_out < n_in:
-            rounded_x = None
+        assert codes.shape[-1] * 127 < 2**24, "sums of this width are not exact in fp32"
         return fused_matmul(x_int.to(torch.int8), codes, x_scale, scale, dtype, rounded_x)
     y = exact_matmul(x_int, codes) / (scale * x_scale)
     # compiled by torch 2.11, a cast to the same dtype silently cuts the gradient off

@@ -117,14 +117,14 @@ def test_lengths_to_compare():
 
 @pytest.mark.parametrize(
     "changes, per_token",
-    [  # C = 64, keys 32, F = 96, V = 1000; 8 C + b (...) for each of 3 blocks, then 4 C + b C + 2 b V
-        (dict(ternary=True), 3 * (512 + 8 * (128 + 32) + 256 + 8 * 96) + 512 + 8000),
-        (dict(ternary=False), 3 * (512 + 8 * (128 + 32) + 12 * 96) + 512 + 8000),
-        (dict(ternary=False, n_expert=4, n_expert_active=2), 3 * (512 + 768 + 512 + 2 * 16 * 160) + 8512),
+    [  # C = 64, F = 96, V = 1000; 8 C + b (...) for each of 3 blocks, then 4 C + b C + 2 b V
+        (dict(ternary=True), 3 * (512 + 4 * 7 * 64 + 12 * 96) + 512 + 8000),
+        (dict(ternary=False), 3 * (512 + 4 * 6 * 64 + 12 * 96) + 512 + 8000),
+        (dict(ternary=False, n_expert=4, n_expert_active=2), 3 * (512 + 24 * 64 + 2 * 16 * 160) + 8512),
     ],
 )
 def test_memory_by_hand(changes, per_token):
-    """Memory counts keys as wide as they are, each active expert, the state of the optimizer, and the copies
+    """Memory counts repeated keys and values, each active expert, the state of the optimizer, and the copies
     that autocast makes."""
     cfg = settings(n_layer=3, n_embd=64, n_head=4, n_kv_head=2, ffn_dim=96, vocab_size=1000, **changes)
     counts = Transformer(cfg).counts()
@@ -157,11 +157,11 @@ def test_planned_memory_is_what_autograd_keeps(ternary, dtype, monkeypatch):
     ternary layer keeps its rounded input, which its product asks for (kernels.scaled_matmul)."""
 
     def scaled_matmul(x_int, x_scale, codes, scale, dtype, rounded_x):
-        is_wide = len(codes) >= codes.shape[1]
-        return product(x_int.to(torch.int8), codes, dtype, rounded_x if is_wide else x_scale)
+        return product(x_int.to(torch.int8), codes, dtype, rounded_x)
 
     monkeypatch.setattr("quant.scaled_matmul", scaled_matmul)
     monkeypatch.setattr("model.attends_in_float32", lambda q: False)
+    monkeypatch.setattr("model.repeats_heads", lambda q: True)
     torch._dynamo.reset()
     cfg = settings(n_layer=1, n_embd=128, n_head=4, n_kv_head=2, ffn_dim=384, vocab_size=256, seq_len=32)
     cfg.ternary, cfg.dropout = ternary, 0.0

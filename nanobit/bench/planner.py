@@ -70,16 +70,16 @@ def memory_gb(cfg, counts, batch_size, dtype_bytes):
     """Return the peak memory in 1e9 bytes of a training step with batch_size sequences a micro-step: fp32
     weights, gradients and optimizer state, and what a compiled forward keeps (without compile 1.5 to 2 times
     as much; counted by hooks on what autograd saves). A block keeps of each token the residual stream twice,
-    queries, keys, values and their sum, the inputs of attention and feed-forward, gate and up, and the input
-    of o_proj (ternary) or of down_proj (float). The experts of a mixture run uncompiled in a loop."""
+    queries, keys and values (as many as queries on CUDA) and their sum, the inputs of attention and
+    feed-forward, gate, up, the input of down_proj, and that of o_proj (ternary). The experts of a mixture run
+    uncompiled in a loop."""
     b = dtype_bytes
     width = cfg.n_embd
-    keys = width // cfg.n_head * cfg.n_kv_head
-    block = 8 * width + 2 * b * (2 * width + keys) + b * width * cfg.ternary
+    block = 8 * width + (6 + cfg.ternary) * b * width
     if cfg.n_expert:
         block += cfg.n_expert_active * 4 * b * (cfg.ffn_dim + width)
     else:
-        block += b * (3 - cfg.ternary) * cfg.ffn_dim
+        block += 3 * b * cfg.ffn_dim
     # the last residual stream, the input of the head, the logits and their gradient
     per_token = cfg.n_layer * block + (4 + b) * width + 2 * b * cfg.vocab_size
     state = 16 * counts["total"] + counts["ternary"]  # int8 codes
