@@ -121,6 +121,7 @@ def leave():
     if is_saved and distributed.is_main:
         stopped = f"stopped by signal {signum}, saved step {state.step}"
         print(f"{stopped}; to continue: {run.resume_command()}", file=sys.stderr)
+    distributed.stop()
     sys.exit(128 + signum)
 
 
@@ -310,10 +311,9 @@ while True:
 
 run.end_log()
 result = dict(run_id=cfg.run_id, step=state.step, tokens=state.step * cfg.total_batch_size)
-result |= dict(loss=last_row.get("loss"), val_loss=val_loss)
+result |= dict(loss=last_row.get("loss"), val_loss=val_loss, checkpoint=step_dir(run.path, state.step))
 result |= dict(val_bits_per_byte=data.bits_per_byte(meta, val_loss), seconds=speed.seconds())
 result |= dict(tokens_per_sec=last_row.get("tokens_per_sec"), peak_memory_gb=machine.peak_memory_gb(device))
-result |= dict(checkpoint=step_dir(run.path, state.step))
 run.event("finish", step=state.step, why=reason, result=result)
 distributed.stop()
 end = f"run {cfg.run_id} ended by {reason} at step {state.step:,} after {speed.seconds() / 60:.1f} minutes"

@@ -34,8 +34,10 @@ def start(device):
 
 def stop():
     """Leave the other ranks."""
+    global control
     if dist.is_initialized():
         dist.destroy_process_group()
+        control = None  # ends its threads: one that frees a tensor while Python ends would abort the process
 
 
 def share(value):

@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import faults
 import pytest
@@ -24,7 +26,7 @@ from conftest import (
     train,
     write_data,
 )
-from fork import Script
+from fork import CONTEXT, Script
 
 from nanobit import distributed
 
@@ -262,6 +264,32 @@ def test_a_killed_rank_is_restarted_by_torchrun(one, tmp_path):
     assert_same(one, "one", "killed")
     resumed = [row["step"] for row in lines(f"{one[1]}/killed", EVENTS) if row["event"] == "resume"]
     assert resumed in ([10], [12])
+
+
+def gloo_threads():
+    """Return the number of threads of this process that work for gloo."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("pt_gloo") for name in names)
+
+
+def leave_a_group(store):
+    """Make a control group, leave it, and exit with 0 if only its threads ended."""
+    distributed.dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    before = gloo_threads()
+    distributed.control = distributed.dist.new_group(backend="gloo")
+    within = gloo_threads()
+    distributed.stop()
+    sys.exit(within <= before or gloo_threads() > before)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc to see threads")
+def test_a_rank_that_leaves_ends_its_threads(tmp_path):
+    """No thread of the group of flags outlives distributed.stop: one that frees a tensor while Python ends
+    would abort the process, and torchrun would call the finished run a failed one."""
+    process = CONTEXT.Process(target=leave_a_group, args=(tmp_path / "store",))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def test_a_second_signal_within_five_seconds_is_the_first(monkeypatch):
