@@ -161,8 +161,9 @@ class Attention(nn.Module):
 
 
 def repeats_heads(q):
-    """Return whether keys and values are repeated for each head of their group: on CUDA, where torch's own
-    groups are slower (docs/log.md), and store T x T weights in float32 and before Ampere."""
+    """Return whether keys and values are repeated for each head of their group: on CUDA, where torch sums the
+    gradients of a group by a slow kernel (docs/log.md), and attention of groups stores T x T weights in
+    float32 and before Ampere."""
     return q.is_cuda
 
 

@@ -19,7 +19,7 @@ The forward is the integer forward of a deployed model, not "fake quantization" 
 the last bit of a float now and then, and one such bit can flip the rounding of an activation in a later
 layer. Every form of the integer product (nanobit/kernels.py) is exact, so all of them give the same bits.
 
-The backward needs t and q / a: eager code keeps q as int8, compiled code most of q / a. Training takes about
+The backward needs t and q / a: eager code keeps q as int8, compiled code on CUDA q / a. Training takes about
 as much memory as a float model, because the master weights and the optimizer state stay fp32: the exported
 model is the small one.
 

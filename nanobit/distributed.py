@@ -37,7 +37,9 @@ def stop():
     global control
     if dist.is_initialized():
         dist.destroy_process_group()
-        control = None  # ends its threads: one that frees a tensor while Python ends would abort the process
+        # This ends its threads: one that frees a tensor while Python ends would abort the process. DDP keeps
+        # those of the other group, which have nothing to do by then
+        control = None
 
 
 def share(value):
@@ -61,6 +63,7 @@ def from_main(make, on_each_machine=False):
     value = share(value)
     code = int(largest(code))
     if code >= 0:
+        stop()
         raise SystemExit(code)
     return value
 

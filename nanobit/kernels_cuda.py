@@ -60,7 +60,8 @@ def scaled_int8_matmul(
     (N, in) and codes (out, in) are int8, x_scale (N, 1) and scale (one number) fp32.
 
     rounded_x is not read. As the forward needs it, the compiler stores it for the backward. Otherwise the
-    backward computes it again from the fp32 input of the norm: 0.3 to 1.2 % of a step (docs/log.md)."""
+    backward computes it again, from the input of the norm or from gate and up: about 2 % of a step
+    (docs/log.md)."""
     q, codes = q.contiguous(), codes.contiguous()
     N, n_in = q.shape
     n_out = len(codes)

@@ -221,7 +221,7 @@ def compiler_options(cfg, device):
         # rows of up to 16,384 numbers are read once, by kernels with a whole row in registers; else up to
         # 1,024. torch's comment gives the meanings of 2 and 3 the other way round
         "triton.multi_kernel": 3,
-        "online_softmax": False,  # a row of logits is read for its maximum, and once more for its sum
+        "online_softmax": False,  # two passes over a row of logits: one is bound by its exponentials
     }
     if cfg.batch_size * cfg.seq_len >= 2**13:  # with fewer tokens it costs 1 % of a step
         options["realize_reads_threshold"] = 8  # a sum of 5 to 8 tensors is computed again, not stored

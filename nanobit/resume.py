@@ -155,6 +155,7 @@ def restore(cfg, origin, run, tokenizer, meta, model, optimizers, scaler):
         print(f"run {cfg.run_id} is finished: step {step}, ended by {reason}")
         print(f"to continue it, {raising}")
         record.print_result(record.last(run.path, record.EVENTS)["result"], cfg.json)
+        distributed.stop()
         raise SystemExit(0)
     lr = schedule.lr(saved, step)
     return state, SimpleNamespace(changed=changed, stage=schedule.stage(saved, step - 1), lr=lr)

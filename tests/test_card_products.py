@@ -131,7 +131,5 @@ def test_the_fused_product_asks_for_the_rounded_input(monkeypatch):
 def test_heads_are_repeated_on_cuda():
     """Keys and values are repeated for the heads of their group on CUDA alone."""
     with FakeTensorMode():
-        assert [model.repeats_heads(torch.empty(1, device=device)) for device in ("cuda", "cpu")] == [
-            True,
-            False,
-        ]
+        assert model.repeats_heads(torch.empty(1, device="cuda"))
+        assert not model.repeats_heads(torch.empty(1, device="cpu"))

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import faults
 import pytest
@@ -63,11 +62,22 @@ def launch(where, run_id, tmp_path, patch, more=(), **changes):
     return Script(str(launcher), args, ROOT, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
 
+# a rank says so if it ends without distributed.stop()
+WATCH = """
+import atexit, torch.distributed as dist
+def meet(*args, original=dist.init_process_group, **options):
+    original(*args, **options)
+    atexit.register(lambda: dist.is_initialized() and print("still in the group", file=sys.stderr))
+dist.init_process_group = meet
+"""
+
+
 def on_ranks(where, run_id, n=2, code=0, patch="", **changes):
-    """Return [(stdout, stderr)] of n ranks of train.py that end with this exit code."""
-    children = start_ranks(n, patch, **values_of(where, run_id, **changes))
+    """Return [(stdout, stderr)] of n ranks of train.py that leave each other and end with this exit code."""
+    children = start_ranks(n, patch + WATCH, **values_of(where, run_id, **changes))
     results = [child.wait(150) for child in children]
     assert [ended for ended, _, _ in results] == [code] * n, results
+    assert "still in the group" not in str(results)
     return [(out, err) for _, out, err in results]
 
 
@@ -123,6 +133,13 @@ def test_the_number_of_ranks_is_recorded(one, outputs):
     """config.json holds the number of ranks."""
     with open(f"{one[1]}/two/config.json", encoding="utf-8") as file:
         assert json.load(file)["world_size"] == 2
+
+
+def test_a_finished_run_ends_both_ranks(one, outputs):
+    """Ranks that find their run finished leave each other; rank 0 says so."""
+    first, second = two(one, "two", resume="auto")
+    assert "run two is finished: step 20" in first
+    assert second == ""
 
 
 def test_three_ranks_resume_bit_for_bit(one):
@@ -266,20 +283,17 @@ def test_a_killed_rank_is_restarted_by_torchrun(one, tmp_path):
     assert resumed in ([10], [12])
 
 
-def gloo_threads():
-    """Return the number of threads of this process that work for gloo."""
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return sum(name.startswith("pt_gloo") for name in names)
-
-
 def leave_a_group(store):
-    """Make a control group, leave it, and exit with 0 if only its threads ended."""
+    """Make a control group, leave it, and exit with 0 if that ends all threads that it began."""
+    before = len(os.listdir("/proc/self/task"))
     distributed.dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    before = gloo_threads()
     distributed.control = distributed.dist.new_group(backend="gloo")
-    within = gloo_threads()
+    assert len(os.listdir("/proc/self/task")) > before
     distributed.stop()
-    sys.exit(within <= before or gloo_threads() > before)
+    deadline = time.monotonic() + 5  # the system lists a thread for a moment after its end
+    while len(os.listdir("/proc/self/task")) > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sys.exit(len(os.listdir("/proc/self/task")) - before)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc to see threads")

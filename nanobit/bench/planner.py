@@ -70,7 +70,7 @@ def memory_gb(cfg, counts, batch_size, dtype_bytes):
     """Return the peak memory in 1e9 bytes of a training step with batch_size sequences a micro-step: fp32
     weights, gradients and optimizer state, and what a compiled forward keeps (without compile 1.5 to 2 times
     as much; counted by hooks on what autograd saves). A block keeps of each token the residual stream twice,
-    queries, keys and values (as many as queries on CUDA) and their sum, the inputs of attention and
+    queries, keys and values (as wide as queries, as on CUDA) and their sum, the inputs of attention and
     feed-forward, gate, up, the input of down_proj, and that of o_proj (ternary). The experts of a mixture run
     uncompiled in a loop."""
     b = dtype_bytes
