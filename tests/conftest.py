@@ -20,7 +20,7 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of compilers imports
 if hasattr(signal, "SIGHUP"):  # nohup ignores it, and the children would inherit that
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-pytest.register_assert_rewrite("web_browser")  # its fixtures assert, and test files import it
+pytest.register_assert_rewrite("ranks", "web_browser")  # they assert, and test files import them
 
 import faults  # noqa: E402
 import torch  # noqa: E402
