@@ -74,6 +74,16 @@ def test_checkpoints_are_counted(save_every, eval_every, schedule, count):
     assert planner.saves(cfg, 35 if eval_every == 7 else 34) == count
 
 
+@pytest.mark.parametrize(
+    "eval_tokens, val_tokens, tokens",
+    [(4096, 1000, 1000), (4096, 9000, 4096), (4096, 0, 4096), (0, 9000, 9000), (0, 0, 0)],
+)
+def test_an_evaluation_reads_no_more_than_there_is(eval_tokens, val_tokens, tokens):
+    """The time of an evaluation is that of eval_tokens (0 = all), or of a smaller validation set."""
+    cfg = SimpleNamespace(eval_tokens=eval_tokens, val_tokens=val_tokens)
+    assert planner.evaluated_tokens(cfg) == tokens
+
+
 def test_a_row_by_hand():
     """The hours of a row include the evaluations at step 0 and at the end, the samples, and the saves at the
     boundary."""

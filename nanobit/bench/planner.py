@@ -53,10 +53,16 @@ def calibration(run_dir):
     return offset
 
 
+def evaluated_tokens(cfg):
+    """Return the tokens of one evaluation: eval_tokens (0 = all), but no more than the validation set has."""
+    known = cfg.val_tokens or cfg.eval_tokens  # val_tokens is 0 if the data set is missing
+    return min(cfg.eval_tokens or known, known)
+
+
 def assumed_seconds(cfg, counts, step_ms):
     """Return the seconds of an evaluation, a round of samples and a checkpoint if nothing is timed: a forward
     is a third of a step, generation makes 50 tokens/s, the disk takes 0.25 GB/s."""
-    evaluation = (cfg.eval_tokens or cfg.val_tokens) / cfg.total_batch_size * step_ms / 3e3
+    evaluation = evaluated_tokens(cfg) / cfg.total_batch_size * step_ms / 3e3
     samples = 3 * len(cfg.sample_prompts) * cfg.sample_tokens / 50
     return evaluation, samples, 12 * counts["total"] / 1e9 / 0.25
 

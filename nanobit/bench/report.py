@@ -194,7 +194,7 @@ def print_plan(cfg, counts, step_ms, once, device):
     print(f"loss: in nats per token by a scaling law, {shift}; trust its differences more than its values")
     memory, largest, warnings = print_memory(cfg, counts, device)
     warnings += [*contradictions(cfg, rows), *cautions(cfg, counts, rows, cost)]
-    if cfg.eval_every and not (cfg.eval_tokens or cfg.val_tokens):
+    if cfg.eval_every and not planner.evaluated_tokens(cfg):
         warnings.append("eval_tokens = 0, but the validation set is missing: its time is not counted")
     chosen, sentence = recommendation(rows, cfg.max_steps)
     stones = planner.milestones(cfg, counts, (chosen or rows[-1])["steps"], cost)

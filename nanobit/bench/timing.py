@@ -284,7 +284,7 @@ def once_seconds(cfg, device, dtype):
         began = time.perf_counter()
         list(generate(model, x[:1, :4], 8, temperature=0.0))
         per_token = (now(device) - began) / 8
-    evaluation = per_batch * (cfg.eval_tokens or cfg.val_tokens) / x.numel()
+    evaluation = per_batch * planner.evaluated_tokens(cfg) / x.numel()
     samples = per_token * 3 * len(cfg.sample_prompts) * cfg.sample_tokens
     out_dir = cfg.out_dir if os.path.isdir(cfg.out_dir) else None
     with tempfile.TemporaryDirectory(dir=out_dir) as folder:
