@@ -263,7 +263,7 @@ def divide_batch(cfg):
         return
     devices = f" x {WORLD} devices" if WORLD > 1 else ""
     product = f"batch_size {cfg.batch_size} x seq_len {cfg.seq_len}{devices}"
-    remedy = f"use {max(1, round(total / micro)) * micro}"
+    remedy = f"use total_batch_size = {max(1, round(total / micro)) * micro}"
     sequences, rest = divmod(total, cfg.seq_len * WORLD)
     if not rest:
         fits = max(n for n in range(1, min(cfg.batch_size, sequences, 2**20) + 1) if sequences % n == 0)

@@ -54,8 +54,8 @@ def test_values_take_the_type_of_the_default():
         (["--n_layer={[]: 1}"], ["n_layer must be int, got str '{[]: 1}'"]),  # no literal: a list as a key
         (["--ternary=3"], ["ternary must be bool (True or False), got int 3"]),
         (["--sample_prompts=[1]"], ["sample_prompts must be a list of strings"]),
-        (["--batch_size=16", "--seq_len=256", "--total_batch_size=10000"], ["10,000", "4,096", "use 8192"]),
-        (["config/train_simple.py", "--batch_size=32"], ["768", "use 2048, or batch_size = 12"]),
+        (["--batch_size=16", "--seq_len=256", "--total_batch_size=10000"], ["10,000", "4,096", "= 8192"]),
+        (["config/train_simple.py", "--batch_size=32"], ["768", "= 2048, or batch_size = 12"]),
         (["--n_embd=100", "--n_head=3", "--n_kv_head=3"], ["n_embd = 100", "n_head = 3"]),
         (["--n_embd=12", "--n_head=4", "--n_kv_head=4"], ["= 3 is odd"]),
         (["--n_head=12", "--n_kv_head=5"], ["n_head = 12", "n_kv_head = 5"]),
