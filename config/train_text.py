@@ -1,10 +1,10 @@
 # Your own text, an hour or more on one CPU core. 10M parameters in the blocks, and 384 for each token.
 
 dataset = "text"
-prepare = "python prepare/text.py --files='*.txt'"
+prepare = "python prepare/text.py --files='books/*.txt'"
 batch_size = 16
 total_batch_size = 4096  # tokens: 16 x 256
-max_steps = 1000  # 4.1M tokens; for a megabyte of text 500 steps suffice, for more than 5 MB take more
+max_steps = 1000  # 4.1M tokens; a megabyte of text gains no more after 500 steps
 
 n_layer = 6
 n_head = 6
@@ -17,7 +17,7 @@ optimizer = "muon"  # trains small ternary models best: docs/results.md
 muon_momentum = 0.9
 learning_rate = 4e-3  # about what smaller models and shorter runs suggest; not tuned at this size
 warmup_steps = 50
-log_every = 50
+log_every = 10
 eval_every = 100
 sample_every = 250
 sample_tokens = 128
