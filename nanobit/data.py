@@ -72,7 +72,7 @@ def checked_meta(cfg, folder, split="", verify=False):
         raise Damaged(f"data set {folder} is not complete; {remedy}{meanwhile}")
     if cfg.vocab_size and cfg.vocab_size < meta["vocab_size"]:
         source = cfg.origin.get("vocab_size", "")
-        remedy = "set it to 0; for fewer, prepare the text with that --vocab_size"
+        remedy = "set it to 0; a smaller vocabulary is chosen when data is prepared"
         if source.startswith("init_from"):
             remedy = f"it is that of {source}: prepare the data set with the tokenizer there"
         fault = f"vocab_size = {cfg.vocab_size} is less than the {meta['vocab_size']} ids of {folder}"

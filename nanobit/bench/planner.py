@@ -54,9 +54,9 @@ def calibration(run_dir):
 
 
 def evaluated_tokens(cfg):
-    """Return the tokens of one evaluation: eval_tokens (0 = all), but no more than the validation set has."""
-    known = cfg.val_tokens or cfg.eval_tokens  # val_tokens is 0 if the data set is missing
-    return min(cfg.eval_tokens or known, known)
+    """Return the tokens of one evaluation: eval_tokens (0 = all), but no more than the validation set has
+    (0 = there is none yet)."""
+    return min((n for n in (cfg.eval_tokens, cfg.val_tokens) if n), default=0)
 
 
 def assumed_seconds(cfg, counts, step_ms):
